@@ -1,0 +1,144 @@
+"""The root command: lazy subcommands, and the one place that turns an error into an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+
+import click
+
+from risam_cli import __version__
+from risam_cli.commands.options import verbosity_options
+from risam_cli.console import Console, get_console, set_console
+from risam_cli.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, RisamError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "predict": ("predict", "Masks for images and expressions, in batches."),
+    "eval": ("eval", "Score a model or anyone's masks on a benchmark."),
+    "train": ("train", "Train a model from a YAML file."),
+    "export-masks": ("export_masks", "Turn predictions into other annotation formats."),
+    "merge": ("merge", "Put the output folders of shards together."),
+    "explain": ("explain", "Draw where the model looks for an expression."),
+    "models": ("models", "List, inspect and verify model folders."),
+    "refshapes": ("refshapes", "Make the procedural data set RefShapes."),
+    "doctor": ("doctor", "Show what this machine can do and what is missing."),
+}
+"""Name -> (module in ``risam_cli.commands`` that defines ``command``, its line in ``--help``).
+
+The line stands here, so that ``risam --help`` imports no command.
+"""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a subcommand when it is called, not before."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of COMMANDS."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of ``cmd_name`` and take its ``command``."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"risam_cli.commands.{COMMANDS[cmd_name][0]}")
+        command = module.command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.command(
+    cls=LazyGroup,
+    name="risam",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="risam")
+@verbosity_options
+def root() -> None:
+    r"""Referring image segmentation: from images and phrases to masks.
+
+    Data goes to stdout, messages and progress go to stderr.
+
+    \b
+    Exit codes: 0 all done; 1 could not start or go on; 2 wrong usage;
+    3 finished, but some items failed; 130 interrupted, finished work kept.
+    """
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit code; errors are told on stderr in one line.
+
+    A command gives its exit code as its return value; None means 0.
+
+    Args:
+        args: the arguments without the program's name; by default those of the process.
+    """
+    set_console(Console())
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        code = root.main(args=args, prog_name="risam", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        _debug_traceback()
+        error.show(file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _debug_traceback()
+        get_console().error("interrupted")
+        return EXIT_INTERRUPTED
+    except RisamError as error:
+        _debug_traceback()
+        get_console().error(str(error))
+        return error.exit_code
+    except Exception as error:
+        return _unexpected(error)
+    return code if isinstance(code, int) else EXIT_OK
+
+
+def _unexpected(error: Exception) -> int:
+    """Tell an error outside the family in one line; a reader that left is told nothing."""
+    if isinstance(error, BrokenPipeError) and _reader_left():
+        # Python flushes stdout once more at exit; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    _debug_traceback()
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        get_console().error(f"{place}{error.strerror}")
+    else:
+        again = "" if get_console().tracebacks else "; run again with --debug for the traceback"
+        get_console().error(f"internal error: {type(error).__name__}: {error}{again}")
+    return EXIT_ERROR
+
+
+def _debug_traceback() -> None:
+    if get_console().tracebacks:
+        get_console().block(traceback.format_exc())
+
+
+def _reader_left() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, as in ``risam predict … | head -1``."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+def _on_sigterm(signum: int, frame: FrameType | None) -> None:
+    """Stop as Ctrl-C does: an exception that no ``except Exception`` on the way can swallow."""
+    raise KeyboardInterrupt

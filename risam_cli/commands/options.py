@@ -1,0 +1,205 @@
+"""Options that several commands share, as decorators. What a command sees is in each docstring."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from risam_cli.console import get_console
+from risam_cli.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[F], F]
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """One decorator of several; ``--help`` lists the options in the order given."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+# --- how much is said -----------------------------------------------------------------------------
+
+
+def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Tell the console at once, so that errors in later options already follow it."""
+    console = get_console()
+    if not value:
+        return
+    if param.name == "quiet":
+        console.quiet = True
+    elif param.name == "verbose":
+        console.verbose = True
+    else:
+        console.tracebacks = True
+    if console.quiet and console.verbose:
+        raise UsageError("--quiet and --verbose contradict each other", "give one of them")
+
+
+def verbosity_options(function: F) -> F:
+    """``-q/--quiet``, ``-v/--verbose`` and ``--debug``; at the root and after every command.
+
+    They act on :func:`risam_cli.console.get_console`; the function gets no parameter.
+    """
+    common: dict[str, Any] = {
+        "is_flag": True,
+        "expose_value": False,
+        "is_eager": True,
+        "callback": _set_verbosity,
+    }
+    return _stack(
+        click.option("-q", "--quiet", help="Only warnings and errors on stderr.", **common),
+        click.option("-v", "--verbose", help="Say more on stderr.", **common),
+        click.option("--debug", help="Show the traceback of an error.", **common),
+    )(function)
+
+
+# --- model and device -----------------------------------------------------------------------------
+
+
+def model_option(function: F) -> F:
+    """``--model``: parameter ``model: str | None``; None is the bundled model."""
+    return click.option(
+        "--model",
+        metavar="NAME|PATH",
+        default=None,
+        help="A model's name, or a folder written by `risam train`.  [default: the bundled model]",
+    )(function)
+
+
+def _check_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise click.BadParameter(f"{value!r} is not auto, cpu, mps, cuda or cuda:N.")
+    return value
+
+
+def device_options(function: F) -> F:
+    """``--device`` and ``--precision``: parameters ``device: str`` and ``precision: str``."""
+    return _stack(
+        click.option(
+            "--device",
+            metavar="NAME",
+            default="auto",
+            show_default=True,
+            callback=_check_device,
+            help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps.",
+        ),
+        click.option(
+            "--precision",
+            type=click.Choice(PRECISIONS),
+            default="auto",
+            show_default=True,
+            help="auto is bf16 where the device has it fast, else fp32.",
+        ),
+    )(function)
+
+
+def batch_options(function: F) -> F:
+    """``--batch-size`` and ``--workers``: ``batch_size: int``, ``workers: int | None``."""
+    return _stack(
+        click.option(
+            "--batch-size",
+            type=click.IntRange(min=1),
+            default=8,
+            show_default=True,
+            help="Images per batch; halved by itself where memory runs out.",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(min=0),
+            default=None,
+            help="Loader processes; 0 reads in the main process.  [default: by the cores]",
+        ),
+    )(function)
+
+
+def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    # click.FloatRange lets nan through: every comparison with it is false.
+    if value is not None and (math.isnan(value) or not 0 <= value <= 1):
+        raise click.BadParameter(f"{value} is not in the range 0 to 1.")
+    return value
+
+
+def threshold_options(function: F) -> F:
+    """``--threshold``, ``--no-target-threshold``: ``float | None`` each; None is the model's own.
+
+    Parameters ``threshold`` and ``no_target_threshold``, probabilities in 0..1.
+    """
+    unit: dict[str, Any] = {"type": float, "metavar": "P", "default": None, "callback": _check_unit}
+    return _stack(
+        click.option(
+            "--threshold",
+            help="A pixel is in the mask from this probability on.  [default: the model's]",
+            **unit,
+        ),
+        click.option(
+            "--no-target-threshold",
+            help="From this probability of `nothing fits` on, the mask is empty.  "
+            "[default: the model's]",
+            **unit,
+        ),
+    )(function)
+
+
+# --- output ---------------------------------------------------------------------------------------
+
+
+def output_option(default: str | None) -> Decorator[F]:
+    """``-o/--output DIR``: parameter ``output: Path``. Required where ``default`` is None."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="DIR",
+        default=default,
+        required=default is None,
+        show_default=default is not None,
+        help="Folder to write to; created.",
+    )
+
+
+def _one_of_two(other: str) -> Callable[[click.Context, click.Parameter, bool], bool]:
+    def check(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+        if value and ctx.params.get(other):
+            raise click.UsageError("--resume and --overwrite contradict each other.", ctx)
+        return value
+
+    return check
+
+
+def run_mode_options(function: F) -> F:
+    """``--resume`` and ``--overwrite``: parameters ``resume: bool`` and ``overwrite: bool``.
+
+    Not both; neither means: refuse a folder that holds another run.
+    """
+    return _stack(
+        click.option(
+            "--resume",
+            is_flag=True,
+            callback=_one_of_two("overwrite"),
+            help="Go on with the run that is in the output folder.",
+        ),
+        click.option(
+            "--overwrite",
+            is_flag=True,
+            callback=_one_of_two("resume"),
+            help="Start anew in a folder that holds a run.",
+        ),
+    )(function)
+
+
+def json_option(function: F) -> F:
+    """``--json``: parameter ``as_json: bool``."""
+    return click.option("--json", "as_json", is_flag=True, help="Write JSON to stdout.")(function)
