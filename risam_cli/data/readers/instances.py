@@ -1,0 +1,172 @@
+"""COCO's ``instances.json`` as REFER, gRefCOCO and COCO-style files share it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from risam_cli import masks
+from risam_cli.data.readers.jsonstream import iter_json
+from risam_cli.errors import DataError
+from risam_cli.types import Rle
+
+
+@dataclass(slots=True)
+class Instances:
+    """Images, annotations and categories by id; only what was asked to be kept.
+
+    Attributes:
+        in_category: (image id, category id) -> its annotations, crowds left out: the
+            candidates an expression must choose among.
+        other: the top-level members that are none of these, such as ``expressions``.
+    """
+
+    path: Path
+    images: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    annotations: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    categories: dict[Any, str] = field(default_factory=dict)
+    in_category: Counter[tuple[Any, Any]] = field(default_factory=Counter)
+
+    def image(self, image_id: Any) -> dict[str, Any]:
+        """The image's entry. Raises DataError where there is none or it names no file."""
+        found = self.images.get(image_id)
+        if found is None:
+            raise DataError(
+                f"image {image_id!r} is not among the {len(self.images)} images of {self.path}",
+                "the expressions and the instances come from different releases",
+            )
+        if not isinstance(found.get("file_name"), str) or not found["file_name"]:
+            raise DataError(f"image {image_id!r} of {self.path} has no file_name")
+        return found
+
+    def size(self, image: Mapping[str, Any]) -> tuple[int, int] | None:
+        """(H, W) of an image's entry, or None where it gives none. Raises DataError on nonsense."""
+        height, width = image.get("height"), image.get("width")
+        if height is None and width is None:
+            return None
+        if type(height) is not int or type(width) is not int or height < 1 or width < 1:
+            raise DataError(
+                f"image {image.get('id')!r} of {self.path} has height {height!r} and width "
+                f"{width!r}",
+                "both are whole numbers of pixels above 0",
+            )
+        return height, width
+
+    def draw(self, ann_id: Any, image_id: Any, size: tuple[int, int]) -> Rle:
+        """RLE of one annotation at the image's size.
+
+        Raises:
+            DataError: it does not exist, belongs to another image, or its segmentation is
+                missing, malformed or of another size.
+        """
+        annotation = self.annotations.get(ann_id)
+        if annotation is None:
+            raise DataError(
+                f"annotation {ann_id!r} does not exist in {self.path}",
+                "check the ids, or take both files from one release",
+            )
+        if annotation.get("image_id") != image_id:
+            raise DataError(
+                f"annotation {ann_id!r} of {self.path} belongs to image "
+                f"{annotation.get('image_id')!r}, not to {image_id!r}"
+            )
+        return segmentation_to_rle(
+            annotation.get("segmentation"), size, f"annotation {ann_id!r} of {self.path}"
+        )
+
+    def rivals(self, image_id: Any, ann_ids: tuple[Any, ...]) -> int | None:
+        """How many objects of the referents' categories the image holds beside the referents.
+
+        None where no category is known.
+        """
+        chosen: Counter[Any] = Counter()
+        for ann_id in ann_ids:
+            annotation = self.annotations.get(ann_id)
+            if annotation is not None and annotation.get("category_id") is not None:
+                chosen[annotation["category_id"]] += not annotation.get("iscrowd")
+        if not chosen:
+            return None
+        return sum(max(self.in_category[image_id, c] - n, 0) for c, n in chosen.items())
+
+    def category(self, ann_ids: tuple[Any, ...]) -> str | None:
+        """The referents' category by name; None where unknown or where they differ."""
+        ids = {(self.annotations.get(a) or {}).get("category_id") for a in ann_ids}
+        only = ids.pop() if len(ids) == 1 else None
+        return self.categories.get(only)
+
+
+def read_instances(
+    path: Path,
+    *,
+    keep_image: Callable[[Any], bool] = lambda image_id: True,
+    keep_annotation: Callable[[Any], bool] = lambda ann_id: True,
+    on_other: Callable[[str, Any], None] | None = None,
+) -> Instances:
+    """Read a COCO file record by record and keep what is asked for.
+
+    Args:
+        keep_image: by image id; annotations of other images are not counted as rivals either.
+        keep_annotation: by annotation id.
+        on_other: gets every record of the other top-level members.
+
+    Raises:
+        DataError: the file cannot be read, or a record lacks its id.
+    """
+    result = Instances(path)
+    for key, record in iter_json(path):
+        if key == "images":
+            image_id = record_id(record, path, "images[]")
+            if keep_image(image_id):
+                result.images[image_id] = record
+        elif key == "annotations":
+            ann_id = record_id(record, path, "annotations[]")
+            image_id = record.get("image_id")
+            if keep_image(image_id) and not record.get("iscrowd"):
+                result.in_category[image_id, record.get("category_id")] += 1
+            if keep_annotation(ann_id):
+                result.annotations[ann_id] = record
+        elif key == "categories":
+            result.categories[record_id(record, path, "categories[]")] = str(record.get("name"))
+        elif on_other is not None:
+            on_other(key, record)
+    return result
+
+
+def record_id(record: Any, path: Path, where: str) -> Any:
+    """``record["id"]``, hashable. Raises DataError where the record is none or has none."""
+    found = record.get("id") if isinstance(record, dict) else None
+    if not isinstance(found, (int, str)):
+        raise DataError(f"{path}: a record of {where} has no id: {str(record)[:80]}")
+    return found
+
+
+def segmentation_to_rle(segmentation: Any, size: tuple[int, int], where: str) -> Rle:
+    """RLE of COCO's ``segmentation``: polygons (their union), or RLE of any form.
+
+    Polygons of fewer than three points enclose nothing and are left out, as the benchmarks' own
+    loaders do; where no other is left, that is an error. REFER's older sets keep their RLE in a
+    list, which is taken too.
+
+    Raises:
+        DataError: it is missing, malformed or of another size than the image.
+    """
+    if isinstance(segmentation, dict):
+        return masks.parse_rle(segmentation, size=size, where=where)
+    if not isinstance(segmentation, list) or not segmentation:
+        raise DataError(f"{where} has no segmentation", "give polygons or RLE")
+    if all(isinstance(part, dict) for part in segmentation):
+        return masks.union(list(_each_rle(segmentation, size, where)), size)
+    if all(isinstance(part, (int, float)) for part in segmentation):
+        segmentation = [segmentation]
+    areas = [p for p in segmentation if not isinstance(p, list) or len(p) >= 6]
+    if not areas:
+        raise DataError(f"{where}: no polygon has three points", "give polygons or RLE")
+    return masks.from_polygons(areas, size, where=where)
+
+
+def _each_rle(parts: list[Any], size: tuple[int, int], where: str) -> Iterator[Rle]:
+    for part in parts:
+        yield masks.parse_rle(part, size=size, where=where)

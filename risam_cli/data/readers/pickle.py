@@ -1,0 +1,96 @@
+"""REFER's pickled lists, read without giving the file a chance to run anything.
+
+A pickle is a program. Two locks stand before it: the whole stream is scanned first, and any
+instruction beyond building lists, dicts, tuples, sets, strings and numbers refuses the file before
+one instruction is carried out; and the unpickler itself can import nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+from pathlib import Path
+from typing import Any, NoReturn
+
+from risam_cli.errors import DataError
+
+_PLAIN = frozenset(
+    """
+    PROTO FRAME MARK STOP POP POP_MARK DUP NONE NEWTRUE NEWFALSE
+    INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+    STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+    EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+    EMPTY_DICT DICT SETITEM SETITEMS EMPTY_SET ADDITEMS FROZENSET
+    PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET
+    """.split()
+)
+_STORES = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
+_FIX = "fetch the file from the benchmark's own source; nothing of it was run"
+
+
+class _NothingToImport(pickle.Unpickler):
+    """The second lock: plain containers need no class, so none is ever looked up."""
+
+    def find_class(self, module_name: str, global_name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+
+    def persistent_load(self, pid: Any) -> NoReturn:
+        raise pickle.UnpicklingError("it asks for a persistent object")
+
+
+def load_plain_pickle(path: Path) -> Any:
+    """The value of a pickle that holds built-in containers, strings and numbers only.
+
+    Strings of Python 2 are read as Latin-1, as REFER's own loader does.
+
+    Raises:
+        DataError: the file cannot be read, is no whole pickle, or holds anything else; in the
+            last case before any of it is carried out.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    _scan(data, path)
+    try:
+        return _NothingToImport(io.BytesIO(data), encoding="latin1").load()
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path} is no readable pickle: {_line(error)}", _FIX) from error
+    except (IndexError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
+        raise DataError(f"{path} is a damaged pickle: {_line(error)}", _FIX) from error
+
+
+def _scan(data: bytes, path: Path) -> None:
+    """Refuse any stream with an instruction that does more than build plain values."""
+    try:
+        for opcode, argument, position in pickletools.genops(data):
+            if opcode.name not in _PLAIN:
+                asked = f" {argument!r}" if isinstance(argument, str) else ""
+                raise DataError(
+                    f"{path} is refused: at byte {position} its pickle asks to "
+                    f"{_meaning(opcode.name)}{asked[:80]}",
+                    "a refs file holds lists, dicts, strings and numbers only; " + _FIX,
+                )
+            # The C unpickler sizes its memo by the largest index, so a wild one is a memory bomb.
+            if opcode.name in _STORES and int(argument or 0) > len(data):
+                raise DataError(f"{path} is refused: memo index {argument} at {position}", _FIX)
+    except DataError:
+        raise
+    except Exception as error:
+        # pickletools raises whatever the bad bytes led to: ValueError, struct.error, IndexError …
+        raise DataError(f"{path} is no whole pickle: {_line(error)}", _FIX) from error
+
+
+def _meaning(name: str) -> str:
+    if name in ("GLOBAL", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+        return "import a name"
+    if name in ("REDUCE", "OBJ", "INST", "NEWOBJ", "NEWOBJ_EX"):
+        return "call a function"
+    if name in ("BUILD", "PERSID", "BINPERSID"):
+        return "rebuild an object"
+    return f"run the instruction {name}"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,0 +1,211 @@
+"""What every reader gives: an ordered index of images and their expressions, drawn lazily.
+
+The index holds names and ids only. Masks are drawn when a sample is asked for, once for each set
+of annotations, so memory stays at the annotation file's own size however long the split is.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from risam_cli import masks
+from risam_cli.errors import DataError
+from risam_cli.types import Expression, Failure, Rle, Sample
+
+Draw = Callable[[Any], Rle]
+OnFailure = Callable[[Failure], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Phrase:
+    """One expression before its mask is drawn.
+
+    Attributes:
+        parts: keys of what it refers to, each drawn by the group's ``draw``; empty where nothing
+            fits; None where the truth is unknown.
+        attributes: see :class:`risam_cli.types.Expression`.
+    """
+
+    id: str
+    text: str
+    parts: tuple[Any, ...] | None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One image with its phrases.
+
+    Attributes:
+        draw: gives the RLE of one part at ``size``; raises DataError.
+        write: writes the image to ``path`` where it is made, not found; else None.
+    """
+
+    image: str
+    path: Path
+    size: tuple[int, int] | None
+    phrases: tuple[Phrase, ...]
+    draw: Draw
+    write: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSource:
+    """A split of a data set: random access, iteration, counts.
+
+    Attributes:
+        dataset: its name, such as ``refcoco+``.
+        split: its name.
+        files: the annotation files that were read.
+        groups: one entry an image, in the annotation's order.
+        counts: what the annotation holds, before ``limited``: images, expressions, refs …
+        notes: what was left out on purpose, each with its number.
+    """
+
+    dataset: str
+    split: str
+    files: tuple[Path, ...]
+    groups: Sequence[Group]
+    counts: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self.iterate()
+
+    def __getitem__(self, index: int) -> Sample:
+        return build_sample(self.groups[index])
+
+    def iterate(self, on_failure: OnFailure | None = None) -> Iterator[Sample]:
+        """Samples in order. An expression that cannot be drawn goes to ``on_failure``, and the
+        rest of its image goes on; without one the first such error is raised.
+
+        Raises:
+            DataError: an annotation is damaged and no ``on_failure`` was given.
+        """
+        for group in self.groups:
+            sample = build_sample(group, on_failure)
+            if sample.expressions or not group.phrases:
+                yield sample
+
+    def limited(self, limit: int | None = None, shuffle: int | None = None) -> SampleSource:
+        """The same split with its images in the order of a seed and at most ``limit`` expressions.
+
+        The last image is cut short where it would go over. ``counts`` stay those of the whole.
+        """
+        groups: Iterable[Group] = self.groups
+        if shuffle is not None:
+            order = list(range(len(self.groups)))
+            random.Random(shuffle).shuffle(order)
+            groups = (self.groups[i] for i in order)
+        if limit is None:
+            return replace(self, groups=tuple(groups))
+        kept: list[Group] = []
+        left = limit
+        for group in groups:
+            if left <= 0:
+                break
+            kept.append(replace(group, phrases=group.phrases[:left]))
+            left -= len(group.phrases)
+        return replace(self, groups=tuple(kept))
+
+
+def make_source(
+    dataset: str,
+    split: str,
+    files: tuple[Path, ...],
+    groups: Sequence[Group],
+    *,
+    counts: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
+) -> SampleSource:
+    """A source of finished groups: counts what they hold and makes doubled ids unique.
+
+    A second expression with an id becomes ``id#1``, a third ``id#2``, so that records can be told
+    apart; a note says how many there were.
+    """
+    seen: dict[str, int] = {}
+    unique = [_number_doubles(group, seen) for group in groups]
+    doubled = sum(seen.values())
+    total = {
+        "images": len(unique),
+        "expressions": sum(len(g.phrases) for g in unique),
+        "no_target": sum(p.parts == () for g in unique for p in g.phrases),
+        "multi_target": sum(len(p.parts or ()) > 1 for g in unique for p in g.phrases),
+    }
+    if doubled:
+        notes = [*notes, f"{doubled} expressions shared an id with an earlier one (now id#k)"]
+    return SampleSource(dataset, split, files, unique, {**(counts or {}), **total}, tuple(notes))
+
+
+def _number_doubles(group: Group, seen: dict[str, int]) -> Group:
+    phrases = []
+    for phrase in group.phrases:
+        if phrase.id in seen:
+            seen[phrase.id] += 1
+            phrase = replace(phrase, id=f"{phrase.id}#{seen[phrase.id]}")
+        else:
+            seen[phrase.id] = 0
+        phrases.append(phrase)
+    return replace(group, phrases=tuple(phrases))
+
+
+def build_sample(group: Group, on_failure: OnFailure | None = None) -> Sample:
+    """Draw the masks of one image. Equal sets of parts share one RLE.
+
+    Raises:
+        DataError: as :meth:`SampleSource.iterate`.
+    """
+    if group.write is not None:
+        group.write()
+    drawn: dict[tuple[Any, ...], Rle] = {}
+    expressions = []
+    for phrase in group.phrases:
+        try:
+            expressions.append(_expression(group, phrase, drawn))
+        except DataError as error:
+            if on_failure is None:
+                raise
+            on_failure(
+                Failure(phrase.id, group.image, phrase.text, "read", "DataError", str(error))
+            )
+    return Sample(group.image, group.path, tuple(expressions), group.size)
+
+
+def _expression(group: Group, phrase: Phrase, drawn: dict[tuple[Any, ...], Rle]) -> Expression:
+    if phrase.parts is None:
+        return Expression(phrase.id, phrase.text, attributes=phrase.attributes)
+    if phrase.parts not in drawn:
+        drawn[phrase.parts] = _draw(group, phrase)
+    target = drawn[phrase.parts]
+    return Expression(phrase.id, phrase.text, target, not phrase.parts, phrase.attributes)
+
+
+def _draw(group: Group, phrase: Phrase) -> Rle:
+    if group.size is None:
+        raise DataError(
+            f"image {group.image} has no height and width, so expression {phrase.id} has no mask",
+            "give images[].height and images[].width in the annotation file",
+        )
+    return masks.union([group.draw(part) for part in phrase.parts or ()], group.size)
+
+
+def require_some_truth(source: SampleSource, known: Callable[[Any], bool], where: str) -> None:
+    """Stop where none of the split's annotations exist: the files do not belong together.
+
+    Raises:
+        DataError: there are parts, and ``known`` says no to every one.
+    """
+    parts = [part for group in source.groups for p in group.phrases for part in p.parts or ()]
+    if parts and not any(known(part) for part in parts):
+        raise DataError(
+            f"none of the {len(parts)} annotations of {source.dataset} {source.split} "
+            f"(the first is {parts[0]!r}) is in {where}",
+            "the two files do not belong together: take both from one release",
+        )
