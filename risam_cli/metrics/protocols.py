@@ -1,0 +1,160 @@
+"""The ways in which this field scores masks, each under a name and with its definition in words.
+
+Published tables mix these, so every figure is printed with the protocol beside it. Where a
+published evaluation adds a small constant to the union to avoid a division by zero (CRIS 1e-6,
+LISA 1e-5), it is left out here: it changes no printed digit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from risam_cli.errors import UsageError
+
+Resolution = Literal["image", "stretch", "letterbox"]
+NoTarget = Literal["gate", "mask", "head"]
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """One way of scoring.
+
+    Attributes:
+        threshold: a pixel belongs to the mask where its probability is above this.
+        resolution: where masks are compared. ``image``: at the image's own size. ``stretch``:
+            both at ``canvas`` x ``canvas``, the truth by nearest neighbour. ``letterbox``: at the
+            image's size, after the probabilities went through a ``canvas`` square by CRIS's
+            letterbox and back by its inverse warp.
+        canvas: side of that square in pixels; 0 for ``image``.
+        empty_iou: the IoU where neither mask has a pixel.
+        strict: Pr@X counts IoU > X; else IoU >= X.
+        no_target: what counts as the answer "nothing fits". ``gate``: the no-target head says so or
+            the mask is empty, and the mask then counts as empty. ``mask``: the mask is empty; the
+            head is not asked. ``head``: the head alone, as ReLA scores it.
+        targets_only: Pr@X is over expressions that refer to something.
+        definition: the whole in words, for the report.
+    """
+
+    name: str
+    threshold: float
+    resolution: Resolution
+    canvas: int
+    empty_iou: float
+    strict: bool
+    no_target: NoTarget
+    targets_only: bool
+    definition: str
+
+
+_PROTOCOLS = (
+    Protocol(
+        "native",
+        threshold=0.5,
+        resolution="image",
+        canvas=0,
+        empty_iou=1.0,
+        strict=False,
+        no_target="gate",
+        targets_only=False,
+        definition=(
+            "Masks are compared at the original image's size. A pixel belongs to the mask where "
+            "p > 0.5. An answer is 'no target' where the no-target head says so or the mask is "
+            "empty, and its mask then counts as empty. IoU is 1 where neither mask has a pixel. "
+            "Pr@X counts IoU >= X over all expressions. (This project's own default.)"
+        ),
+    ),
+    Protocol(
+        "lavt",
+        threshold=0.5,
+        resolution="stretch",
+        canvas=480,
+        empty_iou=0.0,
+        strict=False,
+        no_target="mask",
+        targets_only=False,
+        definition=(
+            "As LAVT's test.py: the ground truth is resized to 480x480 by nearest neighbour, "
+            "stretching the image, and the prediction is taken at 480x480 too (from a model: its "
+            "logits interpolated to 480x480, then p > 0.5). IoU is 0 where neither mask has a "
+            "pixel. Pr@X counts IoU >= X. No no-target head is asked: an answer is 'no target' "
+            "where its mask is empty."
+        ),
+    ),
+    Protocol(
+        "cris",
+        threshold=0.35,
+        resolution="letterbox",
+        canvas=416,
+        empty_iou=0.0,
+        strict=True,
+        no_target="mask",
+        targets_only=False,
+        definition=(
+            "As CRIS's engine: probabilities on a 416x416 letterboxed canvas are warped back to "
+            "the original image's size (inverse affine warp, bicubic, zero outside); a pixel "
+            "belongs to the mask where p > 0.35. IoU is 0 where neither mask has a pixel. Pr@X "
+            "counts IoU > X. No no-target head is asked. (CRIS's printed 'IoU' is miou here.)"
+        ),
+    ),
+    Protocol(
+        "gres",
+        threshold=0.5,
+        resolution="stretch",
+        canvas=480,
+        empty_iou=1.0,
+        strict=False,
+        no_target="head",
+        targets_only=True,
+        definition=(
+            "As ReLA's evaluator for gRefCOCO: both masks at 480x480, stretched, the ground truth "
+            "by nearest neighbour; p > 0.5. The no-target head alone decides 'no target'. Nothing "
+            "fits and the head says so: IoU 1, and nothing is added to the unions. Nothing fits "
+            "and a mask is given: IoU 0, its area is added to the union. Something fits but the "
+            "head says 'no target': I = 0, and the union keeps the raw mask. Pr@X counts "
+            "IoU >= X over expressions that refer to something (ReLA prints X = 0.7, 0.8, 0.9)."
+        ),
+    ),
+    Protocol(
+        "lisa",
+        threshold=0.5,
+        resolution="image",
+        canvas=0,
+        empty_iou=1.0,
+        strict=False,
+        no_target="mask",
+        targets_only=False,
+        definition=(
+            "As LISA's validate(): masks at the original image's size, a pixel belongs to the "
+            "mask where its logit > 0. IoU is 1 where neither mask has a pixel. An answer is 'no "
+            "target' where its mask is empty. LISA prints gIoU and cIoU only; Pr@X here counts "
+            "IoU >= X."
+        ),
+    ),
+    Protocol(
+        "phrasecut",
+        threshold=0.5,
+        resolution="image",
+        canvas=0,
+        empty_iou=0.0,
+        strict=True,
+        no_target="mask",
+        targets_only=False,
+        definition=(
+            "As PhraseCut's evaluator: masks at the original image's size, p > 0.5. IoU is 0 "
+            "where neither mask has a pixel. Pr@X counts IoU > X. No no-target head is asked. "
+            "(Its mean_mask_iou is miou, its cum_mask_iou is oiou.)"
+        ),
+    ),
+)
+
+PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in _PROTOCOLS}
+
+
+def get_protocol(name: str | Protocol) -> Protocol:
+    """The protocol of a name; a protocol is given back as it is. Raises UsageError."""
+    if isinstance(name, Protocol):
+        return name
+    if name not in PROTOCOLS:
+        raise UsageError(f"no protocol is named {name!r}", f"choose one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
