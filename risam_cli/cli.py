@@ -10,13 +10,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import click
 
 from risam_cli import __version__
 from risam_cli.commands.options import verbosity_options
 from risam_cli.console import Console, get_console, set_console
-from risam_cli.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, RisamError
+from risam_cli.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, Interrupted, RisamError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("predict", "Masks for images and expressions, in batches."),
@@ -35,6 +36,10 @@ The line stands here, so that ``risam --help`` imports no command.
 """
 
 
+class _PipeBroken(Exception):
+    """A BrokenPipeError on its way to :func:`main`."""
+
+
 class LazyGroup(click.Group):
     """A group that imports a subcommand when it is called, not before."""
 
@@ -50,6 +55,15 @@ class LazyGroup(click.Group):
         command = module.command
         assert isinstance(command, click.Command)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand, past click's own answers to Ctrl-C and to a broken pipe."""
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, click.Abort) as error:
+            raise Interrupted("interrupted") from error
+        except BrokenPipeError as error:
+            raise _PipeBroken from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
@@ -76,6 +90,9 @@ def root() -> None:
     """
 
 
+_main_pid = os.getpid()
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit code; errors are told on stderr in one line.
 
@@ -93,32 +110,37 @@ def main(args: Sequence[str] | None = None) -> int:
         _debug_traceback()
         error.show(file=sys.stderr)
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        _debug_traceback()
-        get_console().error("interrupted")
-        return EXIT_INTERRUPTED
     except RisamError as error:
         _debug_traceback()
         get_console().error(str(error))
         return error.exit_code
+    except (KeyboardInterrupt, click.Abort):  # before or after the command's own time
+        _debug_traceback()
+        get_console().error("interrupted")
+        return EXIT_INTERRUPTED
+    except (_PipeBroken, BrokenPipeError):
+        return _broken_pipe()
+    except OSError as error:
+        _debug_traceback()
+        place = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        get_console().error(f"{place}{error.strerror or error}")
+        return EXIT_ERROR
     except Exception as error:
-        return _unexpected(error)
+        _debug_traceback()
+        again = "" if get_console().tracebacks else "; run again with --debug for the traceback"
+        get_console().error(f"internal error: {type(error).__name__}: {error}{again}")
+        return EXIT_ERROR
     return code if isinstance(code, int) else EXIT_OK
 
 
-def _unexpected(error: Exception) -> int:
-    """Tell an error outside the family in one line; a reader that left is told nothing."""
-    if isinstance(error, BrokenPipeError) and _reader_left():
+def _broken_pipe() -> int:
+    """End without a word where stdout's reader left, as in ``risam predict … | head -1``."""
+    if _reader_left():
         # Python flushes stdout once more at exit; give it somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_ERROR
-    _debug_traceback()
-    if isinstance(error, OSError) and error.strerror:
-        place = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        get_console().error(f"{place}{error.strerror}")
     else:
-        again = "" if get_console().tracebacks else "; run again with --debug for the traceback"
-        get_console().error(f"internal error: {type(error).__name__}: {error}{again}")
+        _debug_traceback()
+        get_console().error("internal error: a pipe to another process broke")
     return EXIT_ERROR
 
 
@@ -128,7 +150,7 @@ def _debug_traceback() -> None:
 
 
 def _reader_left() -> bool:
-    """Whether stdout is a pipe that nobody reads any more, as in ``risam predict … | head -1``."""
+    """Whether stdout is a pipe that nobody reads any more."""
     if not hasattr(select, "poll"):  # Windows
         return True
     try:
@@ -141,4 +163,7 @@ def _reader_left() -> bool:
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
     """Stop as Ctrl-C does: an exception that no ``except Exception`` on the way can swallow."""
+    if os.getpid() != _main_pid:  # a forked loader inherits the handler and is stopped on purpose
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
     raise KeyboardInterrupt

@@ -158,15 +158,15 @@ def threshold_options(function: F) -> F:
 
 def output_option(default: str | None) -> Decorator[F]:
     """``-o/--output DIR``: parameter ``output: Path``. Required where ``default`` is None."""
+    # click takes a default that is named, even None, for a value that need not be given.
+    needed: dict[str, Any] = {"required": True}
     return click.option(
         "-o",
         "--output",
         type=click.Path(path_type=Path, file_okay=False),
         metavar="DIR",
-        default=default,
-        required=default is None,
-        show_default=default is not None,
         help="Folder to write to; created.",
+        **(needed if default is None else {"default": default, "show_default": True}),
     )
 
 

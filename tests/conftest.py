@@ -1,0 +1,103 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+
+# Several test processes share the cores; torch's own threads would only get in each other's way.
+# This must stand before anything imports torch or numpy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+REPO = Path(__file__).resolve().parent.parent
+
+# A loaded machine must not fail a property test for its time.
+settings.register_profile("risam", deadline=None, max_examples=60)
+settings.load_profile("risam")
+
+
+class Cli(Protocol):
+    def __call__(
+        self,
+        *args: str | Path,
+        input: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = 300,
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the checkout."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """The folder of real photos beside the checkout; tests that take it skip where it is absent."""
+    folder = REPO.parent / "shared" / "photos" / "images"
+    if not folder.is_dir():
+        pytest.skip("no folder of photos beside the checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """Run ``python -m risam_cli ARGS`` as a process of its own; its exit code is not checked.
+
+    ``env`` adds to the environment, ``cwd`` defaults to the checkout.
+    """
+
+    def run(
+        *args: str | Path,
+        input: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = 300,
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "risam_cli", *map(str, args)],
+            input="" if input is None else input,
+            capture_output=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": str(REPO), **(env or {})},
+            cwd=cwd or REPO,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def tiny_images(tmp_path: Path) -> Path:
+    """A folder of six small images of several kinds, two of them in a subfolder.
+
+    ``a.png`` 40x30 (width x height) RGB, ``b.jpg`` 64x48, ``c.png`` gray 33x17, ``d.webp`` 20x50,
+    ``sub/a.png`` 25x25 with alpha, ``sub/e.bmp`` 31x47.
+    """
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    kinds = [
+        ("a.png", (30, 40, 3)),
+        ("b.jpg", (48, 64, 3)),
+        ("c.png", (17, 33)),
+        ("d.webp", (50, 20, 3)),
+        ("sub/a.png", (25, 25, 4)),
+        ("sub/e.bmp", (47, 31, 3)),
+    ]
+    for name, shape in kinds:
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / name)
+    return folder
