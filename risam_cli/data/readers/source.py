@@ -7,7 +7,7 @@ of annotations, so memory stays at the annotation file's own size however long t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,11 @@ class SampleSource:
         dataset: its name, such as ``refcoco+``.
         split: its name.
         files: the annotation files that were read.
-        groups: one entry an image, in the annotation's order.
-        counts: what the annotation holds, before ``limited``: images, expressions, refs …
+        groups: one entry an image, in the annotation's order; may be made on access.
+        counts: what the split holds, whatever ``limit`` says: images, expressions, refs …
         notes: what was left out on purpose, each with its number.
+        order: indices of ``groups`` in the order to go through them; None for their own.
+        limit: most expressions to give; the last image is cut short where it would go over.
     """
 
     dataset: str
@@ -72,15 +74,25 @@ class SampleSource:
     groups: Sequence[Group]
     counts: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    order: tuple[int, ...] | None = None
+    limit: int | None = None
 
     def __len__(self) -> int:
+        """Number of images, whatever ``limit`` says."""
         return len(self.groups)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Image ``index`` of the split with all its expressions."""
+        return build_sample(self.groups[index])
 
     def __iter__(self) -> Iterator[Sample]:
         return self.iterate()
 
-    def __getitem__(self, index: int) -> Sample:
-        return build_sample(self.groups[index])
+    @property
+    def planned(self) -> int:
+        """How many expressions an iteration comes to."""
+        whole = self.counts["expressions"]
+        return whole if self.limit is None else min(whole, self.limit)
 
     def iterate(self, on_failure: OnFailure | None = None) -> Iterator[Sample]:
         """Samples in order. An expression that cannot be drawn goes to ``on_failure``, and the
@@ -89,31 +101,31 @@ class SampleSource:
         Raises:
             DataError: an annotation is damaged and no ``on_failure`` was given.
         """
-        for group in self.groups:
+        for group in self.chosen():
             sample = build_sample(group, on_failure)
             if sample.expressions or not group.phrases:
                 yield sample
 
-    def limited(self, limit: int | None = None, shuffle: int | None = None) -> SampleSource:
-        """The same split with its images in the order of a seed and at most ``limit`` expressions.
+    def chosen(self) -> Iterator[Group]:
+        """The groups that an iteration goes through, in order, cut to the limit."""
+        left = self.limit
+        for index in self.order if self.order is not None else range(len(self.groups)):
+            group = self.groups[index]
+            if left is not None:
+                if left <= 0:
+                    return
+                group = replace(group, phrases=group.phrases[:left])
+                left -= len(group.phrases)
+            yield group
 
-        The last image is cut short where it would go over. ``counts`` stay those of the whole.
-        """
-        groups: Iterable[Group] = self.groups
+    def limited(self, limit: int | None = None, shuffle: int | None = None) -> SampleSource:
+        """The same split, its images in the order that the seed ``shuffle`` gives, cut short."""
+        order = self.order
         if shuffle is not None:
-            order = list(range(len(self.groups)))
-            random.Random(shuffle).shuffle(order)
-            groups = (self.groups[i] for i in order)
-        if limit is None:
-            return replace(self, groups=tuple(groups))
-        kept: list[Group] = []
-        left = limit
-        for group in groups:
-            if left <= 0:
-                break
-            kept.append(replace(group, phrases=group.phrases[:left]))
-            left -= len(group.phrases)
-        return replace(self, groups=tuple(kept))
+            mixed = list(range(len(self.groups)))
+            random.Random(shuffle).shuffle(mixed)
+            order = tuple(mixed)
+        return replace(self, limit=limit, order=order)
 
 
 def make_source(
@@ -133,15 +145,24 @@ def make_source(
     seen: dict[str, int] = {}
     unique = [_number_doubles(group, seen) for group in groups]
     doubled = sum(seen.values())
+    referents = [_referents(phrase) for group in unique for phrase in group.phrases]
     total = {
         "images": len(unique),
-        "expressions": sum(len(g.phrases) for g in unique),
-        "no_target": sum(p.parts == () for g in unique for p in g.phrases),
-        "multi_target": sum(len(p.parts or ()) > 1 for g in unique for p in g.phrases),
+        "expressions": len(referents),
+        "no_target": referents.count(0),
+        "single_target": referents.count(1),
+        "multi_target": sum(number > 1 for number in referents),
     }
     if doubled:
         notes = [*notes, f"{doubled} expressions shared an id with an earlier one (now id#k)"]
     return SampleSource(dataset, split, files, unique, {**(counts or {}), **total}, tuple(notes))
+
+
+def _referents(phrase: Phrase) -> int:
+    """How many objects it refers to; -1 where that is unknown."""
+    if phrase.parts is None:
+        return -1
+    return int(phrase.attributes.get("referents", len(phrase.parts)))
 
 
 def _number_doubles(group: Group, seen: dict[str, int]) -> Group:

@@ -1,0 +1,162 @@
+"""PhraseCut: ``refer_<split>.json`` with polygons, and the list of images of Visual Genome."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from risam_cli import masks
+from risam_cli.data.readers.jsonstream import iter_json
+from risam_cli.data.readers.layout import find_file, find_folder, find_images, missing
+from risam_cli.data.readers.source import Group, Phrase, SampleSource, make_source
+from risam_cli.errors import DataError
+from risam_cli.types import Rle, Sample
+
+SPLITS = ("train", "val", "test", "miniv")
+_IMAGE_LISTS = ("image_data_split3000.json", "image_data_split.json")
+_FOLDERS = ("phrasecut", "PhraseCut", "VGPhraseCut_v0", "data/VGPhraseCut_v0")
+
+
+def read_phrasecut(root: Path, split: str, *, image_root: Path | None = None) -> Iterator[Sample]:
+    """The samples of one split of PhraseCut, one an image.
+
+    Args:
+        root: the folder that holds ``phrasecut/`` or ``VGPhraseCut_v0/``, or that folder itself.
+        split: ``train``, ``val`` (without the images of ``miniv``), ``test`` or ``miniv``.
+        image_root: the folder of ``<image_id>.jpg``; by default ``images`` near ``root``.
+
+    Raises:
+        DataError: files are missing or damaged, or the split does not exist.
+    """
+    return open_phrasecut(root, split, image_root=image_root).iterate()
+
+
+def open_phrasecut(
+    root: Path, split: str, *, image_root: Path | None = None, name: str = "phrasecut"
+) -> SampleSource:
+    """The index of one split. Arguments and errors as :func:`read_phrasecut`."""
+    folder = find_folder(root, _FOLDERS, [f"refer_{s}.json" for s in SPLITS])
+    task_file = folder / f"refer_{split}.json"
+    if not task_file.is_file():
+        have = [s for s in SPLITS if (folder / f"refer_{s}.json").is_file()]
+        if split not in SPLITS:
+            raise DataError(f"phrasecut has no split {split!r}", f"its splits: {', '.join(have)}")
+        raise missing([task_file], f"the phrases of {split}")
+    image_file = find_file(folder, _IMAGE_LISTS, "the image sizes")
+    images = _images(image_file)
+    by_image, left_out = _tasks(task_file, split, images)
+    if not by_image:
+        raise DataError(f"{task_file} holds no phrase of the split {split!r}")
+    first = f"{next(iter(by_image))}.jpg"
+    if image_root is None:
+        places = (folder / "images", root / "images", folder.parent / "images", folder)
+        image_root = find_images(places, first) or folder / "images"
+    groups = []
+    for image_id, tasks in by_image.items():
+        polygons = {str(task["task_id"]): task["Polygons"] for task in tasks}
+        size = images[image_id][0]
+        draw = partial(_draw, polygons=polygons, size=size, where=str(task_file))
+        phrases = tuple(_phrase(task) for task in tasks)
+        file_name = f"{image_id}.jpg"
+        groups.append(Group(file_name, image_root / file_name, size, phrases, draw))
+    notes = [f"{n} phrases of {s} images were left out" for s, n in left_out.items() if n]
+    return make_source(name, split, (task_file, image_file), groups, notes=notes)
+
+
+def _images(path: Path) -> dict[int, tuple[tuple[int, int], str]]:
+    """Size (H, W) and split of every image."""
+    images = {}
+    for _, record in iter_json(path):
+        try:
+            size = (int(record["height"]), int(record["width"]))
+            images[int(record["image_id"])] = (size, str(record.get("split", "")))
+        except (TypeError, KeyError, ValueError):
+            raise DataError(
+                f"{path}: an image lacks image_id, height or width: {str(record)[:80]}"
+            ) from None
+    return images
+
+
+def _tasks(
+    path: Path, split: str, images: dict[int, tuple[tuple[int, int], str]]
+) -> tuple[dict[int, list[dict[str, Any]]], Counter[str]]:
+    """The split's tasks by image, in the file's order, and how many of other splits it holds.
+
+    ``refer_val.json`` may hold the phrases of ``miniv``; the image list tells them apart.
+    """
+    by_image: dict[int, list[dict[str, Any]]] = {}
+    left_out: Counter[str] = Counter()
+    for number, (_, task) in enumerate(iter_json(path)):
+        where = f"{path}: task {number}"
+        if not isinstance(task, dict):
+            raise DataError(f"{where} is no object: {str(task)[:80]}")
+        for key in ("task_id", "image_id", "phrase", "Polygons"):
+            if key not in task:
+                raise DataError(f"{where} has no {key}")
+        if task["image_id"] not in images:
+            raise DataError(
+                f"{where}: image {task['image_id']!r} is not in the image list",
+                "take both files from one release",
+            )
+        if not isinstance(task["phrase"], str) or not isinstance(task["Polygons"], list):
+            raise DataError(f"{where} is malformed: {str(task)[:80]}")
+        own = images[task["image_id"]][1]
+        if own and own != split:
+            left_out[own] += 1
+            continue
+        by_image.setdefault(task["image_id"], []).append(task)
+    return by_image, left_out
+
+
+def _phrase(task: dict[str, Any]) -> Phrase:
+    attributes: dict[str, Any] = {
+        "image_id": task["image_id"],
+        "referents": len(task["Polygons"]),
+    }
+    structure = task.get("phrase_structure")
+    if isinstance(structure, dict):
+        if structure.get("name"):
+            attributes["category"] = str(structure["name"])
+        if structure.get("type"):
+            attributes["phrase_type"] = structure["type"]
+    task_id = str(task["task_id"])
+    return Phrase(task_id, task["phrase"], (task_id,), attributes)
+
+
+def _draw(task_id: str, *, polygons: dict[str, Any], size: tuple[int, int], where: str) -> Rle:
+    """Union of a task's polygons, drawn as PhraseCut's ``polygons_to_mask`` does."""
+    rings = []
+    for instance in polygons[task_id]:
+        for polygon in instance if isinstance(instance, list) else [None]:
+            rings.append(_points(polygon, f"{where}: task {task_id}"))
+    return masks.encode(draw_polygons(rings, size))
+
+
+def draw_polygons(rings: list[list[tuple[int, int]]], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Mask (H, W): each ring filled with its outline; rings of fewer than two points are left out.
+
+    Each ring goes onto one canvas, which gives the union that summing single masks gives.
+    """
+    canvas = Image.new("L", (size[1], size[0]), 0)
+    pen = ImageDraw.Draw(canvas)
+    for ring in rings:
+        if len(ring) >= 2:
+            pen.polygon(ring, fill=1, outline=1)
+    return np.asarray(canvas, np.uint8).astype(np.bool_)
+
+
+def _points(polygon: Any, where: str) -> list[tuple[int, int]]:
+    try:
+        points = [(int(x), int(y)) for x, y in polygon]
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"{where}: a polygon is no list of points: {str(polygon)[:60]}") from None
+    if any(abs(value) > 1 << 24 for point in points for value in point):
+        raise DataError(f"{where}: a polygon's coordinates are out of range")
+    return points

@@ -1,0 +1,184 @@
+"""Slices: by what an expression says and what it asks for. All bins and words are ours.
+
+Relation phrases are taken out before place words are looked for: "left of the car" relates,
+"the left car" places.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from risam_cli.metrics.words import ATTRIBUTE_WORDS, PLACE_WORDS, RELATION_WORDS
+
+
+def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest_first))})(?![\w-])", re.I)
+
+
+_RELATION, _PLACE, _ATTRIBUTE = map(_pattern, (RELATION_WORDS, PLACE_WORDS, ATTRIBUTE_WORDS))
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What slices look at.
+
+    Attributes:
+        share: area of the ground truth over the image's, 0..1.
+        attributes: of the expression, see :class:`risam_cli.types.Expression`.
+    """
+
+    text: str
+    share: float
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One way to part the expressions.
+
+    Attributes:
+        levels: labels; a level number counts them from 0.
+        level: gives an expression's level number, or -1 where the slice does not apply.
+        definition: how it is decided, in words.
+    """
+
+    name: str
+    title: str
+    levels: tuple[str, ...]
+    level: Callable[[Facts], int]
+    definition: str
+
+
+def _length(facts: Facts) -> int:
+    words = len(facts.text.split())
+    return 0 if words <= 2 else 1 if words <= 4 else 2 if words <= 7 else 3 if words <= 11 else 4
+
+
+def _place(facts: Facts) -> int:
+    return int(_PLACE.search(_RELATION.sub(" ", facts.text)) is not None)
+
+
+def _relation(facts: Facts) -> int:
+    return int(_RELATION.search(facts.text) is not None)
+
+
+def _attribute(facts: Facts) -> int:
+    return int(_ATTRIBUTE.search(facts.text) is not None)
+
+
+def _referents(facts: Facts) -> int:
+    number = facts.attributes.get("referents")
+    return -1 if number is None else min(int(number), 4)
+
+
+def _size(facts: Facts) -> int:
+    if facts.share <= 0:
+        return -1
+    return sum(facts.share >= edge for edge in (0.01, 0.05, 0.20))
+
+
+def _distractors(facts: Facts) -> int:
+    number = facts.attributes.get("distractors")
+    return (
+        -1
+        if number is None
+        else 0
+        if number == 0
+        else 1
+        if number == 1
+        else 2
+        if number <= 3
+        else 3
+    )
+
+
+SLICES: tuple[Slice, ...] = (
+    Slice(
+        "length",
+        "Expression length",
+        ("1–2 words", "3–4 words", "5–7 words", "8–11 words", "12 words or more"),
+        _length,
+        "Words are what white space parts.",
+    ),
+    Slice(
+        "place",
+        "Place words",
+        ("without", "with"),
+        _place,
+        f"One of: {', '.join(PLACE_WORDS)}; after relation words were taken out.",
+    ),
+    Slice(
+        "relation",
+        "Relation words",
+        ("without", "with"),
+        _relation,
+        f"One of: {', '.join(RELATION_WORDS)}.",
+    ),
+    Slice(
+        "attribute",
+        "Attribute words",
+        ("without", "with"),
+        _attribute,
+        f"One of: {', '.join(ATTRIBUTE_WORDS)}.",
+    ),
+    Slice(
+        "referents",
+        "Number of referents",
+        ("none", "one", "two", "three", "four or more"),
+        _referents,
+        "Objects that the expression refers to, by the annotation.",
+    ),
+    Slice(
+        "size",
+        "Size of the target",
+        ("under 1 %", "1–5 %", "5–20 %", "20 % or more"),
+        _size,
+        "Share of the image's pixels; expressions without a target are in none.",
+    ),
+    Slice(
+        "distractors",
+        "Other objects of the same category",
+        ("none", "one", "two or three", "four or more"),
+        _distractors,
+        "Objects of the referents' category in the image that are not meant, crowds left out.",
+    ),
+)
+CATEGORY = "category"
+
+
+class Slicer:
+    """Level numbers of expressions; categories are numbered as they come."""
+
+    def __init__(self) -> None:
+        self._categories: dict[str, int] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all slices, the category's last."""
+        return (*(s.name for s in SLICES), CATEGORY)
+
+    def levels(self, facts: Facts) -> dict[str, int]:
+        """The level in each slice, -1 where a slice does not apply."""
+        levels = {s.name: s.level(facts) for s in SLICES}
+        category = facts.attributes.get("category")
+        levels[CATEGORY] = (
+            -1
+            if category is None
+            else self._categories.setdefault(str(category), len(self._categories))
+        )
+        return levels
+
+    def slices(self) -> tuple[Slice, ...]:
+        """The slices as they stand, with the categories seen as levels of the last."""
+        category = Slice(
+            CATEGORY,
+            "Category",
+            tuple(self._categories),
+            lambda facts: self._categories.get(str(facts.attributes.get("category")), -1),
+            "The referents' category where all share one, by the annotation.",
+        )
+        return (*SLICES, category)

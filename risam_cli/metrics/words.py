@@ -1,0 +1,32 @@
+"""The words that slices look for. The lists are ours; a report prints them in full."""
+
+from __future__ import annotations
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split("|"))
+
+
+RELATION_WORDS = _words(
+    "to the left of|to the right of|on the left of|on the right of|left of|right of|next to|"
+    "in front of|on top of|on the back of|at the back of|at the top of|at the bottom of|close to|"
+    "closest to|nearest to|nearest|closest|near|beside|besides|behind|between|among|above|below|"
+    "beneath|under|underneath|over|against|across|around|inside|outside|holding|wearing|riding|"
+    "facing|touching|carrying|looking at|talking to|sitting on|sitting in|standing on|standing in|"
+    "lying on|leaning on|attached to|belonging to|surrounded by|covered by|with"
+)
+PLACE_WORDS = _words(
+    "left|right|top|bottom|upper|lower|middle|center|centre|central|leftmost|rightmost|topmost|"
+    "bottommost|left-most|right-most|far|front|back|foreground|background|corner|edge|side|"
+    "first|second|third|fourth|last|end|lefty|righty"
+)
+ATTRIBUTE_WORDS = _words(
+    "red|green|blue|yellow|purple|orange|cyan|pink|brown|gray|grey|white|black|tan|beige|gold|"
+    "golden|silver|maroon|teal|violet|turquoise|dark|light|bright|colorful|colored|"
+    "small|smaller|smallest|large|larger|largest|big|bigger|biggest|tiny|huge|little|tall|taller|"
+    "tallest|short|shorter|shortest|long|longer|longest|wide|narrow|thin|thick|fat|skinny|"
+    "round|square|circular|rectangular|triangular|striped|stripes|plaid|checkered|dotted|spotted|"
+    "plain|wooden|metal|metallic|plastic|glass|leather|brick|stone|furry|fuzzy|shiny|old|young|"
+    "older|younger|new|empty|full|open|closed|broken|wet|dry|blond|blonde|bald|bearded|"
+    "blurry|clear|bare|dirty|clean"
+)
