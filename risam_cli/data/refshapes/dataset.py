@@ -1,0 +1,143 @@
+"""RefShapes as a sequence of scenes, each a pure function of seed, family, split and number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from risam_cli.data.refshapes.render import paint
+from risam_cli.data.refshapes.scene import Dice, Layout, SceneObject, draw_kinds, draw_layout
+from risam_cli.errors import UsageError
+
+FAMILIES: tuple[str, ...] = ("refshapes", "refshapes+", "refshapesg", "grefshapes")
+SPLIT_SCENES: dict[str, int] = {"train": 40000, "val": 500, "testA": 500, "testB": 500}
+"""Splits and their numbers of scenes where none is asked for."""
+
+_VERSION = 1  # part of every seed: raise it when the same seed would draw something else
+_MIN_OBJECTS, _MAX_OBJECTS = 3, 9
+
+
+@dataclass(frozen=True, slots=True)
+class Referring:
+    """An expression and what it refers to.
+
+    Attributes:
+        text: lower-case words of ``VOCABULARY``, one space between two.
+        objects: indices into the scene's objects, ascending; empty where nothing fits.
+        kind: "attribute", "place", "relation", with "+" joined in this order; how it refers.
+    """
+
+    text: str
+    objects: tuple[int, ...]
+    kind: str = "attribute"
+
+
+@dataclass(frozen=True, slots=True)
+class SceneItem:
+    """One scene.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        instances: (H, W) uint8; 0 background, k + 1 the visible pixels of ``objects[k]``.
+        objects: from back to front.
+        expressions: all different; empty where not asked for.
+        family: whose expressions these are (for "mixed": the one that was drawn).
+    """
+
+    image: NDArray[np.uint8]
+    instances: NDArray[np.uint8]
+    objects: tuple[SceneObject, ...]
+    expressions: tuple[Referring, ...]
+    family: str
+
+    def mask(self, referring: Referring) -> NDArray[np.bool_]:
+        """Visible pixels of what an expression refers to, (H, W); all False where nothing fits."""
+        chosen = np.zeros(256, bool)
+        chosen[[number + 1 for number in referring.objects]] = True
+        return np.asarray(chosen[self.instances], bool)
+
+
+class RefShapes:
+    """A split of a family of RefShapes.
+
+    Args:
+        family: one of ``FAMILIES``, or "mixed", which draws one of them for every scene.
+        split: "train", "val", "testA" (6 to 9 objects) or "testB" (every scene with a shape in a
+            colour that no other split shows it in).
+        scenes: length; None for the split's own. Scene i does not depend on it.
+        expressions_per_scene: expressions of every scene.
+        size: height and width in pixels, at least 128.
+        seed: another one gives other scenes.
+
+    Raises:
+        UsageError: an unknown family or split, or a number out of its range.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        split: str,
+        scenes: int | None = None,
+        expressions_per_scene: int = 6,
+        size: int = 256,
+        seed: int = 0,
+    ) -> None:
+        if family not in (*FAMILIES, "mixed"):
+            raise UsageError(
+                f"unknown RefShapes family {family!r}", f"take one of {', '.join(FAMILIES)}, mixed"
+            )
+        if split not in SPLIT_SCENES:
+            raise UsageError(
+                f"unknown RefShapes split {split!r}", f"take one of {', '.join(SPLIT_SCENES)}"
+            )
+        for name, value, least in (
+            ("scenes", scenes, 1),
+            ("expressions_per_scene", expressions_per_scene, 1),
+            ("size", size, 128),
+            ("seed", seed, 0),
+        ):
+            if value is not None and value < least:
+                raise UsageError(f"{name} is {value}", f"take at least {least}")
+        self.family = family
+        self.split = split
+        self.scenes = SPLIT_SCENES[split] if scenes is None else scenes
+        self.expressions_per_scene = expressions_per_scene
+        self.size = size
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.scenes
+
+    def __getitem__(self, index: int) -> SceneItem:
+        """Scene ``index`` with its expressions."""
+        return self.scene(index, with_expressions=True)
+
+    def scene(self, index: int, with_expressions: bool = False) -> SceneItem:
+        """Scene ``index``; without expressions it costs less.
+
+        Raises:
+            IndexError: outside 0..len-1.
+        """
+        if not 0 <= index < self.scenes:
+            raise IndexError(f"scene {index} of {self.scenes}")
+        key = f"refshapes/{_VERSION}/{self.seed}/{self.family}/{self.split}/{index}"
+        family = self.family
+        if family == "mixed":
+            family = Dice(f"{key}/family").pick(FAMILIES)
+        layout = self._layout(key)
+        image = paint(Dice(f"{key}/paint"), layout)
+        return SceneItem(image, layout.instances, layout.objects, (), family)
+
+    def _layout(self, key: str) -> Layout:
+        attempt = 0
+        while True:
+            dice = Dice(f"{key}/{attempt}")
+            fewest = 6 if self.split == "testA" else _MIN_OBJECTS
+            count = fewest + dice.below(_MAX_OBJECTS - fewest + 1)
+            kinds = draw_kinds(dice, count, held_out=self.split == "testB")
+            layout = draw_layout(dice, kinds, self.size)
+            if layout is not None:
+                return layout
+            attempt += 1
