@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -78,6 +78,53 @@ def cli() -> Cli:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of the whole network at a very small size, with random weights; read-only.
+
+    Its input is 64x64 pixels; seeded, so that every test process makes the same one.
+    """
+    import torch
+
+    from risam_cli.build import build_model, new_text_parts
+    from risam_cli.checkpoints import write_model_folder
+    from risam_cli.config import ModelSettings, check
+
+    small: dict[str, Any] = {
+        "preset": "tiny",
+        "image_encoder": {
+            "image_size": 64,
+            "dim": 48,
+            "depth": 3,
+            "heads": 3,
+            "out_dim": 32,
+            "window": 2,
+            "global_blocks": [2],
+            "taps": [0, 1, 2],
+            "stem": [8, 16, 24],
+        },
+        "text_encoder": {"vocabulary": "refshapes", "hidden": 32, "layers": 1, "heads": 2},
+        "fusion": {"dim": 32, "heads": 2, "blocks": 1, "ffn_dim": 48},
+        "decoder": {"heads": 2, "layers": 1, "ffn_dim": 48, "mask_dim": 8},
+    }
+    settings = check(ModelSettings, small, "the fixture model_folder")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text = new_text_parts(settings.text_encoder)
+        model = build_model(settings, text)
+    folder = tmp_path_factory.mktemp("models") / "small"
+    write_model_folder(
+        folder,
+        model.state_dict(),
+        settings.model_dump(),
+        text.config.to_dict(),
+        text.tokenizer.to_json(),
+        {"name": "small", "figures": {"miou": 0.125}},
+        "A model with random weights, for tests.\n",
+    )
+    return folder
 
 
 @pytest.fixture

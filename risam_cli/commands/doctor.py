@@ -1,0 +1,284 @@
+"""``risam doctor``: what this machine can do, and what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from risam_cli import __version__
+from risam_cli.commands.options import (
+    device_options,
+    json_option,
+    model_option,
+    verbosity_options,
+)
+from risam_cli.console import sanitize
+from risam_cli.errors import EXIT_ERROR, EXIT_OK, RisamError
+
+if TYPE_CHECKING:
+    import torch
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "opencv-python-headless",
+    "pillow",
+    "pycocotools",
+    "pydantic",
+    "pyyaml",
+    "click",
+    "rich",
+    "jinja2",
+    "tensorboard",
+)
+"""The package's dependencies, those that predict needs most first."""
+
+# Pillow's feature -> what it reads, and whether predict is of little use without it.
+DECODERS = {
+    "jpg": ("JPEG", True),
+    "zlib": ("PNG", True),
+    "webp": ("WebP", False),
+    "libtiff": ("compressed TIFF", False),
+    "jpg_2000": ("JPEG 2000", False),
+}
+SIDE = 256  # pixels of the timed image
+EXPRESSIONS = (
+    "the red circle",
+    "the leftmost square",
+    "the large star above the blue ring",
+    "all the green triangles",
+)
+REPEATS = 5
+
+Facts = dict[str, Any]
+
+
+@click.command("doctor")
+@model_option
+@device_options
+@json_option
+@verbosity_options
+def command(model: str | None, device: str, precision: str, as_json: bool) -> int:
+    """Show what this machine can do, and what is missing.
+
+    Prints versions, the device and the precision that would be chosen and why, cores, memory,
+    image formats, and the time of a forward pass: one 256x256 image with 4 expressions, the median
+    of 5. Exit code 0 where `risam predict` can run, else 1 with a fix for each problem.
+    """
+    problems: list[dict[str, str]] = []
+
+    def problem(what: str, fix: str) -> None:
+        problems.append({"problem": what, "fix": fix})
+
+    facts: Facts = {
+        "risam": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": _cores(),
+        "memory_gib": _memory_gib(),
+        "libraries": _libraries(problem),
+        "image_formats": _image_formats(problem),
+    }
+    try:
+        facts.update(_network(model, device, precision))
+    except RisamError as error:
+        problem(error.message, error.fix)
+    except ImportError as error:
+        problem(f"cannot import {error.name or 'a library'}: {error}", "install risam anew")
+    facts["problems"] = problems
+    facts["ok"] = not problems
+    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _report(facts))
+    return EXIT_ERROR if problems else EXIT_OK
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory_gib() -> float | None:
+    """Memory that this process may use: the machine's, or the container's limit if that is less."""
+    try:
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # no such control group, or "max"
+            continue
+    return round(min(limits) / 2**30, 1)
+
+
+def _libraries(problem: Callable[[str, str], None]) -> dict[str, str | None]:
+    versions: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+            problem(f"{name} is not installed", f"pip install {name}")
+    return versions
+
+
+def _image_formats(problem: Callable[[str, str], None]) -> dict[str, bool]:
+    try:
+        from PIL import features
+    except ImportError:  # told with the libraries
+        return {}
+    has = {}
+    for feature, (kind, needed) in DECODERS.items():
+        has[kind] = bool(features.check(feature))
+        if needed and not has[kind]:
+            problem(f"Pillow was built without {kind}", "pip install --force-reinstall pillow")
+    return has
+
+
+def _network(source: str | None, device_name: str, precision: str) -> Facts:
+    """Device, precision, model and a timed forward pass."""
+    import torch
+
+    from risam_cli.build import load_model
+    from risam_cli.engine.device import choose_device, choose_precision, describe_device
+
+    device = choose_device(device_name)
+    dtype = choose_precision(precision, device)
+    loaded = load_model(source, device=device)
+    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        seconds = _timed_forward(loaded, device)
+    return {
+        "device": {
+            "chosen": str(device),
+            "name": describe_device(device),
+            "why": _why_device(device_name, device),
+        },
+        "precision": {
+            "chosen": str(dtype).removeprefix("torch."),
+            "why": _why_precision(precision, device),
+        },
+        "torch_threads": torch.get_num_threads(),
+        "model": {
+            "name": loaded.name,
+            "hash": loaded.hash,
+            "parameters": sum(p.numel() for p in loaded.model.parameters()),
+            "image_size": loaded.image_size,
+        },
+        "forward": {
+            "image": [SIDE, SIDE],
+            "expressions": len(EXPRESSIONS),
+            "repeats": REPEATS,
+            "seconds": {part: round(value, 5) for part, value in seconds.items()},
+        },
+    }
+
+
+def _timed_forward(loaded: Any, device: torch.device) -> dict[str, float]:
+    """Median seconds of each part, after one pass that is not counted."""
+    import numpy as np
+    import torch
+
+    from risam_cli.transforms import resize_for_encoder, to_pixels
+
+    rgb = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    pixels = to_pixels([resize_for_encoder(rgb, loaded.image_size)], loaded.image_size, device)
+    tokens = loaded.tokenizer.encode(list(EXPRESSIONS))
+    ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
+    index = torch.zeros(len(EXPRESSIONS), dtype=torch.long, device=device)
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+    rounds: list[tuple[float, float, float]] = []
+    for _ in range(REPEATS + 1):
+        start = now()
+        image = loaded.model.encode_image(pixels)
+        encoded = now()
+        text = loaded.model.encode_text(ids, mask)
+        read = now()
+        loaded.model.decode(image, text, index)
+        rounds.append((encoded - start, read - encoded, now() - read))
+    rounds = rounds[1:]
+    medians = {
+        part: statistics.median(times)
+        for part, times in zip(("image", "text", "decode"), zip(*rounds, strict=True), strict=True)
+    }
+    return {"total": statistics.median(map(sum, rounds)), **medians}
+
+
+def _why_device(asked: str, device: torch.device) -> str:
+    import torch
+
+    if asked != "auto":
+        return "asked for"
+    if device.type == "cuda":
+        return "a CUDA GPU is there"
+    if device.type == "mps":
+        return "no CUDA GPU, but Apple's MPS is there"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this build of torch knows no GPU, and there is no MPS"
+    return "torch finds no GPU, and there is no MPS"
+
+
+def _why_precision(asked: str, device: torch.device) -> str:
+    if asked != "auto":
+        return "asked for"
+    if device.type == "cpu":
+        return "on a CPU the masks must not depend on the machine"
+    return "bfloat16 where the device computes it natively, else float32"
+
+
+def _report(facts: Facts) -> str:
+    """The facts as text, one a line."""
+    memory = facts["memory_gib"]
+    lines = [
+        ("risam", f"{facts['risam']} on Python {facts['python']} ({sys.executable})"),
+        ("machine", facts["platform"]),
+        ("cores", str(facts["cores"])),
+        ("memory", "unknown" if memory is None else f"{memory} GiB"),
+    ]
+    for title in ("device", "precision"):
+        if title in facts:
+            chosen = facts[title].get("name", facts[title]["chosen"])
+            lines.append((title, f"{chosen}: {facts[title]['why']}"))
+    if "forward" in facts:
+        model, seconds = facts["model"], facts["forward"]["seconds"]
+        parts = ", ".join(f"{k} {v * 1e3:.1f} ms" for k, v in seconds.items() if k != "total")
+        lines += [
+            ("torch threads", str(facts["torch_threads"])),
+            ("model", f"{model['name']}, {model['parameters']:,} parameters, {model['hash'][:12]}"),
+            (
+                "forward pass",
+                f"{seconds['total'] * 1e3:.1f} ms for one {SIDE}x{SIDE} image and "
+                f"{len(EXPRESSIONS)} expressions ({parts})",
+            ),
+        ]
+    formats = facts["image_formats"]
+    lines.append(("image formats", ", ".join(kind for kind, has in formats.items() if has)))
+    missing = [kind for kind, has in formats.items() if not has]
+    if missing:
+        lines.append(("cannot read", ", ".join(missing)))
+    lines += [(name, version or "missing") for name, version in facts["libraries"].items()]
+    text = "\n".join(f"{name:<23} {sanitize(value)}" for name, value in lines)
+    for entry in facts["problems"]:
+        text += f"\nproblem: {sanitize(entry['problem'])}"
+        text += f"\n    fix: {sanitize(entry['fix'])}" if entry["fix"] else ""
+    return text + ("\npredict can run" if facts["ok"] else "\npredict cannot run")

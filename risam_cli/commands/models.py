@@ -1,0 +1,185 @@
+"""``risam models``: list, inspect and verify model folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from risam_cli.commands.options import json_option, verbosity_options
+from risam_cli.console import get_console, sanitize
+from risam_cli.errors import EXIT_ERROR, EXIT_OK, EXIT_SOME_FAILED, ModelError, RisamError, UsageError
+
+Row = dict[str, Any]
+
+
+@click.group("models")
+@verbosity_options
+def command() -> None:
+    """List, inspect and verify model folders.
+
+    A model folder is what `risam train` writes and what --model takes: its settings, its weights,
+    its tokenizer and a card that says how it was made. Nothing in it is ever executed.
+    """
+
+
+@command.command("list")
+@click.option(
+    "--dir",
+    "folders",
+    metavar="DIR",
+    multiple=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Also the model folders below DIR; may be given several times.",
+)
+@json_option
+@verbosity_options
+def list_models(folders: tuple[Path, ...], as_json: bool) -> int:
+    """List the bundled models and those below each --dir.
+
+    A folder that looks like a model but cannot be read is listed with the reason (exit code 3).
+    """
+    from risam_cli import checkpoints
+
+    found = [(name, checkpoints.BUNDLED / name) for name in checkpoints.bundled_models()]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UsageError(f"--dir {folder}: no such folder")
+        found += [(str(path), path) for path in _below(folder)]
+    rows = [_row(name, path) for name, path in found]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+    elif rows:
+        click.echo(_table(("model", "parameters", "size", "hash"), [_cells(row) for row in rows]))
+    else:
+        get_console().warn("no models found; name a folder of models by --dir")
+    return EXIT_SOME_FAILED if any(row["problem"] for row in rows) else EXIT_OK
+
+
+@command.command("inspect")
+@click.argument("model", metavar="[NAME|PATH]", required=False)
+@click.option("--tensors", is_flag=True, help="List every tensor with its type and shape.")
+@json_option
+@verbosity_options
+def inspect(model: str | None, tensors: bool, as_json: bool) -> None:
+    """Show what a model folder holds: card, settings, parameters by part.
+
+    Reads headers only, so it is quick for models of any size. Without an argument: the bundled
+    model.
+    """
+    from risam_cli import checkpoints
+
+    folder = checkpoints.find_model(model)
+    facts = checkpoints.inspect_model_folder(folder)
+    if tensors:
+        facts["tensors"] = _tensors(folder / checkpoints.WEIGHTS_FILE)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    import yaml
+
+    click.echo(f"path        {sanitize(facts['path'])}")
+    click.echo(f"hash        {facts['hash']}")
+    click.echo(f"size        {_size(facts['bytes'])}")
+    click.echo(f"parameters  {facts['parameters']:,}")
+    for part, count in facts["parameters_by_part"].items():
+        click.echo(f"  {sanitize(part):<28} {count:>14,}")
+    for title in ("settings", "card"):
+        if facts[title]:
+            # Through JSON, because YAML writes only plain types.
+            plain = json.loads(json.dumps(facts[title], default=str))
+            text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=96)
+            click.echo(f"\n{title}\n" + sanitize(_indented(text), keep_newlines=True))
+    if tensors:
+        rows = [(t["name"], t["dtype"], "x".join(map(str, t["shape"]))) for t in facts["tensors"]]
+        click.echo("\n" + _table(("tensor", "type", "shape"), rows))
+
+
+@command.command("verify")
+@click.argument("model", metavar="[NAME|PATH]", required=False)
+@json_option
+@verbosity_options
+def verify(model: str | None, as_json: bool) -> int:
+    """Check a model folder: every file, every tensor, and that they fit each other.
+
+    The weights are loaded just as `risam predict` loads them, and looked through for values that
+    are not finite. Exit code 1 where anything is wrong, with one line for each problem.
+    """
+    from risam_cli import checkpoints
+
+    folder = checkpoints.find_model(model)
+    try:
+        problems = checkpoints.verify_model_folder(folder)
+    except RisamError as error:  # such as settings that are out of range
+        problems = [str(error)]
+    digest = None if problems else checkpoints.hash_folder(folder)
+    if as_json:
+        facts = {"path": str(folder), "ok": not problems, "hash": digest, "problems": problems}
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    elif not problems:
+        click.echo(f"ok  {sanitize(str(folder))}  {digest}")
+    for problem in problems:
+        get_console().error(problem)
+    return EXIT_ERROR if problems else EXIT_OK
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Folders at or below ``folder`` that hold a model's settings and weights, by name."""
+    from risam_cli import checkpoints
+
+    for path in sorted(folder.rglob(checkpoints.WEIGHTS_FILE)):
+        if (path.parent / checkpoints.CONFIG_FILE).is_file():
+            yield path.parent
+
+
+def _row(name: str, path: Path) -> Row:
+    from risam_cli import checkpoints
+
+    row: Row = {"name": name, "path": str(path), "problem": None}
+    try:
+        facts = checkpoints.inspect_model_folder(path)
+    except ModelError as error:
+        return {**row, "problem": str(error)}
+    return {**row, **{key: facts[key] for key in ("hash", "bytes", "parameters")}}
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    if row["problem"]:
+        return (row["name"], row["problem"])
+    return (row["name"], f"{row['parameters']:,}", _size(row["bytes"]), row["hash"][:12])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned by spaces; a row may be shorter than the head, its last cell then runs on."""
+    safe = [[sanitize(cell) for cell in row] for row in rows]
+    full = [head, *(row for row in safe if len(row) == len(head))]
+    widths = [max(len(row[k]) for row in full) for k in range(len(head))]
+    if safe:
+        widths[0] = max(widths[0], *(len(row[0]) for row in safe))
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
+        for row in [head, *safe]
+    )
+
+
+def _tensors(weights: Path) -> list[dict[str, Any]]:
+    from safetensors import safe_open
+
+    with safe_open(weights, framework="numpy") as file:
+        names = sorted(file.keys())
+        slices = [file.get_slice(name) for name in names]
+    return [
+        {"name": name, "dtype": part.get_dtype(), "shape": list(part.get_shape())}
+        for name, part in zip(names, slices, strict=True)
+    ]
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.rstrip().splitlines())
