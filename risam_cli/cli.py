@@ -80,7 +80,7 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="risam")
 @verbosity_options
 def root() -> None:
-    r"""Referring image segmentation: from images and phrases to masks.
+    """Referring image segmentation: from images and phrases to masks.
 
     Data goes to stdout, messages and progress go to stderr.
 

@@ -49,6 +49,8 @@ def register(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
 def test_help_lists_every_command(cli: Cli) -> None:
     shown = cli("--help")
     assert shown.returncode == 0
+    assert "3 finished, but some items failed" in shown.stdout
+    assert "\\b" not in shown.stdout
     for name, (_, line) in COMMANDS.items():
         assert re.search(rf"^  {name} +{re.escape(line)}$", shown.stdout, re.MULTILINE)
 

@@ -43,8 +43,10 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 @pytest.mark.parametrize("path", ALL, ids=_name)
 def test_a_module_says_what_it_is_for_and_postpones_annotations(path: Path) -> None:
     tree = _tree(path)
+    if not tree.body:  # an empty __init__.py
+        return
     assert ast.get_docstring(tree), "no docstring"
-    assert any(
+    assert path.name == "__init__.py" or any(
         isinstance(node, ast.ImportFrom)
         and node.module == "__future__"
         and any(alias.name == "annotations" for alias in node.names)
@@ -90,7 +92,7 @@ def _tracked() -> list[Path]:
 def test_no_file_names_a_place_of_one_machine() -> None:
     """Home folders, the folder that this checkout happens to lie in, addresses of inner hosts."""
     inner = re.compile(
-        rf"{re.escape(str(REPO.parent))}/|/(?:home|root|Users)/[\w.]+/|(?<![\d.])(?:10|192\.168)(?:\.\d+){{2,3}}(?![\d.])"
+        rf"{re.escape(str(REPO.parent))}/|/(?:home|root|Users)/[\w.]+/|(?<![\d.])(?:10\.\d+|192\.168)(?:\.\d+){{2}}(?![\d.])"
     )
     found = []
     for path in _tracked():

@@ -11,7 +11,14 @@ import click
 
 from risam_cli.commands.options import json_option, verbosity_options
 from risam_cli.console import get_console, sanitize
-from risam_cli.errors import EXIT_ERROR, EXIT_OK, EXIT_SOME_FAILED, ModelError, RisamError, UsageError
+from risam_cli.errors import (
+    EXIT_ERROR,
+    EXIT_OK,
+    EXIT_SOME_FAILED,
+    ModelError,
+    RisamError,
+    UsageError,
+)
 
 Row = dict[str, Any]
 
