@@ -3,10 +3,10 @@
 from risam_cli.data.refshapes.dataset import (
     FAMILIES,
     SPLIT_SCENES,
-    Referring,
     RefShapes,
     SceneItem,
 )
+from risam_cli.data.refshapes.expressions import Referring
 from risam_cli.data.refshapes.scene import SceneObject
 from risam_cli.data.refshapes.vocabulary import COLORS, HELD_OUT, SHAPES, SIZES, VOCABULARY
 

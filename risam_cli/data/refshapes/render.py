@@ -34,6 +34,8 @@ _COLOR_RANGES: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[f
 # Least CIELAB distance wanted between a background and every object.
 _CONTRAST = 32.0
 
+_BOX = np.ones((3, 3), np.uint8)
+
 Image = NDArray[np.float32]
 Field = NDArray[np.float32]
 
@@ -64,7 +66,8 @@ def paint(dice: Dice, layout: Layout) -> NDArray[np.uint8]:
         region += alpha[:, :, None] * (shade - region)
     image *= _light(dice, size)[:, :, None]
     if dice.unit() < 0.25:
-        image = cv2.GaussianBlur(image, (0, 0), dice.between(0.4, 0.9) * size / 256)
+        sigma = dice.between(0.4, 0.9) * size / 256
+        image = np.asarray(cv2.GaussianBlur(image, (0, 0), sigma), np.float32)
     if dice.unit() < 0.8:
         image += _noise(dice, size, dice.between(0.5, 10.0))
     return np.asarray(cv2.convertScaleAbs(np.maximum(image, 0)), np.uint8)
@@ -94,7 +97,7 @@ def _outline(
 ) -> NDArray[np.float32]:
     """Darkens (a dark colour: lightens) the rim of an object."""
     padded = cv2.copyMakeBorder(coverage, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
-    inner = cv2.erode(padded, None, iterations=width, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    inner = cv2.erode(padded, _BOX, iterations=width, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     share = (inner[1:-1, 1:-1, None] * np.float32(1 / 255)).astype(np.float32)
     rim = fill * np.float32(0.62) if fill.max() > 60 else fill + np.float32(45)
     return np.asarray(rim + share * (shade - rim), np.float32)
@@ -162,8 +165,10 @@ def _clutter(dice: Dice, image: Image, base: NDArray[np.float32]) -> None:
 def _background_colors(
     dice: Dice, colors: list[tuple[float, float, float]]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Two RGB colours that every object stands out from: the first pair with enough contrast,
-    otherwise the pair with most."""
+    """Two RGB colours that every object stands out from.
+
+    The first pair drawn with enough contrast, otherwise the pair with most.
+    """
     draws = dice.rng.random((32, 7), dtype=np.float32)
     hsv = np.empty((1, 32, 3), np.float32)
     hsv[0, :, 0] = draws[:, 0] * 360

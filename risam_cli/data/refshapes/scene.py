@@ -126,7 +126,7 @@ def draw_kinds(dice: Dice, count: int, held_out: bool) -> list[Kind]:
     """Draws the words of ``count`` objects from a small pool, so that they share attributes.
 
     Args:
-        held_out: with one or two ``HELD_OUT`` pairs, the first being unlike all others (testB);
+        held_out: with one or two objects of ``HELD_OUT`` pairs, of one pair each (testB);
             otherwise with none.
     """
     shapes = dice.sample(SHAPES, dice.weighted((1, 2, 3, 4), (1, 4, 4, 2)))
@@ -143,7 +143,8 @@ def draw_kinds(dice: Dice, count: int, held_out: bool) -> list[Kind]:
     for number in range(count):
         pair = special[number] if number < len(special) else dice.pick(pairs)
         kinds.append(Kind(*pair, dice.weighted(("small", "medium", "large"), weights)))
-    return kinds
+    # Otherwise the held-out ones would always lie behind all others.
+    return dice.sample(kinds, count) if held_out else kinds
 
 
 def draw_layout(dice: Dice, kinds: Sequence[Kind], size: int) -> Layout | None:
@@ -188,14 +189,10 @@ class _Board:
             ratio = (apart / (poses[:, 2] + radius)).min(axis=1)
         else:
             ratio = np.full(len(spots), np.inf)
-        tries = 0
-        for number in np.flatnonzero(ratio >= closeness).tolist():
+        for number in np.flatnonzero(ratio >= closeness)[:6].tolist():
             x, y = float(spots[number, 0]), float(spots[number, 1])
             if self._put(kind, (x, y, radius, angle), checked=ratio[number] < 1.3):
                 return True
-            tries += 1
-            if tries == 6:
-                break
         return False
 
     def _put(self, kind: Kind, pose: tuple[float, float, float, float], checked: bool) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import cv2
 import numpy as np
@@ -43,7 +43,7 @@ def _regular(corners: int, start: float) -> NDArray[np.float64]:
     return np.stack((np.cos(angles), np.sin(angles)), axis=1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def outline(shape: str) -> tuple[NDArray[np.float64], ...]:
     """Contours of a shape of radius 1 around the origin, y down; a second one is a hole.
 
@@ -78,7 +78,7 @@ def outline(shape: str) -> tuple[NDArray[np.float64], ...]:
     raise ValueError(f"unknown shape {shape!r}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def reach(shape: str) -> float:
     """Farthest point of the outline from the centre, in radii."""
     return float(max(np.hypot(contour[:, 0], contour[:, 1]).max() for contour in outline(shape)))
@@ -96,8 +96,9 @@ def cover(shape: str, x: float, y: float, radius: float, angle: float) -> Patch:
     turn = math.radians(angle)
     rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
     contours = [radius * contour @ rotation for contour in outline(shape)]
-    low = contours[0].min(axis=0) + (x, y)
-    high = contours[0].max(axis=0) + (x, y)
+    centre = np.array([x, y])
+    low = contours[0].min(axis=0) + centre
+    high = contours[0].max(axis=0) + centre
     x0, y0 = math.floor(low[0]), math.floor(low[1])
     width, height = math.ceil(high[0]) - x0 + 1, math.ceil(high[1]) - y0 + 1
     # Pixel j spans j - 0.5 .. j + 0.5; sub-pixel indices count from the first pixel's left edge.

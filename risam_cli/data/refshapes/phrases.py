@@ -1,0 +1,281 @@
+"""Structured phrases, the one checker that says what they refer to, and their wording.
+
+A phrase is a structure first; its referents are computed from the scene and its text is written
+from the same structure, so that text and referents cannot part. What is close to the border of a
+word's meaning is neither true nor false: :meth:`View.referents` answers None and the phrase is
+dropped. The borders are the constants below (fractions of the picture's side, unless said).
+
+Sets of objects are bit masks: bit k stands for ``objects[k]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from risam_cli.data.refshapes.scene import Dice, SceneObject
+from risam_cli.data.refshapes.vocabulary import (
+    COUNTS,
+    EXTREMES,
+    HELD_OUT,
+    PLACES,
+    PLURALS,
+    RELATION_PHRASES,
+    STAND_INS,
+)
+
+EXTREME_MARGIN = 0.07
+"""The leftmost object's centroid lies at least this far beyond the next one's."""
+HALF_YES, HALF_NO = 0.42, 0.50
+""""on the left": centroid before the first; clearly not there: beyond the second."""
+CONE_YES, CONE_NO = 40.0, 55.0
+""""left of" and its kin: degrees between the way from reference to object and the axis."""
+LEAST_WAY = 0.08
+"""Centroids nearer than this have no clear direction."""
+GAP_YES, GAP_NO = 0.06, 0.14
+""""next to": distance of centroids less both radii, at most the first; clearly not: at least
+the second."""
+
+_TAN_YES, _TAN_NO = math.tan(math.radians(CONE_YES)), math.tan(math.radians(CONE_NO))
+# Axis and sign of each extreme, place and direction; the axis is 0 for x, 1 for y (down).
+_AXES = {
+    **dict(zip(EXTREMES, ((0, -1), (0, 1), (1, -1), (1, 1)), strict=True)),
+    **dict(zip(PLACES, ((0, -1), (0, 1), (1, -1), (1, 1)), strict=True)),
+    "above": (1, -1),
+    "below": (1, 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Noun:
+    """Attribute words; a missing shape is said as "object" or "thing"."""
+
+    shape: str | None = None
+    color: str | None = None
+    size: str | None = None
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it names a pair that only testB may speak of."""
+        return (self.shape, self.color) in HELD_OUT
+
+
+@dataclass(frozen=True, slots=True)
+class Phrase:
+    """What an expression says.
+
+    Attributes:
+        noun: the attributes of what is meant.
+        extreme: "leftmost" and its kin, or None.
+        place: "left", "right", "top", "bottom" (a side of the picture), or None.
+        relation: "left", "right", "above", "below", "next" (to the anchor), or None.
+        anchor: the one object that a relation starts from; noun and extreme only.
+        number: 1 for a singular; 0 for all that fit, at least two; otherwise the number said.
+    """
+
+    noun: Noun
+    extreme: str | None = None
+    place: str | None = None
+    relation: str | None = None
+    anchor: Phrase | None = None
+    number: int = 1
+
+    @property
+    def kind(self) -> str:
+        """How it refers: "attribute", "place", "relation" or "place+relation"."""
+        placed = self.extreme or self.place
+        if self.relation:
+            return "place+relation" if placed else "relation"
+        return "place" if placed else "attribute"
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it or its anchor names a pair that only testB may speak of."""
+        return self.noun.held_out or (self.anchor is not None and self.anchor.held_out)
+
+
+class View:
+    """A scene as the checker sees it: which objects each word is clearly true of.
+
+    Args:
+        objects: at most 64.
+        size: side of the picture in pixels.
+    """
+
+    def __init__(self, objects: Sequence[SceneObject], size: int) -> None:
+        self.objects = objects
+        self.count = len(objects)
+        self.everything = (1 << self.count) - 1
+        self.centres = [(item.cx / size, item.cy / size) for item in objects]
+        self.radii = [item.radius / size for item in objects]
+        self._words: dict[str, int] = {}
+        for number, item in enumerate(objects):
+            for word in (item.shape, item.color, item.size):
+                self._words[word] = self._words.get(word, 0) | 1 << number
+        self._sides = {place: self._side(*_AXES[place]) for place in PLACES}
+        self._relations: dict[str, list[tuple[int, int]]] = {
+            relation: [(0, 0)] * self.count for relation in RELATION_PHRASES
+        }
+        for anchor in range(self.count):
+            self._relate(anchor)
+
+    def named(self, noun: Noun) -> int:
+        """Objects that the noun's attributes fit."""
+        found = self.everything
+        for word in (noun.shape, noun.color, noun.size):
+            if word is not None:
+                found &= self._words.get(word, 0)
+        return found
+
+    def related(self, relation: str, anchor: int) -> tuple[int, int]:
+        """Objects clearly in a relation to ``objects[anchor]``, and those at its border."""
+        return self._relations[relation][anchor]
+
+    def referents(self, phrase: Phrase) -> int | None:
+        """What a phrase refers to; None where that is open to doubt.
+
+        Says nothing about number: see :meth:`fits`.
+        """
+        named = found = self.named(phrase.noun)
+        if phrase.place is not None:
+            inside, outside = self._sides[phrase.place]
+            if found & ~(inside | outside):
+                return None
+            found &= inside
+        if phrase.relation is not None and phrase.anchor is not None:
+            start = self.referents(phrase.anchor)
+            if start is None or start & (start - 1):
+                return None  # no anchor at all is clear: then nothing is meant
+            if not start:
+                return 0
+            sure, doubtful = self.related(phrase.relation, start.bit_length() - 1)
+            if found & doubtful:
+                return None
+            found &= sure
+        if phrase.extreme is None or not found:
+            return found
+        # "the leftmost circle above the star" reads as the leftmost of those above it, or as the
+        # leftmost circle, which is above it: both must agree.
+        first = self._first(phrase.extreme, found)
+        if found != named and self._first(phrase.extreme, named) != first:
+            return None
+        return first
+
+    def fits(self, phrase: Phrase) -> int | None:
+        """Referents where their number suits the phrase's: none, or one, all or the count said."""
+        found = self.referents(phrase)
+        if not found:
+            return found
+        number = found.bit_count()
+        wanted = number == phrase.number if phrase.number else number >= 2
+        return found if wanted else None
+
+    def _first(self, extreme: str, found: int) -> int | None:
+        axis, sign = _AXES[extreme]
+        ways = sorted(
+            (-sign * self.centres[number][axis], number)
+            for number in range(self.count)
+            if found >> number & 1
+        )
+        if len(ways) > 1 and ways[1][0] - ways[0][0] < EXTREME_MARGIN:
+            return None
+        return 1 << ways[0][1]
+
+    def _side(self, axis: int, sign: int) -> tuple[int, int]:
+        inside = outside = 0
+        for number, centre in enumerate(self.centres):
+            way = centre[axis] if sign < 0 else 1 - centre[axis]
+            if way < HALF_YES:
+                inside |= 1 << number
+            elif way > HALF_NO:
+                outside |= 1 << number
+        return inside, outside
+
+    def _relate(self, anchor: int) -> None:
+        ax, ay = self.centres[anchor]
+        sure = dict.fromkeys(RELATION_PHRASES, 0)
+        doubtful = dict.fromkeys(RELATION_PHRASES, 0)
+        for number in range(self.count):
+            if number == anchor:
+                continue
+            bit = 1 << number
+            dx, dy = self.centres[number][0] - ax, self.centres[number][1] - ay
+            way = math.hypot(dx, dy)
+            gap = way - self.radii[number] - self.radii[anchor]
+            if gap <= GAP_YES:
+                sure["next"] |= bit
+            elif gap < GAP_NO:
+                doubtful["next"] |= bit
+            for relation in ("left", "right", "above", "below"):
+                axis, sign = _AXES[relation]
+                along, across = (dx, abs(dy)) if axis == 0 else (dy, abs(dx))
+                along *= sign
+                if way < LEAST_WAY:
+                    doubtful[relation] |= bit
+                elif across <= _TAN_YES * along:
+                    sure[relation] |= bit
+                elif across <= _TAN_NO * along:
+                    doubtful[relation] |= bit
+        for relation, entries in self._relations.items():
+            entries[anchor] = (sure[relation], doubtful[relation])
+
+
+def bits(mask: int) -> list[int]:
+    """Numbers of the set bits, ascending."""
+    return [number for number in range(mask.bit_length()) if mask >> number & 1]
+
+
+def write(dice: Dice, phrase: Phrase) -> str:
+    """A wording of a phrase."""
+    plural = phrase.number != 1
+    noun, tail = phrase.noun, ""
+    bare = phrase.place is None and phrase.relation is None and phrase.extreme is None
+    if bare and noun.color is not None and dice.unit() < 0.16:
+        tail = f"that {'are' if plural else 'is'} {noun.color}"
+        noun = replace(noun, color=None)
+    words = _noun_words(dice, noun, plural)
+    if phrase.extreme is not None:
+        words.insert(0, phrase.extreme)
+    words = _determine(dice, phrase, words) + ([tail] if tail else [])
+    link = ["that", "are" if plural else "is"]
+    if phrase.place is not None:
+        if dice.unit() < 0.08:
+            words += link
+        words.append(PLACES[phrase.place])
+    if phrase.relation is not None and phrase.anchor is not None:
+        # After a place the link says that the relation belongs to the head, not to the place.
+        if phrase.place is not None or dice.unit() < 0.2:
+            words += link
+        words.append(dice.pick(RELATION_PHRASES[phrase.relation]))
+        words.append("the")
+        if phrase.anchor.extreme is not None:
+            words.append(phrase.anchor.extreme)
+        words += _noun_words(dice, phrase.anchor.noun, plural=False)
+    return " ".join(words)
+
+
+def _noun_words(dice: Dice, noun: Noun, plural: bool) -> list[str]:
+    name = noun.shape or dice.pick(STAND_INS)
+    words = [noun.size, noun.color, PLURALS[name] if plural else name]
+    return [word for word in words if word is not None]
+
+
+def _determine(dice: Dice, phrase: Phrase, words: list[str]) -> list[str]:
+    """Puts "the", "a", "all", a number or nothing before a head's words."""
+    starts: tuple[str, ...]
+    weights: tuple[int, ...]
+    if phrase.number == 1:
+        starts, weights = ("the", "", "a"), (6, 3, 1)
+        # "a" with a superlative is no English, and no "an" is needed where vowels are left out.
+        if phrase.extreme is not None or words[0][0] in "aeiou":
+            weights = (6, 3, 0)
+    elif phrase.number == 0:
+        starts, weights = ("all the", "all", "the"), (4, 3, 3)
+    elif phrase.number == 2:
+        starts, weights = ("the two", "both", "two"), (5, 3, 1)
+    else:
+        said = COUNTS[phrase.number]
+        starts, weights = (f"the {said}", f"all {said}", said), (5, 3, 1)
+    start = dice.weighted(starts, weights)
+    return [start, *words] if start else words
