@@ -1,0 +1,188 @@
+"""The only bridge from settings to model, data, loss and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from risam_cli import checkpoints
+from risam_cli.config import (
+    ImageEncoderSettings,
+    ModelSettings,
+    OptimizerSettings,
+    TextEncoderSettings,
+    check,
+)
+from risam_cli.errors import ModelError
+from risam_cli.model.feature_enhancement import FeatureEnhancement
+from risam_cli.model.image_encoder import ImageEncoder
+from risam_cli.model.mask_decoder import MutualAwareMaskDecoder
+from risam_cli.model.mutual_aware_attention import MutualAwareAttention
+from risam_cli.model.risam import Risam
+from risam_cli.model.text_encoder import TextEncoder
+from risam_cli.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to predict.
+
+    Attributes:
+        model: in evaluation mode, float32, on its device.
+        image_size: side S of the encoder's square input.
+        threshold, no_target_threshold: the model's own, in 0..1.
+        name: its folder's name; hash: SHA-256 over its files.
+    """
+
+    model: Risam
+    tokenizer: TextTokenizer
+    settings: ModelSettings
+    image_size: int
+    threshold: float
+    no_target_threshold: float
+    name: str
+    hash: str
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """A text backbone with all that is needed to build it again."""
+
+    backbone: nn.Module
+    config: PretrainedConfig
+    tokenizer: TextTokenizer
+
+
+def build_image_encoder(settings: ImageEncoderSettings) -> ImageEncoder:
+    """SAM's encoder with random weights; see :mod:`risam_cli.sam_weights` for its checkpoints."""
+    return ImageEncoder(
+        image_size=settings.image_size,
+        patch_size=settings.patch_size,
+        dim=settings.dim,
+        depth=settings.depth,
+        heads=settings.heads,
+        mlp_ratio=settings.mlp_ratio,
+        out_dim=settings.out_dim,
+        window=settings.window,
+        global_blocks=settings.global_blocks,
+        taps=settings.taps,
+        adapter_dim=settings.adapter_dim,
+        stem=settings.stem,
+    )
+
+
+def build_model(settings: ModelSettings, text: TextParts) -> Risam:
+    """The network, with a finished text backbone and all else at random weights."""
+    fusion, decoder = settings.fusion, settings.decoder
+    encoder = settings.image_encoder
+    if decoder.fine and encoder.stem is None:
+        raise ModelError(
+            "decoder.fine needs stride-4 features, which only a convolutional stem gives",
+            "set image_encoder.stem, or decoder.fine to false",
+        )
+    eos = text.config.eos_token_id if "clip" in text.config.model_type else None
+    return Risam(
+        image_encoder=build_image_encoder(encoder),
+        text_encoder=TextEncoder(
+            text.backbone,
+            text.config.hidden_size,
+            fusion.dim,
+            eos_token_id=eos,
+            trainable=settings.text_encoder.trainable,
+        ),
+        feature_enhancement=FeatureEnhancement(
+            encoder.dim, encoder.out_dim, fusion.dim, enabled=fusion.feature_enhancement
+        ),
+        attention=[
+            MutualAwareAttention(
+                fusion.dim,
+                fusion.heads,
+                fusion.ffn_dim,
+                vision_guided=fusion.vision_guided,
+                language_guided=fusion.language_guided,
+            )
+            for _ in range(fusion.blocks)
+        ],
+        mask_decoder=MutualAwareMaskDecoder(
+            fusion.dim,
+            decoder.heads,
+            decoder.layers,
+            decoder.ffn_dim,
+            decoder.mask_dim,
+            fine_dim=encoder.stem[1] if decoder.fine and encoder.stem else 0,
+            query_token=decoder.query_token,
+        ),
+        dim=fusion.dim,
+    )
+
+
+def new_text_parts(settings: TextEncoderSettings) -> TextParts:
+    """A text encoder to start from: a pretrained one from ``source``, or the small BERT."""
+    from risam_cli.text_source import pretrained_text, small_bert
+
+    if settings.source is not None:
+        return TextParts(*pretrained_text(settings.source, settings.max_tokens))
+    return TextParts(
+        *small_bert(settings.hidden, settings.layers, settings.heads, settings.max_tokens)
+    )
+
+
+def load_model(source: str | Path | None, *, device: torch.device) -> LoadedModel:
+    """Loads a model folder by path, a bundled model by name, or the default one.
+
+    Raises:
+        ModelError: a missing or damaged file, or weights that do not fit the settings.
+    """
+    from risam_cli.text_source import text_from_folder
+
+    folder = checkpoints.find_model(source)
+    stored = checkpoints.read_model_folder(folder)
+    settings = check(ModelSettings, stored.settings, str(folder / checkpoints.CONFIG_FILE))
+    text = TextParts(*text_from_folder(stored, settings.text_encoder.max_tokens))
+    model = build_model(settings, text)
+    checkpoints.load_weights(model, stored)
+    model.to(device).eval().requires_grad_(False)
+    return LoadedModel(
+        model=model,
+        tokenizer=text.tokenizer,
+        settings=settings,
+        image_size=settings.image_encoder.image_size,
+        threshold=settings.threshold,
+        no_target_threshold=settings.no_target_threshold,
+        name=folder.name,
+        hash=stored.hash,
+    )
+
+
+def parameter_groups(
+    parts: list[tuple[nn.Module, float]], settings: OptimizerSettings
+) -> list[dict[str, Any]]:
+    """AdamW's groups: each part at its own rate, no decay on norms, biases and embeddings.
+
+    Args:
+        parts: modules and their learning rates; a parameter belongs to the first part that
+            holds it, and only parameters that require gradients take part.
+    """
+    groups: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    for module, rate in parts:
+        for decays in (True, False):
+            chosen = [
+                p
+                for p in module.parameters()
+                if p.requires_grad and id(p) not in seen and (p.ndim > 1) == decays
+            ]
+            seen.update(id(p) for p in chosen)
+            if chosen:
+                decay = settings.weight_decay if decays else 0.0
+                groups.append(
+                    {"params": chosen, "lr": rate, "base_lr": rate, "weight_decay": decay}
+                )
+    return groups

@@ -1,0 +1,284 @@
+"""Model folders and training state: written whole, read without running anything in them.
+
+A model folder holds::
+
+    config.json         {"format": 1, "model": settings, "text": Hugging Face config}
+    model.safetensors   every weight, float32 or bfloat16
+    tokenizer.json      the text encoder's tokenizer
+    card.json           how it was made, and its figures
+    README.md           the same, to read
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from risam_cli.errors import ModelError, OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FORMAT = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+CARD_FILE = "card.json"
+README_FILE = "README.md"
+NEEDED_FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)
+
+BUNDLED = Path(__file__).parent / "bundled"
+DEFAULT_MODEL = "refshapes-tiny"
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """What a model folder says, weights not yet read.
+
+    Attributes:
+        settings: raw model settings; text_config: raw Hugging Face configuration.
+        tokenizer: the JSON text; hash: SHA-256 over the needed files, in order.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    text_config: Mapping[str, Any]
+    tokenizer: str
+    hash: str
+
+
+def find_model(source: str | Path | None) -> Path:
+    """The folder of a model given by path, by a bundled name, or not at all (the default).
+
+    Raises:
+        ModelError: where there is neither such a folder nor such a bundled model.
+    """
+    if source is None:
+        return BUNDLED / DEFAULT_MODEL
+    path = Path(source)
+    if path.is_dir():
+        return path
+    bundled = BUNDLED / str(source)
+    if os.sep not in str(source) and bundled.is_dir():
+        return bundled
+    names = ", ".join(bundled_models()) or "none"
+    raise ModelError(
+        f"no model folder {str(source)!r}",
+        f"give a folder written by risam train, or a bundled model ({names})",
+    )
+
+
+def bundled_models() -> list[str]:
+    """Names of the models that come with the package."""
+    if not BUNDLED.is_dir():
+        return []
+    return sorted(p.name for p in BUNDLED.iterdir() if (p / CONFIG_FILE).is_file())
+
+
+def read_model_folder(folder: Path) -> StoredModel:
+    """Reads configuration and tokenizer, and hashes the folder's files.
+
+    Raises:
+        ModelError: a missing file, or a configuration that is not one.
+    """
+    for name in NEEDED_FILES:
+        if not (folder / name).is_file():
+            raise ModelError(f"model folder {folder} lacks {name}", "take the folder anew")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        tokenizer = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{folder / CONFIG_FILE} cannot be read: {error}", "take it anew"
+        ) from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise ModelError(
+            f"{folder / CONFIG_FILE} has format {found!r}, this version reads {FORMAT}",
+            "take a matching version of risam",
+        )
+    for key in ("model", "text"):
+        if not isinstance(config.get(key), dict):
+            raise ModelError(f"{folder / CONFIG_FILE} has no section {key!r}", "take it anew")
+    return StoredModel(folder, config["model"], config["text"], tokenizer, hash_folder(folder))
+
+
+def hash_folder(folder: Path) -> str:
+    """SHA-256 over the needed files of a model folder, in order."""
+    digest = hashlib.sha256()
+    for name in NEEDED_FILES:
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load_weights(model: nn.Module, stored: StoredModel) -> None:
+    """Loads a folder's weights strictly: every one is used and none is missing.
+
+    Raises:
+        ModelError: a damaged file, or names or shapes that do not fit.
+    """
+    weights = read_tensors(stored.folder / WEIGHTS_FILE)
+    own = model.state_dict()
+    missing, surplus = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    for problem, names in (("lacks", missing), ("has unknown", surplus)):
+        if names:
+            raise ModelError(
+                f"{stored.folder / WEIGHTS_FILE} {problem} {len(names)} tensors, "
+                f"first {names[0]!r}",
+                "its config.json belongs to other weights; take the folder anew",
+            )
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape:
+            raise ModelError(
+                f"{stored.folder / WEIGHTS_FILE}: {name} is {tuple(tensor.shape)}, its config.json "
+                f"says {tuple(own[name].shape)}",
+                "take the folder anew",
+            )
+    model.load_state_dict(weights)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file.
+
+    Raises:
+        ModelError: a file that is cut, or whose header lies.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} is damaged: {error}", "take the folder anew") from error
+    return tensors
+
+
+def write_model_folder(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    text_config: Mapping[str, Any],
+    tokenizer: str,
+    card: Mapping[str, Any],
+    readme: str,
+) -> None:
+    """Writes a model folder beside its place and moves it there, so that it is whole or not.
+
+    Raises:
+        OutputError: where it cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    config = {"format": FORMAT, "model": settings, "text": text_config}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in weights.items()},
+                temporary / WEIGHTS_FILE,
+            )
+            _write_json(temporary / CONFIG_FILE, config)
+            _write_json(temporary / CARD_FILE, card)
+            (temporary / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8")
+            (temporary / README_FILE).write_text(readme, encoding="utf-8")
+            temporary.chmod(0o755)
+            _replace_folder(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {folder}: {error.strerror}", "see space and rights"
+        ) from error
+
+
+def write_atomic(path: Path, write: Any) -> None:
+    """Calls ``write(temporary path)``, syncs the file, and moves it to ``path``.
+
+    Raises:
+        OutputError: where it cannot be written; an older file at ``path`` survives.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = " ".join(str(error).split())[:200]
+        raise OutputError(f"cannot write {path}: {reason}", "see space and rights") from error
+
+
+def inspect_model_folder(folder: Path) -> dict[str, Any]:
+    """What a model folder holds, from its headers: settings, tensors, parameters by part, card.
+
+    Raises:
+        ModelError: as :func:`read_model_folder`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    stored = read_model_folder(folder)
+    parts: dict[str, int] = {}
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                count = 1
+                for side in file.get_slice(name).get_shape():
+                    count *= side
+                part = name.split(".")[0]
+                parts[part] = parts.get(part, 0) + count
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{folder / WEIGHTS_FILE} is damaged: {error}", "take it anew") from error
+    card_path = folder / CARD_FILE
+    card = json.loads(card_path.read_text(encoding="utf-8")) if card_path.is_file() else {}
+    return {
+        "path": str(folder),
+        "hash": stored.hash,
+        "bytes": sum(p.stat().st_size for p in folder.iterdir() if p.is_file()),
+        "parameters": sum(parts.values()),
+        "parameters_by_part": parts,
+        "settings": stored.settings,
+        "card": card,
+    }
+
+
+def verify_model_folder(folder: Path) -> list[str]:
+    """Loads a model folder as predict does; returns what is wrong with it, one line each."""
+    import torch
+
+    from risam_cli.build import load_model
+
+    problems = []
+    try:
+        loaded = load_model(folder, device=torch.device("cpu"))
+        bad = [k for k, v in loaded.model.state_dict().items() if not torch.isfinite(v).all()]
+        if bad:
+            problems.append(f"{len(bad)} tensors hold NaN or infinity, first {bad[0]!r}")
+    except ModelError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _replace_folder(temporary: Path, folder: Path) -> None:
+    """Puts ``temporary`` where ``folder`` is or will be; the old one goes last."""
+    if not folder.exists():
+        os.replace(temporary, folder)
+        return
+    old = folder.with_name(f".{folder.name}-old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,201 @@
+"""Training examples: one image with all its expressions, as small arrays for the workers' pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from risam_cli import masks
+from risam_cli.data.images import open_rgb
+from risam_cli.data.refshapes.dataset import RefShapes, SceneItem
+from risam_cli.data.refshapes.vocabulary import COLORS, PLURALS, SHAPES, SIZES, STAND_INS
+from risam_cli.errors import DataError
+from risam_cli.transforms import fit_size, resize_for_encoder
+from risam_cli.types import Sample
+
+UNKNOWN_WORD = "thingamajig"
+
+
+@dataclass(frozen=True, slots=True)
+class ReferringExample:
+    """One image, its expressions and what they refer to.
+
+    Attributes:
+        image: (h, w, 3) uint8, longest side at the encoder's size.
+        targets: (E, T, T) uint8, 255 times the part of each cell that the referent covers, on
+            a grid over the padded square.
+        no_target: (E,) bool.
+        texts: E expressions.
+    """
+
+    image: NDArray[np.uint8]
+    targets: NDArray[np.uint8]
+    no_target: NDArray[np.bool_]
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DenseExample:
+    """One scene with a label for every cell of a grid.
+
+    Attributes:
+        image: (S, S, 3) uint8.
+        labels: (3, t, t) uint8 classes of shape, colour and size from 1, 0 at background.
+        centres: (2, t, t) float32, (x, y) way to the visible centroid in picture sides.
+    """
+
+    image: NDArray[np.uint8]
+    labels: NDArray[np.uint8]
+    centres: NDArray[np.float32]
+
+
+class ReferringScenes:
+    """RefShapes scenes as training examples, drawn when asked for.
+
+    Args:
+        scenes: the split to draw from.
+        size: side S of the encoder's input; target_size: side T of the targets.
+        unknown_word_rate: share of expressions whose noun becomes an unknown word, so that the
+            model learns to answer "nothing" to what it cannot know.
+    """
+
+    def __init__(
+        self, scenes: RefShapes, size: int, target_size: int, unknown_word_rate: float
+    ) -> None:
+        self.scenes = scenes
+        self.size = size
+        self.target_size = target_size
+        self.unknown_word_rate = unknown_word_rate
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> ReferringExample:
+        item = self.scenes[index]
+        texts = [referring.text for referring in item.expressions]
+        chosen = [item.mask(referring) for referring in item.expressions]
+        rng = np.random.default_rng([index, self.scenes.seed])
+        for row in np.flatnonzero(rng.random(len(texts)) < self.unknown_word_rate):
+            texts[row] = forget_nouns(texts[row])
+            chosen[row] = np.zeros_like(chosen[row])
+        return make_example(item.image, chosen, texts, self.size, self.target_size)
+
+
+class ReferringSamples:
+    """Samples of a reader as training examples: one decode per image.
+
+    Raises:
+        DataError: where an expression has no ground truth.
+    """
+
+    def __init__(self, samples: Sequence[Sample], size: int, target_size: int) -> None:
+        for sample in samples:
+            for expression in sample.expressions:
+                if expression.target is None:
+                    raise DataError(
+                        f"expression {expression.id!r} of {sample.image} has no mask to learn from",
+                        "give it ann_ids",
+                    )
+        self.samples = samples
+        self.size = size
+        self.target_size = target_size
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> ReferringExample:
+        sample = self.samples[index]
+        image = open_rgb(sample.path)
+        chosen = [masks.decode(e.target) for e in sample.expressions if e.target is not None]
+        for mask in chosen:
+            if mask.shape != image.shape[:2]:
+                raise DataError(
+                    f"{sample.path} is {image.shape[:2]} (H, W), its mask is {mask.shape}",
+                    "mend height and width in the annotations",
+                )
+        texts = [expression.text for expression in sample.expressions]
+        return make_example(image, chosen, texts, self.size, self.target_size)
+
+
+class DenseScenes:
+    """RefShapes scenes with per-cell labels, for the encoder's first stage.
+
+    Args:
+        scenes: the split to draw from, at the encoder's own size.
+        cells: side t of the label grid; the scene's size is a multiple of it.
+    """
+
+    def __init__(self, scenes: RefShapes, cells: int) -> None:
+        self.scenes = scenes
+        self.cells = cells
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> DenseExample:
+        item = self.scenes.scene(index, with_expressions=False)
+        labels, centres = dense_labels(item, self.cells)
+        return DenseExample(item.image, labels, centres)
+
+
+def make_example(
+    image: NDArray[np.uint8],
+    chosen: Sequence[NDArray[np.bool_]],
+    texts: Sequence[str],
+    size: int,
+    target_size: int,
+) -> ReferringExample:
+    """Brings an image and the masks of its expressions to the encoder's square.
+
+    Args:
+        image: (H, W, 3); chosen: E masks (H, W); size: S; target_size: T, a divisor of S.
+    """
+    targets = np.stack([soft_target(mask, size, target_size) for mask in chosen])
+    empty = np.array([not mask.any() for mask in chosen])
+    return ReferringExample(resize_for_encoder(image, size), targets, empty, tuple(texts))
+
+
+def soft_target(mask: NDArray[np.bool_], size: int, target_size: int) -> NDArray[np.uint8]:
+    """The part of each of T×T cells of the padded square that a mask (H, W) covers, times 255."""
+    height, width = fit_size(*mask.shape, size)
+    full = np.zeros((size, size), np.uint8)
+    scaled = mask.view(np.uint8) * np.uint8(255)
+    if (height, width) != mask.shape:
+        shrinks = height < mask.shape[0] or width < mask.shape[1]
+        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        scaled = np.asarray(cv2.resize(scaled, (width, height), interpolation=how), np.uint8)
+    full[:height, :width] = scaled
+    return np.asarray(
+        cv2.resize(full, (target_size, target_size), interpolation=cv2.INTER_AREA), np.uint8
+    )
+
+
+def dense_labels(item: SceneItem, cells: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Labels of a scene on a grid: see :class:`DenseExample`."""
+    size = item.instances.shape[0]
+    step = size // cells
+    grid = item.instances[step // 2 :: step, step // 2 :: step]
+    table = np.zeros((3, len(item.objects) + 1), np.uint8)
+    centre = np.zeros((2, len(item.objects) + 1), np.float32)
+    for number, thing in enumerate(item.objects, start=1):
+        table[:, number] = (
+            SHAPES.index(thing.shape) + 1,
+            COLORS.index(thing.color) + 1,
+            SIZES.index(thing.size) + 1,
+        )
+        centre[:, number] = thing.cx, thing.cy
+    place = np.arange(cells, dtype=np.float32) * step + step // 2
+    here = np.stack(np.broadcast_arrays(place[None, :], place[:, None]))
+    return table[:, grid], ((centre[:, grid] - here) / size).astype(np.float32)
+
+
+_NOUNS = frozenset([*SHAPES, *PLURALS.values(), *STAND_INS])
+
+
+def forget_nouns(text: str) -> str:
+    """Replaces shape nouns and their stand-ins by a word that no vocabulary knows."""
+    return " ".join(UNKNOWN_WORD if word in _NOUNS else word for word in text.split())

@@ -1,0 +1,136 @@
+"""Training losses on ragged batches of masks (ours; weights come from the settings)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from risam_cli.model.mask_decoder import Decoded
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """Weighted parts and their sum, scalars."""
+
+    total: Tensor
+    mask: Tensor
+    dice: Tensor
+    no_target: Tensor
+    iou: Tensor
+
+
+class ReferringLoss(nn.Module):
+    """BCE or focal + Dice on the mask, BCE on no-target, MSE on predicted IoU.
+
+    Expressions without target have no Dice and teach the IoU head nothing; their masks are
+    still pulled to empty by the BCE.
+
+    Args:
+        mask_weight, dice_weight, no_target_weight, iou_weight: factors, 0 switches a part off.
+        focal_gamma: 0 is plain BCE; above, focal loss (Lin et al. 2017).
+    """
+
+    def __init__(
+        self,
+        mask_weight: float,
+        dice_weight: float,
+        no_target_weight: float,
+        iou_weight: float,
+        focal_gamma: float,
+    ) -> None:
+        super().__init__()
+        self.mask_weight = mask_weight
+        self.dice_weight = dice_weight
+        self.no_target_weight = no_target_weight
+        self.iou_weight = iou_weight
+        self.focal_gamma = focal_gamma
+
+    def forward(
+        self, decoded: Decoded, target: Tensor, valid: Tensor, no_target: Tensor
+    ) -> LossParts:
+        """Compares predictions with soft targets.
+
+        Args:
+            decoded: of E expressions; mask logits are brought to the targets' size.
+            target: (E, T, T) in 0..1, the part of each cell that the referent covers.
+            valid: (E, T, T) in 0..1, 0 where the square is padding.
+            no_target: (E,) 1 where nothing fits.
+        """
+        logits = decoded.mask_logits.float()[:, None]
+        logits = F.interpolate(
+            logits, size=target.shape[-2:], mode="bilinear", align_corners=False
+        )[:, 0]
+        area = valid.sum(dim=(1, 2)).clamp(min=1)
+        has_target = 1 - no_target
+        targets = has_target.sum().clamp(min=1)
+
+        pixel = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        probability = logits.sigmoid()
+        if self.focal_gamma > 0:
+            agreement = 1 - (probability - target).abs()
+            pixel = pixel * (1 - agreement).clamp(min=1e-6) ** self.focal_gamma
+        mask = ((pixel * valid).sum(dim=(1, 2)) / area).mean()
+
+        probability = probability * valid
+        overlap = (probability * target).sum(dim=(1, 2))
+        size = probability.sum(dim=(1, 2)) + target.sum(dim=(1, 2))
+        dice = ((1 - (2 * overlap + 1) / (size + 1)) * has_target).sum() / targets
+
+        none = F.binary_cross_entropy_with_logits(decoded.no_target_logits.float(), no_target)
+        with torch.no_grad():
+            hard = (probability > 0.5) & (valid > 0)
+            truth = target > 0.5
+            both = (hard & truth).sum(dim=(1, 2))
+            achieved = both / (hard | truth).sum(dim=(1, 2)).clamp(min=1)
+        error = (decoded.iou.float() - achieved) ** 2
+        iou = (error * has_target).sum() / targets
+
+        parts = (
+            self.mask_weight * mask,
+            self.dice_weight * dice,
+            self.no_target_weight * none,
+            self.iou_weight * iou,
+        )
+        return LossParts(parts[0] + parts[1] + parts[2] + parts[3], *parts)
+
+
+def dense_loss(
+    shape: Tensor,
+    color: Tensor,
+    size: Tensor,
+    offset: Tensor,
+    labels: Tensor,
+    centres: Tensor,
+    background_weight: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Per-pixel loss of the encoder's first stage on RefShapes (ours).
+
+    Args:
+        shape, color, size: (B, classes, t, t) logits; class 0 is background.
+        offset: (B, 2, t, t) predicted (x, y) way to the instance's centre, in picture sides.
+        labels: (B, 3, t, t) class numbers of shape, colour and size, 0 at background.
+        centres: (B, 2, t, t) true way to the centre; ignored at background.
+        background_weight: weight of background pixels, far below 1 since they are most.
+
+    Returns:
+        The loss, and foreground accuracies in 0..1 by name with the mean centre error.
+    """
+    foreground = (labels[:, 0] > 0).float()
+    weight = foreground + background_weight * (1 - foreground)
+    total = shape.new_zeros(())
+    figures = {}
+    count = foreground.sum().clamp(min=1)
+    for number, (name, logits) in enumerate((("shape", shape), ("color", color), ("size", size))):
+        loss = F.cross_entropy(logits.float(), labels[:, number], reduction="none")
+        total = total + (loss * weight).sum() / weight.sum()
+        correct = (logits.argmax(dim=1) == labels[:, number]).float()
+        figures[name] = ((correct * foreground).sum() / count).detach()
+    distance = F.smooth_l1_loss(offset.float(), centres, reduction="none", beta=0.02).sum(dim=1)
+    total = total + 10 * (distance * foreground).sum() / count
+    figures["centre_error"] = (
+        ((offset.float() - centres).norm(dim=1) * foreground).sum() / count
+    ).detach()
+    return total, figures

@@ -1,0 +1,317 @@
+"""SAM's ViT image encoder with three taps and adapters.
+
+Module names and arithmetic follow ``segment_anything.modeling.image_encoder`` (Apache-2.0), so
+that its checkpoints load key by key. What differs: attention runs through PyTorch's fused
+kernel, features are tapped at three depths, a block may carry an adapter, and small models may
+start with a stem of convolutions, whose stride-4 features are handed on for sharp mask edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .adapters import Adapter
+from .common import LayerNorm2d
+
+
+@dataclass(frozen=True)
+class EncoderFeatures:
+    """What the encoder says of B images on its grid of h×w patches.
+
+    Attributes:
+        shallow: F_v1, (B, D, h, w), after the first tapped block.
+        middle: F_v2, (B, D, h, w), after the second tapped block.
+        deep: F_v3, (B, C, h, w), the last block's output through SAM's neck.
+        fine: (B, F, 4h, 4w) from a convolutional stem, or None.
+    """
+
+    shallow: Tensor
+    middle: Tensor
+    deep: Tensor
+    fine: Tensor | None
+
+
+class PatchEmbed(nn.Module):
+    """SAM's patch embedding: one strided convolution, (B, 3, S, S) to (B, h, w, D)."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """Gives the grid, and no stride-4 features."""
+        return self.proj(x).permute(0, 2, 3, 1), None
+
+
+class ConvStem(nn.Module):
+    """Convolutions down to stride 16 in place of the patch embedding (ours, for small models).
+
+    After "Early Convolutions Help Transformers See Better" (Xiao et al. 2021), which trains in
+    far fewer steps than a patch embedding.
+
+    Args:
+        widths: channels at stride 2, 4 and 8.
+        dim: channels at stride 16.
+    """
+
+    def __init__(self, widths: Sequence[int], dim: int) -> None:
+        super().__init__()
+        half, quarter, eighth = widths
+        self.to_fine = nn.Sequential(
+            _conv_norm_act(3, half, 2),
+            _conv_norm_act(half, quarter, 2),
+            _conv_norm_act(quarter, quarter),
+        )
+        self.to_grid = nn.Sequential(
+            _conv_norm_act(quarter, eighth, 2),
+            _conv_norm_act(eighth, eighth),
+            nn.Conv2d(eighth, dim, kernel_size=3, stride=2, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps (B, 3, S, S) to the grid (B, S/16, S/16, D) and fine features (B, F, S/4, S/4)."""
+        fine = self.to_fine(x)
+        return self.to_grid(fine).permute(0, 2, 3, 1), fine
+
+
+def _conv_norm_act(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
+        nn.GroupNorm(4, outputs),
+        nn.GELU(),
+    )
+
+
+class ImageEncoder(nn.Module):
+    """SAM's image encoder (Kirillov et al. 2023), tapped at three depths [paper, Fig. 3].
+
+    Args:
+        image_size: side S of the square input in pixels that the position tables are made for.
+        patch_size: side of a patch in pixels; S must be a multiple of it.
+        dim, depth, heads, mlp_ratio: the ViT's.
+        out_dim: channels C after the neck.
+        window: side of local attention windows in patches, for blocks not in ``global_blocks``.
+        global_blocks: indices of the blocks with global attention.
+        taps: the two block indices of shallow and middle features, and the last block's (ours:
+            the ends of thirds). The deep features pass the neck, so every SAM weight is used.
+        adapter_dim: width of the adapters, 0 for none.
+        stem: channels of a convolutional stem at stride 2, 4 and 8, or None for SAM's patches.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float,
+        out_dim: int,
+        window: int,
+        global_blocks: Sequence[int],
+        taps: tuple[int, int, int],
+        adapter_dim: int,
+        stem: Sequence[int] | None,
+    ) -> None:
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(
+                f"image_size {image_size} is not a multiple of patch_size {patch_size}"
+            )
+        if taps[2] != depth - 1 or not 0 <= taps[0] < taps[1] < taps[2]:
+            raise ValueError(f"taps {taps} must rise and end at the last block, {depth - 1}")
+        if stem is not None and patch_size != 16:
+            raise ValueError("a convolutional stem has stride 16, so patch_size must be 16")
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.taps = taps
+        self.checkpoint_blocks = False
+        grid = image_size // patch_size
+        self.patch_embed = PatchEmbed(patch_size, dim) if stem is None else ConvStem(stem, dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))
+        self.blocks = nn.ModuleList(
+            Block(
+                dim=dim,
+                heads=heads,
+                mlp_ratio=mlp_ratio,
+                window=0 if index in global_blocks else window,
+                grid=grid,
+                adapter_dim=adapter_dim,
+            )
+            for index in range(depth)
+        )
+        self.neck = nn.Sequential(
+            nn.Conv2d(dim, out_dim, kernel_size=1, bias=False),
+            LayerNorm2d(out_dim),
+            nn.Conv2d(out_dim, out_dim, kernel_size=3, padding=1, bias=False),
+            LayerNorm2d(out_dim),
+        )
+
+    def forward(self, pixels: Tensor) -> EncoderFeatures:
+        """Encodes images.
+
+        Args:
+            pixels: (B, 3, H, W), normalized by SAM's mean and standard deviation; H and W
+                multiples of the patch size. Other sizes than the built one are allowed: the
+                position tables are interpolated.
+        """
+        x, fine = self.patch_embed(pixels)  # (B, h, w, D)
+        x = x + resize_pos_embed(self.pos_embed, x.shape[1], x.shape[2])
+        tapped = []
+        for index, block in enumerate(self.blocks):
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            if index in self.taps[:2]:
+                tapped.append(x.permute(0, 3, 1, 2))
+        deep = self.neck(x.permute(0, 3, 1, 2))
+        return EncoderFeatures(tapped[0], tapped[1], deep, fine)
+
+
+class Block(nn.Module):
+    """A ViT block with global or windowed attention and, where asked, an adapter by its MLP."""
+
+    def __init__(
+        self, *, dim: int, heads: int, mlp_ratio: float, window: int, grid: int, adapter_dim: int
+    ) -> None:
+        super().__init__()
+        self.window = window
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, window or grid)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLPBlock(dim, int(dim * mlp_ratio))
+        self.adapter = Adapter(dim, adapter_dim) if adapter_dim else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, h, w, D) to the same shape."""
+        attended = self.norm1(x)
+        if self.window:
+            height, width = x.shape[1:3]
+            attended = window_partition(attended, self.window)
+            attended = self.attn(attended)
+            attended = window_unpartition(attended, self.window, height, width)
+        else:
+            attended = self.attn(attended)
+        x = x + attended
+        y = self.norm2(x)
+        if self.adapter is not None:
+            return x + self.mlp(y) + self.adapter(y)
+        return x + self.mlp(y)
+
+
+class MLPBlock(nn.Module):
+    """The ViT's MLP, with segment-anything's names."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.lin1 = nn.Linear(dim, hidden)
+        self.lin2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., D) to the same shape."""
+        return self.lin2(F.gelu(self.lin1(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with decomposed relative positions (Li et al. 2022, MViTv2)."""
+
+    def __init__(self, dim: int, heads: int, side: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, dim * 3)
+        self.proj = nn.Linear(dim, dim)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, h, w, D) to the same shape."""
+        batch, height, width, dim = x.shape
+        qkv = self.qkv(x).view(batch, height * width, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, h*w, D/heads)
+        rel_h = relative_table(self.rel_pos_h, height).to(q.dtype)
+        rel_w = relative_table(self.rel_pos_w, width).to(q.dtype)
+        x = relative_attention(q, k, v, rel_h, rel_w)
+        return self.proj(x.transpose(1, 2).reshape(batch, height, width, dim))
+
+
+def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    """Attention with SAM's bias, q·rel_h[row] + q·rel_w[column], in plain fused attention.
+
+    The bias of query i and key j is ``h_i[row of j] + w_i[column of j]``. Appending h_i and w_i
+    to the query's channels, and one-hot codes of row and column to the key's, makes it part of
+    the inner product, so no (h*w)² tensor is ever made (ours; exact up to rounding).
+
+    Args:
+        q, k, v: (B, heads, h*w, d).
+        rel_h: (h, h, d), by row of query and row of key.
+        rel_w: (w, w, d), by column of query and column of key.
+
+    Returns:
+        (B, heads, h*w, d).
+    """
+    batch, heads, tokens, dim = q.shape
+    height, width = rel_h.shape[0], rel_w.shape[0]
+    grid = q.reshape(batch, heads, height, width, dim)
+    bias_h = torch.einsum("bnhwd,hkd->bnhwk", grid, rel_h).flatten(2, 3)
+    bias_w = torch.einsum("bnhwd,wkd->bnhwk", grid, rel_w).flatten(2, 3)
+
+    index = torch.arange(tokens, device=q.device)
+    rows = F.one_hot(index // width, height).to(q.dtype)
+    columns = F.one_hot(index % width, width).to(q.dtype)
+    code = torch.cat([rows, columns], dim=-1).expand(batch, heads, tokens, height + width)
+
+    query = torch.cat([q * dim**-0.5, bias_h, bias_w], dim=-1)
+    key = torch.cat([k, code], dim=-1)
+    return F.scaled_dot_product_attention(query, key, v, scale=1.0)
+
+
+def relative_table(rel_pos: Tensor, side: int) -> Tensor:
+    """Spreads a relative-position table (2·side-1, d) to (side, side, d)."""
+    length = 2 * side - 1
+    if rel_pos.shape[0] != length:
+        rel_pos = resize_rel_pos(rel_pos, length)
+    index = torch.arange(side, device=rel_pos.device)
+    return rel_pos[index[:, None] - index[None, :] + side - 1]
+
+
+def resize_rel_pos(rel_pos: Tensor, length: int) -> Tensor:
+    """Interpolates a table (L, d) linearly to (length, d), as segment-anything does."""
+    return (
+        F.interpolate(rel_pos.float().t()[None], size=length, mode="linear")[0]
+        .t()
+        .to(rel_pos.dtype)
+    )
+
+
+def resize_pos_embed(pos_embed: Tensor, height: int, width: int) -> Tensor:
+    """Interpolates (1, h, w, D) position embeddings to another grid, bicubic (ours)."""
+    if pos_embed.shape[1:3] == (height, width):
+        return pos_embed
+    grid = pos_embed.permute(0, 3, 1, 2).float()
+    grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
+    return grid.permute(0, 2, 3, 1).to(pos_embed.dtype)
+
+
+def window_partition(x: Tensor, window: int) -> Tensor:
+    """Splits (B, h, w, D) into windows (B·n, window, window, D), zero-padded right and bottom."""
+    batch, height, width, dim = x.shape
+    x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
+    rows, columns = x.shape[1] // window, x.shape[2] // window
+    x = x.view(batch, rows, window, columns, window, dim)
+    return x.transpose(2, 3).reshape(-1, window, window, dim)
+
+
+def window_unpartition(windows: Tensor, window: int, height: int, width: int) -> Tensor:
+    """Undoes :func:`window_partition` and drops the padding: back to (B, height, width, D)."""
+    rows, columns = -(-height // window), -(-width // window)
+    x = windows.view(-1, rows, columns, window, window, windows.shape[-1])
+    x = x.transpose(2, 3).reshape(-1, rows * window, columns * window, windows.shape[-1])
+    return x[:, :height, :width]

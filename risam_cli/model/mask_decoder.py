@@ -1,0 +1,181 @@
+"""Mutual-Aware Mask Decoder: a multi-modal query token reads both streams [paper, Fig. 5]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .common import MLP, LayerNorm2d
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What the decoder says of E expressions.
+
+    Attributes:
+        mask_logits: (E, 4h, 4w); above 0 means "part of the referent" at threshold 0.5.
+        iou: (E,) predicted IoU of the mask, 0..1.
+        no_target_logits: (E,); above 0 means "nothing in the image fits".
+    """
+
+    mask_logits: Tensor
+    iou: Tensor
+    no_target_logits: Tensor
+
+
+class MutualAwareMaskDecoder(nn.Module):
+    """Decodes masks from language-aware visual and vision-aware linguistic features.
+
+    Paper: vision-aware linguistic features guide the decoder, and a multi-modal query token
+    aggregates linguistic information and interacts with the visual features. Ours: tokens are
+    [query; words], query = learned token + projected sentence; per layer, self-attention over
+    tokens, tokens attend pixels, MLP, pixels attend tokens; ×4 upsampling by transposed
+    convolutions as in SAM; mask = MLP(query)·pixels; heads for IoU and no-target on the query.
+
+    Args:
+        dim: width; heads; layers; ffn_dim: hidden width of the token MLP.
+        mask_dim: channels of the upsampled pixels.
+        fine_dim: channels of stride-4 features that sharpen the upsampled pixels, 0 for none.
+        query_token: False is the ablation without the multi-modal query token; the projected
+            sentence alone, without learned token or attention over words, is then the query.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        layers: int,
+        ffn_dim: int,
+        mask_dim: int,
+        *,
+        fine_dim: int = 0,
+        query_token: bool = True,
+    ) -> None:
+        super().__init__()
+        self.query_token = nn.Parameter(torch.randn(dim) * 0.02) if query_token else None
+        self.project_sentence = nn.Linear(dim, dim)
+        self.layers = nn.ModuleList(_DecoderLayer(dim, heads, ffn_dim) for _ in range(layers))
+        self.final_attention = CrossAttention(dim, heads)
+        self.final_norm = nn.LayerNorm(dim)
+        self.up1 = nn.ConvTranspose2d(dim, dim // 2, kernel_size=2, stride=2)
+        self.up1_norm = LayerNorm2d(dim // 2)
+        self.up2 = nn.ConvTranspose2d(dim // 2, mask_dim, kernel_size=2, stride=2)
+        self.fine = nn.Conv2d(fine_dim, mask_dim, kernel_size=1) if fine_dim else None
+        self.sharpen = nn.Conv2d(mask_dim, mask_dim, kernel_size=3, padding=1) if fine_dim else None
+        self.mask_head = MLP([dim, dim, dim, mask_dim])
+        self.iou_head = MLP([dim, dim, 1])
+        self.no_target_head = MLP([dim, dim, 1])
+
+    def project_fine(self, fine: Tensor | None) -> Tensor | None:
+        """Projects stride-4 features (B, F, 4h, 4w) to (B, mask_dim, 4h, 4w), once per image."""
+        return None if self.fine is None or fine is None else self.fine(fine)
+
+    def forward(
+        self,
+        visual: Tensor,
+        visual_position: Tensor,
+        words: Tensor,
+        valid: Tensor,
+        sentence: Tensor,
+        fine: Tensor | None,
+        owner: Tensor,
+        grid: tuple[int, int],
+    ) -> Decoded:
+        """Decodes E expressions.
+
+        Args:
+            visual: (E, N, C) language-aware visual features, N = h·w.
+            visual_position: (N, C).
+            words: (E, L, C) vision-aware linguistic features; valid: (E, L) bool.
+            sentence: (E, C).
+            fine: (B, mask_dim, 4h, 4w) from :meth:`project_fine`, or None.
+            owner: (E,) image of each expression, for ``fine``.
+            grid: (h, w).
+        """
+        query = self.project_sentence(sentence)[:, None]  # (E, 1, C)
+        if self.query_token is None:
+            tokens, token_valid = query, valid.new_ones(len(valid), 1)
+        else:
+            tokens = torch.cat([query + self.query_token, words], dim=1)  # (E, 1 + L, C)
+            token_valid = F.pad(valid, (1, 0), value=True)
+
+        for layer in self.layers:
+            tokens, visual = layer(tokens, visual, visual_position, token_valid)
+        query = tokens[:, :1]
+        placed = visual + visual_position
+        query = self.final_norm(query + self.final_attention(query, placed, visual))[:, 0]
+
+        pixels = self.upsample(visual, fine, owner, grid)  # (E, mask_dim, 4h, 4w)
+        mask = torch.einsum("ec,echw->ehw", self.mask_head(query), pixels)
+        iou = self.iou_head(query)[:, 0].sigmoid()
+        return Decoded(mask, iou, self.no_target_head(query)[:, 0])
+
+    def upsample(
+        self, visual: Tensor, fine: Tensor | None, owner: Tensor, grid: tuple[int, int]
+    ) -> Tensor:
+        """Brings (E, h·w, C) to (E, mask_dim, 4h, 4w), sharpened by stride-4 features if any."""
+        pixels = visual.transpose(1, 2).unflatten(2, grid)  # (E, C, h, w)
+        pixels = F.gelu(self.up1_norm(self.up1(pixels)))
+        pixels = self.up2(pixels)
+        if fine is not None and self.sharpen is not None:
+            # Gathered only here, where each expression's own pixels exist anyway.
+            pixels = F.gelu(pixels + fine[owner])
+            return pixels + self.sharpen(pixels)
+        return F.gelu(pixels)
+
+
+class _DecoderLayer(nn.Module):
+    """One layer of two-way attention, after SAM's TwoWayAttentionBlock."""
+
+    def __init__(self, dim: int, heads: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.self_attention = CrossAttention(dim, heads, downsample=1)
+        self.norm1 = nn.LayerNorm(dim)
+        self.tokens_to_pixels = CrossAttention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP([dim, ffn_dim, dim])
+        self.norm3 = nn.LayerNorm(dim)
+        self.pixels_to_tokens = CrossAttention(dim, heads)
+        self.norm4 = nn.LayerNorm(dim)
+
+    def forward(
+        self, tokens: Tensor, visual: Tensor, position: Tensor, token_valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        mask = token_valid[:, None, None, :]
+        tokens = self.norm1(tokens + self.self_attention(tokens, tokens, tokens, mask))
+        placed = visual + position
+        tokens = self.norm2(tokens + self.tokens_to_pixels(tokens, placed, visual))
+        tokens = self.norm3(tokens + self.mlp(tokens))
+        visual = self.norm4(visual + self.pixels_to_tokens(placed, tokens, tokens, mask))
+        return tokens, visual
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention whose inner width may be smaller than its outer one, as in SAM.
+
+    Args:
+        dim: outer width; heads; downsample: outer width over inner width.
+    """
+
+    def __init__(self, dim: int, heads: int, downsample: int = 2) -> None:
+        super().__init__()
+        inner = dim // downsample
+        self.heads = heads
+        self.query = nn.Linear(dim, inner)
+        self.key = nn.Linear(dim, inner)
+        self.value = nn.Linear(dim, inner)
+        self.output = nn.Linear(inner, dim)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Maps (E, n, C), (E, m, C), (E, m, C) to (E, n, C); mask fits (E, heads, n, m)."""
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, x in ((self.query, query), (self.key, key), (self.value, value))
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.output(attended.transpose(1, 2).flatten(2))

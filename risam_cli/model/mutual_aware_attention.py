@@ -1,0 +1,190 @@
+"""Mutual-Aware Attention: two parallel branches over one affinity [paper, Fig. 4]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .common import MLP
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """The two maps of one block, which the paper draws in its Figure 1.
+
+    Attributes:
+        words_of_region: (E, heads, N, L), for each region its words' weights, summing to 1 over
+            words (Vision-Guided Attention); None where the branch is switched off.
+        regions_of_word: (E, heads, L, N), for each word its regions' weights, summing to 1 over
+            regions (Language-Guided Attention); None where the branch is switched off.
+    """
+
+    words_of_region: Tensor | None
+    regions_of_word: Tensor | None
+
+
+class MutualAwareAttention(nn.Module):
+    """One block: Vision-Guided and Language-Guided Attention in parallel.
+
+    Paper: both branches share one affinity A and its transpose; Vision-Guided Attention finds
+    for each region the informative words, Language-Guided Attention for each word the
+    corresponding regions. Ours: A = (F_v W_v)(F_l W_l)ᵀ/√d per head, computed once; padding is
+    masked in both directions; residual, norm and FFN on both streams; position encodings are
+    added to what the affinity and the visual values see.
+
+    The visual stream of the first block is still one per image. It is projected once per image,
+    and its affinity with the words of all the image's expressions is one matrix product, so
+    image features are never repeated per expression.
+
+    Args:
+        dim: width of both streams; heads: attention heads; ffn_dim: hidden width of the FFNs.
+        vision_guided, language_guided: False switches a branch off (the paper's ablations);
+            its stream then passes through unchanged.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        ffn_dim: int,
+        *,
+        vision_guided: bool = True,
+        language_guided: bool = True,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = (dim // heads) ** -0.5
+        self.affinity_vision = nn.Linear(dim, dim)
+        self.affinity_language = nn.Linear(dim, dim)
+        self.vision_guided = _Branch(dim, ffn_dim) if vision_guided else None
+        self.language_guided = _Branch(dim, ffn_dim) if language_guided else None
+
+    def forward(
+        self,
+        visual: Tensor,
+        visual_position: Tensor,
+        words: Tensor,
+        word_position: Tensor,
+        valid: Tensor,
+        owner: Tensor | None,
+        *,
+        with_maps: bool = False,
+    ) -> tuple[Tensor, Tensor, AttentionMaps | None]:
+        """Runs one block on a ragged batch.
+
+        Args:
+            visual: (V, N, C), V either images or expressions.
+            visual_position: (N, C).
+            words: (E, L, C); word_position: (L, C); valid: (E, L) bool.
+            owner: (E,) index of each expression's row in ``visual``, or None where row e is
+                expression e's own.
+            with_maps: return the attention maps.
+
+        Returns:
+            language-aware visual features (E, N, C) (or ``visual`` itself where Vision-Guided
+            Attention is off), vision-aware linguistic features (E, L, C), maps or None.
+        """
+        placed = visual + visual_position  # (V, N, C)
+        query = self._split(self.affinity_vision(placed)) * self.scale  # (V, heads, N, d)
+        key = self._split(self.affinity_language(words + word_position))  # (E, heads, L, d)
+        affinity = ragged_product(query, key, owner)  # (E, heads, N, L)
+        affinity = affinity.masked_fill(~valid[:, None, None, :], torch.finfo(affinity.dtype).min)
+
+        to_words = to_regions = None
+        new_visual, new_words = visual, words
+        if self.vision_guided is not None:
+            to_words = affinity.softmax(dim=-1)
+            value = self._split(self.vision_guided.value(words))  # (E, heads, L, d)
+            change = self._merge(to_words @ value)  # (E, N, C)
+            own = visual if owner is None else visual[owner]
+            new_visual = self.vision_guided(own, change)
+        if self.language_guided is not None:
+            to_regions = affinity.transpose(-1, -2).softmax(dim=-1)  # (E, heads, L, N)
+            value = self._split(self.language_guided.value(placed))  # (V, heads, N, d)
+            change = self._merge(ragged_gather(to_regions, value, owner))  # (E, L, C)
+            new_words = self.language_guided(words, change)
+        maps = AttentionMaps(to_words, to_regions) if with_maps else None
+        return new_visual, new_words, maps
+
+    def _split(self, x: Tensor) -> Tensor:
+        batch, length, dim = x.shape
+        return x.view(batch, length, self.heads, dim // self.heads).transpose(1, 2)
+
+    @staticmethod
+    def _merge(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)  # (E, heads, n, d) -> (E, n, C)
+
+
+class _Branch(nn.Module):
+    """Value projection, output projection, and residual + norm + FFN of one stream."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.value = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.ffn = MLP([dim, ffn_dim, dim])
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, stream: Tensor, change: Tensor) -> Tensor:
+        stream = self.norm1(stream + self.output(change))
+        return self.norm2(stream + self.ffn(stream))
+
+
+def ragged_product(query: Tensor, key: Tensor, owner: Tensor | None) -> Tensor:
+    """Products of each expression's keys with its own row of queries, queries never copied.
+
+    Args:
+        query: (V, heads, N, d); key: (E, heads, L, d); owner: (E,) rows of ``query``, or None
+            where row e is expression e's own.
+
+    Returns:
+        (E, heads, N, L).
+    """
+    if owner is None:
+        return query @ key.transpose(-1, -2)
+    rows, heads, regions, _ = query.shape
+    slot, slots = expression_slots(owner, rows)
+    length, dim = key.shape[2:]
+    # Keys of all expressions of an image stand side by side: (V, heads, slots * L, d).
+    packed = key.new_zeros(rows, slots, heads, length, dim)
+    packed[owner, slot] = key
+    packed = packed.transpose(1, 2).reshape(rows, heads, slots * length, dim)
+    product = query @ packed.transpose(-1, -2)  # (V, heads, N, slots * L)
+    product = product.view(rows, heads, regions, slots, length)
+    return product.permute(0, 3, 1, 2, 4)[owner, slot]
+
+
+def ragged_gather(weights: Tensor, value: Tensor, owner: Tensor | None) -> Tensor:
+    """Weighted sums of each expression's own row of values, values never copied.
+
+    Args:
+        weights: (E, heads, L, N); value: (V, heads, N, d); owner: (E,) rows of ``value``, or
+            None where row e is expression e's own.
+
+    Returns:
+        (E, heads, L, d).
+    """
+    if owner is None:
+        return weights @ value
+    rows, heads, regions, dim = value.shape
+    slot, slots = expression_slots(owner, rows)
+    length = weights.shape[2]
+    packed = weights.new_zeros(rows, slots, heads, length, regions)
+    packed[owner, slot] = weights
+    packed = packed.transpose(1, 2).reshape(rows, heads, slots * length, regions)
+    gathered = (packed @ value).view(rows, heads, slots, length, dim)
+    return gathered.transpose(1, 2)[owner, slot]
+
+
+def expression_slots(owner: Tensor, rows: int) -> tuple[Tensor, int]:
+    """Numbers each row's expressions from 0.
+
+    Returns:
+        (E,) number of each expression among those of its row, and the largest count of a row.
+    """
+    member = torch.nn.functional.one_hot(owner, rows)  # (E, V)
+    slot = member.cumsum(dim=0)[torch.arange(len(owner), device=owner.device), owner] - 1
+    return slot, int(member.sum(dim=0).max())

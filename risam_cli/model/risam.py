@@ -1,0 +1,141 @@
+"""RISAM: the boxes of the paper's Figure 3, put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .common import sine_positions_1d, sine_positions_2d
+from .feature_enhancement import FeatureEnhancement
+from .image_encoder import ImageEncoder
+from .mask_decoder import Decoded, MutualAwareMaskDecoder
+from .mutual_aware_attention import AttentionMaps, MutualAwareAttention
+from .text_encoder import TextEncoder, TextFeatures
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """All that depends on the image alone, computed once per image.
+
+    Attributes:
+        visual: enhanced visual features F_v, (B, C, h, w).
+        fine: (B, mask_dim, 4h, 4w) stride-4 features, or None.
+    """
+
+    visual: Tensor
+    fine: Tensor | None
+
+    def select(self, index: Tensor | slice) -> ImageFeatures:
+        """The features of some of the images."""
+        return ImageFeatures(self.visual[index], None if self.fine is None else self.fine[index])
+
+
+class Risam(nn.Module):
+    """Referring image segmentation with mutual-aware attention (arXiv 2311.15727).
+
+    ``encode_image`` runs once per image, ``encode_text`` once per expression, and ``decode``
+    takes E expressions over B images in one ragged batch.
+
+    Args:
+        image_encoder, text_encoder: finished modules.
+        feature_enhancement: gives F_v of ``dim`` channels.
+        attention: the Mutual-Aware Attention blocks, in order.
+        mask_decoder: the Mutual-Aware Mask Decoder.
+        dim: width C of the network.
+    """
+
+    def __init__(
+        self,
+        image_encoder: ImageEncoder,
+        text_encoder: TextEncoder,
+        feature_enhancement: FeatureEnhancement,
+        attention: list[MutualAwareAttention],
+        mask_decoder: MutualAwareMaskDecoder,
+        dim: int,
+    ) -> None:
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.text_encoder = text_encoder
+        self.feature_enhancement = feature_enhancement
+        self.attention = nn.ModuleList(attention)
+        self.mask_decoder = mask_decoder
+        self.project_position = nn.Linear(dim, dim)
+        self.dim = dim
+
+    def encode_image(self, pixels: Tensor) -> ImageFeatures:
+        """Encodes B images of (B, 3, S, S), normalized and zero-padded right and bottom."""
+        features = self.image_encoder(pixels)
+        return self.enhance(features.shallow, features.middle, features.deep, features.fine)
+
+    def enhance(
+        self, shallow: Tensor, middle: Tensor, deep: Tensor, fine: Tensor | None
+    ) -> ImageFeatures:
+        """Turns the encoder's three taps (and stride-4 features, if any) into F_v."""
+        visual = self.feature_enhancement(shallow, middle, deep)
+        return ImageFeatures(visual, self.mask_decoder.project_fine(fine))
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> TextFeatures:
+        """Encodes E expressions of (E, L) token ids."""
+        features: TextFeatures = self.text_encoder(input_ids, attention_mask)
+        return features
+
+    def decode(self, image: ImageFeatures, text: TextFeatures, image_index: Tensor) -> Decoded:
+        """Masks of E expressions over B images.
+
+        Args:
+            image_index: (E,) integers in 0..B-1, the image of each expression.
+        """
+        visual, words, owner, _ = self._attend(image, text, image_index, with_maps=False)
+        if owner is not None:
+            # Only without Vision-Guided Attention is the visual stream still one per image.
+            visual = visual[owner]
+        height, width = image.visual.shape[-2:]
+        decoded: Decoded = self.mask_decoder(
+            visual,
+            self._visual_position(height, width, visual),
+            words,
+            text.valid,
+            text.sentence,
+            image.fine,
+            image_index,
+            (height, width),
+        )
+        return decoded
+
+    def attention_maps(
+        self, image: ImageFeatures, text: TextFeatures, image_index: Tensor
+    ) -> list[AttentionMaps]:
+        """The two attention maps of every block (the paper's Figure 1)."""
+        return self._attend(image, text, image_index, with_maps=True)[3]
+
+    def forward(
+        self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor, image_index: Tensor
+    ) -> Decoded:
+        """Images (B, 3, S, S) and expressions (E, L) to masks, in one go."""
+        image = self.encode_image(pixels)
+        text = self.encode_text(input_ids, attention_mask)
+        return self.decode(image, text, image_index)
+
+    def _attend(
+        self, image: ImageFeatures, text: TextFeatures, image_index: Tensor, *, with_maps: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[AttentionMaps]]:
+        visual = image.visual.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h*w, C)
+        words = text.words
+        position = self._visual_position(*image.visual.shape[-2:], visual)
+        word_position = sine_positions_1d(words.shape[1], self.dim, words.device).to(words.dtype)
+        owner: Tensor | None = image_index
+        maps = []
+        for block in self.attention:
+            visual, words, block_maps = block(
+                visual, position, words, word_position, text.valid, owner, with_maps=with_maps
+            )
+            if block.vision_guided is not None:
+                owner = None  # The block has made the visual stream one per expression.
+            if block_maps is not None:
+                maps.append(block_maps)
+        return visual, words, owner, maps
+
+    def _visual_position(self, height: int, width: int, like: Tensor) -> Tensor:
+        position = sine_positions_2d(height, width, self.dim, like.device)
+        return self.project_position(position.to(like.dtype))

@@ -1,0 +1,103 @@
+"""Text encoders from Hugging Face folders or names, from a model folder, or made small."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from risam_cli.errors import ModelError
+from risam_cli.tokenizer import TextTokenizer, tokenizer_from_words
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig
+
+    from risam_cli.checkpoints import StoredModel
+
+    Parts = tuple[nn.Module, PretrainedConfig, TextTokenizer]
+
+
+def small_bert(hidden: int, layers: int, heads: int, max_tokens: int) -> Parts:
+    """A BERT over RefShapes' words with random weights and no dropout."""
+    from transformers import BertConfig
+
+    from risam_cli.data.refshapes.vocabulary import VOCABULARY
+
+    tokenizer = tokenizer_from_words(VOCABULARY)
+    config = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=2 * hidden,
+        max_position_embeddings=max_tokens,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=0,
+    )
+    return _backbone(config), config, TextTokenizer(tokenizer, max_tokens, 0)
+
+
+def pretrained_text(source: str, max_tokens: int) -> Parts:
+    """A CLIP or BERT text encoder by folder or hub name, with its tokenizer.
+
+    Raises:
+        ModelError: a folder or name that cannot be loaded, or a tokenizer without a fast form.
+    """
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type in ("clip", "clip_text_model"):
+            config = config.text_config if config.model_type == "clip" else config
+            backbone: Any = CLIPTextModel.from_pretrained(source, config=config)
+        else:
+            backbone = AutoModel.from_pretrained(source, config=config)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"cannot load text encoder {source!r}: {reason}",
+            "give a folder with config.json, weights and tokenizer files, or a name that is in "
+            "the local Hugging Face cache",
+        ) from error
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        raise ModelError(f"text encoder {source!r} has no tokenizer.json", "convert its tokenizer")
+    limit = min(max_tokens, int(config.max_position_embeddings))
+    return backbone, config, TextTokenizer(fast, limit, int(tokenizer.pad_token_id or 0))
+
+
+def text_from_folder(stored: StoredModel, max_tokens: int) -> Parts:
+    """The text encoder of a model folder, with random weights until the folder's are loaded.
+
+    Raises:
+        ModelError: a text configuration or tokenizer that cannot be read.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoConfig
+
+    values = dict(stored.text_config)
+    try:
+        kind = values.pop("model_type")
+        config = AutoConfig.for_model(kind, **values)
+        tokenizer = Tokenizer.from_str(stored.tokenizer)
+        backbone = _backbone(config)
+    except Exception as error:  # tokenizers raises bare Exception
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{stored.folder}: text encoder cannot be built: {reason}",
+            "take the folder anew from where it was made",
+        ) from error
+    limit = min(max_tokens, int(config.max_position_embeddings))
+    return backbone, config, TextTokenizer(tokenizer, limit, int(config.pad_token_id or 0))
+
+
+def _backbone(config: PretrainedConfig) -> Any:
+    """An untrained backbone for a configuration, without a pooler that nothing would use."""
+    from transformers import AutoModel, BertModel, CLIPTextModel
+
+    if config.model_type == "bert":
+        return BertModel(config, add_pooling_layer=False)
+    if config.model_type == "clip_text_model":
+        return CLIPTextModel(config)
+    return AutoModel.from_config(config)

@@ -1,0 +1,119 @@
+"""From pictures to the encoder's square input, and from mask logits back to the picture.
+
+SAM's geometry: the longest side is brought to the encoder's size S, the rest is padded right
+and bottom. Pixel mean and standard deviation are SAM's (segment_anything/build_sam.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+def fit_size(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width once the longest side is ``size`` pixels; each at least 1."""
+    scale = size / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def resize_for_encoder(rgb: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Brings (H, W, 3) uint8 to (h, w, 3) uint8 with the longest side at ``size``.
+
+    Shrinking averages over areas, so that thin things do not alias; growing is bilinear.
+    """
+    height, width = fit_size(*rgb.shape[:2], size)
+    if (height, width) == rgb.shape[:2]:
+        return rgb
+    shrinks = height < rgb.shape[0] or width < rgb.shape[1]
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(rgb, (width, height), interpolation=how), np.uint8)
+
+
+def to_pixels(
+    images: Sequence[NDArray[np.uint8]], size: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Normalizes and pads images of (h, w, 3) uint8, longest side ``size``, on the device.
+
+    Returns:
+        (B, 3, size, size) float32, zero in the padding.
+    """
+    import torch
+
+    batch = torch.zeros(len(images), size, size, 3, dtype=torch.uint8)
+    for row, image in zip(batch, images, strict=True):
+        row[: image.shape[0], : image.shape[1]] = torch.from_numpy(image)
+    return normalize(batch.to(device), [image.shape[:2] for image in images])
+
+
+def normalize(batch: Tensor, fitted: Sequence[Sequence[int]]) -> Tensor:
+    """Normalizes padded images on their device.
+
+    Args:
+        batch: (B, S, S, 3) uint8; fitted: B pairs (h, w), the picture's part of the square.
+
+    Returns:
+        (B, 3, S, S) float32, zero in the padding.
+    """
+    import torch
+
+    mean = torch.tensor(PIXEL_MEAN, device=batch.device)
+    std = torch.tensor(PIXEL_STD, device=batch.device)
+    pixels = (batch.float() - mean) / std
+    for row, (height, width) in zip(pixels, fitted, strict=True):
+        row[height:] = 0
+        row[:, width:] = 0
+    # Channels last in memory, which convolutions like best.
+    return pixels.permute(0, 3, 1, 2)
+
+
+def logits_to_size(
+    logits: Tensor, fitted: tuple[int, int], size: int, out: tuple[int, int]
+) -> Tensor:
+    """Brings mask logits of the padded square to the picture's size, interpolating once.
+
+    SAM's own post-processing interpolates twice (to S, then, cropped, to the picture). Here the
+    sampling grid of the picture is laid into the logits directly (ours).
+
+    Args:
+        logits: (E, h, w) of the padded square.
+        fitted: (h, w) of the picture inside the S×S square, in encoder pixels.
+        size: S.
+        out: (H, W) of the picture.
+
+    Returns:
+        (E, H, W) float32.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    if len(logits) == 0:
+        return logits.new_zeros((0, *out), dtype=torch.float32)
+    if fitted == (size, size):
+        return F.interpolate(
+            logits.float()[:, None], size=out, mode="bilinear", align_corners=False
+        )[:, 0]
+    ways = []
+    for pixels, inside in zip(out, fitted, strict=True):
+        centre = (torch.arange(pixels, device=logits.device, dtype=torch.float32) + 0.5) / pixels
+        ways.append(centre * (2 * inside / size) - 1)  # grid_sample's -1..1 over the square
+    y, x = torch.meshgrid(ways[0], ways[1], indexing="ij")
+    # One image whose channels are the expressions, so that the grid is not repeated for them.
+    sampled = F.grid_sample(
+        logits.float()[None],
+        torch.stack([x, y], dim=-1)[None],
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
+    )
+    return sampled[0]
