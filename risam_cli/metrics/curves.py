@@ -42,7 +42,7 @@ class RiskCoverage:
 def no_target_curve(table: ScoreTable, protocol: str | Protocol = "native") -> list[NoTargetPoint]:
     """N-acc, T-acc and gIoU over thresholds of the no-target probability, ascending.
 
-    An answer is "nothing fits" where its probability is at least the threshold. Empty where the
+    An answer is "nothing fits" where its probability is above the threshold. Empty where the
     probabilities are unknown or one of the two kinds of expression does not occur.
     """
     rule = get_protocol(protocol)
@@ -52,7 +52,7 @@ def no_target_curve(table: ScoreTable, protocol: str | Protocol = "native") -> l
         return []
     points = []
     for threshold in _candidates(table.no_target_probability):
-        moved = table.with_no_target(table.no_target_probability >= threshold)
+        moved = table.with_no_target(table.no_target_probability > threshold)
         found = figures(terms(moved, rule))
         points.append(NoTargetPoint(threshold, found["n_acc"], found["t_acc"], found["giou"]))
     return points

@@ -1,8 +1,12 @@
-"""RefShapes made on the fly: scenes are drawn when asked for and written as PNG for the engine."""
+"""RefShapes: made on the fly, each scene drawn and written as PNG when it is asked for; or read
+from what ``risam refshapes`` wrote, in whichever benchmark's format.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
@@ -12,12 +16,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli import masks
+from risam_cli.data.readers.coco import open_coco
+from risam_cli.data.readers.layout import missing
+from risam_cli.data.readers.phrasecut import open_phrasecut
+from risam_cli.data.readers.refer import open_refer
 from risam_cli.data.readers.source import Group, Phrase, SampleSource
-from risam_cli.errors import OutputError
+from risam_cli.errors import DataError, OutputError
 from risam_cli.types import Rle
 
 if TYPE_CHECKING:
     from risam_cli.data.refshapes import RefShapes, SceneItem
+
+
+BENCHMARKS = {
+    "refshapes": "refcoco",
+    "refshapes+": "refcoco+",
+    "refshapesg": "refcocog",
+    "grefshapes": "grefcoco",
+}
+"""Family -> the benchmark whose format and folder it takes."""
 
 
 def open_refshapes(
@@ -39,6 +56,52 @@ def open_refshapes(
     return SampleSource(family, split, (), _Scenes(made, folder), counts)
 
 
+def open_refshapes_files(
+    root: Path, family: str, split: str, image_root: Path | None = None
+) -> SampleSource:
+    """The index of a split that ``risam refshapes`` wrote.
+
+    Args:
+        root: its output folder, or the family's own folder in it.
+
+    Raises:
+        DataError: files are missing or damaged, are of another family, or lack the split.
+    """
+    benchmark = BENCHMARKS[family]
+    by = "umd" if family == "refshapesg" else "unc"
+    refer = "grefs(unc).json" if benchmark == "grefcoco" else f"refs({by}).p"
+    looked = []
+    folders = [root / benchmark, root, *(root / family / f for f in ("refer", "grefcoco"))]
+    for folder in folders:
+        looked.append(folder / refer)
+        if looked[-1].is_file():
+            _check_family(folder, family)
+            return open_refer(folder, benchmark, split, image_root=image_root, name=family)
+    for folder in (root / family / "phrasecut", root):
+        looked.append(folder / f"refer_{split}.json")
+        if looked[-1].is_file():
+            _check_family(folder, family)
+            return open_phrasecut(folder, split, image_root=image_root, name=family)
+    for folder in (root / family / "coco", root):
+        looked.append(folder / f"{split}.json")
+        if looked[-1].is_file():
+            _check_family(folder, family)
+            source = open_coco(looked[-1], image_root, dataset=family)
+            return replace(source, split=split)
+    raise missing(looked, f"RefShapes files of {family} {split}")
+
+
+def _check_family(folder: Path, family: str) -> None:
+    """Refuse a folder whose own note says that it holds another family."""
+    note = folder / "refshapes.json"
+    try:
+        own = json.loads(note.read_text(encoding="utf-8")).get("family")
+    except (OSError, ValueError, AttributeError):
+        return
+    if own != family:
+        raise DataError(f"{folder} holds the family {own!r}, not {family!r}", f"--family {own}")
+
+
 class _Scenes(Sequence[Group]):
     """The scenes of a split as groups, each drawn on access."""
 
@@ -56,30 +119,34 @@ class _Scenes(Sequence[Group]):
     def __getitem__(self, index: int | slice) -> Group | Sequence[Group]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        from risam_cli.data.refshapes.formats import image_id
+
         item = self.made[index]
-        name = f"{self.made.split}_{index:06d}.png"
+        number = image_id(self.made.split, index)
+        # Names and ids are those of `risam refshapes --format coco --image-format png`.
+        name = f"{self.made.split}_{number:07d}.png"
         path = self.folder / name
         return Group(
             name,
             path,
             (item.instances.shape[0], item.instances.shape[1]),
-            tuple(_phrases(item, name)),
+            tuple(_phrases(item, number)),
             partial(_draw, item.instances),
             partial(_write, path, item.image),
         )
 
 
-def _phrases(item: SceneItem, name: str) -> list[Phrase]:
+def _phrases(item: SceneItem, number: int) -> list[Phrase]:
     phrases = []
     for k, referring in enumerate(item.expressions):
         shapes = [scene_object.shape for scene_object in item.objects]
-        chosen = {shapes[number] for number in referring.objects}
+        chosen = {shapes[k] for k in referring.objects}
         attributes: dict[str, object] = {"referents": len(referring.objects)}
         if len(chosen) == 1:
             shape = chosen.pop()
             attributes["category"] = shape
             attributes["distractors"] = shapes.count(shape) - len(referring.objects)
-        phrases.append(Phrase(f"{name}#{k}", referring.text, referring.objects, attributes))
+        phrases.append(Phrase(str(number * 100 + k), referring.text, referring.objects, attributes))
     return phrases
 
 

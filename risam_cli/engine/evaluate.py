@@ -1,0 +1,329 @@
+"""Scoring a split: answers in, table, rows and cases out. Torch-free; a model's answers come from
+:mod:`risam_cli.engine.answers`.
+
+Memory holds the table's columns, one block of rows and a bounded number of cases; masks go by one
+image at a time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from risam_cli import masks
+from risam_cli.data.readers.predictions import Answer, PredictionIndex
+from risam_cli.data.readers.source import OnFailure, SampleSource
+from risam_cli.errors import DataError
+from risam_cli.metrics.figures import outcome
+from risam_cli.metrics.protocols import Protocol
+from risam_cli.metrics.slices import Facts, Slice, Slicer
+from risam_cli.metrics.table import ExpressionScore, ScoreTable, Tally, score_masks
+from risam_cli.types import Expression, Failure, Rle, Sample
+
+_BLOCK = 1024  # rows scored at once
+_POOL = 60  # cases kept of each kind; the gallery picks among them
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One image with its answers, parallel to its expressions; None scores zero."""
+
+    sample: Sample
+    answers: tuple[Answer | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One expression with all that its picture needs."""
+
+    id: str
+    image: str
+    path: Path
+    expression: str
+    iou: float
+    score: float
+    target: Rle
+    prediction: Rle
+    gt_no_target: bool
+    answered_none: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a run gives.
+
+    Attributes:
+        worst, best, typical: cases, the first two by IoU and the last drawn evenly.
+        unscored: expressions without a known truth.
+        seconds: time spent on scoring.
+    """
+
+    table: ScoreTable
+    slices: tuple[Slice, ...]
+    images: int
+    worst: tuple[Case, ...]
+    best: tuple[Case, ...]
+    typical: tuple[Case, ...]
+    unscored: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Pending:
+    score: ExpressionScore
+    expression: Expression
+    levels: dict[str, int]
+    path: Path
+    prediction: Rle | None
+
+
+@dataclass(slots=True)
+class _Pool:
+    """The ``size`` cases of highest rank, ties broken by a hash of the id, not by order."""
+
+    size: int
+    heap: list[tuple[float, int, str, Case]] = field(default_factory=list)
+
+    def offer(self, rank: float, name: str, make: Callable[[], Case]) -> None:
+        key = (rank, zlib.crc32(name.encode("utf-8", "surrogatepass")), name)
+        if len(self.heap) < self.size:
+            heapq.heappush(self.heap, (*key, make()))
+        elif key > self.heap[0][:3]:
+            heapq.heapreplace(self.heap, (*key, make()))
+
+    def cases(self) -> tuple[Case, ...]:
+        return tuple(entry[3] for entry in sorted(self.heap, key=lambda e: e[:3], reverse=True))
+
+
+class Scorer:
+    """Takes answered images one by one.
+
+    Args:
+        write_row: gets each line of ``per_expression.jsonl``, in order.
+    """
+
+    def __init__(self, protocol: Protocol, write_row: Callable[[str], None]) -> None:
+        self.protocol = protocol
+        self._write_row = write_row
+        self._slicer = Slicer()
+        self._tally = Tally(self._slicer.names)
+        self._pending: list[_Pending] = []
+        self._worst, self._best, self._typical = _Pool(_POOL), _Pool(_POOL), _Pool(_POOL)
+        self._unscored = 0
+        self._seconds = 0.0
+
+    def add(self, answered: Answered) -> int:
+        """Score one image; gives how many of its expressions had a known truth.
+
+        Raises:
+            DataError: a mask is of another size than its truth.
+        """
+        started = time.perf_counter()
+        sample = answered.sample
+        scored = 0
+        at_canvas: dict[str, Rle] = {}
+        for expression, answer in zip(sample.expressions, answered.answers, strict=True):
+            if expression.target is None:
+                self._unscored += 1
+                continue
+            scored += 1
+            target = _at_resolution(expression.target, self.protocol, at_canvas)
+            facts = Facts(expression.text, _share(expression.target), expression.attributes)
+            self._pending.append(
+                _Pending(
+                    self._score(sample, expression, target, answer),
+                    expression,
+                    self._slicer.levels(facts),
+                    sample.path,
+                    answer.segmentation if answer else None,
+                )
+            )
+        if len(self._pending) >= _BLOCK:
+            self._flush()
+        self._seconds += time.perf_counter() - started
+        return scored
+
+    def finish(self) -> Scored:
+        """Score what is left and give everything."""
+        started = time.perf_counter()
+        self._flush()
+        table = self._tally.table()
+        self._seconds += time.perf_counter() - started
+        return Scored(
+            table,
+            self._slicer.slices(),
+            self._tally.images,
+            self._worst.cases(),
+            self._best.cases(),
+            self._typical.cases(),
+            self._unscored,
+            self._seconds,
+        )
+
+    def _score(
+        self, sample: Sample, expression: Expression, target: Rle, answer: Answer | None
+    ) -> ExpressionScore:
+        nothing = bool(expression.no_target)
+        if answer is None:
+            area = masks.area(target)
+            return ExpressionScore(
+                expression.id, sample.image, 0, area, 0, area, nothing, missing=True
+            )
+        return score_masks(
+            expression.id,
+            sample.image,
+            _at_resolution(answer.segmentation, self.protocol, {}),
+            target,
+            gt_no_target=nothing,
+            pred_no_target=answer.no_target,
+            score=answer.score,
+            no_target_probability=answer.no_target_probability,
+        )
+
+    def _flush(self) -> None:
+        block = Tally()
+        block.extend(pending.score for pending in self._pending)
+        seen = outcome(block.table(), self.protocol)
+        for k, pending in enumerate(self._pending):
+            self._tally.add(pending.score, pending.levels)
+            iou, none = float(seen.iou[k]), bool(seen.answered_none[k])
+            self._write_row(_row(pending, iou, none))
+            if pending.prediction is not None:
+                self._offer(pending, pending.prediction, iou, none)
+        self._pending.clear()
+
+    def _offer(self, pending: _Pending, prediction: Rle, iou: float, none: bool) -> None:
+        score, expression = pending.score, pending.expression
+
+        def make() -> Case:
+            assert expression.target is not None
+            return Case(
+                score.id,
+                score.image,
+                pending.path,
+                expression.text,
+                iou,
+                score.score,
+                expression.target,
+                prediction,
+                score.gt_no_target,
+                none,
+            )
+
+        self._worst.offer(-iou, score.id, make)
+        self._best.offer(iou, score.id, make)
+        self._typical.offer(0.0, score.id, make)
+
+
+def answers_from_predictions(
+    source: SampleSource, index: PredictionIndex, on_failure: OnFailure
+) -> Iterator[Answered]:
+    """Every image of a split with what the predictions say; a malformed record is a failure and
+    scores zero, as a missing one does.
+    """
+    for sample in source.iterate(on_failure):
+        answers: list[Answer | None] = []
+        for expression in sample.expressions:
+            try:
+                answer = index.find(sample, expression)
+                if answer is None and expression.target is not None:
+                    on_failure(_failure(sample, expression, "no prediction; it scores zero"))
+            except DataError as error:
+                answer = None
+                on_failure(_failure(sample, expression, f"{error}; it scores zero"))
+            answers.append(answer)
+        yield Answered(sample, tuple(answers))
+
+
+def pick_cases(cases: Sequence[Case], number: int) -> list[Case]:
+    """The first ``number`` of different images; images repeat only where there are too few."""
+    by_image: dict[str, int] = {}
+    rounds = []
+    for place, case in enumerate(cases):
+        rounds.append((by_image.get(case.image, 0), place))
+        by_image[case.image] = by_image.get(case.image, 0) + 1
+    return [cases[place] for _, place in sorted(sorted(rounds)[:number], key=lambda r: r[1])]
+
+
+def resize_nearest(rle: Rle, side: int) -> Rle:
+    """The mask stretched to ``side`` x ``side`` by nearest neighbour, as Pillow samples it."""
+    mask = masks.decode(rle)
+    rows, columns = ((np.arange(side) + 0.5) * n / side for n in mask.shape)
+    return masks.encode(mask[rows.astype(np.int64)[:, None], columns.astype(np.int64)])
+
+
+def warp_through_letterbox(
+    probabilities: np.ndarray[Any, np.dtype[np.float32]], side: int
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Probabilities (H, W) as CRIS has them: on a letterboxed ``side`` square, and back.
+
+    The transforms are those of CRIS's ``getTransformMat``: corners to corners, the image centred;
+    there bilinear, back bicubic, zero outside.
+    """
+    height, width = probabilities.shape
+    scale = min(side / height, side / width)
+    new_h, new_w = height * scale, width * scale
+    left, top = (side - new_w) / 2, (side - new_h) / 2
+    own = np.array([[0, 0], [width, 0], [0, height]], np.float32)
+    boxed = np.array([[left, top], [new_w + left, top], [left, new_h + top]], np.float32)
+    canvas = cv2.warpAffine(
+        probabilities, cv2.getAffineTransform(own, boxed), (side, side), flags=cv2.INTER_LINEAR
+    )
+    back = cv2.warpAffine(
+        canvas, cv2.getAffineTransform(boxed, own), (width, height), flags=cv2.INTER_CUBIC
+    )
+    return np.asarray(back, np.float32)
+
+
+def _at_resolution(rle: Rle, protocol: Protocol, cache: dict[str, Rle]) -> Rle:
+    """The mask where the protocol compares it; masks already at its canvas stay as they are."""
+    side = protocol.canvas
+    if protocol.resolution != "stretch" or rle["size"] == [side, side]:
+        return rle
+    if rle["counts"] not in cache:
+        cache[rle["counts"]] = resize_nearest(rle, side)
+    return cache[rle["counts"]]
+
+
+def _share(target: Rle) -> float:
+    height, width = target["size"]
+    return masks.area(target) / (height * width)
+
+
+def _row(pending: _Pending, iou: float, none: bool) -> str:
+    score = pending.score
+    row = {
+        "id": score.id,
+        "image": score.image,
+        "expression": pending.expression.text,
+        "iou": iou,
+        "intersection": score.intersection,
+        "union": score.union,
+        "pred_area": score.pred_area,
+        "gt_area": score.gt_area,
+        "gt_no_target": score.gt_no_target,
+        "pred_no_target": score.pred_no_target,
+        "answered_none": none,
+        "missing": score.missing,
+        "score": _known(score.score),
+        "no_target_probability": _known(score.no_target_probability),
+    }
+    return json.dumps(row, ensure_ascii=False)
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _failure(sample: Sample, expression: Expression, message: str) -> Failure:
+    return Failure(expression.id, sample.image, expression.text, "match", "DataError", message)

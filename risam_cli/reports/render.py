@@ -1,0 +1,221 @@
+"""``report.json``, ``report.md`` and ``report.html``: each a pure function of the report."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from risam_cli.reports import svg, text
+from risam_cli.reports.gallery import ANSWER, TRUTH, Picture
+from risam_cli.reports.schema import Report
+
+_PLOTTED_CATEGORIES = 20
+
+
+def to_json(report: Report) -> str:
+    """The report as JSON, indented, ending in a newline."""
+    return report.model_dump_json(indent=1) + "\n"
+
+
+def to_markdown(report: Report) -> str:
+    """The report as a page of Markdown."""
+    page = _environment(autoescape=False).get_template("report.md.j2").render(_shared(report))
+    return page.rstrip() + "\n"
+
+
+def to_html(report: Report, pictures: Mapping[str, Sequence[Picture]]) -> str:
+    """The report as one HTML file that needs nothing else.
+
+    Args:
+        pictures: cases by heading, such as ``worst``.
+    """
+    environment = _environment(autoescape=True)
+    colors = {"truth": _css(TRUTH), "answer": _css(ANSWER)}
+    page = environment.get_template("report.html.j2").render(
+        _shared(report), pictures=pictures, plots=_plots(report), colors=colors
+    )
+    return page.rstrip() + "\n"
+
+
+def _environment(*, autoescape: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("risam_cli.reports"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=False,
+    )
+    filters: dict[str, Callable[..., Any]] = {
+        "percent": text.percent,
+        "interval": text.interval,
+        "signed": text.signed,
+        "probability": text.probability,
+        "change_interval": text.change_interval,
+        "cell": _cell,
+    }
+    environment.filters.update(filters)
+    return environment
+
+
+def _shared(report: Report) -> dict[str, Any]:
+    return {
+        "r": report,
+        "title": text.title(report),
+        "names": text.NAMES,
+        "cautions": cautions(report),
+        "fit_text": _fit_text(report),
+        "count_rows": _count_rows(report),
+        "time_rows": _time_rows(report),
+    }
+
+
+def cautions(report: Report) -> list[str]:
+    """What a reader must know before quoting a figure."""
+    counts, data = report.counts, report.dataset
+    lines = []
+    if data.limit is not None and counts.scored < data.counts.get("expressions", counts.scored):
+        lines.append(
+            f"Only {counts.scored} of the split's {data.counts['expressions']} expressions were "
+            "scored (--limit)."
+        )
+    if counts.missing:
+        lines.append(f"{counts.missing} expressions have no answer and score zero.")
+    if counts.failed:
+        lines.append(
+            f"{counts.failed} expressions failed and are in no figure: see failures.jsonl."
+        )
+    if counts.images_missing:
+        lines.append(f"{counts.images_missing} images were not found.")
+    if counts.surplus:
+        lines.append(f"{counts.surplus} predictions belong to no expression of this split.")
+    if counts.doubled:
+        lines.append(f"{counts.doubled} predictions came a second time; the first was scored.")
+    if counts.malformed:
+        lines.append(f"{counts.malformed} lines of the predictions could not be read.")
+    if counts.unscored:
+        lines.append(f"{counts.unscored} expressions have no known truth and are in no figure.")
+    return [*lines, *data.count_differences, *data.notes]
+
+
+def _fit_text(report: Report) -> str:
+    fit = report.no_target_fit
+    if fit is None:
+        return ""
+    stored = f" It is stored in {fit.stored_in}." if fit.stored_in else " It was not stored."
+    return (
+        f"Fitted on this split ({fit.criterion}): {fit.threshold:.4g} instead of {fit.before:.4g}, "
+        f"with N-acc {text.percent(fit.n_acc)}, T-acc {text.percent(fit.t_acc)} and gIoU "
+        f"{text.percent(fit.giou)} here.{stored} Figures on the split it was fitted on are "
+        "optimistic: quote them from another one. The figures above are at the threshold before."
+    )
+
+
+def _count_rows(report: Report) -> list[tuple[str, str]]:
+    labels = {
+        "images": "images",
+        "scored": "expressions scored",
+        "no_target": "of them without a target",
+        "missing": "of them without an answer (score zero)",
+        "surplus": "predictions for no expression",
+        "doubled": "predictions given twice",
+        "malformed": "unreadable lines of predictions",
+        "unscored": "expressions without a known truth",
+        "failed": "expressions that failed",
+        "images_missing": "images not found",
+    }
+    counts = report.counts.model_dump()
+    always = ("images", "scored", "no_target", "missing")
+    return [(labels[k], f"{v:,}") for k, v in counts.items() if v or k in always]
+
+
+def _time_rows(report: Report) -> list[tuple[str, str]]:
+    timing = report.timing
+    stages = [
+        ("reading and decoding images", timing.decode),
+        ("encoding images", timing.encode),
+        ("decoding masks", timing.decode_mask),
+        ("scoring", timing.score),
+        ("whole run", timing.total),
+    ]
+    rows = [(f"{label}, s", f"{s:.2f}") for label, s in stages if s is not None]
+    return [*rows, ("expressions a second", f"{timing.expressions_per_second:.1f}")]
+
+
+def _plots(report: Report) -> dict[str, Any]:
+    plots: dict[str, Any] = {"slices": {}}
+    overall = report.figures["miou"].value
+    for part in report.slices:
+        rows = []
+        for level in part.levels[:_PLOTTED_CATEGORIES]:
+            figure = level.figures["miou"]
+            note = f"{text.percent(figure.value, 1)}  n={level.expressions}"
+            rows.append(svg.Bar(level.label, figure.value, figure.low, figure.high, note))
+        plots["slices"][part.name] = svg.dot_plot(rows, "mIoU", line=overall)
+    curves = report.curves
+    plots["histogram"] = svg.histogram(curves.iou_histogram, "IoU", "share of expressions")
+    if curves.risk_coverage is not None:
+        xs, ys = curves.risk_coverage.coverage, curves.risk_coverage.risk
+        high = max(0.05, min(1.0, max(ys) * 1.1))
+        plots["risk"] = svg.curve(
+            xs, ys, "coverage (answers of highest score)", "risk (mean of 1 − IoU)", y_high=high
+        )
+    if curves.no_target:
+        points = curves.no_target
+        plots["no_target"] = svg.curve(
+            [p.t_acc for p in points],
+            [p.n_acc for p in points],
+            "T-acc",
+            "N-acc",
+            marks=_no_target_marks(report),
+        )
+    if report.comparison is not None:
+        plots["changes"] = _change_plot(report)
+    return plots
+
+
+def _no_target_marks(report: Report) -> list[svg.Mark]:
+    marks = []
+    figures = report.figures
+    n_acc, t_acc = figures["n_acc"].value, figures["t_acc"].value
+    threshold = report.answers.no_target_threshold
+    if n_acc is not None and t_acc is not None and threshold is not None:
+        marks.append(svg.Mark(t_acc, n_acc, f"in use: {threshold:.3g}"))
+    if report.no_target_fit is not None:
+        fit = report.no_target_fit
+        marks.append(svg.Mark(fit.t_acc, fit.n_acc, f"fitted: {fit.threshold:.3g}"))
+    return marks
+
+
+def _change_plot(report: Report) -> Any:
+    assert report.comparison is not None
+    changes = report.comparison.figures
+    ends = [
+        abs(e) for c in changes.values() for e in (c.difference, c.low, c.high) if e is not None
+    ]
+    reach = min(1.0, max(0.02, max(ends, default=0.0) * 1.15))
+    rows = [
+        svg.Bar(
+            text.NAMES[name],
+            change.difference,
+            change.low,
+            change.high,
+            f"{text.signed(change.difference)}  p {text.probability(change.p)}",
+        )
+        for name, change in changes.items()
+    ]
+    return svg.dot_plot(rows, "change (this − other)", low=-reach, high=reach, line=0.0)
+
+
+def _cell(value: object) -> str:
+    """Text of others inside a Markdown table: one line, no HTML, no table bars."""
+    line = " ".join(str(value).split())
+    for character in "\\`*_[]|":
+        line = line.replace(character, f"\\{character}")
+    return html.escape(line, quote=False)
+
+
+def _css(color: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)

@@ -1,0 +1,184 @@
+"""Small plots as inline SVG. Colours are CSS classes, so that the page's light and dark follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+_WIDTH, _HEIGHT = 460, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 44
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One row of a dot plot: a value with its interval, in the units of the axis."""
+
+    label: str
+    value: float | None
+    low: float | None
+    high: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A point with a label on a curve."""
+
+    x: float
+    y: float
+    label: str
+
+
+def dot_plot(
+    rows: Sequence[Bar],
+    axis: str,
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    line: float | None = None,
+) -> Markup:
+    """Rows of dots with whiskers on a common axis; ``line`` is drawn through all of them."""
+    label_width, note_width, width, pitch = 190, 96, 640, 24
+    left, right = label_width, width - note_width
+    height = pitch * len(rows) + 44
+    bottom = pitch * len(rows) + 8
+
+    def x(number: float) -> float:
+        share = (min(max(number, low), high) - low) / (high - low)
+        return left + share * (right - left)
+
+    out = [_open(width, height, f"{axis}: {len(rows)} rows")]
+    for tick in _ticks(low, high):
+        out.append(_line(x(tick), 4, x(tick), bottom, "grid"))
+        out.append(_text(x(tick), bottom + 16, _short(tick), "tick", "middle"))
+    if line is not None:
+        out.append(_line(x(line), 4, x(line), bottom, "reference"))
+    for k, row in enumerate(rows):
+        y = 8 + pitch * (k + 0.5)
+        out.append(_text(left - 10, y + 4, _cut(row.label, 28), "label", "end", title=row.label))
+        out.append(_text(right + 10, y + 4, row.note, "tick", "start"))
+        if row.low is not None and row.high is not None:
+            out.append(_line(x(row.low), y, x(row.high), y, "whisker"))
+            for end in (row.low, row.high):
+                out.append(_line(x(end), y - 4, x(end), y + 4, "whisker"))
+        if row.value is not None:
+            out.append(f'<circle cx="{x(row.value):.1f}" cy="{y:.1f}" r="4.5" class="dot"/>')
+    out.append(_text((left + right) / 2, height - 6, axis, "axis", "middle"))
+    return _close(out)
+
+
+def curve(
+    xs: Sequence[float],
+    ys: Sequence[float],
+    x_axis: str,
+    y_axis: str,
+    *,
+    marks: Sequence[Mark] = (),
+    y_high: float = 1.0,
+) -> Markup:
+    """One curve over 0..1, with labelled points on it."""
+    out = [_open(_WIDTH, _HEIGHT, f"{y_axis} against {x_axis}")]
+    out += _frame(x_axis, y_axis, y_high)
+    points = " ".join(f"{_x(a):.1f},{_y(b / y_high):.1f}" for a, b in zip(xs, ys, strict=True))
+    out.append(f'<polyline points="{points}" class="curve"/>')
+    placed: list[float] = []
+    for mark in marks:
+        cx, cy = _x(mark.x), _y(mark.y / y_high)
+        out.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" class="mark"/>')
+        leftward = cx > _WIDTH * 0.55
+        # Labels of neighbouring points are moved apart.
+        y = cy + 18
+        while any(abs(y - other) < 16 for other in placed):
+            y += 16
+        placed.append(y)
+        anchor = "end" if leftward else "start"
+        out.append(_text(cx + (-8 if leftward else 8), y, mark.label, "label", anchor))
+    return _close(out)
+
+
+def histogram(counts: Sequence[int], x_axis: str, y_axis: str) -> Markup:
+    """Bars of equal width over 0..1."""
+    total, most = sum(counts), max(counts, default=0)
+    if not most:
+        return Markup("")
+    y_high = most / total
+    out = [_open(_WIDTH, _HEIGHT, f"{y_axis} by {x_axis}")]
+    out += _frame(x_axis, y_axis, y_high)
+    for k, count in enumerate(counts):
+        x0, x1 = _x(k / len(counts)), _x((k + 1) / len(counts))
+        y = _y(count / most)
+        out.append(
+            f'<rect x="{x0 + 1:.1f}" y="{y:.1f}" width="{x1 - x0 - 2:.1f}" '
+            f'height="{_HEIGHT - _BOTTOM - y:.1f}" class="bar">'
+            f"<title>{k / len(counts):.2f}–{(k + 1) / len(counts):.2f}: {count}</title></rect>"
+        )
+    return _close(out)
+
+
+def _frame(x_axis: str, y_axis: str, y_high: float) -> list[str]:
+    out = []
+    for tick in _ticks(0, 1):
+        out.append(_line(_x(tick), _TOP, _x(tick), _HEIGHT - _BOTTOM, "grid"))
+        out.append(_text(_x(tick), _HEIGHT - _BOTTOM + 16, _short(tick), "tick", "middle"))
+    for tick in _ticks(0, y_high):
+        y = _y(tick / y_high)
+        out.append(_line(_LEFT, y, _WIDTH - _RIGHT, y, "grid"))
+        out.append(_text(_LEFT - 6, y + 4, _short(tick), "tick", "end"))
+    middle = (_TOP + _HEIGHT - _BOTTOM) / 2
+    out.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, x_axis, "axis", "middle"))
+    out.append(
+        f'<text x="13" y="{middle:.1f}" class="axis" text-anchor="middle" '
+        f'transform="rotate(-90 13 {middle:.1f})">{escape(y_axis)}</text>'
+    )
+    return out
+
+
+def _x(share: float) -> float:
+    return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+
+def _y(share: float) -> float:
+    return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers, four to seven of them."""
+    span = high - low
+    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0) if span / s <= 6.5)
+    first = int(low / step) - (low < 0)
+    ticks = [k * step for k in range(first, first + 10)]
+    return [t for t in ticks if low - 1e-9 <= t <= high + 1e-9]
+
+
+def _short(number: float) -> str:
+    return f"{number:.2f}".rstrip("0").rstrip(".") or "0"
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _open(width: int, height: int, description: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" '
+        f'aria-label="{escape(description)}">'
+    )
+
+
+def _close(parts: list[str]) -> Markup:
+    # Every text in the parts went through escape.
+    return Markup("\n".join([*parts, "</svg>"]))
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, name: str) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{name}"/>'
+
+
+def _text(x: float, y: float, text: str, name: str, anchor: str, *, title: str = "") -> str:
+    whole = f"<title>{escape(title)}</title>" if title and title != text else ""
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" class="{name}" text-anchor="{anchor}">'
+        f"{escape(text)}{whole}</text>"
+    )
