@@ -1,0 +1,354 @@
+"""Images and expressions through the network: batches that fit the memory, masks on the host.
+
+On a CPU every image, and every expression, goes through alone: batching gains little there, and
+so the arithmetic of one never depends on its neighbours (the last bits of a batched matrix product
+do). Elsewhere images are encoded in batches and expressions decoded in chunks; where memory runs
+out, first the batch, then the chunk is halved, for the rest of the run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from risam_cli.console import get_console
+from risam_cli.data.images import EncoderImage
+from risam_cli.engine.device import is_device_lost, is_out_of_memory, release_memory
+from risam_cli.errors import ModelError
+from risam_cli.transforms import fit_size, logits_to_size, to_pixels
+
+if TYPE_CHECKING:
+    from risam_cli.model.risam import ImageFeatures, Risam
+    from risam_cli.model.text_encoder import TextFeatures
+    from risam_cli.tokenizer import TokenBatch
+
+_TEXTS_KEPT = 512  # expressions whose text features are kept
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer."""
+
+    def encode(self, texts: Sequence[str]) -> TokenBatch:
+        """Token ids of E expressions."""
+
+
+class Model(Protocol):
+    """What is needed of :class:`risam_cli.build.LoadedModel`."""
+
+    @property
+    def model(self) -> Risam:
+        """In evaluation mode, on its device."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of its text encoder."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the encoder's square input."""
+
+    @property
+    def threshold(self) -> float:
+        """Probability from where a pixel is in the mask."""
+
+    @property
+    def no_target_threshold(self) -> float:
+        """Probability from where nothing fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeSettings:
+    """How the network runs.
+
+    Attributes:
+        device, precision: where and in which number format.
+        threshold: a pixel is in the mask where its probability is greater; 0..1.
+        images: images encoded at a time (not on a CPU).
+        expressions: expressions decoded at a time (not on a CPU).
+        mask_bytes: memory for full-size logits of a chunk.
+    """
+
+    device: torch.device
+    precision: torch.dtype
+    threshold: float
+    images: int
+    expressions: int = 64
+    mask_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One image with the texts that are asked of it."""
+
+    image: EncoderImage
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the network says of one expression.
+
+    Attributes:
+        job, text: which one: index of the job, index of its text.
+        mask: (H, W) bool, before any no-target rule; None where it failed.
+        iou: predicted IoU of the mask, 0..1.
+        no_target: probability that nothing fits, 0..1.
+        cut_to: tokens that the expression was cut to, or 0.
+        error: one line, where it failed; else empty.
+    """
+
+    job: int
+    text: int
+    mask: NDArray[np.bool_] | None
+    iou: float = 0.0
+    no_target: float = 0.0
+    cut_to: int = 0
+    error: str = ""
+    error_kind: str = "ModelError"
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds spent, by part; the CPU's view, so a GPU's work shows where it is waited for."""
+
+    encode: float = 0.0
+    decode_mask: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One expression on its way through the decoder."""
+
+    number: int  # of its job
+    position: int  # among the job's texts
+    row: int  # of the job's image among the features
+    job: Job
+
+    @property
+    def words(self) -> str:
+        return self.job.texts[self.position]
+
+    def failed(self, kind: str, error: str) -> Answer:
+        return Answer(self.number, self.position, None, error=error, error_kind=kind)
+
+
+_Batch = Sequence[tuple[int, Job]]
+
+
+@dataclass(slots=True)
+class _Texts:
+    features: TextFeatures
+    cut_to: list[int]
+
+
+class Compute:
+    """Runs a model; remembers the sizes that fitted.
+
+    Args:
+        loaded: the model with its tokenizer.
+        settings: where and how.
+    """
+
+    def __init__(self, loaded: Model, settings: ComputeSettings) -> None:
+        self.loaded = loaded
+        self.settings = settings
+        self.clock = Clock()
+        alone = settings.device.type == "cpu"
+        self._images = 1 if alone else max(1, settings.images)
+        self._expressions = 1 if alone else max(1, settings.expressions)
+        self._texts: OrderedDict[tuple[str, ...], _Texts] = OrderedDict()
+        self._texts_kept = max(8, _TEXTS_KEPT // self._expressions)
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Answer]:
+        """The answers to all texts of all jobs, in order.
+
+        An image or an expression that cannot be computed gives an answer with ``error``.
+
+        Raises:
+            ModelError: the device itself failed; nothing after it would succeed.
+        """
+        left = list(enumerate(jobs))
+        while left:
+            batch, left = left[: self._images], left[self._images :]
+            yield from self._run(batch)
+
+    def _run(self, batch: _Batch) -> Iterator[Answer]:
+        """One batch; cut in pieces where it fails as a whole."""
+        why = ("", "")
+        try:
+            features = self._encode([job for _, job in batch])
+        except Exception as error:
+            if len(batch) > 1 and is_out_of_memory(error):
+                self._images = self._halved("images a batch", len(batch))
+            elif len(batch) > 1 and not is_device_lost(error):
+                pass  # one image may be at fault: each goes alone, so that the others go on
+            else:
+                why = _explained(error)
+            size = self._images if is_out_of_memory(error) else 1
+        else:
+            yield from self._decode_all(features, batch)
+            return
+        # Out of the handler: an exception in hand keeps the memory of its frames.
+        if any(why):
+            yield from (one.failed(*why) for one in _asked(batch))
+            return
+        for start in range(0, len(batch), size):
+            yield from self._run(batch[start : start + size])
+
+    def _decode_all(self, features: ImageFeatures, batch: _Batch) -> Iterator[Answer]:
+        """Decodes the expressions of an encoded batch, chunk by chunk."""
+        left = _asked(batch)
+        while left:
+            chunk = left[: self._fitting(left)]
+            try:
+                answers = self._decode(features, chunk)
+            except Exception as error:
+                if is_out_of_memory(error) and len(chunk) > 1:
+                    self._expressions = self._halved("expressions a chunk", len(chunk))
+                    continue
+                why = _explained(error)
+                answers = [one.failed(*why) for one in chunk]
+            yield from answers
+            left = left[len(chunk) :]
+
+    def _fitting(self, asked: Sequence[_Asked]) -> int:
+        """How many expressions the settings and the full-size logits allow, at least one."""
+        room = self.settings.mask_bytes
+        for count, one in enumerate(asked[: self._expressions]):
+            height, width = one.job.image.size
+            room -= 4 * height * width
+            if room < 0 and count:
+                return count
+        return min(len(asked), self._expressions)
+
+    def _halved(self, what: str, was: int) -> int:
+        release_memory(self.settings.device)
+        get_console().warn(f"out of memory with {was} {what}; going on with {was // 2}")
+        return was // 2
+
+    # --- the network ------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _encode(self, jobs: Sequence[Job]) -> ImageFeatures:
+        started = time.perf_counter()
+        images = [job.image.rgb for job in jobs]
+        pixels = to_pixels(images, self.loaded.image_size, self.settings.device)
+        with self._autocast():
+            features = self.loaded.model.encode_image(pixels)
+        self.clock.encode += time.perf_counter() - started
+        return features
+
+    @torch.inference_mode()
+    def _decode(self, features: ImageFeatures, chunk: Sequence[_Asked]) -> list[Answer]:
+        started = time.perf_counter()
+        texts = self._text_features(tuple(one.words for one in chunk))
+        rows = torch.tensor([one.row for one in chunk], device=self.settings.device)
+        with self._autocast():
+            decoded = self.loaded.model.decode(features, texts.features, rows)
+        finite = (
+            decoded.mask_logits.flatten(1).isfinite().all(1)
+            & decoded.iou.isfinite()
+            & decoded.no_target_logits.isfinite()
+        )
+        no_target = decoded.no_target_logits.float().sigmoid()
+        numbers = torch.stack([finite.float(), decoded.iou.float(), no_target])  # (3, E)
+        masks = self._masks(decoded.mask_logits, chunk)
+        columns = numbers.cpu().tolist()
+        self.clock.decode_mask += time.perf_counter() - started
+        return [
+            Answer(one.number, one.position, mask, iou, nothing, cut_to)
+            if good
+            else one.failed("ModelError", "the network gave numbers that are not finite")
+            for one, mask, cut_to, good, iou, nothing in zip(
+                chunk, masks, texts.cut_to, *columns, strict=True
+            )
+        ]
+
+    def _masks(self, logits: Tensor, chunk: Sequence[_Asked]) -> list[NDArray[np.bool_]]:
+        """Masks at the images' sizes; one copy to the host for the whole chunk."""
+        side = self.loaded.image_size
+        bar = _logit(self.settings.threshold)
+        flat: list[Tensor] = []
+        start = 0
+        for _, same_image in groupby(chunk, key=attrgetter("number")):
+            group = list(same_image)
+            size = group[0].job.image.size
+            own = logits[start : start + len(group)]
+            full = logits_to_size(own, fit_size(*size, side), side, size)  # (e, H, W)
+            flat.append((full > bar).flatten())
+            start += len(group)
+        host = (flat[0] if len(flat) == 1 else torch.cat(flat)).cpu().numpy()
+        masks = []
+        taken = 0
+        for one in chunk:
+            height, width = one.job.image.size
+            masks.append(host[taken : taken + height * width].reshape(height, width))
+            taken += height * width
+        return masks
+
+    def _text_features(self, texts: tuple[str, ...]) -> _Texts:
+        """Text features of a chunk; a folder asked the same of every image computes them once."""
+        known = self._texts.get(texts)
+        if known is None:
+            tokens = self.loaded.tokenizer.encode(list(texts))
+            device = self.settings.device
+            with self._autocast():
+                features = self.loaded.model.encode_text(
+                    tokens.input_ids.to(device), tokens.attention_mask.to(device)
+                )
+            cut_to = [tokens.max_words if cut else 0 for cut in tokens.truncated]
+            known = self._texts[texts] = _Texts(features, cut_to)
+            if len(self._texts) > self._texts_kept:
+                self._texts.popitem(last=False)
+        self._texts.move_to_end(texts)
+        return known
+
+    def _autocast(self) -> torch.autocast:
+        precision = self.settings.precision
+        lower = precision != torch.float32  # weights stay float32; off leaves all as it is
+        return torch.autocast(
+            self.settings.device.type, dtype=precision if lower else None, enabled=lower
+        )
+
+
+def _asked(batch: _Batch) -> list[_Asked]:
+    return [
+        _Asked(number, position, row, job)
+        for row, (number, job) in enumerate(batch)
+        for position in range(len(job.texts))
+    ]
+
+
+def _logit(probability: float) -> float:
+    """The logit of a probability; infinite at 0 and at 1."""
+    if probability <= 0:
+        return -math.inf
+    return math.inf if probability >= 1 else math.log(probability / (1 - probability))
+
+
+def _explained(error: Exception) -> tuple[str, str]:
+    """Kind and one line of an error that fails an item.
+
+    Raises:
+        ModelError: instead, for an error that would fail every item after it as well.
+    """
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    if is_device_lost(error):
+        raise ModelError(
+            f"the device failed: {text}",
+            "what was done is kept; go on with --resume once it is well",
+        ) from error
+    if is_out_of_memory(error):
+        return "OutOfMemory", "out of memory even alone; take a smaller model or --device cpu"
+    return type(error).__name__, text

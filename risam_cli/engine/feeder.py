@@ -1,0 +1,209 @@
+"""Reads samples ahead, puts those of one image together, and has their images loaded in time.
+
+The source may be a folder walk, a manifest or a pipe that a person types into: it is read in a
+thread of its own, never further than a fixed number of samples, and whoever asks for a batch is
+given what there is as soon as nothing more is to be had at once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from risam_cli.engine.loader import ImageLoader, Loaded
+from risam_cli.types import Sample
+
+_IDLE = 0.02  # seconds of waiting for the source after which it counts as idle
+_POLL = 0.05  # seconds between two looks at what no one notifies us of
+_DRAIN = 0.01  # seconds after which a caller with results in hand gets the turn back
+
+
+@dataclass(slots=True)
+class ImageJob:
+    """One image with all samples, read ahead so far, that ask about it.
+
+    Attributes:
+        samples: with each one's number in the source, which counts from 0.
+    """
+
+    path: Path
+    samples: list[tuple[int, Sample]]
+    future: Future[Loaded] | None = None
+
+    @property
+    def loaded(self) -> Loaded:
+        """What became of its image, once it was taken."""
+        assert self.future is not None, "the job was not taken from a feeder"
+        return self.future.result()
+
+
+@dataclass(slots=True)
+class _State:
+    """All that the two threads share; guarded by the feeder's condition."""
+
+    jobs: deque[ImageJob] = field(default_factory=deque)  # not yet taken, in order
+    open: dict[Path, ImageJob] = field(default_factory=dict)  # the same, by path
+    read: int = 0  # samples read
+    out: int = 0  # samples whose result has left
+    loading: int = 0  # jobs at the head that are loaded or being loaded
+    waiting_since: float = float("inf")  # when the source was asked for the next sample
+    full: bool = False
+    ended: bool = False
+    stopped: bool = False
+    error: BaseException | None = None
+
+
+class Feeder(threading.Thread):
+    """Turns a stream of samples into batches of loaded images.
+
+    Args:
+        samples: the source; read in this thread, closed by nobody else.
+        loader: loads the images.
+        lookahead: samples that may be read and not yet answered; within half of it the samples
+            of one image are put together.
+        prefetch: images that may be loaded and not yet taken.
+    """
+
+    def __init__(
+        self, samples: Iterable[Sample], loader: ImageLoader, lookahead: int, prefetch: int
+    ) -> None:
+        super().__init__(daemon=True, name="risam-feeder")
+        self._samples = samples
+        self._loader = loader
+        self._lookahead = lookahead
+        self._prefetch = prefetch
+        self._state = _State()
+        self._changed = threading.Condition()
+
+    def run(self) -> None:
+        """Reads the source to its end; an error of the source is kept for the one who takes."""
+        state = self._state
+        try:
+            source = iter(self._samples)
+            while True:
+                with self._changed:
+                    state.waiting_since = time.monotonic()
+                sample = next(source, None)
+                with self._changed:
+                    state.waiting_since = float("inf")
+                    if sample is None:
+                        break
+                    self._wait_for_room()
+                    if state.stopped:
+                        break
+                    self._add(sample)
+        except BaseException as error:  # raised again where the samples are taken
+            state.error = error
+        with self._changed:
+            state.ended = True
+            self._changed.notify_all()
+
+    def take(
+        self, count: int, *, busy: bool, stop: threading.Event | None = None
+    ) -> list[ImageJob] | None:
+        """The next jobs whose images are loaded (or failed to), up to ``count`` good ones.
+
+        Args:
+            busy: whether the caller has results to hand out; it then gets an empty list soon.
+            stop: ends the waiting.
+
+        Returns:
+            None at the end of the source, or once stopped.
+
+        Raises:
+            BaseException: what the source raised, after all samples before it were taken.
+        """
+        asked = time.monotonic()
+        with self._changed:
+            while True:
+                state = self._state
+                if state.stopped or (stop is not None and stop.is_set()):
+                    return None
+                ready = self._ready(count)
+                if ready:
+                    return [self._pop() for _ in range(ready)]
+                if state.ended and not state.jobs:
+                    if state.error is not None:
+                        raise state.error
+                    return None
+                if busy and time.monotonic() - asked >= _DRAIN:
+                    return []
+                self._changed.wait(_DRAIN if busy else _POLL)
+                self._loader.give_up_on_stalled()
+
+    def answered(self, samples: int) -> None:
+        """Says that the results of so many more samples have left."""
+        with self._changed:
+            self._state.out += samples
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Ends reading and taking; the source's thread may still be waiting for its source."""
+        with self._changed:
+            self._state.stopped = True
+            self._changed.notify_all()
+
+    # --- under the condition ----------------------------------------------------------------------
+
+    def _wait_for_room(self) -> None:
+        state = self._state
+        while state.read - state.out >= self._lookahead and not state.stopped:
+            state.full = True
+            self._changed.notify_all()
+            self._changed.wait(_POLL)
+        state.full = False
+
+    def _add(self, sample: Sample) -> None:
+        state = self._state
+        job = state.open.get(sample.path)
+        if job is None:
+            job = ImageJob(sample.path, [])
+            state.open[sample.path] = job
+            state.jobs.append(job)
+        job.samples.append((state.read, sample))
+        state.read += 1
+        self._top_up()
+
+    def _top_up(self) -> None:
+        """Has the next images loaded, as many as may be in hand."""
+        state = self._state
+        while state.loading < min(len(state.jobs), self._prefetch):
+            job = state.jobs[state.loading]
+            job.future = self._loader.submit(job.path)
+            job.future.add_done_callback(self._loaded)
+            state.loading += 1
+
+    def _loaded(self, future: Future[Loaded]) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _pop(self) -> ImageJob:
+        state = self._state
+        job = state.jobs.popleft()
+        del state.open[job.path]
+        state.loading -= 1
+        self._top_up()
+        return job
+
+    def _ready(self, count: int) -> int:
+        """How many jobs at the head make a batch now; 0 to wait for more."""
+        state = self._state
+        quiet = (
+            state.ended or state.full or time.monotonic() - state.waiting_since > _IDLE
+        )  # nothing more will come at once
+        good = ready = 0
+        for job in state.jobs:
+            sealed = quiet or state.read - job.samples[0][0] >= self._lookahead // 2
+            if job.future is None or not job.future.done() or not sealed:
+                # What is being loaded is worth waiting for, so that batches are full.
+                return 0 if job.future is not None or not sealed else ready
+            ready += 1
+            good += job.future.result().image is not None
+            if good == count:
+                return ready
+        return ready if quiet else 0

@@ -1,0 +1,317 @@
+"""From the network's answers to results: RLE, no-target rule, masks kept, order restored."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from risam_cli import masks
+from risam_cli.data.images import FileStamp
+from risam_cli.engine.compute import Answer
+from risam_cli.engine.loader import Loaded
+from risam_cli.errors import OutputError, RisamError
+from risam_cli.types import Expression, Failure, Prediction, Rle, Sample
+
+_WAITING_BYTES = 256 << 20  # full-size masks that may wait for a thread
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # every later write would fail as well
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """What the network said, before the no-target rule.
+
+    Attributes:
+        mask: as thresholded, even where nothing fits.
+        iou: predicted IoU of that mask, 0..1.
+        no_target: probability that nothing fits, 0..1.
+    """
+
+    mask: Rle
+    iou: float
+    no_target: float
+
+
+@dataclass(frozen=True, slots=True)
+class ImageResult:
+    """What became of one sample.
+
+    Attributes:
+        index: the sample's number in the source, from 0.
+        predictions: in the order of its expressions, without those that failed.
+        failures: one for each expression that failed.
+        raw: one beside each prediction, where settings ask for it; else empty.
+        sha256: of the image file; None where it could not be read.
+        stamp: of the image file; None where there is none.
+        seconds: spent on this sample: ``load``, ``encode``, ``decode``, ``finish``.
+    """
+
+    index: int
+    sample: Sample
+    predictions: tuple[Prediction, ...]
+    failures: tuple[Failure, ...]
+    raw: tuple[Raw, ...] = ()
+    sha256: str | None = None
+    stamp: FileStamp | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class MaskSink(Protocol):
+    """Takes full-size masks as they are made; called from several threads.
+
+    An OSError or OutputError that it raises fails the expression at stage "write"; a full or
+    read-only disk ends the run.
+    """
+
+    def save(self, sample: Sample, expression: Expression, mask: NDArray[np.bool_]) -> str | None:
+        """Keeps one mask (H, W) and gives what the record says in ``mask``."""
+
+    def finish(self, sample: Sample, predictions: Sequence[Prediction]) -> None:
+        """Called once all masks of a sample are kept."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """A sample on its way out."""
+
+    index: int
+    sample: Sample
+    loaded: Loaded
+    outcomes: list[tuple[Prediction, Raw | None] | Failure | None]
+    left: int  # outcomes to come
+    done: bool
+    seconds: dict[str, float]
+    fatal: Exception | None = None
+
+    def result(self) -> ImageResult:
+        good = [outcome for outcome in self.outcomes if isinstance(outcome, tuple)]
+        image = self.loaded.image
+        return ImageResult(
+            self.index,
+            self.sample,
+            tuple(prediction for prediction, _ in good),
+            tuple(outcome for outcome in self.outcomes if isinstance(outcome, Failure)),
+            tuple(raw for _, raw in good if raw is not None),
+            image.sha256 if image is not None else None,
+            self.loaded.stamp,
+            self.seconds,
+        )
+
+
+class Finishers:
+    """A bounded pool that finishes answers; results come out in the order of the source.
+
+    Args:
+        bar: probability of "nothing fits" above which the mask is emptied.
+        keep_raw: also give the mask before that rule.
+        sink: keeps full-size masks.
+    """
+
+    def __init__(self, bar: float, keep_raw: bool, sink: MaskSink | None) -> None:
+        self._bar = bar
+        self._keep_raw = keep_raw
+        self._sink = sink
+        self._changed = threading.Condition()
+        self._waiting_bytes = 0
+        self._open: dict[int, _Open] = {}
+        self._next = 0
+        self._pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "risam-finisher")
+
+    def __enter__(self) -> Finishers:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def pending(self) -> bool:
+        """Whether the next result in order was begun."""
+        return self._next in self._open
+
+    def begin(self, index: int, sample: Sample, loaded: Loaded) -> bool:
+        """Begins a sample; False where it ends here as well, for its image is not as it must be."""
+        count = len(sample.expressions)
+        wrong = _wrong(sample, loaded)
+        entry = _Open(index, sample, loaded, [None] * count, count, bool(wrong) or not count, {})
+        if wrong:
+            entry.outcomes = list(_failures(sample, "decode", *wrong))
+        with self._changed:
+            self._open[index] = entry
+        return not wrong
+
+    def spent(self, indices: Sequence[int], **seconds: float) -> None:
+        """Notes seconds that a batch took, shared evenly among its samples."""
+        with self._changed:
+            for index in indices:
+                own = self._open[index].seconds
+                for part, value in seconds.items():
+                    own[part] = own.get(part, 0.0) + value / len(indices)
+
+    def finish(self, index: int, number: int, answer: Answer) -> None:
+        """Has the outcome of a sample's expression made in a thread; waits for room first."""
+        size = 0 if answer.mask is None else answer.mask.nbytes
+        with self._changed:
+            # One mask larger than all the room passes when it is alone.
+            while self._waiting_bytes and self._waiting_bytes + size > _WAITING_BYTES:
+                self._changed.wait()
+            self._waiting_bytes += size
+            entry = self._open[index]
+        self._pool.submit(self._finish, entry, number, answer, size)
+
+    def drain(self, *, wait: bool) -> Iterator[ImageResult]:
+        """The results that are next in order and ready; with ``wait``, all that were begun.
+
+        Raises:
+            OutputError: masks cannot be kept any more.
+        """
+        while True:
+            with self._changed:
+                entry = self._open.get(self._next)
+                if entry is None:
+                    return
+                while not entry.done and entry.fatal is None:
+                    if not wait:
+                        return
+                    self._changed.wait()
+                if entry.fatal is not None:
+                    raise entry.fatal
+                del self._open[self._next]
+                self._next += 1
+            yield entry.result()
+
+    # --- in the threads ---------------------------------------------------------------------------
+
+    def _finish(self, entry: _Open, number: int, answer: Answer, size: int) -> None:
+        started = time.perf_counter()
+        fatal: Exception | None = None
+        outcome: tuple[Prediction, Raw | None] | Failure
+        try:
+            outcome = self._outcome(entry, number, answer)
+        except Exception as error:
+            outcome = _one_failure(entry.sample, number, "write", error)
+            fatal = _fatal(error)
+        with self._changed:
+            entry.outcomes[number] = outcome
+            entry.left -= 1
+            last = entry.left == 0
+        if last and fatal is None and self._sink is not None:
+            fatal = self._close(entry, self._sink)
+        with self._changed:
+            entry.fatal = fatal or entry.fatal
+            entry.done = entry.done or last
+            spent = time.perf_counter() - started
+            entry.seconds["finish"] = entry.seconds.get("finish", 0.0) + spent
+            self._waiting_bytes -= size
+            self._changed.notify_all()
+
+    def _outcome(
+        self, entry: _Open, number: int, answer: Answer
+    ) -> tuple[Prediction, Raw | None] | Failure:
+        expression = entry.sample.expressions[number]
+        if answer.mask is None:
+            sample = entry.sample
+            message = f"{sample.image}: {expression.text!r}: {answer.error}"
+            return Failure(
+                expression.id, sample.image, expression.text, "predict", answer.error_kind, message
+            )
+        nothing = answer.no_target > self._bar
+        shown = np.zeros_like(answer.mask) if nothing else answer.mask
+        rle = masks.encode(shown)
+        raw = None
+        if self._keep_raw:
+            whole = masks.encode(answer.mask) if nothing else rle
+            raw = Raw(whole, answer.iou, answer.no_target)
+        name = self._sink.save(entry.sample, expression, shown) if self._sink else None
+        height, width = answer.mask.shape
+        prediction = Prediction(
+            id=expression.id,
+            image=entry.sample.image,
+            expression=expression.text,
+            height=height,
+            width=width,
+            segmentation=rle,
+            bbox=masks.bbox(rle),
+            area=masks.area(rle),
+            score=score(answer, nothing),
+            no_target=nothing,
+            mask=name,
+            notes=_notes(answer),
+        )
+        return prediction, raw
+
+    def _close(self, entry: _Open, sink: MaskSink) -> Exception | None:
+        """Tells the sink that a sample is complete; the error that ends the run, if any."""
+        good = [outcome[0] for outcome in entry.outcomes if isinstance(outcome, tuple)]
+        try:
+            sink.finish(entry.sample, good)
+        except Exception as error:
+            for number, outcome in enumerate(entry.outcomes):
+                if isinstance(outcome, tuple):
+                    failure = _one_failure(entry.sample, number, "write", error)
+                    entry.outcomes[number] = failure
+            return _fatal(error)
+        return None
+
+
+def score(answer: Answer, nothing: bool) -> float:
+    """How good the answer probably is, 0..1, to six digits (ours).
+
+    The predicted IoU of the mask; where the answer is "nothing fits", the probability of that,
+    which is the IoU to be expected of an empty mask.
+    """
+    return round(min(1.0, max(0.0, answer.no_target if nothing else answer.iou)), 6)
+
+
+def _wrong(sample: Sample, loaded: Loaded) -> tuple[str, str] | None:
+    """Kind and message of what is wrong with a sample's image."""
+    if loaded.image is None:
+        return "ImageError", loaded.error
+    if sample.size is not None and sample.size != loaded.image.size:
+        (height, width), (said_height, said_width) = loaded.image.size, sample.size
+        return "DataError", (
+            f"{sample.path}: the image is {width}x{height}, its annotation says "
+            f"{said_width}x{said_height}; name the images that were annotated"
+        )
+    return None
+
+
+def _notes(answer: Answer) -> tuple[str, ...]:
+    return (f"expression cut to {answer.cut_to} tokens",) if answer.cut_to else ()
+
+
+def _failures(sample: Sample, stage: str, error: str, message: str) -> list[Failure]:
+    return [
+        Failure(expression.id, sample.image, expression.text, stage, error, message)
+        for expression in sample.expressions
+    ]
+
+
+def _one_failure(sample: Sample, number: int, stage: str, error: Exception) -> Failure:
+    expression = sample.expressions[number]
+    text = " ".join(str(error).split()) or type(error).__name__
+    kind = type(error).__name__
+    return Failure(expression.id, sample.image, expression.text, stage, kind, text)
+
+
+def _fatal(error: Exception) -> Exception | None:
+    """The error to end the run with, where every later sample would meet it too."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+        return OutputError(
+            f"{cause.filename or 'the output folder'}: {cause.strerror}",
+            "make room, then go on with --resume",
+        )
+    return None if isinstance(error, (OSError, OutputError)) else _unexpected(error)
+
+
+def _unexpected(error: Exception) -> Exception | None:
+    """Errors of the family speak for themselves; anything else fails its item only."""
+    return error if isinstance(error, RisamError) else None

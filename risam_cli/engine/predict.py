@@ -1,0 +1,165 @@
+"""The way from samples to results: images loaded ahead, encoded once, masks finished behind.
+
+::
+
+    samples ──▶ feeder ──▶ loader (threads or processes) ──▶ network ──▶ finishers ──▶ results
+               (reads ahead,  decode and scale              (Compute)    RLE, PNG      in order
+                groups by image)
+
+Everything between two arrows is bounded, so memory does not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from risam_cli.data.images import MAX_PIXELS
+from risam_cli.engine.compute import Compute, ComputeSettings, Job, Model
+from risam_cli.engine.feeder import Feeder, ImageJob
+from risam_cli.engine.finish import Finishers, ImageResult, MaskSink, Raw
+from risam_cli.engine.loader import TIMEOUT, ImageLoader, LoaderSettings, default_workers
+from risam_cli.types import Sample
+
+__all__ = [
+    "ImageResult",
+    "MaskSink",
+    "PredictSettings",
+    "Raw",
+    "compute_settings",
+    "predict_samples",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class PredictSettings:
+    """How a run predicts. What changes results: precision and the two thresholds.
+
+    Attributes:
+        device, precision: see :mod:`risam_cli.engine.device`.
+        batch_size: images encoded at a time; a CPU takes them one by one.
+        workers: loader processes, 0 for threads; None chooses by the device.
+        threshold: a pixel is in the mask where its probability is greater; None is the model's.
+        no_target_threshold: the mask is emptied where the probability that nothing fits is
+            greater; None is the model's.
+        expressions: expressions decoded at a time; a CPU takes them one by one.
+        max_pixels: larger images are refused.
+        timeout: seconds that reading one image may take.
+        lookahead: samples read ahead, within which those of one image are put together.
+        keep_raw: also give the mask before the no-target rule.
+    """
+
+    device: torch.device
+    precision: torch.dtype = torch.float32
+    batch_size: int = 8
+    workers: int | None = None
+    threshold: float | None = None
+    no_target_threshold: float | None = None
+    expressions: int = 64
+    max_pixels: int = MAX_PIXELS
+    timeout: float = TIMEOUT
+    lookahead: int = 64
+    keep_raw: bool = False
+
+
+def predict_samples(
+    samples: Iterable[Sample],
+    loaded: Model,
+    settings: PredictSettings,
+    *,
+    sink: MaskSink | None = None,
+    stop: threading.Event | None = None,
+) -> Iterator[ImageResult]:
+    """Predicts a stream of samples; results come in its order.
+
+    Each image is decoded and encoded once for all samples within the look-ahead that name it. An
+    image that cannot be read, or an expression that fails, is a failure in its result.
+
+    Args:
+        samples: read in a thread of its own, as far ahead as ``settings.lookahead``.
+        loaded: see :func:`risam_cli.build.load_model`.
+        sink: keeps full-size masks; without one, results hold RLE only.
+        stop: once set, no new batch is begun; what was begun still comes out.
+
+    Raises:
+        RisamError: what the source or the sink raised, or a device that failed for good.
+    """
+    workers = settings.workers
+    if workers is None:
+        workers = default_workers(settings.device.type)
+    loading = LoaderSettings(loaded.image_size, workers, settings.max_pixels, settings.timeout)
+    bar = settings.no_target_threshold
+    bar = loaded.no_target_threshold if bar is None else bar
+    with ImageLoader(loading) as loader, Finishers(bar, settings.keep_raw, sink) as finishers:
+        prefetch = 2 * settings.batch_size + loader.lanes
+        feeder = Feeder(samples, loader, settings.lookahead, prefetch)
+        feeder.start()
+        try:
+            for result in _pump(feeder, finishers, loaded, settings, stop):
+                feeder.answered(1)
+                yield result
+        finally:
+            feeder.stop()
+
+
+def compute_settings(loaded: Model, settings: PredictSettings) -> ComputeSettings:
+    """The part of the settings that the network runs by."""
+    return ComputeSettings(
+        settings.device,
+        settings.precision,
+        loaded.threshold if settings.threshold is None else settings.threshold,
+        settings.batch_size,
+        settings.expressions,
+    )
+
+
+def _pump(
+    feeder: Feeder,
+    finishers: Finishers,
+    loaded: Model,
+    settings: PredictSettings,
+    stop: threading.Event | None,
+) -> Iterator[ImageResult]:
+    """Batch after batch through the network; the results of one leave during the next."""
+    compute = Compute(loaded, compute_settings(loaded, settings))
+    while stop is None or not stop.is_set():
+        try:
+            jobs = feeder.take(settings.batch_size, busy=finishers.pending, stop=stop)
+        except BaseException:
+            # What came before the source broke is still worth having.
+            yield from finishers.drain(wait=True)
+            raise
+        if jobs is None:
+            break
+        _run_batch(jobs, compute, finishers)
+        yield from finishers.drain(wait=not jobs)
+    yield from finishers.drain(wait=True)
+
+
+def _run_batch(jobs: Sequence[ImageJob], compute: Compute, finishers: Finishers) -> None:
+    """Encodes and decodes the jobs' images and hands every mask to the finishers."""
+    work: list[Job] = []
+    places: list[list[tuple[int, int]]] = []  # per job, per text: its sample and number there
+    for job in jobs:
+        loaded = job.loaded
+        begun = [
+            (index, sample)
+            for index, sample in job.samples
+            if finishers.begin(index, sample, loaded)
+        ]
+        finishers.spent([index for index, _ in job.samples], load=loaded.seconds)
+        if loaded.image is not None and begun:
+            texts = [one.text for _, sample in begun for one in sample.expressions]
+            work.append(Job(loaded.image, texts))
+            places.append([(index, k) for index, one in begun for k in range(len(one.expressions))])
+    before = replace(compute.clock)
+    for answer in compute.run(work):
+        finishers.finish(*places[answer.job][answer.text], answer)
+    finishers.spent(
+        [place[0] for own in places for place in own],
+        encode=compute.clock.encode - before.encode,
+        decode=compute.clock.decode_mask - before.decode_mask,
+    )
