@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -93,14 +95,13 @@ def test_every_import_is_a_dependency_and_every_dependency_is_imported(repo: Pat
     named = {re.split(r"[<>=\[; ]", entry)[0] for entry in project["dependencies"]}
     modules = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
     declared = {modules.get(name, name) for name in named}
-    pattern = re.compile(r"^\s*(?:from|import) ([a-zA-Z_]\w*)", re.MULTILINE)
-    imported = {
-        name
-        for file in (repo / "risam_cli").rglob("*.py")
-        for name in pattern.findall(file.read_text(encoding="utf-8"))
-    }
-    import sys
-
+    imported = set()
+    for file in (repo / "risam_cli").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+                imported.add(node.module.split(".")[0])
     foreign = imported - sys.stdlib_module_names - {"risam_cli"}
     assert foreign - declared == set(), "imported, but no dependency"
     assert declared - foreign - INDIRECT == set(), "a dependency, but never imported"

@@ -42,6 +42,7 @@ LIBRARIES = (
     "click",
     "rich",
     "jinja2",
+    "markupsafe",
     "tensorboard",
 )
 """The package's dependencies, those that predict needs most first."""

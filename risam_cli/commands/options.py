@@ -14,7 +14,6 @@ from risam_cli.console import get_console
 from risam_cli.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
-Decorator = Callable[[F], F]
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -112,6 +111,7 @@ def batch_options(function: F) -> F:
         click.option(
             "--batch-size",
             type=click.IntRange(min=1),
+            metavar="N",
             default=8,
             show_default=True,
             help="Images per batch; halved by itself where memory runs out.",
@@ -119,6 +119,7 @@ def batch_options(function: F) -> F:
         click.option(
             "--workers",
             type=click.IntRange(min=0),
+            metavar="N",
             default=None,
             help="Loader processes; 0 reads in the main process.  [default: by the cores]",
         ),
@@ -156,7 +157,7 @@ def threshold_options(function: F) -> F:
 # --- output ---------------------------------------------------------------------------------------
 
 
-def output_option(default: str | None) -> Decorator[F]:
+def output_option(default: str | None) -> Callable[[F], F]:
     """``-o/--output DIR``: parameter ``output: Path``. Required where ``default`` is None."""
     # click takes a default that is named, even None, for a value that need not be given.
     needed: dict[str, Any] = {"required": True}
