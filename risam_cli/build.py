@@ -23,6 +23,7 @@ from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.model.mask_decoder import MutualAwareMaskDecoder
 from risam_cli.model.mutual_aware_attention import MutualAwareAttention
 from risam_cli.model.risam import Risam
+from risam_cli.model.sam_baseline import DeepFeatures, SamMaskDecoder
 from risam_cli.model.text_encoder import TextEncoder
 from risam_cli.tokenizer import TextTokenizer
 
@@ -79,28 +80,40 @@ def build_image_encoder(settings: ImageEncoderSettings) -> ImageEncoder:
 
 
 def build_model(settings: ModelSettings, text: TextParts) -> Risam:
-    """The network, with a finished text backbone and all else at random weights."""
-    fusion, decoder = settings.fusion, settings.decoder
-    encoder = settings.image_encoder
-    if decoder.fine and encoder.stem is None:
+    """The network, with a finished text backbone and all else at random weights.
+
+    Raises:
+        ModelError: parts that do not go together, or a baseline without its package.
+    """
+    encoder, dim = settings.image_encoder, settings.fusion.dim
+    if settings.decoder.kind == "mutual_aware" and settings.decoder.fine and encoder.stem is None:
         raise ModelError(
             "decoder.fine needs stride-4 features, which only a convolutional stem gives",
             "set image_encoder.stem, or decoder.fine to false",
         )
-    eos = text.config.eos_token_id if "clip" in text.config.model_type else None
+    baseline = settings.decoder.kind == "sam"
     return Risam(
         image_encoder=build_image_encoder(encoder),
         text_encoder=TextEncoder(
             text.backbone,
             text.config.hidden_size,
-            fusion.dim,
-            eos_token_id=eos,
+            dim,
+            eos_token_id=_end_of_sentence(text),
             trainable=settings.text_encoder.trainable,
         ),
-        feature_enhancement=FeatureEnhancement(
+        **(_sam_parts(settings) if baseline else _mutual_aware_parts(settings)),
+        dim=dim,
+    )
+
+
+def _mutual_aware_parts(settings: ModelSettings) -> dict[str, Any]:
+    """What stands between the two encoders and the mask in the paper's Figure 3."""
+    fusion, decoder, encoder = settings.fusion, settings.decoder, settings.image_encoder
+    return {
+        "feature_enhancement": FeatureEnhancement(
             encoder.dim, encoder.out_dim, fusion.dim, enabled=fusion.feature_enhancement
         ),
-        attention=[
+        "attention": [
             MutualAwareAttention(
                 fusion.dim,
                 fusion.heads,
@@ -108,9 +121,10 @@ def build_model(settings: ModelSettings, text: TextParts) -> Risam:
                 vision_guided=fusion.vision_guided,
                 language_guided=fusion.language_guided,
             )
-            for _ in range(fusion.blocks)
+            # Without either branch a block is an affinity that nobody reads.
+            for _ in range(fusion.blocks if fusion.vision_guided or fusion.language_guided else 0)
         ],
-        mask_decoder=MutualAwareMaskDecoder(
+        "mask_decoder": MutualAwareMaskDecoder(
             fusion.dim,
             decoder.heads,
             decoder.layers,
@@ -119,8 +133,36 @@ def build_model(settings: ModelSettings, text: TextParts) -> Risam:
             fine_dim=encoder.stem[1] if decoder.fine and encoder.stem else 0,
             query_token=decoder.query_token,
         ),
-        dim=fusion.dim,
-    )
+    }
+
+
+def _sam_parts(settings: ModelSettings) -> dict[str, Any]:
+    """The paper's baseline: deep features, no Mutual-Aware blocks, SAM's own decoder."""
+    dim, decoder = settings.fusion.dim, settings.decoder
+    try:
+        mask_decoder = SamMaskDecoder(dim, decoder.heads, decoder.layers, decoder.ffn_dim)
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            "decoder.kind is 'sam', but the package segment_anything is not installed",
+            "pip install segment-anything",
+        ) from error
+    except ValueError as error:
+        raise ModelError(
+            f"decoder.kind 'sam': {error}", "change fusion.dim or decoder.heads"
+        ) from error
+    return {
+        "feature_enhancement": DeepFeatures(settings.image_encoder.out_dim, dim),
+        "attention": [],
+        "mask_decoder": mask_decoder,
+    }
+
+
+def _end_of_sentence(text: TextParts) -> int | None:
+    """The token whose vector stands for the sentence: CLIP's closing one; None is BERT's first."""
+    if "clip" not in text.config.model_type:
+        return None
+    # Of the tokenizer, since OpenAI's CLIP folders name a wrong eos_token_id in config.json.
+    return int(text.tokenizer.encode([""]).input_ids[0, -1])
 
 
 def new_text_parts(settings: TextEncoderSettings) -> TextParts:

@@ -17,6 +17,7 @@ from risam_cli.config import (
     CocoData,
     DataSettings,
     DenseStage,
+    ModelSettings,
     ReferringStage,
     RefShapesData,
     TrainSettings,
@@ -35,6 +36,7 @@ from risam_cli.errors import ConfigError
 from risam_cli.losses import ReferringLoss
 from risam_cli.model.dense_head import DenseHead
 from risam_cli.model.risam import Risam
+from risam_cli.model.sam_baseline import SamMaskDecoder
 from risam_cli.tokenizer import TextTokenizer
 
 DENSE_VALIDATION_SCENES = 128
@@ -96,18 +98,28 @@ class TrainingBuilder:
     def _model(self) -> tuple[Risam, TextParts]:
         s = self.settings
         if s.init_from is not None:
-            loaded = load_model(s.init_from, device=torch.device("cpu"))
-            backbone = loaded.model.text_encoder.backbone
-            config: Any = backbone.config
-            loaded.model.train().requires_grad_(True)
-            return loaded.model, TextParts(backbone, config, loaded.tokenizer)
+            return _from_model_folder(s.init_from, s.model)
         text = new_text_parts(s.model.text_encoder)
         model = build_model(s.model, text)
         if s.model.image_encoder.checkpoint is not None:
-            from risam_cli.sam_weights import load_sam_encoder
-
-            load_sam_encoder(model.image_encoder, Path(s.model.image_encoder.checkpoint))
+            self._load_sam(model, Path(s.model.image_encoder.checkpoint))
         return model, text
+
+    def _load_sam(self, model: Risam, path: Path) -> None:
+        from risam_cli.sam_weights import load_sam_decoder, load_sam_encoder
+
+        digest = load_sam_encoder(model.image_encoder, path)
+        self.console.info(f"image encoder from {path}, SHA-256 {digest}")
+        decoder = model.mask_decoder
+        if not isinstance(decoder, SamMaskDecoder):
+            return
+        if decoder.size == SamMaskDecoder.SAM_SIZE:
+            load_sam_decoder(decoder, path)
+        else:
+            self.console.warn(
+                f"the mask decoder starts from nothing: its (dim, heads, layers, ffn_dim) are "
+                f"{decoder.size}, SAM's {SamMaskDecoder.SAM_SIZE}"
+            )
 
     def _dense(self, settings: DenseStage) -> Stage:
         encoder = self.settings.model.image_encoder
@@ -261,6 +273,31 @@ class TrainingBuilder:
             card,
             model_readme(card),
         )
+
+
+def _from_model_folder(source: str, settings: ModelSettings) -> tuple[Risam, TextParts]:
+    """The network of ``settings`` with all weights of a model folder; only adapters may be new.
+
+    Raises:
+        ModelError: a folder that cannot be read; ConfigError: one of another network.
+    """
+    loaded = load_model(source, device=torch.device("cpu"))
+    theirs, ours = loaded.settings.model_dump(), settings.model_dump()
+    for section in ("image_encoder", "fusion", "decoder"):
+        for key, value in ours[section].items():
+            held = theirs[section][key]
+            new_adapters = key == "adapter_dim" and held == 0
+            if value != held and key != "checkpoint" and not new_adapters:
+                raise ConfigError(
+                    f"model.{section}.{key} is {value!r}, init_from {source} has {held!r}",
+                    "give the model section the values of that folder's config.json",
+                )
+    backbone = loaded.model.text_encoder.backbone
+    config: Any = backbone.config
+    text = TextParts(backbone, config, loaded.tokenizer)
+    model = build_model(settings, text)
+    model.load_state_dict(loaded.model.state_dict(), strict=False)  # The sections are equal.
+    return model.train().requires_grad_(True), text
 
 
 _OPERATIONAL = {"output", "device", "workers", "log_every", "validate_every", "checkpoint_every"}

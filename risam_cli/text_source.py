@@ -43,17 +43,23 @@ def pretrained_text(source: str, max_tokens: int) -> Parts:
     Raises:
         ModelError: a folder or name that cannot be loaded, or a tokenizer without a fast form.
     """
-    from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTextModel
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel, CLIPTextModel
 
     try:
         config = AutoConfig.from_pretrained(source)
-        if config.model_type in ("clip", "clip_text_model"):
-            config = config.text_config if config.model_type == "clip" else config
+        config = config.text_config if config.model_type == "clip" else config
+        if config.is_encoder_decoder:
+            raise ValueError(f"a {config.model_type} is no encoder of its own")
+        if config.model_type == "clip_text_model":
             backbone: Any = CLIPTextModel.from_pretrained(source, config=config)
+        elif config.model_type == "bert":
+            # As _backbone builds it again from a model folder.
+            backbone = BertModel.from_pretrained(source, config=config, add_pooling_layer=False)
         else:
             backbone = AutoModel.from_pretrained(source, config=config)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"cannot load text encoder {source!r}: {reason}",
@@ -64,6 +70,8 @@ def pretrained_text(source: str, max_tokens: int) -> Parts:
     if fast is None:
         raise ModelError(f"text encoder {source!r} has no tokenizer.json", "convert its tokenizer")
     limit = min(max_tokens, int(config.max_position_embeddings))
+    # transformers 5 keeps a file's half precision, which nothing behind the backbone has.
+    backbone = backbone.float()
     return backbone, config, TextTokenizer(fast, limit, int(tokenizer.pad_token_id or 0))
 
 
@@ -92,7 +100,7 @@ def text_from_folder(stored: StoredModel, max_tokens: int) -> Parts:
     return backbone, config, TextTokenizer(tokenizer, limit, int(config.pad_token_id or 0))
 
 
-def _backbone(config: PretrainedConfig) -> Any:
+def _backbone(config: Any) -> Any:
     """An untrained backbone for a configuration, without a pooler that nothing would use."""
     from transformers import AutoModel, BertModel, CLIPTextModel
 

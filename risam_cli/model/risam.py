@@ -11,6 +11,7 @@ from .feature_enhancement import FeatureEnhancement
 from .image_encoder import ImageEncoder
 from .mask_decoder import Decoded, MutualAwareMaskDecoder
 from .mutual_aware_attention import AttentionMaps, MutualAwareAttention
+from .sam_baseline import DeepFeatures, SamMaskDecoder
 from .text_encoder import TextEncoder, TextFeatures
 
 
@@ -40,8 +41,8 @@ class Risam(nn.Module):
     Args:
         image_encoder, text_encoder: finished modules.
         feature_enhancement: gives F_v of ``dim`` channels.
-        attention: the Mutual-Aware Attention blocks, in order.
-        mask_decoder: the Mutual-Aware Mask Decoder.
+        attention: the Mutual-Aware Attention blocks, in order; none for the paper's baseline.
+        mask_decoder: the Mutual-Aware Mask Decoder, or SAM's own for the baseline.
         dim: width C of the network.
     """
 
@@ -49,9 +50,9 @@ class Risam(nn.Module):
         self,
         image_encoder: ImageEncoder,
         text_encoder: TextEncoder,
-        feature_enhancement: FeatureEnhancement,
+        feature_enhancement: FeatureEnhancement | DeepFeatures,
         attention: list[MutualAwareAttention],
-        mask_decoder: MutualAwareMaskDecoder,
+        mask_decoder: MutualAwareMaskDecoder | SamMaskDecoder,
         dim: int,
     ) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class Risam(nn.Module):
         """
         visual, words, owner, _ = self._attend(image, text, image_index, with_maps=False)
         if owner is not None:
-            # Only without Vision-Guided Attention is the visual stream still one per image.
+            # Without Vision-Guided Attention the visual stream is still one per image.
             visual = visual[owner]
         height, width = image.visual.shape[-2:]
         decoded: Decoded = self.mask_decoder(
@@ -122,7 +123,8 @@ class Risam(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None, list[AttentionMaps]]:
         visual = image.visual.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h*w, C)
         words = text.words
-        position = self._visual_position(*image.visual.shape[-2:], visual)
+        height, width = image.visual.shape[-2:]
+        position = self._visual_position(height, width, visual)
         word_position = sine_positions_1d(words.shape[1], self.dim, words.device).to(words.dtype)
         owner: Tensor | None = image_index
         maps = []
