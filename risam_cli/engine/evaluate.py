@@ -63,7 +63,8 @@ class Scored:
     """What a run gives.
 
     Attributes:
-        worst, best, typical: cases, the first two by IoU and the last drawn evenly.
+        worst, best, typical: cases, the first two by IoU and the last drawn evenly; the best are
+            among expressions with a target.
         unscored: expressions without a known truth.
         seconds: time spent on scoring.
     """
@@ -153,6 +154,13 @@ class Scorer:
         self._seconds += time.perf_counter() - started
         return scored
 
+    def pictured(self) -> set[Path]:
+        """Images that a picture may still be drawn of."""
+        pools = (self._worst, self._best, self._typical)
+        return {case.path for pool in pools for case in pool.cases()} | {
+            pending.path for pending in self._pending
+        }
+
     def finish(self) -> Scored:
         """Score what is left and give everything."""
         started = time.perf_counter()
@@ -221,7 +229,8 @@ class Scorer:
             )
 
         self._worst.offer(-iou, score.id, make)
-        self._best.offer(iou, score.id, make)
+        if not score.gt_no_target:  # a right "no target" is nothing to look at
+            self._best.offer(iou, score.id, make)
         self._typical.offer(0.0, score.id, make)
 
 

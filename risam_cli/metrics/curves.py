@@ -64,7 +64,7 @@ def fit_no_target(table: ScoreTable) -> NoTargetPoint | None:
     The mean of the two cannot be gamed by saying "nothing fits" more or less often. Among equals
     the one nearest to 0.5 is taken.
     """
-    points = no_target_curve(table, "native")
+    points = [p for p in no_target_curve(table, "native") if 0 < p.threshold < 1]
     if not points:
         return None
     return max(points, key=lambda p: (round((p.n_acc + p.t_acc) / 2, 12), -abs(p.threshold - 0.5)))

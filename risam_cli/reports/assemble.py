@@ -76,7 +76,11 @@ def assemble(
 
 def gallery(scored: Scored) -> dict[str, list[Picture]]:
     """The worst, the best and an even draw of cases, drawn."""
-    chosen = {"Worst": scored.worst, "Best": scored.best, "Drawn at random": scored.typical}
+    chosen = {
+        "Worst": scored.worst,
+        "Best, where there is a target": scored.best,
+        "Drawn at random": scored.typical,
+    }
     return {
         heading: draw_cases(pick_cases(cases, _CASES)) for heading, cases in chosen.items() if cases
     }

@@ -67,8 +67,12 @@ def _draw(case: Case) -> Picture:
     if case.answered_none:
         answer[:] = False
     _tint(canvas, answer, ANSWER)
-    _outline(canvas, truth, TRUTH)
-    _outline(canvas, answer, ANSWER)
+    # The truth lies broader below the answer, so that both show where they agree.
+    lines = [(_contours(truth), TRUTH, 4), (_contours(answer), ANSWER, 2)]
+    for contours, _, width_px in lines:
+        cv2.drawContours(canvas, contours, -1, (0, 0, 0), width_px + 2, cv2.LINE_AA)
+    for contours, color, width_px in lines:
+        cv2.drawContours(canvas, contours, -1, color, width_px, cv2.LINE_AA)
     return Picture(case, _uri(canvas), small[0], small[1], note)
 
 
@@ -87,13 +91,9 @@ def _tint(canvas: NDArray[np.uint8], mask: NDArray[np.bool_], color: tuple[int, 
     canvas[mask] = (0.72 * canvas[mask] + 0.28 * np.array(color)).astype(np.uint8)
 
 
-def _outline(
-    canvas: NDArray[np.uint8], mask: NDArray[np.bool_], color: tuple[int, int, int]
-) -> None:
-    """A coloured line on a dark one, so that it shows on any ground."""
-    contours, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(canvas, contours, -1, (0, 0, 0), 4, cv2.LINE_AA)
-    cv2.drawContours(canvas, contours, -1, color, 2, cv2.LINE_AA)
+def _contours(mask: NDArray[np.bool_]) -> Sequence[NDArray[np.int32]]:
+    found, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    return [np.asarray(contour, np.int32) for contour in found]
 
 
 def _uri(rgb: NDArray[np.uint8]) -> str:

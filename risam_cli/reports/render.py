@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from risam_cli.reports import svg, text
 from risam_cli.reports.gallery import ANSWER, TRUTH, Picture
-from risam_cli.reports.schema import Report
+from risam_cli.reports.schema import Report, SlicePart
 
 _PLOTTED_CATEGORIES = 20
 
@@ -66,6 +66,7 @@ def _shared(report: Report) -> dict[str, Any]:
         "title": text.title(report),
         "names": text.NAMES,
         "cautions": cautions(report),
+        "slices": shown_slices(report),
         "fit_text": _fit_text(report),
         "count_rows": _count_rows(report),
         "time_rows": _time_rows(report),
@@ -87,8 +88,15 @@ def cautions(report: Report) -> list[str]:
         lines.append(
             f"{counts.failed} expressions failed and are in no figure: see failures.jsonl."
         )
-    if counts.images_missing:
-        lines.append(f"{counts.images_missing} images were not found.")
+    if counts.skipped:
+        lines.append(
+            f"{counts.skipped} expressions are in no figure: {counts.images_missing} images are "
+            "missing."
+        )
+    elif counts.images_missing:
+        lines.append(
+            f"{counts.images_missing} images are missing; pictures of them show masks only."
+        )
     if counts.surplus:
         lines.append(f"{counts.surplus} predictions belong to no expression of this split.")
     if counts.doubled:
@@ -124,6 +132,7 @@ def _count_rows(report: Report) -> list[tuple[str, str]]:
         "malformed": "unreadable lines of predictions",
         "unscored": "expressions without a known truth",
         "failed": "expressions that failed",
+        "skipped": "expressions whose image is missing",
         "images_missing": "images not found",
     }
     counts = report.counts.model_dump()
@@ -144,16 +153,22 @@ def _time_rows(report: Report) -> list[tuple[str, str]]:
     return [*rows, ("expressions a second", f"{timing.expressions_per_second:.1f}")]
 
 
+def shown_slices(report: Report) -> list[SlicePart]:
+    """The slices that part this run's expressions at all."""
+    return [part for part in report.slices if len(part.levels) > 1]
+
+
 def _plots(report: Report) -> dict[str, Any]:
     plots: dict[str, Any] = {"slices": {}}
     overall = report.figures["miou"].value
-    for part in report.slices:
+    for part in shown_slices(report):
         rows = []
         for level in part.levels[:_PLOTTED_CATEGORIES]:
             figure = level.figures["miou"]
             note = f"{text.percent(figure.value, 1)}  n={level.expressions}"
-            rows.append(svg.Bar(level.label, figure.value, figure.low, figure.high, note))
-        plots["slices"][part.name] = svg.dot_plot(rows, "mIoU", line=overall)
+            rows.append(_bar(level.label, figure.value, figure.low, figure.high, note))
+        line = _hundred(overall)
+        plots["slices"][part.name] = svg.dot_plot(rows, "mIoU, %", high=100.0, line=line)
     curves = report.curves
     plots["histogram"] = svg.histogram(curves.iou_histogram, "IoU", "share of expressions")
     if curves.risk_coverage is not None:
@@ -192,21 +207,24 @@ def _no_target_marks(report: Report) -> list[svg.Mark]:
 def _change_plot(report: Report) -> Any:
     assert report.comparison is not None
     changes = report.comparison.figures
-    ends = [
-        abs(e) for c in changes.values() for e in (c.difference, c.low, c.high) if e is not None
+    bars = [
+        _bar(text.NAMES[name], c.difference, c.low, c.high, text.signed(c.difference))
+        for name, c in changes.items()
     ]
-    reach = min(1.0, max(0.02, max(ends, default=0.0) * 1.15))
-    rows = [
-        svg.Bar(
-            text.NAMES[name],
-            change.difference,
-            change.low,
-            change.high,
-            f"{text.signed(change.difference)}  p {text.probability(change.p)}",
-        )
-        for name, change in changes.items()
-    ]
-    return svg.dot_plot(rows, "change (this − other)", low=-reach, high=reach, line=0.0)
+    ends = [abs(e) for bar in bars for e in (bar.value, bar.low, bar.high) if e is not None]
+    reach = min(100.0, max(2.0, max(ends, default=0.0) * 1.15))
+    axis = "change (this − other), per cent points"
+    return svg.dot_plot(bars, axis, low=-reach, high=reach, line=0.0)
+
+
+def _bar(
+    label: str, value: float | None, low: float | None, high: float | None, note: str
+) -> svg.Bar:
+    return svg.Bar(label, _hundred(value), _hundred(low), _hundred(high), note)
+
+
+def _hundred(value: float | None) -> float | None:
+    return None if value is None else 100 * value
 
 
 def _cell(value: object) -> str:

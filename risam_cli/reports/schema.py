@@ -93,6 +93,7 @@ class CountsPart(_Part):
     malformed: int = 0
     unscored: int = 0
     failed: int = 0
+    skipped: int = 0
     images_missing: int = 0
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 _WIDTH, _HEIGHT = 460, 300
+_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 44
 
 
@@ -146,14 +148,14 @@ def _y(share: float) -> float:
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers, four to seven of them."""
     span = high - low
-    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1.0) if span / s <= 6.5)
-    first = int(low / step) - (low < 0)
-    ticks = [k * step for k in range(first, first + 10)]
+    step = next(s for s in _STEPS if span / s <= 6.5)
+    first = math.floor(low / step)
+    ticks = [k * step for k in range(first, first + 12)]
     return [t for t in ticks if low - 1e-9 <= t <= high + 1e-9]
 
 
 def _short(number: float) -> str:
-    return f"{number:.2f}".rstrip("0").rstrip(".") or "0"
+    return f"{number:.2f}".rstrip("0").rstrip(".").replace("-", "−") or "0"
 
 
 def _cut(text: str, length: int) -> str:

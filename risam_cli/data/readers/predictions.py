@@ -53,12 +53,16 @@ class PredictionIndex:
     Args:
         path: the file, the folder that holds ``predictions.jsonl``, or ``-`` for stdin.
         on_failure: gets every line that is no record.
+        size: (H, W) of all masks, where they are not at their images' sizes.
 
     Raises:
         DataError: the file cannot be read or holds no record at all.
     """
 
-    def __init__(self, path: Path, on_failure: OnFailure) -> None:
+    def __init__(
+        self, path: Path, on_failure: OnFailure, size: tuple[int, int] | None = None
+    ) -> None:
+        self._size = size
         self.path = path / FILE_NAME if path.is_dir() else path
         self._stream = _open(self.path)
         self._on_failure = on_failure
@@ -113,7 +117,7 @@ class PredictionIndex:
                 self._tell(self._record(row), "a second prediction for one expression; not scored")
         self._used[rows] = True
         record = self._record(rows[0])
-        return parse_answer(record, sample.size, f"{self.path}: prediction {expression.id!r}")
+        return parse_answer(record, self._size or sample.size, f"{self.path}: prediction {expression.id!r}")
 
     def surplus(self) -> Iterator[tuple[str, str, str]]:
         """Id, image and expression of every record that no expression asked for."""

@@ -53,7 +53,7 @@ def open_refshapes(
 
     made = RefShapes(family, split, scenes=scenes, seed=seed)
     counts = {"images": len(made), "expressions": len(made) * made.expressions_per_scene}
-    return SampleSource(family, split, (), _Scenes(made, folder), counts)
+    return SampleSource(family, split, (), _Scenes(made, folder), counts, generated=True)
 
 
 def open_refshapes_files(

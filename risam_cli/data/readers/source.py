@@ -66,6 +66,7 @@ class SampleSource:
         notes: what was left out on purpose, each with its number.
         order: indices of ``groups`` in the order to go through them; None for their own.
         limit: most expressions to give; the last image is cut short where it would go over.
+        generated: images are made when they are asked for, so their files come and go.
     """
 
     dataset: str
@@ -76,6 +77,7 @@ class SampleSource:
     notes: tuple[str, ...] = ()
     order: tuple[int, ...] | None = None
     limit: int | None = None
+    generated: bool = False
 
     def __len__(self) -> int:
         """Number of images, whatever ``limit`` says."""

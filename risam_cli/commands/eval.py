@@ -1,0 +1,129 @@
+"""``risam eval``: scores a model, or anyone's masks, on a benchmark."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from risam_cli.commands.options import (
+    batch_options,
+    device_options,
+    json_option,
+    model_option,
+    output_option,
+    run_mode_options,
+    verbosity_options,
+)
+
+# Said here again, and held to the modules' own by a test, so that --help imports little.
+DATASETS = (
+    "refcoco",
+    "refcoco+",
+    "refcocog",
+    "refclef",
+    "grefcoco",
+    "phrasecut",
+    "coco",
+    "refshapes",
+)
+FAMILIES = ("refshapes", "refshapes+", "refshapesg", "grefshapes")
+PROTOCOLS = ("native", "lavt", "cris", "gres", "lisa", "phrasecut")
+
+
+def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    # click.FloatRange lets nan through.
+    if value is not None and (math.isnan(value) or not 0 <= value <= 1):
+        raise click.BadParameter(f"{value} is not in the range 0 to 1.")
+    return value
+
+
+@click.command("eval")
+@click.option("--dataset", type=click.Choice(DATASETS), required=True, help="What to score on.")
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The folder that holds refcoco/, refcoco+/ …, or the data set's own folder. For coco also "
+    "the JSON file. Without it, refshapes is drawn on the fly.",
+)
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Where image file names start.  [default: looked for near --root]",
+)
+@click.option("--split", metavar="NAME", help="val, test, testA …  [default for coco: all]")
+@click.option(
+    "--split-by",
+    type=click.Choice(("unc", "umd", "google", "berkeley")),
+    help="Who made the splits.  [default: unc; refcocog: umd]",
+)
+@click.option("--family", type=click.Choice(FAMILIES), help="Of refshapes.  [default: refshapes]")
+@model_option
+@click.option(
+    "--predictions",
+    type=click.Path(path_type=Path, allow_dash=True),
+    metavar="FILE",
+    help="Score these records instead of a model: predictions.jsonl, its folder, or -.",
+)
+@click.option(
+    "--protocol",
+    "protocol_name",
+    type=click.Choice(PROTOCOLS),
+    default="native",
+    show_default=True,
+    help="How masks are compared; every report prints the definition.",
+)
+@output_option("risam-eval")
+@click.option(
+    "--compare",
+    type=click.Path(path_type=Path),
+    metavar="REPORT",
+    help="Another report.json or its folder: both runs side by side, paired by expression.",
+)
+@click.option(
+    "--fit-no-target",
+    is_flag=True,
+    help="Choose the model's no-target threshold on this split and store it in its folder.",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Score at most N expressions."
+)
+@click.option(
+    "--shuffle",
+    type=click.IntRange(min=0),
+    metavar="SEED",
+    help="Take images in the order of this seed, for a quick look with --limit.",
+)
+@click.option("--skip-missing", is_flag=True, help="Missing images do not make the exit code 3.")
+@click.option(
+    "--threshold",
+    type=float,
+    metavar="P",
+    callback=_check_unit,
+    help="A model's mask threshold instead of the protocol's; the report says so.",
+)
+@click.option(
+    "--no-target-threshold",
+    type=float,
+    metavar="P",
+    callback=_check_unit,
+    help="A model's no-target threshold.  [default: the model's]",
+)
+@device_options
+@batch_options
+@run_mode_options
+@json_option
+@verbosity_options
+def command(**options: Any) -> int:
+    """Score a model, or anyone's masks, on a benchmark, by a named protocol.
+
+    Writes report.json, report.md, report.html and per_expression.jsonl to DIR, and prints the
+    figures on stderr; with --json also to stdout, as fractions in 0..1.
+    """
+    from risam_cli.commands.eval_flow import Asked, evaluate
+
+    return evaluate(Asked(**options))

@@ -1,0 +1,153 @@
+"""The part of ``risam eval`` that has a model answer; imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from risam_cli import checkpoints
+from risam_cli.build import LoadedModel, load_model
+from risam_cli.commands.eval_flow import Asked, Done, count
+from risam_cli.console import get_console
+from risam_cli.data.readers.source import SampleSource
+from risam_cli.engine.answers import AnswerLog, StageSeconds, answers_from_model
+from risam_cli.engine.device import (
+    choose_device,
+    choose_precision,
+    describe_device,
+    precision_name,
+)
+from risam_cli.engine.eval_run import EvalRun, FailureLog, drop_missing_images, run_evaluation
+from risam_cli.engine.predict import ImageResult, PredictSettings, predict_samples
+from risam_cli.errors import DataError, OutputError
+from risam_cli.metrics.curves import fit_no_target
+from risam_cli.metrics.protocols import Protocol
+from risam_cli.reports.schema import AnswersPart, NoTargetFitPart, TimingPart
+from risam_cli.types import Sample
+
+
+def answer_and_score(
+    asked: Asked, source: SampleSource, protocol: Protocol, failures: FailureLog
+) -> Done:
+    """Load the model, have it answer every image that is there, and score it."""
+    console = get_console()
+    device = choose_device(asked.device)
+    precision = choose_precision(asked.precision, device)
+    loaded = load_model(asked.model, device=device)
+    source, absent = drop_missing_images(source, failures)
+    skipped = failures.by_stage["decode"]
+    threshold = protocol.threshold if asked.threshold is None else asked.threshold
+    bar = asked.no_target_threshold
+    bar = loaded.no_target_threshold if bar is None else bar
+    settings = PredictSettings(
+        device,
+        precision,
+        asked.batch_size,
+        asked.workers,
+        threshold=threshold,
+        no_target_threshold=bar,
+        keep_raw=True,
+    )
+    console.info(f"{loaded.name} on {describe_device(device)}, {precision_name(precision)}")
+
+    def run(samples: Iterable[Sample]) -> Iterator[ImageResult]:
+        return predict_samples(samples, loaded, settings)
+
+    seconds = StageSeconds()
+    side = protocol.canvas
+    log = AnswerLog(
+        asked.output,
+        _identity(asked, source, protocol, loaded, settings),
+        size=(side, side) if protocol.resolution == "stretch" else None,
+        resume=asked.resume,
+        overwrite=asked.overwrite,
+    )
+    with log:
+        answers = answers_from_model(source, run, log, bar, protocol, seconds, failures)
+        done = run_evaluation(source, answers, protocol, asked.output, console)
+    log.finished()
+    fit = _fit(asked, done, bar) if asked.fit_no_target else None
+    return Done(
+        done,
+        AnswersPart(
+            kind="model",
+            name=loaded.name,
+            sha256=loaded.hash,
+            no_target_threshold=bar,
+            device=describe_device(device),
+            precision=precision_name(precision),
+        ),
+        count(done, failed=len(failures) - skipped, skipped=skipped, images_missing=absent),
+        TimingPart(
+            decode=seconds.decode,
+            encode=seconds.encode,
+            decode_mask=seconds.decode_mask,
+            score=done.scored.seconds,
+            total=done.seconds,
+            expressions_per_second=len(done.scored.table) / done.seconds,
+        ),
+        no_target_fit=fit,
+    )
+
+
+def _identity(
+    asked: Asked,
+    source: SampleSource,
+    protocol: Protocol,
+    loaded: LoadedModel,
+    settings: PredictSettings,
+) -> dict[str, object]:
+    """What the answers depend on; a resumed run must agree in all of it."""
+    return {
+        "model": loaded.hash,
+        "data": f"{source.dataset} {source.split}",
+        "expressions": source.planned,
+        "protocol": protocol.name,
+        "threshold": settings.threshold,
+        "no-target threshold": settings.no_target_threshold,
+        "precision": precision_name(settings.precision),
+        "shuffle": asked.shuffle,
+    }
+
+
+def _fit(asked: Asked, run: EvalRun, before: float) -> NoTargetFitPart:
+    """Choose the no-target threshold on this split and store it in the model's folder.
+
+    Raises:
+        DataError: the split lacks expressions with or without a target.
+        OutputError: the folder cannot be written.
+    """
+    point = fit_no_target(run.scored.table)
+    if point is None:
+        raise DataError(
+            "--fit-no-target needs expressions with and without a target, and this split has not "
+            "both",
+            "take grefcoco, or refshapes with --family grefshapes",
+        )
+    folder = checkpoints.find_model(asked.model)
+    _store(folder, point.threshold)
+    return NoTargetFitPart(
+        threshold=point.threshold,
+        before=before,
+        n_acc=point.n_acc,
+        t_acc=point.t_acc,
+        giou=point.giou,
+        stored_in=folder.name,
+        sha256_after=checkpoints.hash_folder(folder),
+    )
+
+
+def _store(folder: Path, threshold: float) -> None:
+    """Put the threshold into the folder's ``config.json``; everything else stays as it is."""
+    path = folder / checkpoints.CONFIG_FILE
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["model"]["no_target_threshold"] = threshold
+    text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
+    try:
+        checkpoints.write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+    except OutputError as error:
+        raise OutputError(
+            f"{error.message}: the threshold {threshold:.6g} is not stored",
+            "copy the model folder to a place of your own and give it as --model",
+        ) from error

@@ -1,0 +1,260 @@
+"""A model's answers for evaluation, from the predict engine; kept on disk while a run goes on."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from risam_cli.data.readers.predictions import Answer, PredictionIndex
+from risam_cli.data.readers.source import OnFailure, SampleSource
+from risam_cli.engine.evaluate import Answered
+from risam_cli.engine.predict import ImageResult, Raw
+from risam_cli.errors import OutputError
+from risam_cli.metrics.protocols import Protocol
+from risam_cli.types import Expression, Failure, Prediction, Sample
+
+ANSWERS_FILE = "answers.jsonl"
+"""Where a run in progress keeps its answers; a finished run has none."""
+
+_HEADER = "\0settings"  # an id that no expression has
+_TAIL = 1 << 16
+
+Run = Callable[[Iterable[Sample]], Iterator[ImageResult]]
+
+
+@dataclass(slots=True)
+class StageSeconds:
+    """Seconds by stage, summed over images; stages overlap, so they may exceed the clock's."""
+
+    decode: float = 0.0
+    encode: float = 0.0
+    decode_mask: float = 0.0
+
+    def add(self, spent: Mapping[str, float]) -> None:
+        """Take one image's seconds in."""
+        self.decode += spent.get("load", 0.0)
+        self.encode += spent.get("encode", 0.0)
+        self.decode_mask += spent.get("decode", 0.0) + spent.get("finish", 0.0)
+
+
+class AnswerLog:
+    """Answers of a run in progress, so that an interrupted one can go on.
+
+    The first line holds the settings, every other one an answer in the record format.
+
+    Args:
+        settings: what results depend on; a resumed run must have the same.
+        size: (H, W) of all masks, where the protocol compares them at a size of its own.
+        resume, overwrite: go on with, or replace, what an interrupted run left.
+
+    Attributes:
+        known: the answers of the interrupted run; None where there is none.
+
+    Raises:
+        OutputError: an interrupted run lies there and neither was asked for, or it had other
+            settings, or the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        *,
+        size: tuple[int, int] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = folder / ANSWERS_FILE
+        self.known: PredictionIndex | None = None
+        self._lock = threading.Lock()  # the engine reads samples in a thread of its own
+        header = {"id": _HEADER, "settings": dict(settings)}
+        held = self.path.exists() and self.path.stat().st_size > 0
+        if held and not (resume or overwrite):
+            raise OutputError(
+                f"{folder} holds an interrupted run",
+                "go on with --resume, or start anew with --overwrite",
+            )
+        try:
+            if held and resume:
+                _cut_to_whole_lines(self.path)
+                self._require(header)
+                self.known = PredictionIndex(self.path, lambda failure: None, size)
+            else:
+                self.path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+            self._stream: TextIO = self.path.open("a", encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def __enter__(self) -> AnswerLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stream.close()
+        if self.known is not None:
+            self.known.close()
+
+    def write(self, answered: Answered) -> None:
+        """Append the answers of one image; they are with the system before it counts as done."""
+        for expression, answer in zip(answered.sample.expressions, answered.answers, strict=True):
+            if answer is not None:
+                row = _row(answered.sample, expression, answer)
+                self._stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._stream.flush()
+
+    def recall(self, sample: Sample) -> Answered | None:
+        """The answers of an image that the interrupted run finished, else None."""
+        if self.known is None:
+            return None
+        with self._lock:
+            answers = [self.known.find(sample, expression) for expression in sample.expressions]
+        return None if None in answers else Answered(sample, tuple(answers))
+
+    def finished(self) -> None:
+        """The run is done and scored: the file is not needed any more."""
+        self.path.unlink(missing_ok=True)
+
+    def _require(self, header: Mapping[str, Any]) -> None:
+        with self.path.open(encoding="utf-8") as stream:
+            first = stream.readline()
+        try:
+            own = json.loads(first)["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise OutputError(f"{self.path} is damaged", "start anew with --overwrite") from None
+        wanted = json.loads(json.dumps(header["settings"]))
+        for key in sorted({*own, *wanted}):
+            if own.get(key) != wanted.get(key):
+                raise OutputError(
+                    f"the interrupted run in {self.path.parent} had {key} {own.get(key)!r}, this "
+                    f"one has {wanted.get(key)!r}",
+                    "give the same settings, or start anew with --overwrite",
+                )
+
+
+def answers_from_model(
+    source: SampleSource,
+    run: Run,
+    log: AnswerLog,
+    bar: float,
+    protocol: Protocol,
+    seconds: StageSeconds,
+    on_failure: OnFailure,
+) -> Iterator[Answered]:
+    """Every image of a split with the model's answers, in order; failures go to ``on_failure``.
+
+    Args:
+        run: the predict engine, giving raw masks and probabilities.
+        log: keeps the answers; what it knows from an interrupted run is not asked again.
+        bar: no-target probability above which the answer is "nothing fits".
+    """
+
+    def todo() -> Iterator[Sample]:
+        for sample in source.iterate(lambda failure: None):
+            if log.recall(sample) is None:
+                yield sample
+
+    results = run(todo() if log.known is not None else source.iterate(on_failure))
+    if log.known is None:
+        for result in results:
+            yield _logged(result, log, bar, protocol, seconds, on_failure)
+        return
+    for sample in source.iterate(on_failure):
+        recalled = log.recall(sample)
+        if recalled is not None:
+            yield recalled
+        else:
+            yield _logged(next(results), log, bar, protocol, seconds, on_failure)
+
+
+def _logged(
+    result: ImageResult,
+    log: AnswerLog,
+    bar: float,
+    protocol: Protocol,
+    seconds: StageSeconds,
+    on_failure: OnFailure,
+) -> Answered:
+    seconds.add(result.seconds)
+    answered = _answered(result, bar, protocol, on_failure)
+    log.write(answered)
+    return answered
+
+
+def _answered(
+    result: ImageResult, bar: float, protocol: Protocol, on_failure: OnFailure
+) -> Answered:
+    """The expressions of an image that were predicted; the others are failures, not zeros."""
+    for failure in result.failures:
+        on_failure(failure)
+    by_id = {p.id: (p, raw) for p, raw in zip(result.predictions, result.raw, strict=True)}
+    sample = result.sample
+    kept: list[Expression] = []
+    answers: list[Answer | None] = []
+    for expression in sample.expressions:
+        if expression.id not in by_id:
+            continue
+        prediction, raw = by_id[expression.id]
+        if protocol.resolution != "stretch" and sample.size not in (None, _size(raw)):
+            on_failure(_wrong_size(sample, expression, _size(raw)))
+            continue
+        kept.append(expression)
+        answers.append(_answer(prediction, raw, bar, protocol))
+    return Answered(replace(sample, expressions=tuple(kept)), tuple(answers))
+
+
+def _answer(prediction: Prediction, raw: Raw, bar: float, protocol: Protocol) -> Answer:
+    """Where the head is not asked, the score is the mask's own."""
+    score = raw.iou if protocol.no_target == "mask" else prediction.score
+    return Answer(raw.mask, raw.no_target > bar, min(1.0, max(0.0, score)), raw.no_target)
+
+
+def _size(raw: Raw) -> tuple[int, int]:
+    height, width = raw.mask["size"]
+    return height, width
+
+
+def _wrong_size(sample: Sample, expression: Expression, own: tuple[int, int]) -> Failure:
+    height, width = sample.size or (0, 0)
+    message = (
+        f"{sample.path} is {own[0]}x{own[1]} (height x width), its annotation says "
+        f"{height}x{width}; the image is not the one that was annotated"
+    )
+    return Failure(expression.id, sample.image, expression.text, "decode", "DataError", message)
+
+
+def _row(sample: Sample, expression: Expression, answer: Answer) -> dict[str, Any]:
+    return {
+        "id": expression.id,
+        "image": sample.image,
+        "expression": expression.text,
+        "segmentation": answer.segmentation,
+        "score": answer.score,
+        "no_target": answer.no_target,
+        "no_target_probability": answer.no_target_probability,
+    }
+
+
+def _cut_to_whole_lines(path: Path) -> None:
+    """Drop a last line that a kill left unfinished."""
+    with path.open("r+b") as stream:
+        size = stream.seek(0, 2)
+        at = size
+        while at > 0:
+            start = max(0, at - _TAIL)
+            stream.seek(start)
+            newline = stream.read(at - start).rfind(b"\n")
+            if newline >= 0:
+                at = start + newline + 1
+                break
+            at = start
+        if at < size:
+            stream.truncate(at)
