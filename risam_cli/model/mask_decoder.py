@@ -177,5 +177,10 @@ class CrossAttention(nn.Module):
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, x in ((self.query, query), (self.key, key), (self.value, value))
         )
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        # Written out: one side has a few tokens only, where the fused kernel's backward pass is
+        # several times slower on a CPU and there is no large matrix to save.
+        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (E, heads, n, m)
+        if mask is not None:
+            weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
+        attended = weights.softmax(dim=-1).to(v.dtype) @ v
         return self.output(attended.transpose(1, 2).flatten(2))

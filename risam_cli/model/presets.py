@@ -52,6 +52,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             "stem": [24, 48, 96],
         },
         "fusion": {"dim": 128, "heads": 4, "blocks": 3, "ffn_dim": 256},
-        "decoder": {"heads": 4, "layers": 2, "ffn_dim": 256, "mask_dim": 32, "fine": True},
+        "decoder": {"heads": 4, "layers": 2, "ffn_dim": 256, "mask_dim": 16, "fine": True},
     },
 }
