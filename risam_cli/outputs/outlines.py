@@ -11,8 +11,8 @@ once at or beyond and below its centre):
   pixel edges, drawn in by a tenth of a pixel, so that readers that cut off the fraction (not those
   that round) also fill the same pixels.
 - :data:`CENTER`, by whole pixels, border included: OpenCV's ``fillPoly``, and so supervision and
-  ultralytics. Vertices lie on the border pixels themselves, a quarter of a pixel from their index,
-  so that cutting off and rounding give the same pixel.
+  ultralytics. Vertices lie on the border pixels themselves, less than half a pixel past their
+  index, so that cutting off and rounding give the same pixel.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Vertices:
 
 
 EDGE = Vertices(0.1, 0.9)
-CENTER = Vertices(0.25, 0.25)
+CENTER = Vertices(0.1, 0.4)
 PIXEL = Vertices(0.0, 0.0)
 
 
@@ -108,7 +108,7 @@ def _inset(ring: Ring, mask: Mask, vertices: Vertices) -> Ring:
     inward = np.stack([-(behind[:, 1] + ahead[:, 1]), behind[:, 0] + ahead[:, 0]], axis=1)
     pixel = (ring + (inward - 1) / 2).astype(np.int64)
     columns, rows = np.clip(pixel[:, 0], 0, width - 1), np.clip(pixel[:, 1], 0, height - 1)
-    moved = pixel + np.where(inward > 0, vertices.low, vertices.high)
+    moved = pixel.astype(np.float64) + np.where(inward > 0, vertices.low, vertices.high)
     pinched = ~mask[rows, columns]
     if not pinched.any():
         return moved
@@ -135,7 +135,7 @@ def _simplified(rings: Sequence[Ring], distance: float) -> list[Ring]:
         short = cv2.approxPolyDP(ring.astype(np.float32)[:, None], distance, closed=True)[:, 0]
         if len(short) >= 3 and cv2.contourArea(short) > 0:
             # float32 is only for OpenCV: take the vertices from the exact ring again.
-            kept.append(np.round(short.astype(np.float64), 3))
+            kept.append(short.astype(np.float64).round(3))
         elif index == 0:
             kept.append(ring)
     return kept
@@ -145,7 +145,7 @@ def _simplified(rings: Sequence[Ring], distance: float) -> list[Ring]:
 
 
 def _splice(ring: Ring, at: int, other: Ring, start: int) -> Ring:
-    """``ring`` up to vertex ``at``, all of ``other`` from ``start`` on, and back by the same way."""
+    """``ring`` up to vertex ``at``, all of ``other`` from ``start`` on, and back the same way."""
     around = np.concatenate([other[start:], other[: start + 1]])
     return np.concatenate([ring[: at + 1], around, ring[at:]])
 

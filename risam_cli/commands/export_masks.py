@@ -1,0 +1,217 @@
+"""``risam export-masks``: predictions into the formats that other tools read."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from risam_cli.commands.options import json_option, output_option, verbosity_options
+from risam_cli.console import get_console
+from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
+
+if TYPE_CHECKING:
+    from risam_cli.outputs.categories import Naming
+    from risam_cli.outputs.run_export import Outcome
+
+FORMATS = ("coco", "coco-polygons", "yolo", "labelme", "cvat", "png", "overlay", "cutout")
+
+
+def _pixels(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    if not math.isfinite(value) or value < 0:
+        raise click.BadParameter(f"{value} is no distance in pixels.")
+    return value
+
+
+def _unit(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    if math.isnan(value) or not 0 <= value <= 1:
+        raise click.BadParameter(f"{value} is not in the range 0 to 1.")
+    return value
+
+
+@click.command(name="export-masks")
+@click.argument("predictions", type=click.Path(path_type=Path, allow_dash=True))
+@click.option("--to", "kind", type=click.Choice(FORMATS), required=True, help="What to write.")
+@output_option(None)
+@click.option(
+    "--image-root",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Where relative image paths begin.  [default: the working folder]",
+)
+@click.option(
+    "--annotations",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="For COCO results: the COCO file that names their images and categories.",
+)
+@click.option(
+    "--category-map",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="JSON, YAML or CSV from expression to category; `*` is for all others.",
+)
+@click.option("--one-class", metavar="NAME", help="One category for all masks.")
+@click.option(
+    "--min-score",
+    type=float,
+    default=0.0,
+    metavar="P",
+    callback=_unit,
+    help="Leave out masks scored below.",
+)
+@click.option(
+    "--min-area",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="PIXELS",
+    help="Leave out masks that are smaller.",
+)
+@click.option(
+    "--simplify",
+    type=float,
+    default=0.0,
+    metavar="PIXELS",
+    callback=_pixels,
+    help="Polygons: how far an outline may move.  [default: 0, exact]",
+)
+@click.option(
+    "--holes",
+    type=click.Choice(["bridge", "drop"]),
+    default="bridge",
+    show_default=True,
+    help="Polygons: keep holes by a bridge, or fill them.",
+)
+@click.option(
+    "--vertices",
+    type=click.Choice(["edge", "center"]),
+    help="Polygons: for readers that fill by pixel centres (edge) or border included (center).  "
+    "[default: center for yolo, else edge]",
+)
+@click.option(
+    "--parts",
+    type=click.Choice(["split", "join"]),
+    default="split",
+    show_default=True,
+    help="yolo: a mask of several parts as several lines, or joined in one.",
+)
+@click.option(
+    "--shapes",
+    type=click.Choice(["polygon", "mask"]),
+    default="polygon",
+    show_default=True,
+    help="labelme, cvat: what to write.",
+)
+@click.option(
+    "--style",
+    type=click.Choice(["binary", "indexed", "semantic"]),
+    default="binary",
+    show_default=True,
+    help="png: one file a mask, or one an image with the masks' or the categories' numbers.",
+)
+@click.option(
+    "--padding",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="PIXELS",
+    help="cutout: room around the mask.",
+)
+@click.option("--copy-images", is_flag=True, help="yolo, labelme, cvat: copy the images along.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export in the folder.")
+@json_option
+@verbosity_options
+def command(
+    predictions: Path,
+    kind: str,
+    output: Path,
+    image_root: Path | None,
+    annotations: Path | None,
+    category_map: Path | None,
+    one_class: str | None,
+    min_score: float,
+    min_area: int,
+    overwrite: bool,
+    copy_images: bool,
+    as_json: bool,
+    **settings: Any,
+) -> int:
+    """Turn PREDICTIONS into another annotation format.
+
+    PREDICTIONS is a predictions.jsonl, the folder that holds it, a COCO results file (.json), a
+    folder of PNG masks with a manifest (columns image, expression, mask), or `-` for JSONL on
+    stdin.
+
+    What is lost on the way (holes, overlaps, polygons against masks) is told at the end, and with
+    --json on stdout.
+    """
+    from risam_cli.data.images import open_rgb
+    from risam_cli.outputs.export import Settings
+    from risam_cli.outputs.run_export import Request, run_export
+
+    request = Request(
+        predictions=predictions,
+        kind=kind,
+        output=output,
+        image_root=image_root or Path(),
+        naming=_naming(category_map, one_class),
+        settings=Settings(**settings),
+        annotations=annotations,
+        min_score=min_score,
+        min_area=min_area,
+        overwrite=overwrite,
+        copy_images=copy_images,
+    )
+    with get_console().progress(f"export {kind}", None, "masks") as progress:
+        outcome = run_export(
+            request,
+            open_rgb,
+            lambda masks, failures: progress.advance(masks, failures=failures),
+            begin=lambda total: progress.update(total=total),
+        )
+    _tell(outcome, output, kind)
+    if as_json:
+        summary = {**outcome.tally.summary(), "failures": outcome.failures}
+        click.echo(json.dumps({"format": kind, "output": str(output), **summary}))
+    return EXIT_SOME_FAILED if outcome.failures else EXIT_OK
+
+
+def _naming(category_map: Path | None, one_class: str | None) -> Naming:
+    from risam_cli.outputs.categories import ByExpression, OneClass, read_map
+
+    if category_map is not None and one_class is not None:
+        raise UsageError("--category-map and --one-class contradict each other", "give one of them")
+    if one_class is not None:
+        if not one_class.strip():
+            raise UsageError("--one-class is empty", "name the class")
+        return OneClass(one_class)
+    return ByExpression() if category_map is None else read_map(category_map)
+
+
+def _tell(outcome: Outcome, output: Path, kind: str) -> None:
+    """The account, on stderr: what was written, and what was lost."""
+    console, tally = get_console(), outcome.tally
+    parts = [f"{tally.masks} masks of {tally.images} images as {kind} in {output}"]
+    parts.append(f"{outcome.categories} categories")
+    if tally.empty:
+        parts.append(f"{tally.empty} records with an empty mask")
+    if tally.filtered:
+        parts.append(f"{tally.filtered} filtered out")
+    console.info(", ".join(parts))
+    if tally.measured:
+        mean = tally.iou_sum / tally.measured
+        worst = f"{tally.iou_worst:.4f} ({tally.worst})" if tally.iou_worst < 1 else "1.0000"
+        console.info(
+            f"polygons against masks: mean IoU {mean:.4f}, worst {worst}; "
+            f"{tally.holes - tally.holes_lost} of {tally.holes} holes kept"
+        )
+    if tally.split:
+        console.warn(
+            f"{tally.split} masks have several parts and became several objects; "
+            "--parts join keeps each as one"
+        )
+    if tally.hidden:
+        console.warn(f"{tally.hidden} pixels lie under another mask of their image and are lost")
+    for note, count in tally.notes.items():
+        console.warn(f"{count} {note}")
+    if outcome.failures:
+        console.warn(f"{outcome.failures} failed; see {output / 'failures.jsonl'}")

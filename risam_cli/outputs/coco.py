@@ -1,0 +1,152 @@
+"""COCO: ``instances.json`` with RLE or polygons, and ``results.json`` for ``loadRes``.
+
+Beside what COCO asks for, an annotation carries ``score``, ``expression`` and ``record_id``, and
+the file has ``expressions``, as the project's own readers take them: what referred to nothing is
+kept there, though it has no annotation.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from typing import Any
+
+from risam_cli.outputs.export import Context, Labeled, LabeledImage, back_from
+from risam_cli.outputs.outlines import EDGE
+from risam_cli.types import Prediction
+
+
+class _Coco:
+    """The sections of ``instances.json``, each growing on disk until it is put together."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._stack = ExitStack()
+        self._annotation = 0
+        self._expression = 0
+
+    def __enter__(self) -> _Coco:
+        spool = self.context.folder.spool
+        self._images = self._stack.enter_context(spool("images"))
+        self._annotations = self._stack.enter_context(spool("annotations"))
+        self._expressions = self._stack.enter_context(spool("expressions"))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def add(self, image: LabeledImage) -> None:
+        """Append the image, its annotations and its expressions."""
+        image_id = image.index + 1
+        height, width = image.size
+        row = {"id": image_id, "file_name": image.image, "height": height, "width": width}
+        self._images.add(_dump(row), between=",\n")
+        written = {}
+        for item in image.items:
+            self._annotation += 1
+            written[item.number] = (item.prediction, [self._annotation])
+            self._add_item(image_id, item)
+        empty = {number: (prediction, list[int]()) for number, prediction in image.empty}
+        for _, (prediction, ids) in sorted((written | empty).items()):
+            self._add_expression(image_id, prediction, ids)
+
+    def _add_item(self, image_id: int, item: Labeled) -> None:
+        p = item.prediction
+        row = {
+            "id": self._annotation,
+            "image_id": image_id,
+            "category_id": item.category + 1,
+            "segmentation": self.segmentation(item),
+            "area": p.area,
+            "bbox": list(p.bbox),
+            "iscrowd": 0,
+            "score": p.score,
+            "expression": p.expression,
+            "record_id": p.id,
+        }
+        self._annotations.add(_dump(row), between=",\n")
+
+    def _add_expression(self, image_id: int, p: Prediction, ids: list[int]) -> None:
+        self._expression += 1
+        row = {
+            "id": self._expression,
+            "image_id": image_id,
+            "ann_ids": ids,
+            "text": p.expression,
+            "record_id": p.id,
+        }
+        self._expressions.add(_dump(row), between=",\n")
+
+    def segmentation(self, item: Labeled) -> Any:
+        """The annotation's mask as this kind writes it."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Put ``instances.json`` together."""
+        names = self.context.categories.names
+        categories = [{"id": k + 1, "name": name} for k, name in enumerate(names)]
+        self.context.folder.publish(
+            "instances.json",
+            [
+                '{"info": {"description": "masks of risam"},\n"licenses": [],\n"images": [\n',
+                self._images,
+                '\n],\n"annotations": [\n',
+                self._annotations,
+                '\n],\n"expressions": [\n',
+                self._expressions,
+                '\n],\n"categories": [\n',
+                ",\n".join(_dump(category) for category in categories),
+                "\n]}\n",
+            ],
+        )
+
+
+class CocoMasks(_Coco):
+    """Exact: RLE, and the results file."""
+
+    def __enter__(self) -> CocoMasks:
+        super().__enter__()
+        self._results = self._stack.enter_context(self.context.folder.spool("results"))
+        return self
+
+    def segmentation(self, item: Labeled) -> Any:
+        """RLE, compressed."""
+        return item.prediction.segmentation
+
+    def _add_item(self, image_id: int, item: Labeled) -> None:
+        super()._add_item(image_id, item)
+        p = item.prediction
+        row = {
+            "image_id": image_id,
+            "category_id": item.category + 1,
+            "segmentation": p.segmentation,
+            "bbox": list(p.bbox),
+            "score": p.score,
+        }
+        self._results.add(_dump(row), between=",\n")
+
+    def finish(self) -> None:
+        """Put both files together."""
+        super().finish()
+        self.context.folder.publish("results.json", ["[\n", self._results, "\n]\n"])
+
+
+class CocoPolygons(_Coco):
+    """Polygons, holes bridged; filled by pixel centres as pycocotools does."""
+
+    def __enter__(self) -> CocoPolygons:
+        super().__enter__()
+        return self
+
+    def segmentation(self, item: Labeled) -> Any:
+        """Flat lists x, y, … with two digits behind the point."""
+        traced = self.context.settings.trace(item.mask, EDGE)
+        rings = [[round(v, 2) for v in ring.ravel().tolist()] for ring in traced.rings]
+        p = item.prediction
+        back = back_from(rings, (p.height, p.width))
+        self.context.tally.measure(p.id or p.image, p.segmentation, back, traced)
+        return rings
+
+
+def _dump(row: object) -> str:
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,290 @@
+"""What every export format shares: what it is given, what it tells, how it is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from risam_cli import masks
+from risam_cli.errors import DataError, UsageError
+from risam_cli.outputs.categories import Categories
+from risam_cli.outputs.folder import ExportFolder
+from risam_cli.outputs.outlines import CENTER, EDGE, Outlines, Vertices, outlines
+from risam_cli.types import Prediction, Rle
+
+OpenImage = Callable[[Path], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the user chose; which of it a format uses, docs/export-masks.md says.
+
+    Attributes:
+        simplify: largest distance in pixels that an outline may move; 0 keeps it.
+        holes: "bridge" or "drop".
+        parts: YOLO: "split" writes one line a part, "join" one line a mask.
+        shapes: labelme, CVAT: "polygon" or "mask".
+        vertices: "edge", "center", or None for what the format's readers expect.
+        style: png: "binary", "indexed" or "semantic".
+        padding: cutout: pixels around the mask's box.
+    """
+
+    simplify: float = 0.0
+    holes: str = "bridge"
+    parts: str = "split"
+    shapes: str = "polygon"
+    vertices: str | None = None
+    style: str = "binary"
+    padding: int = 0
+
+    def trace(self, mask: NDArray[np.bool_], usual: Vertices) -> Outlines:
+        """Rings of a mask as these settings want them; ``usual`` is the format's own choice."""
+        vertices = {"edge": EDGE, "center": CENTER, None: usual}[self.vertices]
+        return outlines(
+            mask,
+            vertices,
+            simplify=self.simplify,
+            bridge=self.holes == "bridge",
+            join=self.parts == "join",
+        )
+
+
+@dataclass(slots=True)
+class Tally:
+    """What an export did, and what was lost on the way.
+
+    Attributes:
+        masks: written.
+        iou_sum, iou_worst, worst: of polygons as their readers fill them, against the masks.
+        holes, holes_lost: in masks written as polygons.
+        split: masks that became several objects, because the format has no parts.
+        hidden: pixels under other masks, where one file holds several.
+    """
+
+    images: int = 0
+    masks: int = 0
+    empty: int = 0
+    filtered: int = 0
+    measured: int = 0
+    iou_sum: float = 0.0
+    iou_worst: float = 1.0
+    worst: str = ""
+    holes: int = 0
+    holes_lost: int = 0
+    split: int = 0
+    hidden: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
+
+    def measure(self, name: str, source: Rle, back: Rle, traced: Outlines) -> None:
+        """Count one mask that was written as polygons and reads back as ``back``."""
+        shared, either = masks.intersection_union(source, back)
+        iou = shared / either if either else 1.0
+        self.measured += 1
+        self.iou_sum += iou
+        if iou < self.iou_worst or not self.worst:
+            self.iou_worst, self.worst = iou, name
+        self.holes += traced.holes
+        self.holes_lost += traced.holes - traced.bridged
+
+    def note(self, what: str, count: int = 1) -> None:
+        """Count something that the user must know."""
+        self.notes[what] = self.notes.get(what, 0) + count
+
+    def summary(self) -> dict[str, object]:
+        """For ``export.json`` and ``--json``."""
+        out: dict[str, object] = {
+            "images": self.images,
+            "masks": self.masks,
+            "empty": self.empty,
+            "filtered": self.filtered,
+        }
+        if self.measured:
+            out["polygons"] = {
+                "masks": self.measured,
+                "mean_iou": self.iou_sum / self.measured,
+                "worst_iou": self.iou_worst,
+                "worst": self.worst,
+                "holes": self.holes,
+                "holes_lost": self.holes_lost,
+                "masks_split": self.split,
+            }
+        if self.hidden:
+            out["pixels_hidden"] = self.hidden
+        return out | ({"notes": self.notes} if self.notes else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Labeled:
+    """One mask with its category.
+
+    Attributes:
+        number: which of its image's records it is, from 0, filtered ones counted.
+        category: its number, from 0.
+    """
+
+    prediction: Prediction
+    number: int
+    category: int
+    category_name: str
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """(H, W), decoded anew at each use: one image's masks need not be held together."""
+        return masks.decode(self.prediction.segmentation)
+
+
+class Decoded(Sequence[NDArray[np.bool_]]):
+    """Masks that are decoded when they are asked for, so that one at a time is in memory."""
+
+    def __init__(self, rles: Sequence[Rle]) -> None:
+        self._rles = rles
+
+    def __len__(self) -> int:
+        return len(self._rles)
+
+    @overload
+    def __getitem__(self, index: int) -> NDArray[np.bool_]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Decoded: ...
+
+    def __getitem__(self, index: int | slice) -> NDArray[np.bool_] | Decoded:
+        if isinstance(index, slice):
+            return Decoded(self._rles[index])
+        return masks.decode(self._rles[index])
+
+
+@dataclass(frozen=True, slots=True)
+class LabeledImage:
+    """One image as formats get it.
+
+    Attributes:
+        index: of the image in this export, from 0.
+        image: as the records name it.
+        target: relative path for its files, safe and unique; with the image's own suffix.
+        path: where the image's file would be.
+        size: (H, W).
+        items: masks that are not empty; may be none.
+        empty: records whose mask is empty.
+    """
+
+    index: int
+    image: str
+    target: str
+    path: Path
+    size: tuple[int, int]
+    items: tuple[Labeled, ...]
+    empty: tuple[tuple[int, Prediction], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a format works with."""
+
+    folder: ExportFolder
+    settings: Settings
+    categories: Categories
+    tally: Tally
+    open_image: OpenImage
+    copy_images: bool = False
+
+    def image(self, labeled: LabeledImage) -> NDArray[np.uint8]:
+        """The image itself (H, W, 3); raises DataError where it is gone or of another size."""
+        rgb = self.open_image(labeled.path)
+        if rgb.shape[:2] != labeled.size:
+            raise DataError(
+                f"image {labeled.path} is {rgb.shape[0]}x{rgb.shape[1]} (height x width), "
+                f"its masks are {labeled.size[0]}x{labeled.size[1]}",
+                "give --image-root, so that the image is the one that was predicted on",
+            )
+        return rgb
+
+
+class Format(Protocol):
+    """One open export. A DataError from ``add`` fails the image; others end the run."""
+
+    def add(self, image: LabeledImage) -> None:
+        """Write one image. A file that holds several images is written by ``finish``."""
+
+    def finish(self) -> None:
+        """Write what needs all images."""
+
+
+@dataclass(frozen=True, slots=True)
+class FormatInfo:
+    """How a format is opened, and what it can do.
+
+    Attributes:
+        owns: names that it writes directly in the output folder.
+        options: settings that mean something to it, beside those that all formats share.
+        needs_image: whether it draws on the image.
+        copies: whether ``--copy-images`` means something to it.
+    """
+
+    open: Callable[[Context], AbstractContextManager[Format]]
+    owns: tuple[str, ...]
+    options: frozenset[str] = frozenset()
+    needs_image: bool = False
+    copies: bool = False
+
+
+def formats() -> dict[str, FormatInfo]:
+    """All formats by name."""
+    from risam_cli.outputs import coco, cvat, labelme, masks_png, pictures, yolo
+
+    outline = frozenset({"simplify", "holes", "vertices"})
+    shapes = outline | {"shapes"}
+    return {
+        "coco": FormatInfo(coco.CocoMasks, ("instances.json", "results.json")),
+        "coco-polygons": FormatInfo(coco.CocoPolygons, ("instances.json",), outline),
+        "yolo": FormatInfo(
+            yolo.Yolo, ("labels", "images", "data.yaml"), outline | {"parts"}, copies=True
+        ),
+        "labelme": FormatInfo(labelme.Labelme, ("labelme",), shapes, copies=True),
+        "cvat": FormatInfo(cvat.Cvat, ("annotations.xml", "images"), shapes, copies=True),
+        "png": FormatInfo(masks_png.open_png, masks_png.OWNS, frozenset({"style"})),
+        "overlay": FormatInfo(pictures.Overlays, ("overlays",), needs_image=True),
+        "cutout": FormatInfo(
+            pictures.Cutouts, ("cutouts",), frozenset({"padding"}), needs_image=True
+        ),
+    }
+
+
+def check_options(kind: str, info: FormatInfo, settings: Settings, *, copy_images: bool) -> None:
+    """Refuse options that the format would ignore.
+
+    Raises:
+        UsageError: one was set.
+    """
+    usual = Settings()
+    for name in Settings.__dataclass_fields__:
+        if name not in info.options and getattr(settings, name) != getattr(usual, name):
+            users = [other for other, one in formats().items() if name in one.options]
+            raise UsageError(
+                f"--{name} means nothing to --to {kind}", f"it goes with {', '.join(users)}"
+            )
+    if copy_images and not info.copies:
+        raise UsageError(
+            f"--copy-images means nothing to --to {kind}", "it goes with yolo, labelme, cvat"
+        )
+    if settings.shapes == "mask" and (settings.simplify or settings.vertices):
+        raise UsageError(
+            "--shapes mask is exact", "leave out --simplify and --vertices, or write polygons"
+        )
+
+
+def points_text(ring: NDArray[np.float64]) -> Iterator[tuple[str, str]]:
+    """A ring's coordinates with two digits behind the point, no more of them than needed."""
+    for x, y in ring.tolist():
+        yield f"{x:.2f}".rstrip("0").rstrip("."), f"{y:.2f}".rstrip("0").rstrip(".")
+
+
+def back_from(rings: list[list[float]], size: tuple[int, int]) -> Rle:
+    """What pycocotools makes of rings as they were written."""
+    return masks.from_polygons(rings, size)

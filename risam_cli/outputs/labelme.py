@@ -1,0 +1,115 @@
+"""labelme: one JSON file an image, polygons (holes bridged) or masks.
+
+A mask of several parts becomes several polygons with one ``group_id``, which is how labelme says
+that shapes belong to one object. The expression stands in ``description``.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from risam_cli import masks
+from risam_cli.outputs.export import Context, Labeled, LabeledImage
+from risam_cli.outputs.outlines import EDGE
+from risam_cli.outputs.png import encode_mask
+from risam_cli.outputs.targets import replace_suffix
+from risam_cli.outputs.yolo import copy_image
+
+_VERSION = "5.5.0"  # the first whose loader knows all that is written here
+
+
+class Labelme:
+    """Writes ``labelme/…json``; the file is complete as soon as its image is."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def __enter__(self) -> Labelme:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return
+
+    def add(self, image: LabeledImage) -> None:
+        """Write one image's file."""
+        name = f"labelme/{replace_suffix(image.target, '.json')}"
+        if self.context.copy_images:
+            copy_image(self.context, image, "labelme")
+            image_path = Path(image.target).name
+        else:
+            image_path = self._beside(name, image)
+        content: dict[str, Any] = {
+            "version": _VERSION,
+            "flags": {},
+            "shapes": [shape for item in image.items for shape in self._shapes(item)],
+            "imagePath": image_path,
+            "imageData": None,
+            "imageHeight": image.size[0],
+            "imageWidth": image.size[1],
+        }
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        self.context.folder.write(name, text.encode("utf-8", "backslashreplace"))
+
+    def _beside(self, name: str, image: LabeledImage) -> str:
+        """The image's place as seen from the JSON file; labelme opens it from there."""
+        start = (self.context.folder.path / name).parent.resolve()
+        try:
+            return Path(os.path.relpath(image.path.resolve(), start)).as_posix()
+        except (ValueError, OSError):  # another drive; a path that cannot be
+            return image.image
+
+    def _shapes(self, item: Labeled) -> list[dict[str, Any]]:
+        p = item.prediction
+        mask = item.mask
+        if self.context.settings.shapes == "mask":
+            return [_shape(item, "mask", *_cropped(mask, p.bbox))]
+        traced = self.context.settings.trace(mask, EDGE)
+        rings = [[[round(x, 2), round(y, 2)] for x, y in ring.tolist()] for ring in traced.rings]
+        back = masks.encode(_filled(rings, (p.height, p.width)))
+        self.context.tally.measure(p.id or p.image, p.segmentation, back, traced)
+        group = item.number if len(rings) > 1 else None
+        return [_shape(item, "polygon", ring, None, group) for ring in rings]
+
+    def finish(self) -> None:
+        """Nothing is left to write."""
+
+
+def _shape(
+    item: Labeled, kind: str, points: list[list[float]], mask: str | None, group: int | None = None
+) -> dict[str, Any]:
+    return {
+        "label": item.category_name,
+        "points": points,
+        "group_id": group,
+        "description": item.prediction.expression,
+        "shape_type": kind,
+        "flags": {},
+        "mask": mask,
+        "score": item.prediction.score,
+    }
+
+
+def _cropped(
+    mask: NDArray[np.bool_], bbox: tuple[float, float, float, float]
+) -> tuple[list[list[float]], str]:
+    """The box's first and last pixel, and the mask within as a PNG in base64."""
+    x, y, w, h = (int(v) for v in bbox)
+    png = encode_mask(mask[y : y + h, x : x + w])
+    return [[x, y], [x + w - 1, y + h - 1]], base64.b64encode(png).decode("ascii")
+
+
+def _filled(rings: list[list[list[float]]], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """What labelme makes of polygons: Pillow's fill, outline included."""
+    canvas = Image.new("L", (size[1], size[0]))
+    draw = ImageDraw.Draw(canvas)
+    for ring in rings:
+        draw.polygon([(x, y) for x, y in ring], outline=1, fill=1)
+    return np.asarray(canvas).astype(np.bool_)

@@ -1,0 +1,75 @@
+"""Pictures that need the image itself: overlays, and cut-outs with transparency."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from risam_cli.errors import OutputError
+from risam_cli.outputs.export import Context, Decoded, LabeledImage
+from risam_cli.outputs.naming import MASKS, mask_name
+from risam_cli.outputs.overlay import draw_overlay
+from risam_cli.outputs.png import encode_rgb
+from risam_cli.outputs.targets import replace_suffix
+
+
+class _Pictures:
+    """Files that are complete as soon as their image is."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def __enter__(self) -> _Pictures:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return
+
+    def add(self, image: LabeledImage) -> None:
+        """Write one image's pictures."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Nothing is left to write."""
+
+
+class Overlays(_Pictures):
+    """``overlays/…png``: one picture an image with all its masks and phrases."""
+
+    def add(self, image: LabeledImage) -> None:
+        """Write one overlay. What found nothing stands in the legend."""
+        rgb = self.context.image(image)
+        records = {item.number: item.prediction for item in image.items} | dict(image.empty)
+        ordered = [records[number] for number in sorted(records)]
+        drawn = draw_overlay(
+            rgb,
+            Decoded([p.segmentation for p in ordered]),
+            [p.expression for p in ordered],
+            scores=[p.score for p in ordered],
+        )
+        name = f"overlays/{replace_suffix(image.target, '.png')}"
+        self.context.folder.write(name, encode_rgb(drawn))
+
+
+class Cutouts(_Pictures):
+    """``cutouts/…png``: each mask's box, cut from the image, transparent outside the mask."""
+
+    def add(self, image: LabeledImage) -> None:
+        """Write one picture a mask that is not empty."""
+        if not image.items:
+            return
+        rgb = self.context.image(image)
+        height, width = image.size
+        padding = self.context.settings.padding
+        for item in image.items:
+            x, y, w, h = (int(v) for v in item.prediction.bbox)
+            rows = slice(max(0, y - padding), min(height, y + h + padding))
+            columns = slice(max(0, x - padding), min(width, x + w + padding))
+            alpha = item.mask[rows, columns].view(np.uint8) * np.uint8(255)
+            bgra = cv2.merge([*cv2.split(rgb[rows, columns])[::-1], alpha])
+            done, data = cv2.imencode(".png", bgra, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+            if not done:
+                raise OutputError(f"a cut-out of {bgra.shape} could not be written as PNG")
+            p = item.prediction
+            name = mask_name(p.image, item.number, p.expression).removeprefix(MASKS)
+            self.context.folder.write(f"cutouts{name}", data.tobytes())

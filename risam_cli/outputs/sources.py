@@ -1,0 +1,421 @@
+"""Masks from anywhere, image by image: records, COCO results, PNG files with a manifest.
+
+A first pass notes where each record lies: 24 bytes a record, whatever its size. The records of one
+image may therefore be anywhere in the file; they come together, images in the order in which they
+first occur. Masks are read in the second pass, one image at a time.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO, cast
+
+import cv2
+import numpy as np
+
+from risam_cli import masks
+from risam_cli.errors import DataError
+from risam_cli.jsonlines import brief, parse_json
+from risam_cli.outputs.records import MAX_LINE, PREDICTIONS, from_json
+from risam_cli.outputs.targets import meeting_key
+from risam_cli.types import Failure, Prediction, Rle
+
+OnFailure = Callable[[Failure], None]
+
+MANIFESTS = ("manifest.jsonl", "manifest.csv", "manifest.tsv")
+"""What a folder of PNG masks calls its list, in the order in which they are looked for."""
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ImageGroup:
+    """All records of one image.
+
+    Attributes:
+        image: as the records name it.
+        size: (H, W), the same in every record.
+        predictions: in the file's order, at least one.
+    """
+
+    image: str
+    size: tuple[int, int]
+    predictions: tuple[Prediction, ...]
+
+
+class Source:
+    """Records of a file, grouped by image. Use as a context manager.
+
+    Attributes:
+        meeting: for :func:`risam_cli.outputs.targets.target_name`.
+        broken: records that could not be used so far.
+
+    Args:
+        path: ``predictions.jsonl`` or another JSONL, a COCO results ``.json``, a manifest ``.csv``
+            or ``.tsv``, a folder that holds one of them, or ``-`` for JSONL on stdin.
+        on_failure: gets every record that cannot be used.
+        annotations: for COCO results: the COCO file that names their images and categories.
+
+    Raises:
+        DataError: the source cannot be read or holds no record.
+    """
+
+    def __init__(
+        self, path: Path, on_failure: OnFailure, *, annotations: Path | None = None
+    ) -> None:
+        self.path = _find(path)
+        self.base = Path() if str(path) == "-" else self.path.parent
+        self._on_failure = on_failure
+        self._stream = _open(self.path, annotations)
+        try:
+            self._index()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Number of records, those included that will turn out to be unusable."""
+        return len(self._rows)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self._starts) - 1
+
+    def groups(self) -> Iterator[ImageGroup]:
+        """Images with their records, in the order in which they first occur."""
+        for begin, end in zip(self._starts[:-1], self._starts[1:], strict=True):
+            found: list[Prediction] = []
+            for row in self._rows[begin:end].tolist():
+                record = self._read(row, found[0] if found else None)
+                if record is not None:
+                    found.append(record)
+            if found:
+                first = found[0]
+                yield ImageGroup(first.image, (first.height, first.width), tuple(found))
+
+    def _index(self) -> None:
+        offsets, numbers, keys = array("Q"), array("Q"), array("Q")
+        targets = array("Q")  # pairs of an image's target and its key
+        self.broken = 0
+        for number, offset, line in _lines(self._stream):
+            where = f"{self.path}, line {number}"
+            try:
+                if line is None:
+                    raise DataError(f"{where}: longer than {MAX_LINE >> 20} MiB")
+                image = _image(parse_json(line, where), where)
+            except DataError as error:
+                self._fail(number, "", None, error)
+                continue
+            key = _hash(image)
+            if not len(keys) or key != keys[-1]:
+                targets.extend((meeting_key(image), key))
+            offsets.append(offset)
+            numbers.append(number)
+            keys.append(key)
+        if not len(offsets):
+            raise DataError(
+                f"{self.path} holds no record" + (" that can be read" if self.broken else ""),
+                "give records with image, expression and segmentation, one JSON object a line",
+            )
+        pairs = np.unique(np.frombuffer(targets, np.uint64).reshape(-1, 2), axis=0)
+        met, times = np.unique(pairs[:, 0], return_counts=True)
+        self.meeting = frozenset(met[times > 1].tolist())
+        self._offsets = np.frombuffer(offsets, np.uint64)
+        self._numbers = np.frombuffer(numbers, np.uint64)
+        _, first, which = np.unique(
+            np.frombuffer(keys, np.uint64), return_index=True, return_inverse=True
+        )
+        # Stable: records of an image keep their order, images go by their first record.
+        self._rows = np.argsort(first[which], kind="stable")
+        sizes = np.bincount(which)[np.argsort(first)]
+        self._starts = [0, *np.cumsum(sizes).tolist()]
+
+    def _read(self, row: int, first: Prediction | None) -> Prediction | None:
+        number = int(self._numbers[row])
+        where = f"{self.path}, line {number}"
+        self._stream.seek(int(self._offsets[row]))
+        obj = parse_json(self._stream.readline(MAX_LINE + 1), where)
+        image, expression = _image(obj, where), obj.get("expression")
+        try:
+            record = from_json(self._with_mask(obj, where), where)
+            size = (record.height, record.width)
+            if first is not None and size != (first.height, first.width):
+                raise DataError(
+                    f"{where}: the mask is {size[0]}x{size[1]} (height x width), others of "
+                    f"{image!r} are {first.height}x{first.width}",
+                    "give all masks of an image at its own size",
+                )
+        except DataError as error:
+            text = expression if isinstance(expression, str) else None
+            self._fail(number, image, text, error, obj.get("id"))
+            return None
+        return record
+
+    def _with_mask(self, obj: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        """The record itself, or with the mask that its PNG holds."""
+        if obj.get("segmentation") is not None:
+            return obj
+        name = obj.get("mask")
+        if not isinstance(name, str) or not name:
+            raise DataError(
+                f"{where}: a record without a mask", "give segmentation (an RLE) or mask (a PNG)"
+            )
+        return {**obj, "segmentation": _read_png(self.base / name, where)}
+
+    def _fail(
+        self,
+        number: int,
+        image: str,
+        expression: str | None,
+        error: DataError,
+        name: object = None,
+    ) -> None:
+        self.broken += 1
+        label = f"line {number}" if name is None else str(name)
+        self._on_failure(Failure(label, image, expression, "read", "DataError", str(error)))
+
+
+def _image(obj: object, where: str) -> str:
+    if not isinstance(obj, Mapping):
+        raise DataError(f"{where}: a record is an object, not {brief(obj)}")
+    image = obj.get("image")
+    if not isinstance(image, str) or not image:
+        raise DataError(f"{where}: 'image' is {brief(image)}", "name the image of every record")
+    return image
+
+
+def _hash(image: str) -> int:
+    data = image.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
+    """Number, offset and bytes of every line that is not blank; None for one that is too long."""
+    number, offset = 0, 0
+    while line := stream.readline(MAX_LINE + 1):
+        number += 1
+        begin, offset = offset, offset + len(line)
+        too_long = len(line) > MAX_LINE
+        while too_long and line and not line.endswith(b"\n"):
+            line = stream.readline(_CHUNK)
+            offset += len(line)
+        if too_long or line.strip():
+            yield number, begin, None if too_long else line
+
+
+def _read_png(path: Path, where: str) -> Rle:
+    """Every pixel that is not 0 in any colour channel is in the mask; alpha does not count."""
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise DataError(
+            f"{where}: the mask {path} cannot be read: {error.strerror}",
+            "paths are relative to the manifest",
+        ) from None
+    pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
+    if pixels is None:
+        raise DataError(f"{where}: the mask {path} is no image", "give a PNG, 0 outside the mask")
+    inside = pixels != 0 if pixels.ndim == 2 else (pixels[..., :3] != 0).any(axis=2)
+    return masks.encode(inside)
+
+
+# --- finding and opening --------------------------------------------------------------------------
+
+
+def _find(path: Path) -> Path:
+    if str(path) == "-" or not path.is_dir():
+        return path
+    for name in (PREDICTIONS, *MANIFESTS):
+        if (path / name).is_file():
+            return path / name
+    raise DataError(
+        f"{path} holds neither {PREDICTIONS} nor {', '.join(MANIFESTS)}",
+        "name a folder of `risam predict`, a predictions file, or a folder of masks with a "
+        "manifest (image, expression, mask)",
+    )
+
+
+def _open(path: Path, annotations: Path | None) -> BinaryIO:
+    """JSONL that can be read from any place, whatever the source is."""
+    suffix = path.suffix.lower()
+    if annotations is not None and suffix != ".json":
+        raise DataError(
+            f"--annotations goes with a COCO results .json, not with {path}", "leave it out"
+        )
+    try:
+        if str(path) == "-":
+            return _spooled(lambda out: shutil.copyfileobj(sys.stdin.buffer, out, _CHUNK))
+        if suffix == ".json":
+            names = _Names(annotations)
+            return _spooled(lambda out: _spool_results(path, names, out))
+        if suffix in {".csv", ".tsv"}:
+            return _spooled(lambda out: _spool_table(path, out))
+        return open(path, "rb")
+    except OSError as error:
+        place = error.filename if isinstance(error.filename, str) else path
+        raise DataError(
+            f"{place}: {error.strerror or error}", "name a predictions file that can be read"
+        ) from None
+
+
+def _spooled(fill: Callable[[BinaryIO], object]) -> BinaryIO:
+    """A temporary file, gone when closed, as ``fill`` wrote it."""
+    file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 - the caller closes it
+    try:
+        fill(file)
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _spool_table(path: Path, out: BinaryIO) -> None:
+    """A CSV or TSV manifest as JSONL. The line numbers in messages then count rows."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            missing = {"image", "expression", "mask"} - set(rows.fieldnames or ())
+            if missing:
+                raise DataError(
+                    f"manifest {path} has no column {', '.join(sorted(missing))}",
+                    "its first line names the columns image, expression, mask and, at will, "
+                    "id, score",
+                )
+            for row in rows:
+                record: dict[str, Any] = {k: v for k, v in row.items() if k and v}
+                if "score" in record:
+                    record["score"] = _number(record["score"])
+                out.write(json.dumps(record).encode() + b"\n")
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"manifest {path} cannot be read: {error}") from None
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+# --- COCO results ---------------------------------------------------------------------------------
+
+
+class _Names:
+    """What a COCO file calls its images and categories; their numbers where there is none."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._images: dict[Any, Mapping[str, Any]] = {}
+        self._categories: dict[Any, str] = {}
+        self._path = path
+        if path is None:
+            return
+        try:
+            table = json.loads(path.read_bytes())
+            self._images = {image["id"]: image for image in table["images"]}
+            self._categories = {c["id"]: str(c["name"]) for c in table.get("categories", [])}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise DataError(
+                f"--annotations {path} is no COCO file", "it has images and categories"
+            ) from None
+
+    def record(self, number: int, result: Mapping[str, Any]) -> dict[str, Any]:
+        """One result as a record; what is wrong in it is told when it is read."""
+        image_id, category_id = result.get("image_id"), result.get("category_id")
+        known = self._images.get(image_id) if isinstance(image_id, (int, str)) else None
+        if known is None and self._path is not None:
+            image = None  # named in the failure as an image that is missing
+        else:
+            image = str(image_id) if known is None else known.get("file_name")
+        name = self._categories.get(category_id) if isinstance(category_id, (int, str)) else None
+        record = {
+            "id": str(result.get("id", number)),
+            "image": image,
+            "expression": result.get("caption") or name or f"category {category_id}",
+            "segmentation": result.get("segmentation"),
+        }
+        if known is not None and "height" in known and "width" in known:
+            record |= {"height": known["height"], "width": known["width"]}
+        if isinstance(record["segmentation"], list):
+            record["segmentation"] = _from_polygons(record)
+        return record | ({"score": result["score"]} if "score" in result else {})
+
+
+def _from_polygons(record: Mapping[str, Any]) -> Rle | None:
+    size = (record.get("height"), record.get("width"))
+    if not all(type(v) is int and v > 0 for v in size):
+        return None
+    try:
+        return masks.from_polygons(record["segmentation"], cast("tuple[int, int]", size))
+    except DataError:
+        return None
+
+
+def _spool_results(path: Path, names: _Names, out: BinaryIO) -> None:
+    with open(path, encoding="utf-8") as file:
+        for number, result in enumerate(_array_items(file, path)):
+            if not isinstance(result, Mapping):
+                raise DataError(f"{path}: result {number} is {brief(result)}", "give objects")
+            out.write(json.dumps(names.record(number, result)).encode() + b"\n")
+
+
+def _array_items(file: TextIO, path: Path) -> Iterator[Any]:
+    """Items of a JSON array, one at a time, whatever its length."""
+    decoder = json.JSONDecoder()
+    buffer, at, ended = "", 0, False
+
+    def peek() -> str:
+        nonlocal buffer, at, ended
+        while True:
+            while at < len(buffer) and buffer[at] in " \t\r\n":
+                at += 1
+            if at < len(buffer) or ended:
+                return buffer[at : at + 1]
+            buffer, at = file.read(_CHUNK), 0
+            ended = not buffer
+
+    try:
+        if peek() != "[":
+            raise DataError(
+                f"{path} is no COCO results file", "that is a JSON array of results with RLEs"
+            )
+        at += 1
+        while peek() != "]":
+            while True:
+                try:
+                    item, end = decoder.raw_decode(buffer, at)
+                    break
+                except json.JSONDecodeError as error:
+                    # At least as much again, so that a large item is not parsed over and over.
+                    more = file.read(max(_CHUNK, len(buffer) - at))
+                    if not more:
+                        raise DataError(f"{path} is damaged or cut: {error.msg}") from None
+                    buffer, at = buffer[at:] + more, 0
+            yield item
+            at = end
+            if peek() == ",":
+                at += 1
+            elif peek() != "]":
+                raise DataError(f"{path} is damaged or cut: ',' or ']' was expected")
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None

@@ -1,0 +1,83 @@
+"""YOLO segmentation: one label file an image, ``data.yaml``; read by OpenCV's ``fillPoly``.
+
+A line is one object: its class and one closed ring, in shares of the width and the height. The
+format has neither holes nor parts: holes are bridged, and a mask of several parts becomes one line
+each, or with ``parts="join"`` one line whose parts are joined by lines over the background.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from risam_cli import masks
+from risam_cli.outputs.export import Context, Labeled, LabeledImage
+from risam_cli.outputs.outlines import CENTER
+from risam_cli.outputs.targets import replace_suffix
+
+
+class Yolo:
+    """Writes ``labels/…txt`` as images come, ``data.yaml`` at the end."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def __enter__(self) -> Yolo:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return
+
+    def add(self, image: LabeledImage) -> None:
+        """Write one label file; an empty one where nothing was found."""
+        lines = [line for item in image.items for line in self._lines(item)]
+        name = f"labels/{replace_suffix(image.target, '.txt')}"
+        self.context.folder.write(name, "".join(f"{line}\n" for line in lines).encode())
+        if self.context.copy_images:
+            copy_image(self.context, image, "images")
+
+    def _lines(self, item: Labeled) -> list[str]:
+        p = item.prediction
+        size = (p.height, p.width)
+        traced = self.context.settings.trace(item.mask, CENTER)
+        texts = [_shares(ring, size) for ring in traced.rings]
+        tally = self.context.tally
+        back = masks.encode(_filled(texts, size))
+        tally.measure(p.id or p.image, p.segmentation, back, traced)
+        tally.split += len(texts) > 1
+        return [f"{item.category} {text}" for text in texts]
+
+    def finish(self) -> None:
+        """Write ``data.yaml``."""
+        names = dict(enumerate(self.context.categories.names))
+        head = {"train": "images", "val": "images", "nc": len(names), "names": names}
+        text = yaml.safe_dump(head, allow_unicode=True, sort_keys=False, width=1 << 20)
+        self.context.folder.write("data.yaml", text.encode("utf-8", "backslashreplace"))
+
+
+def _shares(ring: NDArray[np.float64], size: tuple[int, int]) -> str:
+    """Six digits keep a place to less than a twentieth of a pixel up to 100,000 pixels."""
+    relative = ring / (size[1], size[0])
+    return " ".join(f"{value:.6f}" for value in relative.ravel().tolist())
+
+
+def _filled(texts: list[str], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """What a reader makes of lines: each filled by itself, all in one mask."""
+    out = np.zeros(size, np.uint8)
+    for text in texts:
+        shares = np.array(text.split(), np.float32).reshape(-1, 2)
+        points = np.round(shares * np.array([size[1], size[0]], np.float32)).astype(np.int32)
+        cv2.fillPoly(out, [points], 1)
+    return out.view(np.bool_)
+
+
+def copy_image(context: Context, image: LabeledImage, folder: str) -> None:
+    """Put the image's file beside its labels; one that is gone is noted, its labels stay."""
+    if not Path(image.path).is_file():
+        context.tally.note("images that were not there to be copied")
+        return
+    context.folder.copy(image.path, f"{folder}/{image.target}")
