@@ -16,10 +16,11 @@ FAMILIES: tuple[str, ...] = ("refshapes", "refshapes+", "refshapesg", "grefshape
 SPLIT_SCENES: dict[str, int] = {"train": 40000, "val": 500, "testA": 500, "testB": 500}
 """Splits and their numbers of scenes where none is asked for."""
 
-_VERSION = 1  # part of every seed: raise it when the same seed would draw something else
+VERSION = 1
+"""Part of every seed: goes up when the same seed draws something else than before."""
 _MIN_OBJECTS, _MAX_OBJECTS = 3, 9
 # Scenes tried before giving up on one that can say enough.
-_ATTEMPTS = 300
+_ATTEMPTS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class RefShapes:
         """
         if not 0 <= index < self.scenes:
             raise IndexError(f"scene {index} of {self.scenes}")
-        key = f"refshapes/{_VERSION}/{self.seed}/{self.family}/{self.split}/{index}"
+        key = f"refshapes/{VERSION}/{self.seed}/{self.family}/{self.split}/{index}"
         family = self.family
         if family == "mixed":
             family = Dice(f"{key}/family").pick(FAMILIES)

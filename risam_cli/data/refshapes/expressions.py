@@ -312,25 +312,31 @@ class _Speaker:
     def _missing_noun(self) -> Noun:
         """Attributes that fit nothing, mostly with each word true of something in the scene."""
         dice = self.dice
-        while True:
+        for number in range(16):
             shape, color = dice.pick(self.objects).shape, dice.pick(self.objects).color
-            chance = dice.unit()
-            if chance < 0.12:
-                shape = dice.pick(SHAPES)
-            elif chance < 0.24:
-                color = dice.pick(COLORS)
+            # A scene may hold every pair of its shapes and colours: then a word must come from
+            # outside.
+            if number >= 10 or dice.unit() < 0.08:
+                if dice.unit() < 0.5:
+                    shape = dice.pick(SHAPES)
+                else:
+                    color = dice.pick(COLORS)
             noun = Noun(shape, color, dice.weighted((None, "small", "large"), (3, 1, 1)))
             if dice.unit() < 0.15:
                 noun = replace(noun, shape=None) if dice.unit() < 0.5 else replace(noun, color=None)
-            unsized = self.view.named(replace(noun, size=None))
-            if noun.size is None:
-                if unsized == 0 and (noun.shape or noun.color):
-                    return noun
-            # A medium one fits neither size word; to deny on that alone is hard on the eye.
-            elif not any(self.objects[k].size in ("medium", noun.size) for k in bits(unsized)):
+            if self._fits_nothing(noun):
                 return noun
-            if chance > 0.9 and dice.unit() < 0.5:
-                return Noun(dice.pick(SHAPES), dice.pick(COLORS))
+        return Noun(dice.pick(SHAPES), dice.pick(COLORS))
+
+    def _fits_nothing(self, noun: Noun) -> bool:
+        """Whether no object comes near a noun that names more than a size."""
+        if noun.shape is None and noun.color is None:
+            return False
+        unsized = bits(self.view.named(replace(noun, size=None)))
+        if noun.size is None:
+            return not unsized
+        # A medium one fits neither size word; to deny on that alone is hard on the eye.
+        return not any(self.objects[k].size in ("medium", noun.size) for k in unsized)
 
 
 def _nouns(view: View, item: SceneObject) -> list[tuple[Noun, int]]:

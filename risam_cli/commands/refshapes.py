@@ -1,0 +1,143 @@
+"""``risam refshapes``: writes the procedural data set in the benchmarks' own formats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from risam_cli.commands.options import json_option, output_option, verbosity_options
+from risam_cli.console import get_console
+from risam_cli.errors import EXIT_OK, OutputError
+
+# Said here again, and held to the data set's own by a test, so that --help imports little.
+FAMILIES = ("refshapes", "refshapes+", "refshapesg", "grefshapes")
+SPLITS = ("train", "val", "testA", "testB")
+FORMATS = ("own", "refer", "grefcoco", "phrasecut", "coco")
+IMAGE_FORMATS = ("jpg", "png")
+
+
+def _check_splits(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
+    for name in names:
+        if name not in SPLITS:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(SPLITS)}.")
+    return names
+
+
+@click.command("refshapes")
+@output_option(None)
+@click.option(
+    "--family",
+    type=click.Choice((*FAMILIES, "all")),
+    default="all",
+    show_default=True,
+    help="After RefCOCO, RefCOCO+ (no place words), G-Ref (relations), gRefCOCO (several or none).",
+)
+@click.option(
+    "--splits",
+    metavar="LIST",
+    default="val,testA,testB",
+    show_default=True,
+    callback=_check_splits,
+    help="Comma separated: train, val, testA (crowded), testB (unseen shape and colour pairs).",
+)
+@click.option(
+    "--scenes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Scenes of every split.  [default: train 40000, the others 500]",
+)
+@click.option(
+    "--expressions",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=6,
+    show_default=True,
+    help="Expressions of every scene.",
+)
+@click.option(
+    "--size",
+    type=click.IntRange(min=128),
+    metavar="PIXELS",
+    default=256,
+    show_default=True,
+    help="Height and width of a scene.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Another one draws other scenes.",
+)
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(FORMATS),
+    default="own",
+    show_default=True,
+    help="own is refer, and grefcoco for grefshapes.",
+)
+@click.option(
+    "--image-format",
+    type=click.Choice(IMAGE_FORMATS),
+    default="jpg",
+    show_default=True,
+    help="jpg is named as the benchmarks name theirs; png keeps every pixel.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote.")
+@json_option
+@verbosity_options
+def command(
+    output: Path,
+    family: str,
+    splits: tuple[str, ...],
+    scenes: int | None,
+    expressions: int,
+    size: int,
+    seed: int,
+    format_name: str,
+    image_format: str,
+    overwrite: bool,
+    as_json: bool,
+) -> int:
+    """Write RefShapes, the procedural data set: scenes of shapes, phrases and exact masks.
+
+    In its benchmark's own format a family goes to DIR/refcoco, DIR/refcoco+, DIR/refcocog or
+    DIR/grefcoco; in any other to DIR/FAMILY/FORMAT. `risam eval` reads all of them.
+    """
+    from risam_cli.data.refshapes.writers import Plan, write_family
+
+    families = FAMILIES if family == "all" else (family,)
+    plans = [
+        Plan(name, splits, format_name, scenes, expressions, size, seed, image_format)
+        for name in families
+    ]
+    taken = [str(output / plan.folder) for plan in plans if (output / plan.folder).exists()]
+    if taken and not overwrite:
+        raise OutputError(
+            f"{', '.join(taken)} {'is' if len(taken) == 1 else 'are'} there already",
+            "choose another -o or give --overwrite",
+        )
+    console = get_console()
+    written = []
+    for plan in plans:
+        total = sum(len(split) for split in plan.sets())
+        with console.progress(plan.family, total, "scenes") as progress:
+            about = write_family(plan, output, overwrite=overwrite, on_scene=progress.advance)
+        counts = about["counts"]
+        console.info(
+            f"{about['folder']}: {counts['images']} images, {counts['expressions']} expressions"
+            f" ({counts['several']} of several objects, {counts['no_target']} of none)"
+        )
+        if counts["left_out"]:
+            console.warn(
+                f"{counts['left_out']} phrases without a target are not written: "
+                "PhraseCut's format has no words for them"
+            )
+        written.append(about)
+    if as_json:
+        click.echo(json.dumps(written, indent=2))
+    return EXIT_OK

@@ -1,0 +1,276 @@
+"""Writes RefShapes as image files with annotations in the benchmarks' own formats."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from risam_cli.data.refshapes import formats
+from risam_cli.data.refshapes.dataset import VERSION, RefShapes, SceneItem
+from risam_cli.errors import OutputError, UsageError
+
+FORMATS: tuple[str, ...] = ("own", "refer", "grefcoco", "phrasecut", "coco")
+"""``own`` is the format of the benchmark that a family follows."""
+
+OWN: Mapping[str, tuple[str, str]] = {
+    "refshapes": ("refer", "refcoco"),
+    "refshapes+": ("refer", "refcoco+"),
+    "refshapesg": ("refer", "refcocog"),
+    "grefshapes": ("grefcoco", "grefcoco"),
+}
+"""Family -> its benchmark's format, and the folder in which readers look for that benchmark."""
+
+IMAGE_FORMATS: tuple[str, ...] = ("jpg", "png")
+_JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to write of one family.
+
+    Attributes:
+        family: one of ``FAMILIES``.
+        splits: their names, each once.
+        format: one of ``FORMATS``.
+        scenes: of every split; None for each split's own number.
+        expressions: of every scene.
+        size: height and width of a scene in pixels.
+        image_format: "jpg" (quality 95, colour not subsampled) or "png" (exact).
+
+    Raises:
+        UsageError: a combination that the format has no words for.
+    """
+
+    family: str
+    splits: tuple[str, ...]
+    format: str = "own"
+    scenes: int | None = None
+    expressions: int = 6
+    size: int = 256
+    seed: int = 0
+    image_format: str = "jpg"
+
+    def __post_init__(self) -> None:
+        if self.written_as == "refer" and self.family == "grefshapes":
+            raise UsageError(
+                "--format refer has one object for each phrase, grefshapes has several or none",
+                "take --format own, grefcoco or coco",
+            )
+        if self.written_as == "phrasecut" and self.image_format != "jpg":
+            raise UsageError(
+                f"--format phrasecut names images ID.jpg, not {self.image_format}",
+                "take --image-format jpg",
+            )
+        limits = (
+            ("scenes", self.scenes, formats.MAX_SCENES),
+            ("expressions", self.expressions, formats.MAX_EXPRESSIONS),
+        )
+        for name, value, most in limits:
+            if value is not None and value > most:
+                raise UsageError(f"--{name} {value} is too many", f"take at most {most}")
+        self.sets()
+
+    @property
+    def written_as(self) -> str:
+        """The format, ``own`` being resolved."""
+        return OWN[self.family][0] if self.format == "own" else self.format
+
+    @property
+    def folder(self) -> Path:
+        """Where it goes below the output folder.
+
+        In its benchmark's own format: that benchmark's name; otherwise FAMILY/FORMAT.
+        """
+        written_as, benchmark = OWN[self.family]
+        if self.written_as == written_as:
+            return Path(benchmark)
+        return Path(self.family) / self.written_as
+
+    def sets(self) -> list[RefShapes]:
+        """The splits to draw."""
+        return [
+            RefShapes(self.family, split, self.scenes, self.expressions, self.size, self.seed)
+            for split in self.splits
+        ]
+
+    def image_name(self, image: int, split: str) -> str:
+        """File name of an image, as the format's readers expect it."""
+        if self.written_as == "phrasecut":
+            return f"{image}.jpg"
+        if self.written_as == "coco":
+            return f"{split}_{image:07d}.{self.image_format}"
+        return f"COCO_train2014_{image:012d}.{self.image_format}"
+
+
+def write_family(
+    plan: Plan, output: Path, *, overwrite: bool = False, on_scene: Callable[[], None] | None = None
+) -> dict[str, Any]:
+    """Draws and writes what a plan says; the folder appears when it is whole.
+
+    Args:
+        output: the folder above; made where it is missing.
+        overwrite: replace a folder that is there already.
+        on_scene: called after every scene.
+
+    Returns:
+        folder, family, format and counts: images, annotations, expressions, and of these
+        no_target, several and left_out (PhraseCut has none without a target).
+
+    Raises:
+        OutputError: the folder is there already, or cannot be written.
+    """
+    folder = output / plan.folder
+    with _staged(folder, overwrite) as stage:
+        sheets = _Sheets(plan)
+        (stage / "images").mkdir()
+        for scenes in plan.sets():
+            for index in range(len(scenes)):
+                item = scenes[index]
+                image = formats.image_id(scenes.split, index)
+                name = plan.image_name(image, scenes.split)
+                (stage / "images" / name).write_bytes(encode_image(item.image, name))
+                sheets.add(item, image, name, scenes.split)
+                if on_scene is not None:
+                    on_scene()
+        sheets.write(stage)
+        about = {
+            "family": plan.family,
+            "format": plan.written_as,
+            "splits": {scenes.split: len(scenes) for scenes in plan.sets()},
+            "seed": plan.seed,
+            "size": plan.size,
+            "expressions_per_scene": plan.expressions,
+            "refshapes_version": VERSION,
+            "counts": sheets.counts,
+        }
+        _write_text(stage / "refshapes.json", json.dumps(about, indent=2) + "\n")
+    return {"folder": str(folder), **about}
+
+
+def encode_image(rgb: NDArray[np.uint8], name: str) -> bytes:
+    """The file of an image (H, W, 3): PNG or JPEG, by the end of its name."""
+    memory = io.BytesIO()
+    if name.endswith(".png"):
+        Image.fromarray(rgb).save(memory, "PNG")
+    else:
+        Image.fromarray(rgb).save(memory, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    return memory.getvalue()
+
+
+class _Sheets:
+    """Annotation files in the making. Long lists are kept as JSON text, which takes less memory."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.images: dict[str, list[str]] = {split: [] for split in plan.splits}
+        self.annotations: dict[str, list[str]] = {split: [] for split in plan.splits}
+        self.spoken: dict[str, list[Any]] = {split: [] for split in plan.splits}
+        self.counts = dict.fromkeys(
+            ("images", "annotations", "expressions", "no_target", "several", "left_out"), 0
+        )
+
+    def add(self, item: SceneItem, image: int, name: str, split: str) -> None:
+        """Takes one scene in."""
+        how = self.plan.written_as
+        counts = self.counts
+        counts["images"] += 1
+        counts["expressions"] += len(item.expressions)
+        counts["no_target"] += sum(not referring.objects for referring in item.expressions)
+        counts["several"] += sum(len(referring.objects) > 1 for referring in item.expressions)
+        if how == "phrasecut":
+            tasks = formats.phrasecut_tasks(item, image)
+            counts["left_out"] += len(item.expressions) - len(tasks)
+            self.images[split].append(_dump(formats.phrasecut_image(item, image, split)))
+            self.spoken[split] += map(_dump, tasks)
+            return
+        made = formats.annotation_records(item, image)
+        counts["annotations"] += len(made)
+        self.images[split].append(_dump(formats.image_record(item, image, name)))
+        self.annotations[split] += map(_dump, made)
+        if how == "refer":
+            self.spoken[split] += formats.refer_refs(item, image, name, split)
+        elif how == "grefcoco":
+            self.spoken[split] += map(_dump, formats.grefcoco_refs(item, image, name, split))
+        else:
+            self.spoken[split] += map(_dump, formats.coco_expressions(item, image))
+
+    def write(self, folder: Path) -> None:
+        """Writes all files of the format."""
+        plan = self.plan
+        if plan.written_as == "phrasecut":
+            _write_text(folder / "image_data_split3000.json", _array(self.images.values()))
+            for split, tasks in self.spoken.items():
+                _write_text(folder / f"refer_{split}.json", _array([tasks]))
+        elif plan.written_as == "coco":
+            for split, spoken in self.spoken.items():
+                text = self._instances([split], {"expressions": _array([spoken])})
+                _write_text(folder / f"{split}.json", text)
+        else:
+            _write_text(folder / "instances.json", self._instances(plan.splits, {}))
+            if plan.written_as == "grefcoco":
+                _write_text(folder / "grefs(unc).json", _array(self.spoken.values()))
+            else:
+                by = "umd" if plan.family == "refshapesg" else "unc"
+                refs = [ref for spoken in self.spoken.values() for ref in spoken]
+                # Protocol 2 is what the published files and their Python-2 loaders use.
+                (folder / f"refs({by}).p").write_bytes(pickle.dumps(refs, protocol=2))
+
+    def _instances(self, splits: Sequence[str], more: Mapping[str, str]) -> str:
+        about = f"RefShapes {self.plan.family}, drawn from seed {self.plan.seed}"
+        parts = {
+            "info": _dump({"description": about, "version": str(VERSION)}),
+            "images": _array(self.images[split] for split in splits),
+            "annotations": _array(self.annotations[split] for split in splits),
+            "categories": _dump(list(formats.CATEGORIES)),
+            **more,
+        }
+        return "{" + ",\n".join(f'"{key}": {value}' for key, value in parts.items()) + "}\n"
+
+
+@contextmanager
+def _staged(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside ``folder`` that takes its place when the block ends without an error."""
+    if folder.exists() and not overwrite:
+        raise OutputError(f"{folder} is there already", "choose another -o or give --overwrite")
+    stage = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        stage.mkdir(parents=True)
+        yield stage
+        if folder.exists():
+            folder.rename(old)
+        stage.rename(folder)
+    except OSError as error:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise OutputError(
+            f"{error.filename or folder}: {error.strerror or error}", "choose another -o"
+        ) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _dump(obj: object) -> str:
+    return json.dumps(obj, separators=(",", ":"))
+
+
+def _array(groups: Iterable[Iterable[str]]) -> str:
+    """JSON array of records that are JSON text already, one a line."""
+    return "[" + ",\n".join(text for group in groups for text in group) + "]"
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
