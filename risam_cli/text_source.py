@@ -69,6 +69,13 @@ def pretrained_text(source: str, max_tokens: int) -> Parts:
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:
         raise ModelError(f"text encoder {source!r} has no tokenizer.json", "convert its tokenizer")
+    words = fast.get_vocab_size()
+    if not config.vocab_size / 2 <= words <= config.vocab_size:
+        # transformers 5 makes an empty tokenizer where a folder's files are missing.
+        raise ModelError(
+            f"text encoder {source!r} embeds {config.vocab_size} tokens, its tokenizer has {words}",
+            "put the tokenizer's own files (tokenizer.json, vocab.txt, …) into the folder",
+        )
     limit = min(max_tokens, int(config.max_position_embeddings))
     # transformers 5 keeps a file's half precision, which nothing behind the backbone has.
     backbone = backbone.float()

@@ -152,4 +152,4 @@ def save_pth(path: Path, image_encoder: nn.Module, **others: nn.Module) -> Path:
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest expected value."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float(((found - expected).abs().max() / expected.abs().max()).detach())

@@ -42,13 +42,14 @@ def _outputs(reference: nn.Module, pixels: Tensor, taps: list[int]) -> list[Tens
     return [*(seen[tap] for tap in taps), deep]
 
 
+@pytest.mark.parametrize("dim", [32, 256], ids=["narrow heads", "SAM's heads"])
 @pytest.mark.parametrize(
     ("grid", "window"), [(10, 4), (8, 4), (5, 7)], ids=["padded", "even", "one window"]
 )
-def test_it_is_sams_encoder_with_taps(tmp_path: Path, grid: int, window: int) -> None:
+def test_it_is_sams_encoder_with_taps(tmp_path: Path, grid: int, window: int, dim: int) -> None:
     """Untrained adapters are on: they must change nothing."""
-    reference = reference_encoder(grid=grid, window=window)
-    ours = encoder(grid=grid, window=window, adapter_dim=8)
+    reference = reference_encoder(grid=grid, window=window, dim=dim)
+    ours = encoder(grid=grid, window=window, dim=dim, adapter_dim=8)
     for block in ours.blocks:
         nn.init.zeros_(block.adapter.up.weight)
         nn.init.zeros_(block.adapter.up.bias)
@@ -147,6 +148,20 @@ def test_a_trained_adapter_changes_the_blocks_from_its_own_on() -> None:
     assert not torch.allclose(before.deep, after.deep, atol=1e-3)
 
 
+def test_heads_as_wide_as_sams_never_hold_all_logits() -> None:
+    """On a grid of 96 by 96 they are 340 MB a head: the fused kernel must be the one that runs."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    side, dim = 8, 64
+    q, k, v = (noise(1, 2, side * side, dim, seed=s) for s in range(3))
+    table = relative_table(noise(2 * side - 1, dim, seed=3), side)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where it cannot
+        fused = relative_attention(q, k, v, table, table)
+    assert fused.shape == q.shape
+    with sdpa_kernel(SDPBackend.MATH):
+        assert relative_error(fused, relative_attention(q, k, v, table, table)) < WITHIN
+
+
 def test_images_of_a_batch_do_not_see_each_other() -> None:
     ours = encoder()
     pixels = noise(3, 3, 160, 160)
@@ -155,9 +170,10 @@ def test_images_of_a_batch_do_not_see_each_other() -> None:
     assert relative_error(together.deep[1:2], alone.deep) < WITHIN
 
 
+@pytest.mark.parametrize("dim", [6, 64])
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (3, 5)])
-def test_relative_attention_is_softmax_with_a_bias(height: int, width: int) -> None:
-    tokens, dim = height * width, 6
+def test_relative_attention_is_softmax_with_a_bias(height: int, width: int, dim: int) -> None:
+    tokens = height * width
     q, k, v = (noise(2, 3, tokens, dim, seed=s) for s in range(3))
     rel_h = relative_table(noise(2 * height - 1, dim, seed=3), height)
     rel_w = relative_table(noise(2 * width - 1, dim, seed=4), width)

@@ -19,6 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from .adapters import Adapter
 from .common import LayerNorm2d
 
+# Fused kernels want queries, keys and values of one width, so values are padded for them; else
+# PyTorch makes the (h*w)² logits after all. Heads narrower than this gain little by it.
+FUSED_FROM = 64
+
 
 @dataclass(frozen=True)
 class EncoderFeatures:
@@ -270,7 +274,10 @@ def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Te
 
     query = torch.cat([q * dim**-0.5, bias_h, bias_w], dim=-1)
     key = torch.cat([k, code], dim=-1)
-    return F.scaled_dot_product_attention(query, key, v, scale=1.0)
+    if dim < FUSED_FROM:
+        return F.scaled_dot_product_attention(query, key, v, scale=1.0)
+    v = F.pad(v, (0, height + width))
+    return F.scaled_dot_product_attention(query, key, v, scale=1.0)[..., :dim]
 
 
 def relative_table(rel_pos: Tensor, side: int) -> Tensor:
