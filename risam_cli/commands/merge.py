@@ -1,0 +1,59 @@
+"""``risam merge``: the output folders of shards, put together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from risam_cli.commands.options import json_option, output_option, verbosity_options
+from risam_cli.console import get_console
+
+
+@click.command(name="merge")
+@click.argument(
+    "folders",
+    metavar="DIR...",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+)
+@output_option(None)
+@click.option("--overwrite", is_flag=True, help="Start anew in a folder that holds a run.")
+@json_option
+@verbosity_options
+def command(folders: tuple[Path, ...], output: Path, overwrite: bool, as_json: bool) -> None:
+    """Put the output folders of all shards of one run together.
+
+    DIR is the output folder of `risam predict --shard I/N`, or a folder that holds all of them as
+    torchrun makes it. The result is what one run without shards would have written, byte for byte
+    (but for times in run.json), and can be resumed and exported like it.
+
+    Refused are shards of different inputs, models or settings, unfinished ones, and sets in which
+    one is missing or doubled.
+    """
+    from risam_cli.engine.merge import find_parts, merge_parts
+
+    console = get_console()
+    parts = find_parts(folders)
+    with console.progress("merge", parts[0].entries, "inputs") as progress:
+        merged = merge_parts(parts, output, overwrite=overwrite, advance=progress.advance)
+    console.info(f"{merged.records} records of {len(parts)} shards in {output}")
+    if merged.failures:
+        console.warn(
+            f"{merged.failures} items failed in their runs: see {output / 'failures.jsonl'}"
+        )
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "output": str(output),
+                    "shards": len(parts),
+                    "inputs": merged.entries,
+                    "records": merged.records,
+                    "failures": merged.failures,
+                    "files": merged.files,
+                }
+            )
+        )

@@ -1,0 +1,328 @@
+"""The output folders of shards, put together to what one run would have written, byte for byte."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from risam_cli.engine.ledger import (
+    LEDGER,
+    FileMark,
+    LedgerLine,
+    Span,
+    header_line,
+    read_header,
+    read_lines,
+    read_span,
+    settings_hash,
+)
+from risam_cli.engine.run_folder import RUN, RunFolder
+from risam_cli.errors import DataError, OutputError
+from risam_cli.outputs.png import write_whole
+from risam_cli.outputs.records import FAILURES, PREDICTIONS
+
+_SHARDS = "shard-*-of-*"  # what a run under torchrun calls its folders
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One shard's folder.
+
+    Attributes:
+        identity: what decides its results; see :mod:`risam_cli.engine.ledger`.
+        run: its ``run.json``.
+        index, count: which shard of how many.
+    """
+
+    folder: Path
+    identity: Mapping[str, Any]
+    run: Mapping[str, Any]
+    index: int
+    count: int
+
+    @property
+    def entries(self) -> int:
+        """How many entries the inputs of all shards have."""
+        return int(self.run["inputs"]["entries"])
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a merge wrote."""
+
+    entries: int
+    records: int
+    failures: int
+    files: int
+
+
+def find_parts(folders: Sequence[Path]) -> list[Part]:
+    """The shards in the folders named, checked to be all shards of one run, by index.
+
+    A folder that holds no run itself, but shards (``shard-00000-of-00004`` …), stands for those.
+
+    Raises:
+        DataError: a folder holds no finished run, the runs do not belong together, or a shard is
+            missing or doubled.
+    """
+    found = [part for folder in folders for part in _expand(folder)]
+    parts = sorted((_read_part(folder) for folder in found), key=lambda part: part.index)
+    first = parts[0]
+    for part in parts[1:]:
+        _require_same(first, part)
+    for one, other in itertools.pairwise(parts):
+        if one.index == other.index:
+            raise DataError(
+                f"{one.folder} and {other.folder} are both shard {one.index} of {one.count}",
+                "name each shard once",
+            )
+    missing = sorted(set(range(first.count)) - {part.index for part in parts})
+    if missing:
+        listed = ", ".join(map(str, missing[:10])) + (" …" if len(missing) > 10 else "")
+        raise DataError(
+            f"shards {listed} of {first.count} are missing (counted from 0)",
+            "name the folders of all shards, and run those that were not",
+        )
+    return parts
+
+
+def merge_parts(
+    parts: Sequence[Part],
+    output: Path,
+    *,
+    overwrite: bool = False,
+    advance: Callable[[], None] = lambda: None,
+) -> Merged:
+    """Write one output folder of all shards: records, failures, ledger, masks, ``run.json``.
+
+    Every slice and every file is checked against the checksum that its shard noted. The three
+    JSONL files come into place together, after all masks; memory does not grow with the run.
+
+    Args:
+        parts: as :func:`find_parts` gives them.
+        overwrite: start anew in a folder that holds a run.
+        advance: called after each entry.
+
+    Raises:
+        DataError: an entry is missing or doubled, or what a shard wrote was changed since.
+        OutputError: the folder holds a run and ``overwrite`` is not set, or cannot be written.
+    """
+    for part in parts:
+        if part.folder.resolve() == output.resolve():
+            raise OutputError(f"{output} is one of the shards", "choose another -o")
+    try:
+        with RunFolder(output) as folder:
+            if folder.holds_run():
+                if not overwrite:
+                    raise OutputError(
+                        f"{output} holds a run already", "choose another -o or give --overwrite"
+                    )
+                folder.start_anew()
+            merged = _write(parts, folder, advance)
+            folder.splice()
+            text = json.dumps(_run_json(parts, merged), indent=2, allow_nan=False) + "\n"
+            write_whole(folder.path / RUN, text.encode())
+            return merged
+    except OSError as error:
+        raise OutputError(
+            f"{error.filename or output}: {error.strerror or error}",
+            "make room or choose another -o",
+        ) from error
+
+
+# --- reading the parts ----------------------------------------------------------------------------
+
+
+def _expand(folder: Path) -> list[Path]:
+    if (folder / LEDGER).is_file() or (folder / RUN).is_file():
+        return [folder]
+    shards = sorted(path for path in folder.glob(_SHARDS) if path.is_dir())
+    if not shards:
+        raise DataError(
+            f"{folder} holds no run of `risam predict`", "name the output folders of the shards"
+        )
+    return shards
+
+
+def _read_part(folder: Path) -> Part:
+    path = folder / RUN
+    try:
+        run = json.loads(path.read_bytes())
+        status = run["status"]
+        entries, checked = run["inputs"]["entries"], run["inputs"]["hash"]
+        index, count = run["settings"]["shard"]
+        fits = all(type(v) is int for v in (index, count)) and 0 <= index < count
+    except FileNotFoundError:
+        raise DataError(f"{folder} has no {RUN}", "let its run begin at least") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise DataError(
+            f"{path} is not what `risam predict` writes", "run the shard anew"
+        ) from None
+    if status != "complete" or type(entries) is not int or not isinstance(checked, str):
+        raise DataError(f"the run in {folder} is not finished: {status}", "go on with --resume")
+    identity = read_header(folder / LEDGER)
+    if identity is None or identity != run["settings"] or not fits:
+        raise DataError(
+            f"{folder}: {LEDGER} and {RUN} do not belong together", "run the shard anew"
+        )
+    return Part(folder, identity, run, index, count)
+
+
+def _require_same(first: Part, other: Part) -> None:
+    pair = f"{first.folder} and {other.folder} do not belong together"
+    fix = "merge shards of one run: the same inputs, model and settings"
+    for key in sorted({*first.identity, *other.identity} - {"shard"}):
+        ours, theirs = first.identity.get(key), other.identity.get(key)
+        if ours != theirs:
+            raise DataError(f"{pair}: {key} is {ours!r} and {theirs!r}", fix)
+    if first.count != other.count:
+        raise DataError(f"{pair}: one of {first.count} and one of {other.count} shards", fix)
+    for key in ("entries", "hash"):
+        if first.run["inputs"][key] != other.run["inputs"][key]:
+            raise DataError(f"{pair}: their inputs differ", fix)
+
+
+def _lines(parts: Sequence[Part]) -> Iterator[tuple[int, LedgerLine]]:
+    """All ledger lines in the order of entries, each with its part's place in ``parts``."""
+
+    def of(place: int, part: Part) -> Iterator[tuple[int, int, LedgerLine]]:
+        return ((line.entry, place, line) for line, _ in read_lines(part.folder / LEDGER))
+
+    expected = 0
+    streams = [of(place, part) for place, part in enumerate(parts)]
+    for entry, place, line in heapq.merge(*streams, key=itemgetter(0, 1)):
+        if entry < expected:
+            raise DataError(
+                f"input {entry} is in {parts[place].folder} and in another shard as well",
+                "run the shards anew with the same inputs",
+            )
+        if entry > expected:
+            raise _missing(expected)
+        expected += 1
+        yield place, line
+    if expected != parts[0].entries:
+        raise _missing(expected)
+
+
+def _missing(entry: int) -> DataError:
+    return DataError(
+        f"input {entry} (counted from 0) is in no shard", "go on with --resume in its shard"
+    )
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+class _Joined:
+    """One JSONL file that grows by slices of the parts' files."""
+
+    def __init__(
+        self, name: str, parts: Sequence[Part], folder: RunFolder, stack: ExitStack
+    ) -> None:
+        self._paths = [part.folder / name for part in parts]
+        self._from = [stack.enter_context(_opened(path)) for path in self._paths]
+        to = open(folder.spliced(name), "wb")  # noqa: SIM115 - the stack closes it
+        self._to = stack.enter_context(to)
+        self._end = 0
+        self.lines = 0
+
+    def add(self, place: int, span: Span) -> Span:
+        """Append a slice of part ``place``; gives the slice that it is now."""
+        data = read_span(self._from[place], span)
+        if data is None:
+            raise _changed(self._paths[place])
+        self._to.write(data)
+        self.lines += data.count(b"\n")
+        start, self._end = self._end, self._end + span.length
+        return Span(start, span.length, span.crc)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}", "run the shard anew") from None
+
+
+def _write(parts: Sequence[Part], folder: RunFolder, advance: Callable[[], None]) -> Merged:
+    entries = files = 0
+    _allow_files(3 * len(parts) + 64)
+    with ExitStack() as stack:
+        predictions = _Joined(PREDICTIONS, parts, folder, stack)
+        failures = _Joined(FAILURES, parts, folder, stack)
+        ledger = stack.enter_context(open(folder.spliced(LEDGER), "wb"))
+        ledger.write(header_line(_identity(parts)))
+        for place, line in _lines(parts):
+            for mark in line.files:
+                _copy(parts[place].folder, folder.path, mark)
+            moved = replace(
+                line,
+                predictions=predictions.add(place, line.predictions),
+                failures=failures.add(place, line.failures),
+            )
+            ledger.write(moved.to_json().encode() + b"\n")
+            entries += 1
+            files += len(line.files)
+            advance()
+        return Merged(entries, predictions.lines, failures.lines, files)
+
+
+def _allow_files(number: int) -> None:
+    """Let this process have so many files open, as far as the system lets it: three a shard."""
+    with suppress(ImportError, OSError, ValueError):  # no such limit on Windows
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and soft < number:
+            wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _copy(source: Path, target: Path, mark: FileMark) -> None:
+    try:
+        data = (source / mark.path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{source / mark.path}: {error.strerror}", "run the shard anew") from None
+    if len(data) != mark.size or zlib.crc32(data) != mark.crc:
+        raise _changed(source / mark.path)
+    write_whole(target / mark.path, data)
+
+
+def _changed(path: Path) -> DataError:
+    return DataError(f"{path} is not what its run wrote", "run the shard anew with --overwrite")
+
+
+def _identity(parts: Sequence[Part]) -> dict[str, Any]:
+    """That of a run without shards."""
+    return {**parts[0].identity, "shard": [0, 1]}
+
+
+def _run_json(parts: Sequence[Part], merged: Merged) -> dict[str, Any]:
+    first = parts[0].run
+    identity = _identity(parts)
+    kept = ("command", "risam", "versions", "model")
+    return {
+        "status": "complete",
+        **{key: first[key] for key in kept if key in first},
+        "settings": identity,
+        "settings_hash": settings_hash(identity),
+        "shard": {"index": 0, "count": 1},
+        "inputs": first["inputs"],
+        "counts": {"records": merged.records, "failures": merged.failures},
+        "merged_from": [
+            {
+                "folder": str(part.folder),
+                "shard": [part.index, part.count],
+                **{k: part.run.get(k) for k in ("command", "machine", "started", "seconds")},
+            }
+            for part in parts
+        ],
+    }
