@@ -160,10 +160,11 @@ class Feeder(threading.Thread):
 
     def _add(self, sample: Sample) -> None:
         state = self._state
-        job = state.open.get(sample.path)
+        job = state.open.get(sample.path) if sample.expressions else None
         if job is None:
             job = ImageJob(sample.path, [])
-            state.open[sample.path] = job
+            if sample.expressions:
+                state.open[sample.path] = job
             state.jobs.append(job)
         job.samples.append((state.read, sample))
         state.read += 1
@@ -174,9 +175,12 @@ class Feeder(threading.Thread):
         state = self._state
         while state.loading < min(len(state.jobs), self._prefetch):
             job = state.jobs[state.loading]
+            state.loading += 1
+            if not job.samples[0][1].expressions:
+                job.future = _nothing_to_load()
+                continue
             job.future = self._loader.submit(job.path)
             job.future.add_done_callback(self._loaded)
-            state.loading += 1
 
     def _loaded(self, future: Future[Loaded]) -> None:
         with self._changed:
@@ -185,7 +189,8 @@ class Feeder(threading.Thread):
     def _pop(self) -> ImageJob:
         state = self._state
         job = state.jobs.popleft()
-        del state.open[job.path]
+        if state.open.get(job.path) is job:
+            del state.open[job.path]
         state.loading -= 1
         self._top_up()
         return job
@@ -207,3 +212,10 @@ class Feeder(threading.Thread):
             if good == count:
                 return ready
         return ready if quiet else 0
+
+
+def _nothing_to_load() -> Future[Loaded]:
+    """For a sample that asks nothing: it only keeps its place in the order."""
+    future: Future[Loaded] = Future()
+    future.set_result(Loaded(None, "", None, 0.0))
+    return future

@@ -12,7 +12,7 @@ Everything between two arrows is bounded, so memory does not grow with the numbe
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,11 +72,12 @@ def predict_samples(
     *,
     sink: MaskSink | None = None,
     stop: threading.Event | None = None,
-) -> Iterator[ImageResult]:
+) -> Generator[ImageResult, None, None]:
     """Predicts a stream of samples; results come in its order.
 
     Each image is decoded and encoded once for all samples within the look-ahead that name it. An
-    image that cannot be read, or an expression that fails, is a failure in its result.
+    image that cannot be read, or an expression that fails, is a failure in its result. A sample
+    without expressions gives an empty result, and its image is not read.
 
     Args:
         samples: read in a thread of its own, as far ahead as ``settings.lookahead``.

@@ -1,0 +1,321 @@
+"""``risam predict``: masks for images and expressions, in batches that survive faults."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from risam_cli.commands.options import (
+    batch_options,
+    device_options,
+    model_option,
+    output_option,
+    run_mode_options,
+    threshold_options,
+    verbosity_options,
+)
+from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from risam_cli.data.inputs import Inputs
+    from risam_cli.engine.run_folder import RunFolder
+    from risam_cli.engine.shard import Shard
+
+MAX_PIXELS = 178_956_970  # said here again, and held to risam_cli.data.images by a test
+TIMEOUT = 120.0  # likewise, to risam_cli.engine.loader
+
+
+def _parse_save(ctx: click.Context, param: click.Parameter, value: str) -> frozenset[str]:
+    names = frozenset(name.strip() for name in value.split(",") if name.strip())
+    unknown = names - {"png", "overlay", "none"}
+    if unknown or not names:
+        raise click.BadParameter(f"{value!r}: choose from png, overlay and none.")
+    if "none" in names and len(names) > 1:
+        raise click.BadParameter(f"{value!r}: none goes with nothing else.")
+    return names - {"none"}
+
+
+def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None) -> bool:
+    if value not in (None, "-"):
+        raise click.BadParameter(f"{value!r}: only - (stdout); the file is in the output folder.")
+    return value is not None
+
+
+@click.command("predict")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUTS...")
+@click.option(
+    "-e",
+    "--expression",
+    "given",
+    multiple=True,
+    metavar="TEXT",
+    help="Ask this of every image that brings no expression. May be given several times.",
+)
+@click.option(
+    "--expressions",
+    "expressions_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="As -e, one expression a line.",
+)
+@click.option(
+    "--image-root",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    metavar="DIR",
+    help="Where relative paths in manifests start.  [default: beside the manifest]",
+)
+@model_option
+@output_option("risam-out")
+@click.option(
+    "--save",
+    default="png",
+    show_default=True,
+    callback=_parse_save,
+    metavar="LIST",
+    help="What to write beside the records: png, overlay, none; comma separated.",
+)
+@click.option(
+    "--jsonl",
+    "stream",
+    metavar="-",
+    callback=_parse_stream,
+    help="- also streams the records to stdout, in input order.",
+)
+@device_options
+@batch_options
+@threshold_options
+@run_mode_options
+@click.option("--retry-failed", is_flag=True, help="As --resume, and do again what failed before.")
+@click.option(
+    "--max-failures",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Stop once more than N items failed.  [default: never]",
+)
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Take only part I of N, counted from 0.  [default: all, or torchrun's RANK/WORLD_SIZE]",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Take only the first N images."
+)
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    default=MAX_PIXELS,
+    show_default=True,
+    metavar="N",
+    help="Refuse images with more pixels.",
+)
+@click.option(
+    "--image-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=TIMEOUT,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give an image up when reading it takes longer.",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Read and check every input, load no weights, say what it is."
+)
+@verbosity_options
+def command(**options: Any) -> int:
+    r"""Find what expressions refer to in images, and write masks.
+
+    INPUTS are images, folders, patterns, manifests (.jsonl, .csv, .tsv, COCO-style .json) or -
+    for JSON Lines on stdin, in any mixture.
+
+    \b
+    risam predict photo.jpg -e "the red circle on the left"
+    risam predict photos/ -e "the dog" -e "the person" -o out
+    risam predict list.jsonl --image-root photos --resume
+
+    The output folder gets predictions.jsonl (one record for each image and expression),
+    failures.jsonl, masks/ and run.json.
+    """
+    return _predict(_Options(**options))
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    inputs: tuple[str, ...]
+    given: tuple[str, ...]
+    expressions_file: Path | None
+    image_root: Path | None
+    model: str | None
+    output: Path
+    save: frozenset[str]
+    stream: bool
+    device: str
+    precision: str
+    batch_size: int
+    workers: int | None
+    threshold: float | None
+    no_target_threshold: float | None
+    resume: bool
+    overwrite: bool
+    retry_failed: bool
+    max_failures: int | None
+    shard: str | None
+    limit: int | None
+    max_pixels: int
+    image_timeout: float
+    dry_run: bool
+
+
+def _predict(options: _Options) -> int:
+    started = time.perf_counter()
+    from risam_cli.engine.shard import Shard, parse_shard, shard_of_environment
+
+    if options.retry_failed and options.overwrite:
+        raise UsageError("--retry-failed and --overwrite contradict each other", "give one of them")
+    shard, output = Shard(), options.output
+    if options.shard is not None:
+        shard = parse_shard(options.shard)
+    elif (found := shard_of_environment()) is not None:
+        shard, output = found, found.folder(output)
+    inputs = _inputs(options, output)
+    inputs.check()
+    if options.dry_run:
+        return _dry_run(options, inputs, shard, output)
+    from risam_cli.engine.run_folder import RunFolder
+
+    with ExitStack() as stack:
+        stream = stack.enter_context(_records_only()) if options.stream else None
+        folder = stack.enter_context(RunFolder(output))
+        _settle(folder, options)
+        return _run(options, inputs, shard, folder, stream, started)
+
+
+def _inputs(options: _Options, output: Path) -> Inputs:
+    from risam_cli.data.inputs import Inputs, read_expressions
+
+    expressions = list(options.given)
+    if options.expressions_file is not None:
+        expressions += read_expressions(options.expressions_file)
+    for argument in options.inputs:
+        if os.path.isdir(argument) and os.path.realpath(argument) == os.path.realpath(output):
+            raise UsageError(
+                f"-o {output} is the input folder too", "give the results a folder of their own"
+            )
+    return Inputs(options.inputs, expressions, options.image_root, exclude=options.output)
+
+
+def _settle(folder: RunFolder, options: _Options) -> None:
+    """What to do with what the output folder holds.
+
+    Raises:
+        OutputError: it holds a run, and it was not said what to do with it.
+    """
+    if options.overwrite:
+        folder.start_anew()
+    elif folder.holds_run() and not (options.resume or options.retry_failed):
+        raise OutputError(
+            f"{folder.path} holds another run",
+            "go on with it by --resume, start anew by --overwrite, or choose another -o",
+        )
+
+
+def _run(
+    options: _Options,
+    inputs: Inputs,
+    shard: Shard,
+    folder: RunFolder,
+    stream: BinaryIO | None,
+    started: float,
+) -> int:
+    """Loads the model and runs; torch is imported here and not before."""
+    loading = time.perf_counter()
+    from risam_cli.build import load_model
+    from risam_cli.engine.device import choose_device, choose_precision
+    from risam_cli.engine.predict import PredictSettings
+    from risam_cli.engine.predict_run import RunPlan, run_predict
+    from risam_cli.engine.writer import Saving
+
+    device = choose_device(options.device)
+    settings = PredictSettings(
+        device=device,
+        precision=choose_precision(options.precision, device),
+        batch_size=options.batch_size,
+        workers=options.workers,
+        threshold=options.threshold,
+        no_target_threshold=options.no_target_threshold,
+        max_pixels=options.max_pixels,
+        timeout=options.image_timeout,
+        lookahead=512,
+    )
+    imported = time.perf_counter()
+    loaded = load_model(options.model, device=device)
+    timings = {
+        "startup": _since_process_start(started) + loading - started,
+        "import_torch": imported - loading,
+        "load_model": time.perf_counter() - imported,
+    }
+    plan = RunPlan(
+        inputs,
+        settings,
+        Saving("png" in options.save, "overlay" in options.save, options.max_pixels),
+        shard,
+        options.limit,
+        options.max_failures,
+        options.retry_failed,
+        tuple(sys.argv),
+        timings,
+    )
+    return run_predict(plan, loaded, folder, stream)
+
+
+def _dry_run(options: _Options, inputs: Inputs, shard: Shard, output: Path) -> int:
+    """Says what would be done, on stdout; on stderr where stdout is promised to records."""
+    from risam_cli.engine.dry_run import DryRun, look_through
+    from risam_cli.engine.ledger import LEDGER
+
+    def say(text: str) -> None:
+        click.echo(text, err=options.stream)
+
+    found = DryRun()
+    entries = (entry for entry in inputs if options.limit is None or entry.run < options.limit)
+    for problem in look_through(filter(shard.has, entries), found, options.max_pixels):
+        say(f"problem: {problem}")
+    for line in found.first:
+        say(line)
+    if found.entries > len(found.first):
+        say("...")
+    for reason, number in sorted(inputs.skipped.items()):
+        say(f"passed over: {number} {reason}")
+    say(
+        f"{found.images} images, {found.records} records to make, {found.bad} that would fail; "
+        f"output: {output}{' (holds a run already)' if (output / LEDGER).exists() else ''}"
+    )
+    if not found.entries:
+        raise DataError("the inputs name no image", "check the paths")
+    return EXIT_SOME_FAILED if found.bad else EXIT_OK
+
+
+@contextmanager
+def _records_only() -> Iterator[BinaryIO]:
+    """Keeps stdout for records: whatever else is printed meanwhile goes to stderr."""
+    sys.stdout.flush()
+    stream = sys.stdout.buffer
+    with redirect_stdout(sys.stderr):
+        yield stream
+
+
+def _since_process_start(now: float) -> float:
+    """Seconds between the start of this process and ``now``; 0 where the system does not say."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        ticks = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return max(0.0, uptime - ticks - (time.perf_counter() - now))

@@ -1,0 +1,374 @@
+"""What the user names on the command line, as a stream of entries in a fixed order.
+
+An entry is one image file, or one line of a manifest: the unit that ledgers, shards and limits
+count in. Reading costs no image: only names, and the manifests' text. Ids and the number of an
+expression within its image depend on the inputs alone, so every shard gives the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+
+from risam_cli.data import manifest
+from risam_cli.data.counting import NameCounts
+from risam_cli.data.readers.coco import open_coco
+from risam_cli.data.readers.source import SampleSource
+from risam_cli.data.walk import Unreadable, is_image_name, match_pattern, walk_images
+from risam_cli.errors import DataError, UsageError
+from risam_cli.types import Expression, Failure, Sample
+
+_TELL = "give -e TEXT or --expressions FILE, or a manifest that brings its own"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One image file or one manifest line.
+
+    Attributes:
+        index: its number among all entries, from 0.
+        run: which stretch of entries with one image it is in; ``--shard`` deals these out.
+        sample: what is to be predicted; None where nothing of it can be.
+        failures: what is wrong with it already.
+        where: its manifest and line, for messages; empty for a file.
+        key: a hash of what it asks; if it changed, so did the input.
+    """
+
+    index: int
+    run: int
+    sample: Sample | None
+    failures: tuple[Failure, ...]
+    where: str
+    key: str
+
+    @property
+    def image(self) -> str:
+        """The image as named."""
+        return self.sample.image if self.sample is not None else self.failures[0].image
+
+    @property
+    def size(self) -> int:
+        """How many records and failures come of it."""
+        return len(self.failures) + (0 if self.sample is None else len(self.sample.expressions))
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """An entry before it is numbered."""
+
+    image: str
+    path: Path | None
+    asked: tuple[tuple[str | None, str], ...]  # own id or None, text
+    where: str = ""
+    name: str = ""
+    size: tuple[int, int] | None = None
+    error: str = ""
+
+
+@dataclass(slots=True)
+class Inputs:
+    """The inputs of a run; iterating gives :class:`Entry` after entry.
+
+    Args:
+        arguments: files, folders, patterns, manifests, ``-``; as given.
+        expressions: asked of every image that brings none.
+        image_root: where relative paths in manifests start; by default beside the manifest, and
+            in the working folder for stdin.
+        exclude: a folder that is not walked into: the output.
+        skipped: filled while iterating: why files were passed over, and how many.
+    """
+
+    arguments: Sequence[str]
+    expressions: Sequence[str] = ()
+    image_root: Path | None = None
+    exclude: Path | None = None
+    skipped: Counter[str] = field(default_factory=Counter)
+    _coco: dict[str, SampleSource] = field(default_factory=dict)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it can be iterated more than once."""
+        return "-" not in self.arguments
+
+    def check(self) -> None:
+        """Finds what is wrong with the inputs as far as it can be known without reading them all.
+
+        Raises:
+            UsageError: images without an expression; stdin named twice.
+            DataError: an input that does not exist, holds no image, or is no manifest.
+        """
+        if list(self.arguments).count("-") > 1:
+            raise UsageError("stdin ('-') is named twice", "name it once")
+        for text in self.expressions:
+            if not text.strip():
+                raise UsageError("an expression is empty", "give words after -e")
+        for argument in self.arguments:
+            if argument != "-":
+                self._check(argument)
+        self.skipped.clear()
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Entries in order.
+
+        Raises:
+            DataError: an input as a whole can no longer be read.
+        """
+        self.skipped.clear()
+        ids, numbers = NameCounts(), NameCounts()
+        run, last = -1, None
+        for index, wish in enumerate(self._wishes()):
+            stretch = wish.image or wish.name
+            run, last = (run, last) if stretch == last else (run + 1, stretch)
+            yield self._entry(wish, index, run, ids, numbers)
+
+    # --- from arguments to wishes -----------------------------------------------------------------
+
+    def _wishes(self) -> Iterator[_Wish]:
+        for argument in self.arguments:
+            if argument == "-":
+                base = self.image_root or Path()
+                rows = manifest.read_jsonl(sys.stdin.buffer, "<stdin>")
+                yield from self._of_rows(rows, base, self.image_root)
+            elif os.path.lexists(argument):
+                yield from self._of_path(argument)
+            elif _is_pattern(argument):
+                yield from self._of_pattern(argument)
+            else:
+                yield self._of_image(argument)
+
+    def _of_path(self, path: str) -> Iterator[_Wish]:
+        kind = manifest.SUFFIXES.get(os.path.splitext(path)[1].lower())
+        if os.path.isdir(path):
+            yield from self._of_folder(path)
+        elif kind == "coco":
+            yield from self._of_coco(path)
+        elif kind is not None:
+            yield from self._of_manifest(path, kind)
+        else:
+            yield self._of_image(path)
+
+    def _of_pattern(self, pattern: str) -> Iterator[_Wish]:
+        manifests = os.path.splitext(pattern)[1].lower() in manifest.SUFFIXES
+        for path in match_pattern(pattern):
+            if manifests or os.path.isdir(path) or is_image_name(path):
+                yield from self._of_path(path)
+            else:
+                self.skipped["files that are no images"] += 1
+
+    def _of_folder(self, folder: str) -> Iterator[_Wish]:
+        for found in walk_images(folder, self.skipped, self._excluded()):
+            if isinstance(found, Unreadable):
+                message = f"{found.path}: {found.reason}"
+                yield _Wish("", None, (), name=found.path, error=message)
+            else:
+                yield self._of_image(found)
+
+    def _of_image(self, path: str) -> _Wish:
+        return _Wish(path, Path(path), tuple((None, text) for text in self.expressions))
+
+    def _of_manifest(self, path: str, kind: str) -> Iterator[_Wish]:
+        base = self.image_root or Path(path).parent
+        with manifest.open_manifest(Path(path)) as stream:
+            if kind == "jsonl":
+                rows = manifest.read_jsonl(stream, path)
+            else:
+                rows = manifest.read_table(stream, path, "," if kind == "csv" else "\t")
+            yield from self._of_rows(rows, base, base)
+
+    def _of_rows(
+        self, rows: Iterator[manifest.Row], base: Path, inside: Path | None
+    ) -> Iterator[_Wish]:
+        for row in rows:
+            texts = row.expressions or tuple(self.expressions)
+            several = len(texts) > 1
+            asked = tuple(
+                (row.id if row.id is None or not several else f"{row.id}#{k}", text)
+                for k, text in enumerate(texts)
+            )
+            wish = _Wish(row.image, None, asked, row.where, row.id or row.name)
+            try:
+                if row.error is not None:
+                    raise row.error
+                yield replace(wish, path=_locate(row.image, base, inside, row.where))
+            except DataError as error:
+                yield replace(wish, error=str(error))
+
+    def _of_coco(self, path: str) -> Iterator[_Wish]:
+        base = self.image_root or Path(path).parent
+        for group in self._open_coco(path).groups:
+            own = tuple((phrase.id or None, phrase.text) for phrase in group.phrases)
+            asked = own or tuple((None, text) for text in self.expressions)
+            if not asked:
+                self.skipped["images that nothing is asked of"] += 1
+                continue
+            wish = _Wish(group.image, group.path, asked, path, group.image, group.size)
+            try:
+                _locate(os.path.abspath(group.path), base, base, f"{path}: {group.image}")
+                yield wish
+            except DataError as error:
+                yield replace(wish, path=None, error=str(error))
+
+    def _open_coco(self, path: str) -> SampleSource:
+        if path not in self._coco:
+            self._coco[path] = open_coco(Path(path), self.image_root, bare_images=True)
+        return self._coco[path]
+
+    def _excluded(self) -> str | None:
+        return None if self.exclude is None else os.path.realpath(self.exclude)
+
+    # --- from wishes to entries -------------------------------------------------------------------
+
+    def _entry(
+        self, wish: _Wish, index: int, run: int, ids: NameCounts, numbers: NameCounts
+    ) -> Entry:
+        expressions: list[Expression] = []
+        failures: list[Failure] = []
+
+        def fail(name: str, text: str | None, message: str) -> None:
+            failures.append(Failure(name, wish.image, text, "read", "DataError", message))
+
+        if wish.path is None:
+            asked = wish.asked if wish.image and len(wish.asked) else ()
+            for own, text in asked:
+                fail(own or f"{wish.image}#{numbers.add(wish.image)}", text, wish.error)
+            if not asked:
+                fail(wish.name, None, wish.error)
+        elif not wish.asked:
+            where = f"{wish.where}: {wish.image}" if wish.where else wish.image
+            fail(wish.name or wish.image, None, f"{where}: no expression; {_TELL}")
+        else:
+            for own, text in wish.asked:
+                number = numbers.add(wish.image)
+                name = f"{wish.image}#{number}" if own is None else own
+                problem = self._problem(name, text, wish.where, ids)
+                if problem:
+                    fail(name, text, problem)
+                else:
+                    expressions.append(Expression(name, text, attributes={"number": number}))
+        sample = None
+        if wish.path is not None and expressions:
+            sample = Sample(wish.image, wish.path, tuple(expressions), wish.size)
+        return Entry(index, run, sample, tuple(failures), wish.where, _key(sample, failures))
+
+    def _problem(self, name: str, text: str, where: str, ids: NameCounts) -> str:
+        """What is wrong with one expression; empty where nothing is."""
+        place = f"{where}: " if where else ""
+        if not text.strip():
+            return f"{place}the expression of {name!r} is empty; give words, or leave it out"
+        if ids.add(name):
+            return f"{place}the id {name!r} was given before; ids must differ"
+        return ""
+
+    # --- checks before the start ------------------------------------------------------------------
+
+    def _check(self, argument: str) -> None:
+        if "\0" in argument:
+            raise UsageError(f"{argument!r} is not a path that a file can have")
+        if not os.path.lexists(argument):
+            self._check_absent(argument)
+        elif os.path.isdir(argument):
+            self._require_expressions(argument)
+            if next(walk_images(argument, Counter(), self._excluded()), None) is None:
+                raise DataError(f"{argument}: no image in this folder", "check the path")
+        else:
+            self._check_file(argument)
+
+    def _check_absent(self, argument: str) -> None:
+        where = f"(working folder: {os.getcwd()})"
+        if _is_pattern(argument):
+            found = match_pattern(argument)
+            if not found:
+                raise DataError(f"{argument}: matches no file {where}", "check the pattern")
+            for path in found:
+                if os.path.isdir(path) or is_image_name(path):
+                    self._require_expressions(argument)
+                    return
+            return
+        if not is_image_name(argument):
+            raise DataError(f"{argument}: no such file or folder {where}", "check the path")
+        self._require_expressions(argument)
+
+    def _check_file(self, argument: str) -> None:
+        path = Path(argument)
+        kind = manifest.SUFFIXES.get(path.suffix.lower())
+        if kind is None:
+            self._require_expressions(argument)
+        elif kind == "coco":
+            source = self._open_coco(argument)
+            if not any(group.phrases for group in source.groups):
+                self._require_expressions(argument)
+        else:
+            with manifest.open_manifest(path) as stream:
+                if kind == "jsonl":
+                    return
+                delimiter = "," if kind == "csv" else "\t"
+                if not manifest.check_table(stream, argument, delimiter):
+                    self._require_expressions(argument)
+
+    def _require_expressions(self, argument: str) -> None:
+        if not self.expressions:
+            raise UsageError(f"{argument}: no expression is given for its images", _TELL)
+
+
+def read_expressions(path: Path) -> list[str]:
+    """The expressions of a text file, one a line; blank lines are passed over.
+
+    Raises:
+        DataError: it cannot be read.
+        UsageError: it holds none.
+    """
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except OSError as error:
+        raise DataError(f"--expressions {path}: {error.strerror}", "check the path") from None
+    except UnicodeDecodeError:
+        raise DataError(f"--expressions {path}: not UTF-8", "save it as UTF-8") from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UsageError(f"--expressions {path}: holds no expression", "write one a line")
+    return found
+
+
+def count_entries(inputs: Inputs, wanted: Callable[[Entry], bool]) -> int | None:
+    """How many entries will come; None where only reading stdin would tell."""
+    if not inputs.repeatable:
+        return None
+    again = replace(inputs, skipped=Counter())
+    return sum(wanted(entry) for entry in again)
+
+
+def _is_pattern(argument: str) -> bool:
+    return any(char in argument for char in "*?[")
+
+
+def _locate(image: str, base: Path, inside: Path | None, where: str) -> Path:
+    """The file of an image that a manifest names.
+
+    Raises:
+        DataError: it can be no file, or lies outside of ``inside``.
+    """
+    if "\0" in image:
+        raise DataError(f"{where}: {image!r} is not a path that a file can have")
+    path = os.path.join(base, image)
+    if inside is not None:
+        root = os.path.abspath(inside)
+        whole = os.path.abspath(path)
+        if whole != root and not whole.startswith(os.path.join(root, "")):
+            raise DataError(
+                f"{where}: {image!r} lies outside of {root}",
+                "name the folder that holds all images with --image-root",
+            )
+    return Path(path)
+
+
+def _key(sample: Sample | None, failures: Sequence[Failure]) -> str:
+    asked = [] if sample is None else [[one.id, one.text] for one in sample.expressions]
+    wrong = [[failure.id, failure.expression] for failure in failures]
+    image = "" if sample is None else sample.image
+    return blake2b(json.dumps([image, asked, wrong]).encode(), digest_size=12).hexdigest()

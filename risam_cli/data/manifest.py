@@ -1,0 +1,199 @@
+"""Manifests (JSON Lines, CSV, TSV) line by line; a wrong line is one failure, not the end."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from risam_cli.errors import DataError
+from risam_cli.jsonlines import brief, parse_json, read_lines
+
+MAX_LINE = 16 << 20
+"""Bytes of one line over which it is refused."""
+
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".json": "coco"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a manifest.
+
+    Attributes:
+        where: its place, for messages.
+        name: a short one, for the id of a failure that has no other.
+        image: as the manifest names it; empty where it names none.
+        expressions: what it asks; empty where it brings none.
+        id: its own, or None.
+        error: what is wrong with it, or None.
+    """
+
+    where: str
+    name: str
+    image: str = ""
+    expressions: tuple[str, ...] = ()
+    id: str | None = None
+    error: DataError | None = None
+
+
+def read_jsonl(stream: BinaryIO, name: str) -> Iterator[Row]:
+    """The rows of JSON Lines with ``image``, ``expression`` or ``expressions``, and ``id``."""
+    for number, line in read_lines(stream, MAX_LINE):
+        where, short = f"{name}, line {number}", f"{os.path.basename(name)}:{number}"
+        if line is not None and not line.strip():
+            continue
+        try:
+            if line is None:
+                raise DataError(f"{where}: longer than {MAX_LINE >> 20} MiB", "split it")
+            yield _row_of_object(parse_json(line, where), where, short)
+        except DataError as error:
+            yield Row(where, short, error=error)
+
+
+def read_table(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Row]:
+    """The rows of a table with the columns ``image`` and ``expression``, and maybe ``id``.
+
+    Raises:
+        DataError: there is no header, or it lacks ``image``.
+    """
+    lines = _TextLines(stream)
+    reader = csv.reader(lines, delimiter=delimiter)
+    columns = _header(reader, name)
+    while True:
+        before = lines.number
+        try:
+            values = next(reader, None)
+            if values is None:
+                return
+            where, short = _place(name, before, lines.number)
+            if any(values):
+                yield _row_of_values(values, columns, where, short)
+        except csv.Error as error:
+            where, short = _place(name, before, lines.number)
+            message = f"{where}: not a row of the table ({error})"
+            problem = DataError(message, "look for a quotation mark that is never closed")
+            yield Row(where, short, error=problem)
+        except DataError as error:
+            yield Row(where, short, error=error)
+
+
+def check_table(stream: BinaryIO, name: str, delimiter: str) -> bool:
+    """Whether a table has the column ``expression``.
+
+    Raises:
+        DataError: as :func:`read_table`.
+    """
+    return "expression" in _header(csv.reader(_TextLines(stream), delimiter=delimiter), name)
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def _row_of_object(obj: Any, where: str, short: str) -> Row:
+    if not isinstance(obj, Mapping):
+        raise DataError(f"{where}: {brief(obj)} is no object", 'write {"image": …}')
+    own = _id(obj.get("id"), where)
+    image = obj.get("image")
+    try:
+        if not isinstance(image, str) or not image:
+            missing = "lacks 'image'" if image is None else f"has the image {brief(image)}"
+            raise DataError(f"{where}: {missing}", "give the path of an image")
+        return Row(where, short, image, _expressions(obj, where), own)
+    except DataError as error:
+        return Row(where, short, image if isinstance(image, str) else "", id=own, error=error)
+
+
+def _expressions(obj: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    one, several = obj.get("expression"), obj.get("expressions")
+    if one is not None and several is not None:
+        raise DataError(f"{where}: has 'expression' and 'expressions'", "give one of them")
+    if one is not None:
+        several = [one]
+    if several is None:
+        return ()
+    if not isinstance(several, list) or not all(isinstance(text, str) for text in several):
+        key = "expressions" if one is None else "expression"
+        found = several if one is None else one
+        raise DataError(f"{where}: {key!r} is {brief(found)}", "give text, or a list of texts")
+    return tuple(several)
+
+
+def _id(value: Any, where: str) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value == "":
+        raise DataError(f"{where}: 'id' is {brief(value)}", "give a string or a number")
+    return str(value)
+
+
+# --- CSV ------------------------------------------------------------------------------------------
+
+
+class _TextLines:
+    """Lines as the csv module wants them; a line that is not text becomes one that says so."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._lines = read_lines(stream, MAX_LINE)
+        self.number = 0
+
+    def __iter__(self) -> _TextLines:
+        return self
+
+    def __next__(self) -> str:
+        self.number, line = next(self._lines)
+        if line is None:
+            raise csv.Error(f"a line is longer than {MAX_LINE >> 20} MiB")
+        # Bytes that are not UTF-8 stay as they are in a path, and are refused in an expression.
+        text = line.decode("utf-8", "surrogateescape")
+        return (text.removeprefix("\ufeff") if self.number == 1 else text) + "\n"
+
+
+def _header(reader: Iterator[list[str]], name: str) -> list[str]:
+    try:
+        columns = [column.strip().lower() for column in next(reader, [])]
+    except csv.Error as error:
+        raise DataError(f"{name}, line 1: not a header ({error})") from None
+    if "image" not in columns:
+        found = ", ".join(columns) or "nothing"
+        raise DataError(
+            f"{name}, line 1: no column 'image' among {brief(found)}",
+            "begin the file with a line such as image,expression",
+        )
+    return columns
+
+
+def _place(name: str, before: int, last: int) -> tuple[str, str]:
+    lines = f"line {last}" if last <= before + 1 else f"lines {before + 1} to {last}"
+    return f"{name}, {lines}", f"{os.path.basename(name)}:{before + 1}"
+
+
+def _row_of_values(values: list[str], columns: list[str], where: str, short: str) -> Row:
+    if len(values) != len(columns):
+        raise DataError(
+            f"{where}: {len(values)} values for {len(columns)} columns",
+            "put quotation marks around text that holds the delimiter",
+        )
+    cells = dict(zip(columns, values, strict=True))
+    image, text = cells["image"], cells.get("expression", "")
+    own = cells.get("id") or None
+    if not image:
+        raise DataError(f"{where}: lacks 'image'", "give the path of an image")
+    if any("\udc80" <= char <= "\udcff" for char in text):
+        problem = DataError(f"{where}: the expression is not UTF-8", "save the file as UTF-8")
+        return Row(where, short, image, id=own, error=problem)
+    return Row(where, short, image, (text,) if text.strip() else (), own)
+
+
+def open_manifest(path: Path) -> BinaryIO:
+    """The file, open.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}", "check the path") from None

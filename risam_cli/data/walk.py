@@ -1,0 +1,107 @@
+"""Folders and patterns to image files, in a fixed order, without leaving the folder."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from risam_cli.data.images import SUFFIXES
+
+RUN_MARKER = ".risam"
+"""A folder that every output folder holds; one with it is results, not input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A folder inside of the input that cannot be listed."""
+
+    path: str
+    reason: str
+
+
+def walk_images(
+    folder: str, skipped: Counter[str], exclude: str | None = None
+) -> Iterator[str | Unreadable]:
+    """Image files under a folder, by name within each folder, a subfolder in its own place.
+
+    Left out, and counted in ``skipped``: other files, hidden ones, linked folders, links to files
+    outside of ``folder``, and output folders of this tool.
+
+    Args:
+        folder: as the user gave it; the paths begin with it.
+        exclude: a folder that is not entered, by its real path.
+    """
+    inside = os.path.join(os.path.realpath(folder), "")
+    stack = [_listed(folder, skipped)]
+    while stack:
+        item = next(stack[-1], None)
+        if item is None:
+            stack.pop()
+        elif isinstance(item, Unreadable):
+            yield item
+        elif item.is_dir:
+            if item.path != folder and _is_results(item.path, exclude):
+                skipped["output folders"] += 1
+            else:
+                stack.append(_listed(item.path, skipped))
+        elif item.is_link and not os.path.realpath(item.path).startswith(inside):
+            skipped["links that lead out of the folder"] += 1
+        else:
+            yield item.path
+
+
+def match_pattern(pattern: str) -> list[str]:
+    """Files and folders that a pattern names, sorted; ``**`` stands for any depth."""
+    return sorted(glob.glob(pattern, recursive=True))
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's name ends as an image's."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    path: str
+    is_dir: bool
+    is_link: bool
+
+
+def _listed(folder: str, skipped: Counter[str]) -> Iterator[_Item | Unreadable]:
+    """The subfolders and image files of one folder, by name."""
+    try:
+        with os.scandir(folder) as found:
+            items = [item for entry in found if (item := _item(entry, skipped)) is not None]
+    except OSError as error:
+        yield Unreadable(folder, error.strerror or str(error))
+        return
+    items.sort(key=lambda item: item.path)
+    yield from items
+
+
+def _item(entry: os.DirEntry[str], skipped: Counter[str]) -> _Item | None:
+    if entry.name.startswith("."):
+        skipped["hidden files and folders"] += 1
+        return None
+    link = entry.is_symlink()
+    try:
+        if entry.is_dir(follow_symlinks=False):
+            return _Item(entry.path, True, link)
+        if link and entry.is_dir():
+            skipped["linked folders"] += 1
+            return None
+    except OSError:  # a link in a circle: let the reading of it say so
+        pass
+    if not is_image_name(entry.name):
+        skipped["files that are no images"] += 1
+        return None
+    return _Item(entry.path, False, link)
+
+
+def _is_results(folder: str, exclude: str | None) -> bool:
+    if os.path.isdir(os.path.join(folder, RUN_MARKER)):
+        return True
+    return exclude is not None and os.path.realpath(folder) == exclude

@@ -1,0 +1,256 @@
+"""What a run has done so far, so that it can go on, be checked, and be put together from shards.
+
+``ledger.jsonl`` in the output folder begins with one header line::
+
+    {"ledger": 1, "identity": {...}}
+
+``identity`` is all that decides the results apart from the inputs: model hash, thresholds,
+precision, kind of device, what is saved, and ``"shard": [I, N]``. Runs belong together if their
+identities are equal but for ``I``. Then one line follows for each entry (an image file, or a line
+of a manifest) in the order of the inputs::
+
+    {"entry": 7, "key": "…", "items": 2, "image": "<sha256>", "stamp": [size, mtime, ctime, inode],
+     "predictions": [start, length, crc32], "failures": [start, length, crc32],
+     "files": [["masks/a.jpg/0-the-dog.png", bytes, crc32], …]}
+
+- ``entry`` counts all entries of the inputs from 0, over all shards. Shard I of N holds those
+  whose stretch of equal images, counted from 0, leaves I when divided by N.
+- ``items`` is how many records and failures came of the entry; ``key`` hashes what it asked.
+- ``predictions`` and ``failures`` are slices of ``predictions.jsonl`` and ``failures.jsonl``.
+- ``files`` lists the masks and overlays that the entry wrote.
+
+So shards are merged by taking, for entry 0, 1, 2, …, its two slices and its files from whichever
+shard has it; ``run.json`` says in ``inputs.entries`` how many entries there must be, and in
+``inputs.hash`` what all shards must agree on. An entry that is missing, or there twice, shows.
+
+A line is written after the records and before the masks are moved to their places, so whatever
+this tool wrote is listed; checksums tell whether an entry is really there. Nothing counts as done
+because a file of its name exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from risam_cli.data.images import FileStamp
+from risam_cli.errors import OutputError
+from risam_cli.outputs.naming import MASKS, OVERLAYS
+
+LEDGER = "ledger.jsonl"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A slice of a file: where it starts, its bytes, and their CRC-32."""
+
+    start: int
+    length: int
+    crc: int
+
+    @property
+    def end(self) -> int:
+        """Where it ends."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class FileMark:
+    """A file that was written: its path relative to the output folder, bytes, CRC-32."""
+
+    path: str
+    size: int
+    crc: int
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerLine:
+    """What was done for one entry; see the module's text."""
+
+    entry: int
+    key: str
+    items: int
+    image: str | None
+    stamp: FileStamp | None
+    predictions: Span
+    failures: Span
+    files: tuple[FileMark, ...]
+
+    def to_json(self) -> str:
+        """One line of JSON without its end."""
+        stamp = self.stamp
+        record = {
+            "entry": self.entry,
+            "key": self.key,
+            "items": self.items,
+            "image": self.image,
+            "stamp": None
+            if stamp is None
+            else [stamp.size, stamp.mtime_ns, stamp.ctime_ns, stamp.inode],
+            "predictions": _span_to_json(self.predictions),
+            "failures": _span_to_json(self.failures),
+            "files": [[mark.path, mark.size, mark.crc] for mark in self.files],
+        }
+        return json.dumps(record)
+
+    @classmethod
+    def from_json(cls, record: Any) -> LedgerLine:
+        """A line from its JSON object; TypeError, KeyError or ValueError on anything else."""
+        stamp = record["stamp"]
+        return cls(
+            int(record["entry"]),
+            str(record["key"]),
+            int(record["items"]),
+            None if record["image"] is None else str(record["image"]),
+            None if stamp is None else FileStamp(*(int(value) for value in stamp)),
+            Span(*(int(value) for value in record["predictions"])),
+            Span(*(int(value) for value in record["failures"])),
+            tuple(FileMark(_own_path(p), int(size), int(crc)) for p, size, crc in record["files"]),
+        )
+
+
+def _own_path(path: Any) -> str:
+    """A path of the kind that this tool writes: files in a ledger are deleted by their name."""
+    parts = str(path).split("/")
+    if parts[0] not in {MASKS, OVERLAYS} or len(parts) < 2 or {"", ".", ".."} & set(parts):
+        raise ValueError(path)
+    return str(path)
+
+
+def _span_to_json(span: Span) -> list[int]:
+    return [span.start, span.length, span.crc]
+
+
+def header_line(identity: Mapping[str, Any]) -> bytes:
+    """The first line of a ledger, with its end."""
+    return json.dumps({"ledger": FORMAT, "identity": identity}).encode() + b"\n"
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """The identity in a ledger's first line; None where there is no whole one.
+
+    Raises:
+        OutputError: a ledger of another format, or one that cannot be opened.
+    """
+    try:
+        with open(path, "rb") as file:
+            line = file.readline()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror}") from None
+    try:
+        header = json.loads(line)
+        version, identity = header["ledger"], header["identity"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    if version != FORMAT or not isinstance(identity, dict):
+        raise OutputError(
+            f"{path}: ledger of format {version}, this version knows {FORMAT}",
+            "use the version that wrote it, or another folder",
+        )
+    return identity
+
+
+def read_lines(path: Path) -> Iterator[tuple[LedgerLine, int]]:
+    """The lines after the header, each with the file's length up to its end.
+
+    Ends before the first line that is torn, or out of order: what follows was never finished.
+    """
+    last = -1
+    with open(path, "rb") as file:
+        end = len(file.readline())
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                return
+            try:
+                line = LedgerLine.from_json(json.loads(raw))
+            except (ValueError, TypeError, KeyError, RecursionError):
+                return
+            if line.entry <= last:
+                return
+            last = line.entry
+            end += len(raw)
+            yield line, end
+
+
+@dataclass(frozen=True, slots=True)
+class Redone:
+    """An entry that was computed again: its line (spans not yet right) and its new text.
+
+    Kept in a journal of its own until all of them are done and put in their places together.
+    """
+
+    line: LedgerLine
+    predictions: bytes
+    failures: bytes
+
+    def to_json(self) -> bytes:
+        """One line of the journal, with its end."""
+        record = {
+            "line": json.loads(self.line.to_json()),
+            "predictions": self.predictions.decode("ascii"),
+            "failures": self.failures.decode("ascii"),
+        }
+        return json.dumps(record).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, raw: bytes) -> Redone:
+        """An entry from its line; TypeError, KeyError or ValueError on anything else."""
+        record = json.loads(raw)
+        line = LedgerLine.from_json(record["line"])
+        return cls(line, str(record["predictions"]).encode(), str(record["failures"]).encode())
+
+
+def read_redone(path: Path) -> Iterator[tuple[Redone, int]]:
+    """The journal's entries, as far as they are whole, each with its offset.
+
+    Nothing where there is no journal. Of an entry that is there twice, the later one counts.
+    """
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - closed below, outside of this try
+    except FileNotFoundError:
+        return
+    with file:
+        start = 0
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                return
+            try:
+                yield Redone.from_json(raw), start
+            except (ValueError, TypeError, KeyError, RecursionError):
+                return
+            start += len(raw)
+
+
+def settings_hash(identity: Mapping[str, Any]) -> str:
+    """SHA-256 of an identity without its shard: equal for all parts of one run."""
+    same = {key: value for key, value in identity.items() if key != "shard"}
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+
+
+def read_span(file: BinaryIO, span: Span) -> bytes | None:
+    """The bytes of a slice; None where they are not those that were written."""
+    if span.length == 0:
+        return b""
+    file.seek(span.start)
+    data = file.read(span.length)
+    return data if len(data) == span.length and zlib.crc32(data) == span.crc else None
+
+
+def file_is_whole(folder: Path, mark: FileMark) -> bool:
+    """Whether a file is what was written, byte for byte."""
+    path = folder / mark.path
+    try:
+        if os.stat(path).st_size != mark.size:
+            return False
+        return zlib.crc32(path.read_bytes()) == mark.crc
+    except OSError:
+        return False

@@ -1,0 +1,391 @@
+"""A whole run of ``risam predict``: inputs through the network into an output folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO, Protocol
+
+from risam_cli import __version__
+from risam_cli.console import Progress, get_console
+from risam_cli.data.inputs import Entry, Inputs
+from risam_cli.engine.compute import Model
+from risam_cli.engine.device import describe_device, precision_name
+from risam_cli.engine.finish import ImageResult
+from risam_cli.engine.ledger import settings_hash
+from risam_cli.engine.predict import PredictSettings, predict_samples
+from risam_cli.engine.resume import Kept, check_inputs, prepare, still_to_do
+from risam_cli.engine.run_folder import RUN, RunFolder
+from risam_cli.engine.shard import Shard
+from risam_cli.engine.writer import RunWriter, Saving, Stager, Tally
+from risam_cli.errors import (
+    EXIT_OK,
+    EXIT_SOME_FAILED,
+    Interrupted,
+    OutputError,
+    RisamError,
+)
+from risam_cli.outputs.png import write_whole
+from risam_cli.types import Failure, Sample
+
+_SHOWN = 5  # failures told on the console; all are in the file
+_PARTS = ("load", "encode", "decode", "finish")
+
+
+class NamedModel(Model, Protocol):
+    """What is needed of :class:`risam_cli.build.LoadedModel`."""
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over its files."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What a run does.
+
+    Attributes:
+        limit: take only the first so many images.
+        max_failures: stop once more than so many items failed.
+        retry_failed: do again what failed in the earlier run.
+        command: as typed, for ``run.json``.
+        timings: seconds spent before, by part.
+    """
+
+    inputs: Inputs
+    settings: PredictSettings
+    saving: Saving
+    shard: Shard = field(default_factory=Shard)
+    limit: int | None = None
+    max_failures: int | None = None
+    retry_failed: bool = False
+    command: tuple[str, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+    def entries(self) -> Iterator[Entry]:
+        """All entries of all shards, as far as the limit goes."""
+        for entry in self.inputs:
+            if self.limit is not None and entry.run >= self.limit:
+                return
+            yield entry
+
+    def own_entries(self) -> Iterator[Entry]:
+        """The entries of this shard."""
+        return (entry for entry in self.entries() if self.shard.has(entry))
+
+
+def run_predict(
+    plan: RunPlan, loaded: NamedModel, folder: RunFolder, stream: BinaryIO | None = None
+) -> int:
+    """Predicts all that is still to do and gives the exit code: 0, or 3 where some items failed.
+
+    Args:
+        folder: the output folder, locked.
+        stream: gets every record once it is on the disk.
+
+    Raises:
+        Interrupted: by Ctrl-C or SIGTERM; what was done is kept.
+        RisamError: the run could not begin, or not go on; what was done is kept.
+    """
+    identity = identity_of(plan, loaded)
+    kept = prepare(folder, identity)
+    left = None
+    if plan.inputs.repeatable:
+        entries = plan.own_entries()
+        check_inputs(folder, kept, entries)
+        left = sum(1 for _ in entries)
+    run = _Run(plan, loaded, folder, identity, kept)
+    run.report("running")
+    status = "failed"
+    try:
+        with get_console().progress("predict", left, "inputs") as progress:
+            run.go(progress, stream)
+        status = "complete"
+    except Interrupted:
+        status = "interrupted"
+        raise
+    finally:
+        # A disk too full for this is told of by the error that is on its way.
+        with suppress(OutputError) if status != "complete" else nullcontext():
+            run.report(status)
+    return run.tell()
+
+
+def identity_of(plan: RunPlan, loaded: NamedModel) -> dict[str, Any]:
+    """All that decides the results apart from the inputs; see :mod:`risam_cli.engine.ledger`."""
+    settings = plan.settings
+    own = (loaded.threshold, loaded.no_target_threshold)
+    given = (settings.threshold, settings.no_target_threshold)
+    threshold, bar = (a if b is None else b for a, b in zip(own, given, strict=True))
+    return {
+        "model": loaded.hash,
+        "threshold": threshold,
+        "no_target_threshold": bar,
+        "precision": precision_name(settings.precision),
+        "device": settings.device.type,
+        "save": [
+            name
+            for name, wanted in (("png", plan.saving.png), ("overlay", plan.saving.overlay))
+            if wanted
+        ],
+        "shard": [plan.shard.index, plan.shard.count],
+    }
+
+
+class _Run:
+    """The state of one run, for its progress and its ``run.json``."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        loaded: NamedModel,
+        folder: RunFolder,
+        identity: dict[str, Any],
+        kept: Kept,
+    ) -> None:
+        self.plan, self.loaded, self.folder = plan, loaded, folder
+        self.identity, self.kept = identity, kept
+        self.started = time.perf_counter()
+        self.began = datetime.now(UTC)
+        self.inputs_hash = blake2b(digest_size=16)
+        self.entries: int | None = None  # of all shards; known at the end of the inputs
+        self.images = 0
+        self.done = Tally()
+        self.failed = 0
+        self.spent = dict.fromkeys(_PARTS, 0.0)
+        self.writing = 0.0
+
+    def go(self, progress: Progress, stream: BinaryIO | None) -> None:
+        stop = threading.Event()
+        waiting: deque[tuple[Entry, bool]] = deque()
+        stager = Stager(self.folder, self.plan.saving)
+
+        def committed(tally: Tally) -> None:
+            self._count(tally)
+            again = {"again": self.done.again} if self.done.again else {}
+            progress.advance(tally.entries, failures=self.failed, **again)
+            if self._too_many_failures():
+                stop.set()
+
+        with ExitStack() as stack:
+            asked = stack.enter_context(_stopping(stop))
+            writer = stack.enter_context(
+                RunWriter(self.folder, self.kept, stager, committed, stream)
+            )
+            results = predict_samples(
+                self._samples(waiting), self.loaded, self.plan.settings, sink=stager, stop=stop
+            )
+            for result in stack.enter_context(closing(results)):
+                self._clock(result)
+                writer.submit(*waiting.popleft(), result)
+            if not stop.is_set():
+                writer.complete()
+        self.writing = writer.seconds
+        if self._too_many_failures():
+            raise RisamError(
+                f"stopped: {self.failed} items failed, more than --max-failures "
+                f"{self.plan.max_failures}; what was done is kept",
+                "see failures.jsonl; go on with --resume",
+            )
+        if asked.is_set():
+            raise Interrupted("interrupted; what was done is kept", "go on with --resume")
+
+    def _samples(self, waiting: deque[tuple[Entry, bool]]) -> Iterator[Sample]:
+        """The samples still to do, read in the feeder's thread; their entries go to ``waiting``."""
+        todo = still_to_do(self.folder, self.kept, self._own_entries(), self.plan.retry_failed)
+        for entry, again in todo:
+            waiting.append((entry, again))
+            # An entry that is wrong already keeps its place among the others.
+            yield entry.sample or _nothing_to_ask(entry)
+
+    def _own_entries(self) -> Iterator[Entry]:
+        count = 0
+        for entry in self.plan.entries():
+            count += 1
+            self.inputs_hash.update(entry.key.encode())
+            if self.plan.shard.has(entry):
+                yield entry
+        self.entries = count
+
+    def _clock(self, result: ImageResult) -> None:
+        self.images += result.sha256 is not None
+        for part, seconds in result.seconds.items():
+            self.spent[part] += seconds
+
+    def _count(self, tally: Tally) -> None:
+        before = self.done
+        self.done = Tally(
+            before.entries + tally.entries,
+            before.again + tally.again,
+            before.records + tally.records,
+            before.no_target + tally.no_target,
+        )
+        for failure in tally.failures:
+            self.failed += 1
+            _tell_failure(failure, self.failed, self.folder)
+
+    def _too_many_failures(self) -> bool:
+        allowed = self.plan.max_failures
+        return allowed is not None and self.failed > allowed
+
+    # --- what is said of it -----------------------------------------------------------------------
+
+    def tell(self) -> int:
+        """The last word on stderr; gives the exit code."""
+        records, failed = self._totals()
+        seconds = time.perf_counter() - self.started
+        console = get_console()
+        for reason, number in sorted(self.plan.inputs.skipped.items()):
+            console.info(f"passed over: {number} {reason}")
+        rate = f", {self.images / seconds:.3g} images/s" if self.images and seconds else ""
+        console.info(f"{records} records in {self.folder.path}{rate}")
+        if not failed:
+            return EXIT_OK
+        console.warn(f"{failed} items failed: see {self.folder.failures}")
+        return EXIT_SOME_FAILED
+
+    def _totals(self) -> tuple[int, int]:
+        """Records and failures in the folder."""
+        return _count_lines(self.folder.predictions), _count_lines(self.folder.failures)
+
+    def report(self, status: str) -> None:
+        """Writes ``run.json``."""
+        records, failed = self._totals()
+        plan, settings = self.plan, self.plan.settings
+        report = {
+            "status": status,
+            "command": list(plan.command),
+            "risam": __version__,
+            "versions": _versions(),
+            "machine": {
+                "platform": platform.platform(),
+                "device": describe_device(settings.device),
+            },
+            "model": {"name": self.loaded.name, "hash": self.loaded.hash},
+            "settings": self.identity,
+            "settings_hash": settings_hash(self.identity),
+            "run_settings": {"batch_size": settings.batch_size, "workers": settings.workers},
+            "shard": {"index": plan.shard.index, "count": plan.shard.count},
+            "inputs": {
+                "arguments": list(plan.inputs.arguments),
+                "expressions": list(plan.inputs.expressions),
+                "image_root": None
+                if plan.inputs.image_root is None
+                else str(plan.inputs.image_root),
+                "limit": plan.limit,
+                "entries": self.entries,
+                "hash": self.inputs_hash.hexdigest() if self.entries is not None else None,
+                "skipped": dict(sorted(plan.inputs.skipped.items())),
+            },
+            "counts": {
+                "records": records,
+                "failures": failed,
+                "this_time": {
+                    "entries": self.done.entries + self.done.again,
+                    "images": self.images,
+                    "records": self.done.records,
+                    "no_target": self.done.no_target,
+                    "failures": self.failed,
+                },
+            },
+            "started": self.began.isoformat(timespec="seconds"),
+            "seconds": self._seconds(),
+            "peak_memory_mb": _peak_memory_mb(),
+        }
+        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+        write_whole(self.folder.path / RUN, text.encode())
+
+    def _seconds(self) -> dict[str, float]:
+        """By part. Loading, finishing and writing run beside the network, so parts overlap."""
+        named = zip(("load_images", "encode", "decode_masks", "finish_masks"), _PARTS, strict=True)
+        own = {name: self.spent[part] for name, part in named}
+        total = time.perf_counter() - self.started
+        before = dict(self.plan.timings)
+        parts = {**before, **own, "write": self.writing, "total": sum(before.values()) + total}
+        return {name: round(seconds, 3) for name, seconds in parts.items()}
+
+
+def _nothing_to_ask(entry: Entry) -> Sample:
+    return Sample(entry.image, Path(), ())
+
+
+def _tell_failure(failure: Failure, number: int, folder: RunFolder) -> None:
+    console = get_console()
+    if number <= _SHOWN:
+        console.warn(failure.message)
+    elif number == _SHOWN + 1:
+        console.warn(f"more items failed; all are in {folder.failures}")
+
+
+@contextmanager
+def _stopping(stop: threading.Event) -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C or SIGTERM into ``stop``; a second one ends at once.
+
+    Gives an event that says whether there was one.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        stop.set()
+        # Not through the console: a handler must not wait for a lock that its own thread holds.
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"stopping after this batch\n")
+
+    before = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _count_lines(path: Path) -> int:
+    try:
+        with open(path, "rb") as file:
+            return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+    except FileNotFoundError:
+        return 0
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "pillow", "opencv-python-headless", "pycocotools"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def _peak_memory_mb() -> float | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)

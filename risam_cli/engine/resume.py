@@ -1,0 +1,258 @@
+"""What of an earlier run still holds, and what is to be done again.
+
+Three looks, each before anything is changed: does the folder hold what its ledger says (checksums
+of records and masks); do the inputs still ask the same; are the images still the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from risam_cli.console import get_console
+from risam_cli.data.images import file_sha256, file_stamp
+from risam_cli.data.inputs import Entry
+from risam_cli.engine.ledger import (
+    LedgerLine,
+    Redone,
+    Span,
+    file_is_whole,
+    header_line,
+    read_header,
+    read_lines,
+    read_redone,
+    read_span,
+)
+from risam_cli.engine.run_folder import RunFolder
+from risam_cli.errors import OutputError
+
+_ANEW = "start anew with --overwrite, or choose another -o"
+
+
+@dataclass(slots=True)
+class Kept:
+    """What an earlier run left.
+
+    Attributes:
+        lines: how many entries of its ledger hold, from the first on; what follows is cut off.
+        broken: among them, the entries whose record or mask is not what was written.
+        redone: lines of entries that were computed again but are not in their places yet.
+        records, failed: how many records and failures the kept entries hold.
+    """
+
+    lines: int = 0
+    broken: set[int] = field(default_factory=set)
+    redone: dict[int, LedgerLine] = field(default_factory=dict)
+    records: int = 0
+    failed: int = 0
+
+
+def prepare(folder: RunFolder, identity: Mapping[str, Any]) -> Kept:
+    """Checks a folder that holds an earlier run, and cuts off what that run did not finish.
+
+    A folder without a run is given an empty ledger.
+
+    Raises:
+        OutputError: the earlier run is another one, by its settings.
+    """
+    before = read_header(folder.ledger)
+    if before is None:
+        return _start(folder, identity)
+    _require_same(before, identity, folder.path)
+    kept = Kept(
+        redone={
+            redone.line.entry: redone.line
+            for redone, _ in read_redone(folder.redo)
+            if all(file_is_whole(folder.path, mark) for mark in redone.line.files)
+        }
+    )
+    ends = _audit(folder, kept)
+    for path, end in zip((folder.ledger, folder.predictions, folder.failures), ends, strict=True):
+        path.touch()
+        if path.stat().st_size > end:
+            os.truncate(path, end)
+    return kept
+
+
+def _start(folder: RunFolder, identity: Mapping[str, Any]) -> Kept:
+    if folder.predictions.exists() and folder.predictions.stat().st_size:
+        raise OutputError(
+            f"{folder.path} holds {folder.predictions.name} but no ledger of how it came to be",
+            "choose another -o",
+        )
+    for path in (folder.predictions, folder.failures):
+        path.write_bytes(b"")
+    folder.ledger.write_bytes(header_line(identity))
+    return Kept()
+
+
+def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], place: Path) -> None:
+    changed = [
+        f"{key} was {_shown(before.get(key))}, is {_shown(now.get(key))}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise OutputError(f"{place} holds a run with other settings: {'; '.join(changed)}", _ANEW)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 24 else f"{text[:20]}…{text[-1]}"
+
+
+def _audit(folder: RunFolder, kept: Kept) -> tuple[int, int, int]:
+    """Fills ``kept`` from the ledger; gives where ledger, predictions and failures end."""
+    with open(folder.ledger, "rb") as file:
+        good_ends = (len(file.readline()), 0, 0)
+    tail_broken: list[int] = []
+    tail_lines = 0
+    with _open_or_empty(folder.predictions) as predictions, _open_or_empty(folder.failures) as bad:
+        for line, end in read_lines(folder.ledger):
+            records, failures = (
+                read_span(predictions, line.predictions),
+                read_span(bad, line.failures),
+            )
+            whole = (
+                records is not None
+                and failures is not None
+                and all(file_is_whole(folder.path, mark) for mark in line.files)
+            )
+            tail_lines += 1
+            if not whole and line.entry not in kept.redone:
+                tail_broken.append(line.entry)
+                continue
+            # Something good comes after what is broken, so that stays and is done again.
+            kept.broken.update(tail_broken)
+            kept.lines += tail_lines
+            tail_broken, tail_lines = [], 0
+            good_ends = (end, line.predictions.end, line.failures.end)
+            kept.records += (records or b"").count(b"\n")
+            kept.failed += (failures or b"").count(b"\n")
+    return good_ends
+
+
+def _open_or_empty(path: Path) -> Any:
+    return open(path if path.exists() else os.devnull, "rb")
+
+
+def kept_lines(folder: RunFolder, kept: Kept) -> Iterator[LedgerLine]:
+    """The lines of the ledger that hold, newest version of each."""
+    for number, (line, _) in enumerate(read_lines(folder.ledger)):
+        if number >= kept.lines:
+            return
+        yield kept.redone.get(line.entry, line)
+
+
+def check_inputs(folder: RunFolder, kept: Kept, entries: Iterator[Entry]) -> None:
+    """Compares the inputs with what was asked before, by name and text; images are not read.
+
+    Raises:
+        OutputError: an input changed.
+    """
+    for line in kept_lines(folder, kept):
+        _require_same_entry(line, next(entries, None), folder.path)
+
+
+def still_to_do(
+    folder: RunFolder, kept: Kept, entries: Iterator[Entry], retry_failed: bool
+) -> Iterator[tuple[Entry, bool]]:
+    """The entries to compute, each with whether it takes the place of an earlier result.
+
+    First those among the kept ones that are broken, whose image changed since, whose manifest line
+    was wrong and was mended, or (with ``retry_failed``) that failed; then all never done.
+
+    Raises:
+        OutputError: an input changed.
+    """
+    for line in kept_lines(folder, kept):
+        entry = next(entries, None)
+        _require_same_entry(line, entry, folder.path)
+        assert entry is not None
+        if entry.key != line.key or (retry_failed and line.failures.length):
+            yield entry, True
+        elif line.entry in kept.broken:
+            get_console().warn(f"{entry.image}: its record or mask is damaged; done again")
+            yield entry, True
+        elif _image_changed(line, entry):
+            get_console().info(f"{entry.image}: the image changed since; done again")
+            yield entry, True
+    for entry in entries:
+        yield entry, False
+
+
+def splice_redone(folder: RunFolder, kept: Kept) -> None:
+    """Puts the entries that were done again into their places in the three files."""
+    new = {one.line.entry: start for one, start in read_redone(folder.redo)}
+    gone: set[str] = set()
+    still: set[str] = set()
+    kept.records = kept.failed = 0
+    names = (folder.predictions.name, folder.failures.name, folder.ledger.name)
+    with ExitStack() as stack:
+        outs = [stack.enter_context(open(folder.spliced(name), "wb")) for name in names]
+        olds = [stack.enter_context(open(folder.path / name, "rb")) for name in names[:2]]
+        journal = stack.enter_context(open(folder.redo, "rb"))
+        outs[2].write(stack.enter_context(open(folder.ledger, "rb")).readline())
+        for line, _ in read_lines(folder.ledger):
+            if line.entry not in new:
+                spans = (line.predictions, line.failures)
+                texts = [read_span(old, span) for old, span in zip(olds, spans, strict=True)]
+            else:
+                journal.seek(new[line.entry])
+                redone = Redone.from_json(journal.readline())
+                texts = [redone.predictions, redone.failures]
+                gone.update(mark.path for mark in line.files)
+                still.update(mark.path for mark in redone.line.files)
+                line = redone.line
+            moved = _write_spans(outs, texts, folder.path)
+            outs[2].write(
+                (replace(line, predictions=moved[0], failures=moved[1])).to_json().encode() + b"\n"
+            )
+            kept.records += (texts[0] or b"").count(b"\n")
+            kept.failed += (texts[1] or b"").count(b"\n")
+    folder.splice()
+    for path in gone - still:
+        (folder.path / path).unlink(missing_ok=True)
+
+
+def _write_spans(
+    outs: Sequence[BinaryIO], texts: Sequence[bytes | None], folder: Path
+) -> list[Span]:
+    spans = []
+    for out, text in zip(outs, texts, strict=False):
+        if text is None:
+            raise OutputError(f"{folder} was changed by someone else during the run", _ANEW)
+        spans.append(Span(out.tell(), len(text), zlib.crc32(text)))
+        out.write(text)
+    return spans
+
+
+def _require_same_entry(line: LedgerLine, entry: Entry | None, place: Path) -> None:
+    if entry is None:
+        raise OutputError(
+            f"the inputs changed: {place} holds results of entry {line.entry + 1}, which is no "
+            "longer there",
+            _ANEW,
+        )
+    if entry.index != line.entry or (entry.key != line.key and not line.failures.length):
+        raise OutputError(
+            f"the inputs changed: entry {line.entry + 1} is now {entry.where or entry.image!r}, "
+            f"and {place} holds results of another",
+            _ANEW,
+        )
+
+
+def _image_changed(line: LedgerLine, entry: Entry) -> bool:
+    if entry.sample is None:
+        return False
+    stamp = file_stamp(entry.sample.path)
+    if stamp == line.stamp or (stamp is None and line.image is not None):
+        return False  # a file that is gone cannot be looked at again; what it gave is kept
+    # Touched, copied or moved: only the content counts. A file that failed before has no hash.
+    return line.image is None or file_sha256(entry.sample.path) != line.image

@@ -1,0 +1,376 @@
+"""Writes the output folder behind the network: nothing counts as done before it is on the disk.
+
+Masks are made in the finishers' threads and staged under names of no meaning. A thread of its own
+then commits what is ready, many samples at a time: records and failures are appended, the ledger
+says what belongs to them, the staged masks move to their places, all is synced; only then are the
+records streamed and counted. A kill in between leaves what checksums tell apart from done.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import shutil
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from risam_cli import masks
+from risam_cli.data.images import open_rgb
+from risam_cli.data.inputs import Entry
+from risam_cli.engine.finish import ImageResult
+from risam_cli.engine.ledger import FileMark, LedgerLine, Redone, Span
+from risam_cli.engine.resume import Kept, splice_redone
+from risam_cli.engine.run_folder import RunFolder
+from risam_cli.errors import OutputError
+from risam_cli.outputs.naming import mask_name, overlay_name
+from risam_cli.outputs.overlay import draw_overlay
+from risam_cli.outputs.png import encode_mask, encode_rgb
+from risam_cli.outputs.records import failure_to_json, to_json
+from risam_cli.types import Expression, Failure, Prediction, Sample
+
+_QUEUED = 512  # results that may wait for the disk
+_AT_ONCE = 256  # results committed together
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """What is written beside the records.
+
+    Attributes:
+        png: the masks.
+        overlay: the image with all its masks drawn into it.
+        max_pixels: as for reading the image.
+    """
+
+    png: bool
+    overlay: bool
+    max_pixels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What a commit brought.
+
+    Attributes:
+        entries: new ones; again: those that take the place of an earlier result.
+    """
+
+    entries: int = 0
+    again: int = 0
+    records: int = 0
+    no_target: int = 0
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    path: Path
+    mark: FileMark
+
+
+@dataclass(slots=True)
+class _Done:
+    """One entry, as it will be written."""
+
+    entry: Entry
+    again: bool
+    result: ImageResult
+    failures: tuple[Failure, ...]
+    predictions_text: bytes
+    failures_text: bytes
+    staged: list[_Staged]
+
+
+class Stager:
+    """Makes mask and overlay files in the staging folder; see MaskSink."""
+
+    def __init__(self, folder: RunFolder, saving: Saving) -> None:
+        self._folder = folder
+        self._saving = saving
+        self._numbers = itertools.count()
+        self._staged: dict[str, _Staged] = {}
+
+    def save(self, sample: Sample, expression: Expression, mask: NDArray[np.bool_]) -> str | None:
+        """Stages one mask; gives the name that it will have."""
+        if not self._saving.png:
+            return None
+        name = mask_name(sample.image, expression.attributes["number"], expression.text)
+        self._stage(name, encode_mask(mask))
+        return name
+
+    def finish(self, sample: Sample, predictions: Sequence[Prediction]) -> None:
+        """Stages the overlay of a sample."""
+        if not self._saving.overlay or not predictions:
+            return
+        rgb = open_rgb(sample.path, self._saving.max_pixels)
+        drawn = draw_overlay(
+            rgb,
+            [masks.decode(one.segmentation) for one in predictions],
+            [one.expression for one in predictions],
+        )
+        self._stage(_overlay_of(sample), encode_rgb(drawn))
+
+    def take(self, sample: Sample, predictions: Sequence[Prediction]) -> list[_Staged]:
+        """The staged files of a sample's records."""
+        names = [one.mask for one in predictions if one.mask is not None]
+        if self._saving.overlay and predictions:
+            names.append(_overlay_of(sample))
+        return [self._staged.pop(name) for name in names]
+
+    def _stage(self, name: str, data: bytes) -> None:
+        path = self._folder.staging / str(next(self._numbers))
+        with open(path, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self._staged[name] = _Staged(path, FileMark(name, len(data), zlib.crc32(data)))
+
+
+def _overlay_of(sample: Sample) -> str:
+    return overlay_name(sample.image, sample.expressions[0].attributes["number"])
+
+
+class RunWriter:
+    """Commits results in the order given; a context manager that ends with all of them written.
+
+    Args:
+        folder: locked and prepared.
+        kept: what an earlier run left in it.
+        stager: where the masks are.
+        on_commit: told of every commit, in the writer's thread.
+        stream: gets the records of the whole run, once they are on the disk.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        kept: Kept,
+        stager: Stager,
+        on_commit: Callable[[Tally], None],
+        stream: BinaryIO | None = None,
+    ) -> None:
+        self._folder = folder
+        self._kept = kept
+        self._stager = stager
+        self._on_commit = on_commit
+        self._stream = stream
+        self._queue: queue.Queue[tuple[Entry, bool, ImageResult]] = queue.Queue(_QUEUED)
+        self._error: BaseException | None = None
+        self._broken = threading.Event()
+        self._ending = threading.Event()
+        self._complete = False
+        self._redo = open(folder.redo, "ab")  # noqa: SIM115 - closed by the thread
+        self._files: tuple[BinaryIO, ...] = ()  # predictions, failures, ledger
+        self._made: set[str] = set()
+        self.seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name="risam-writer", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ending.set()
+        self._thread.join()
+        if self._error is not None and error is None:
+            raise self._error
+
+    def complete(self) -> None:
+        """Says that everything that was to do has been submitted."""
+        self._complete = True
+
+    def submit(self, entry: Entry, again: bool, result: ImageResult) -> None:
+        """Queues one entry; waits where the disk is behind.
+
+        Args:
+            again: it takes the place of an earlier result; all such come before all others.
+
+        Raises:
+            OutputError: what was given before could not be written.
+        """
+        while True:
+            if self._broken.is_set():
+                assert self._error is not None
+                raise self._error
+            try:
+                self._queue.put((entry, again, result), timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    # --- in the thread ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while items := self._next():
+                started = time.perf_counter()
+                self._write([self._done(*item) for item in items])
+                self.seconds += time.perf_counter() - started
+            if self._complete:
+                self._open_files()
+        except BaseException as error:
+            self._error = _as_output_error(error, self._folder.path)
+            self._broken.set()
+        finally:
+            for file in (self._redo, *self._files):
+                with suppress(OSError):  # a full disk was told of already
+                    file.close()
+
+    def _next(self) -> list[tuple[Entry, bool, ImageResult]]:
+        """All that is queued, as soon as there is anything; nothing at the end."""
+        items: list[tuple[Entry, bool, ImageResult]] = []
+        while not items and not (self._ending.is_set() and self._queue.empty()):
+            with suppress(queue.Empty):
+                items.append(self._queue.get(timeout=0.05))
+        while items and len(items) < _AT_ONCE and not self._queue.empty():
+            items.append(self._queue.get())
+        return items
+
+    def _done(self, entry: Entry, again: bool, result: ImageResult) -> _Done:
+        failures = [*entry.failures, *(_placed(one, entry.where) for one in result.failures)]
+        return _Done(
+            entry,
+            again,
+            result,
+            tuple(failures),
+            _lines(to_json(one) for one in result.predictions),
+            _lines(failure_to_json(one) for one in failures),
+            self._stager.take(result.sample, result.predictions),
+        )
+
+    def _write(self, done: list[_Done]) -> None:
+        again = [one for one in done if one.again]
+        fresh = [one for one in done if not one.again]
+        if again:
+            self._write_again(again)
+        if fresh:
+            self._append(fresh)
+        if done:
+            self._on_commit(
+                Tally(
+                    len(fresh),
+                    len(again),
+                    sum(len(one.result.predictions) for one in done),
+                    sum(p.no_target for one in done for p in one.result.predictions),
+                    tuple(failure for one in done for failure in one.failures),
+                )
+            )
+
+    def _append(self, done: list[_Done]) -> None:
+        """Records, failures, then the ledger, then the masks; then all of it is synced."""
+        predictions, failures, ledger = files = self._open_files()
+        lines = []
+        for one in done:
+            spans = [
+                Span(file.tell(), len(text), zlib.crc32(text))
+                for file, text in (
+                    (predictions, one.predictions_text),
+                    (failures, one.failures_text),
+                )
+            ]
+            predictions.write(one.predictions_text)
+            failures.write(one.failures_text)
+            lines.append(_ledger_line(one, *spans).to_json())
+        predictions.flush()
+        failures.flush()
+        ledger.write(_lines(lines))
+        ledger.flush()
+        self._publish(done)
+        for file in files:
+            os.fsync(file.fileno())
+        if self._stream is not None:
+            for one in done:
+                self._stream.write(one.predictions_text)
+            self._stream.flush()
+
+    def _write_again(self, done: list[_Done]) -> None:
+        """To the journal: the three files take it over once all that is done again is there."""
+        for one in done:
+            spans = [
+                Span(0, len(text), zlib.crc32(text))
+                for text in (one.predictions_text, one.failures_text)
+            ]
+            line = _ledger_line(one, *spans)
+            self._redo.write(Redone(line, one.predictions_text, one.failures_text).to_json())
+        self._redo.flush()
+        self._publish(done)
+        os.fsync(self._redo.fileno())
+
+    def _publish(self, done: list[_Done]) -> None:
+        for one in done:
+            for staged in one.staged:
+                place = self._folder.path / staged.mark.path
+                parent = str(place.parent)
+                if parent not in self._made:
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    self._made.add(parent)
+                    if len(self._made) > 4096:
+                        self._made.clear()
+                os.replace(staged.path, place)
+
+    def _open_files(self) -> tuple[BinaryIO, ...]:
+        """The three files, open at their ends, once what was done again is in its place."""
+        if not self._files:
+            folder = self._folder
+            if self._redo.tell():
+                splice_redone(folder, self._kept)
+            names = (folder.predictions, folder.failures, folder.ledger)
+            self._files = tuple(open(path, "ab") for path in names)  # noqa: SIM115 - see _run
+            if self._stream is not None:
+                with open(folder.predictions, "rb") as before:
+                    shutil.copyfileobj(before, self._stream)
+                self._stream.flush()
+        return self._files
+
+
+def _ledger_line(done: _Done, predictions: Span, failures: Span) -> LedgerLine:
+    entry = done.entry
+    return LedgerLine(
+        entry.index,
+        entry.key,
+        len(done.result.predictions) + len(done.failures),
+        done.result.sha256,
+        done.result.stamp,
+        predictions,
+        failures,
+        tuple(staged.mark for staged in done.staged),
+    )
+
+
+def _placed(failure: Failure, where: str) -> Failure:
+    """The failure with its manifest line in front of the message."""
+    return replace(failure, message=f"{where}: {failure.message}") if where else failure
+
+
+def _lines(texts: Iterable[str]) -> bytes:
+    return "".join(f"{text}\n" for text in texts).encode()
+
+
+def _as_output_error(error: BaseException, folder: Path) -> BaseException:
+    """A message with a way out for what the system says about disks and pipes."""
+    if isinstance(error, BrokenPipeError):
+        return OutputError(
+            "the reader of stdout is gone; what was done is kept", "go on with --resume"
+        )
+    if isinstance(error, OSError):
+        return OutputError(
+            f"{error.filename or folder}: {error.strerror or error}; what was done is kept",
+            "mend it, then go on with --resume",
+        )
+    return error

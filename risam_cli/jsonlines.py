@@ -1,0 +1,77 @@
+"""Lines of text from strangers: read with a bound on their length, parsed with one clear error."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from risam_cli.errors import DataError
+
+_CHUNK = 1 << 16
+
+
+def read_lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
+    """Lines with their numbers from 1, without their ends; None for one longer than ``limit``.
+
+    Of a longer line no more than the limit is ever held. Lines end at a newline only, and a line
+    is given as soon as it is there, so that a pipe can be answered line by line.
+    """
+    number = 1
+    held = bytearray()
+    too_long = False
+    for chunk in _chunks(stream):
+        start = 0
+        while (end := chunk.find(b"\n", start)) >= 0:
+            held += chunk[start:end]
+            yield number, None if too_long or len(held) > limit else bytes(held.rstrip(b"\r"))
+            held.clear()
+            too_long = False
+            number += 1
+            start = end + 1
+        held += chunk[start:]
+        if len(held) > limit:
+            too_long = True
+            held.clear()
+    if held or too_long:
+        yield number, None if too_long else bytes(held.rstrip(b"\r"))
+
+
+def _chunks(stream: BinaryIO) -> Iterator[bytes]:
+    try:
+        descriptor = stream.fileno()
+    except (OSError, AttributeError, ValueError):
+        descriptor = -1
+    while True:
+        # Past Python's buffer: a thread that waits inside of it would hold its lock at exit.
+        chunk = os.read(descriptor, _CHUNK) if descriptor >= 0 else stream.read(_CHUNK)
+        if not chunk:
+            return
+        yield chunk
+
+
+def parse_json(line: bytes, where: str) -> Any:
+    """The value that one line of JSON holds.
+
+    Raises:
+        DataError: it is not UTF-8, not JSON, or nested too deep; the message begins with ``where``.
+    """
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: not UTF-8", "save it as UTF-8") from None
+    except RecursionError:
+        raise DataError(f"{where}: nested too deep to be read") from None
+    except ValueError as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{where}: not JSON ({reason}): {brief(line)}") from None
+
+
+def brief(value: object) -> str:
+    """A value for a message, on one line and not long."""
+    if isinstance(value, bytes):
+        text = value[:80].decode("utf-8", "backslashreplace").strip()
+        return f"{text}..." if len(value) > 80 else text
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

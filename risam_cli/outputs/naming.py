@@ -1,0 +1,85 @@
+"""Where a mask is written: names that people can read, that stay inside, and never collide.
+
+``masks/`` + the image's path as given + ``/`` + the expression's number there and its words::
+
+    street/car.jpg, first expression "the red car"  ->  masks/street/car.jpg/0-the-red-car.png
+
+A path that cannot be taken as it is (``..``, absolute, capitals that a file system may not tell
+apart, characters that some systems refuse, too long) is brought into shape, and the file's name
+then ends in ten digits of the exact path's hash. So two images share a name only if they share a
+path, on any file system, and a name depends on nothing but its own image and expression.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+
+MASKS = "masks"
+OVERLAYS = "overlays"
+
+_SLUG = 40  # characters of an expression in a name
+_PART = 80  # bytes of one folder's name
+_WHOLE = 200  # bytes of the image's path, within what every system takes
+_RESERVED = frozenset(
+    ["con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))]
+)
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\ud800-\udfff]')
+_OWN = re.compile(r"\d+(-[a-z0-9-]*)?(\.[0-9a-f]{10})?\.png")
+_NOT_WORD = re.compile(r"[^a-z0-9]+")
+
+
+def mask_name(image: str, number: int, expression: str) -> str:
+    """Path of a mask relative to the output folder, with forward slashes.
+
+    Args:
+        image: the image's path as it stands in the records.
+        number: which of this image's expressions it is, from 0; unique for the image.
+        expression: its text.
+    """
+    folder, mark = _folder(image)
+    words = slug(expression)
+    return f"{MASKS}/{folder}/{number}{'-' if words else ''}{words}{mark}.png"
+
+
+def overlay_name(image: str, number: int) -> str:
+    """Path of an overlay relative to the output folder; one for all expressions of a sample.
+
+    Args:
+        number: that of the sample's first expression, as in :func:`mask_name`.
+    """
+    folder, mark = _folder(image)
+    return f"{OVERLAYS}/{folder}/{number}{mark}.png"
+
+
+def slug(expression: str) -> str:
+    """The words of an expression in lower-case ASCII, joined by hyphens, cut at a word."""
+    plain = unicodedata.normalize("NFKD", expression[: 4 * _SLUG]).encode("ascii", "ignore")
+    words = _NOT_WORD.sub("-", plain.decode().lower()).strip("-")
+    if len(words) > _SLUG:
+        words = words[: _SLUG + 1].rpartition("-")[0] or words[:_SLUG]
+    return words
+
+
+def _folder(image: str) -> tuple[str, str]:
+    """A relative folder for an image, and the mark that its files carry where it was changed."""
+    parts = [_part(part) for part in image.split("/") if part not in {"", "."}]
+    folder = "/".join(parts) or "_"
+    if len(folder.encode()) > _WHOLE:
+        folder = f"_/{parts[-1]}"
+    if folder == image and folder.isascii() and folder == folder.lower():
+        return folder, ""
+    return folder, "." + hashlib.sha256(image.encode("utf-8", "surrogatepass")).hexdigest()[:10]
+
+
+def _part(part: str) -> str:
+    """One part of a path as every file system takes it. Different parts may become the same."""
+    if part == "..":
+        return "_up"
+    safe = _UNSAFE.sub("_", unicodedata.normalize("NFC", part))
+    safe = safe.encode()[:_PART].decode(errors="ignore").rstrip(". ") or "_"
+    # Neither a device of Windows nor what a mask beside it could be called.
+    if safe.partition(".")[0].lower() in _RESERVED or _OWN.fullmatch(safe.lower()):
+        return f"_{safe}"
+    return safe
