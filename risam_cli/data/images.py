@@ -13,6 +13,7 @@ Only formats whose decoders are safe on files from strangers are opened (no EPS,
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import importlib
@@ -276,9 +277,12 @@ def _what_else(head: bytes) -> str:
         return "HEIC is not supported; convert it to JPEG or PNG"
     if head[:3] == b"\xff\xd8\xff" or head[:8] == b"\x89PNG\r\n\x1a\n":
         return "the file is cut short or damaged within its header; copy or download it again"
-    text = head.removeprefix(b"\xef\xbb\xbf")
-    printable = all(byte >= 32 or byte in b"\t\r\n\f" for byte in text)
-    if printable:
+    try:
+        # Not to the end: the last character may be cut.
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
+    except UnicodeDecodeError:
+        text = "\0"
+    if all(char >= " " or char in "\t\r\n\f" for char in text):
         return "the file holds text, not an image"
     return "not an image of a known kind (JPEG, PNG, WebP, TIFF, BMP, GIF, PNM, JPEG 2000, AVIF)"
 
