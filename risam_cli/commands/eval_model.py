@@ -20,6 +20,7 @@ from risam_cli.engine.device import (
 )
 from risam_cli.engine.eval_run import EvalRun, FailureLog, drop_missing_images, run_evaluation
 from risam_cli.engine.predict import ImageResult, PredictSettings, predict_samples
+from risam_cli.engine.protocol_predict import predict_by_protocol
 from risam_cli.errors import DataError, OutputError
 from risam_cli.metrics.curves import fit_no_target
 from risam_cli.metrics.protocols import Protocol
@@ -52,7 +53,9 @@ def answer_and_score(
     console.info(f"{loaded.name} on {describe_device(device)}, {precision_name(precision)}")
 
     def run(samples: Iterable[Sample]) -> Iterator[ImageResult]:
-        return predict_samples(samples, loaded, settings)
+        if protocol.resolution == "image":
+            return predict_samples(samples, loaded, settings)
+        return predict_by_protocol(samples, loaded, settings, protocol)
 
     seconds = StageSeconds()
     side = protocol.canvas

@@ -19,6 +19,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from risam_cli import masks
 from risam_cli.data.readers.predictions import Answer, PredictionIndex
@@ -265,10 +266,10 @@ def pick_cases(cases: Sequence[Case], number: int) -> list[Case]:
 
 
 def resize_nearest(rle: Rle, side: int) -> Rle:
-    """The mask stretched to ``side`` x ``side`` by nearest neighbour, as Pillow samples it."""
-    mask = masks.decode(rle)
-    rows, columns = ((np.arange(side) + 0.5) * n / side for n in mask.shape)
-    return masks.encode(mask[rows.astype(np.int64)[:, None], columns.astype(np.int64)])
+    """The mask stretched to ``side`` x ``side`` by Pillow's nearest neighbour, as LAVT does it."""
+    picture = Image.fromarray(masks.decode(rle).view(np.uint8))
+    stretched = picture.resize((side, side), Image.Resampling.NEAREST)
+    return masks.encode(np.asarray(stretched).astype(np.bool_))
 
 
 def warp_through_letterbox(

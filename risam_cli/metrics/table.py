@@ -97,9 +97,12 @@ class Tally:
 
     def add(self, score: ExpressionScore, levels: dict[str, int] | None = None) -> None:
         """Take one score in, with its level in each slice (absent: in none)."""
-        for columns in (self._counts, self._flags, self._reals):
-            for name, column in columns.items():
-                column.append(getattr(score, name))
+        for name, counts in self._counts.items():
+            counts.append(int(getattr(score, name)))
+        for name, flags in self._flags.items():
+            flags.append(bool(getattr(score, name)))
+        for name, reals in self._reals.items():
+            reals.append(float(getattr(score, name)))
         number = self._image_numbers.setdefault(score.image, len(self._image_numbers))
         self._cluster.append(number)
         for name, column in self._slices.items():

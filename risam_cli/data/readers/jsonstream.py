@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from risam_cli.errors import DataError
 
 CHUNK = 1 << 20
+_EDGE = 64  # characters: longer than any literal or escape that a chunk's end can cut
 _SPACE = " \t\r\n"
 
 
@@ -134,7 +135,9 @@ class _Cursor:
             try:
                 value, end = self.decoder.raw_decode(self.buffer, self.at)
             except json.JSONDecodeError as error:
-                if self._extend():
+                # Only what stands at the edge of the buffer may be mended by reading on.
+                at_edge = error.pos > len(self.buffer) - _EDGE or "Unterminated" in error.msg
+                if at_edge and self._extend():
                     continue
                 cut = error.pos >= len(self.buffer) or "Unterminated" in error.msg
                 reason = "the file ends in the middle" if cut else error.msg.lower()
@@ -146,15 +149,14 @@ class _Cursor:
 
     def _extend(self) -> bool:
         """Read on; the buffer at least doubles, so a huge record is not parsed over and over."""
-        if self.ended:
+        chunk = "" if self.ended else self.stream.read(max(CHUNK, len(self.buffer) - self.at))
+        if not chunk:
+            self.ended = True
             return False
         self.dropped += self.at
-        self.buffer = self.buffer[self.at :]
+        self.buffer = self.buffer[self.at :] + chunk
         self.at = 0
-        chunk = self.stream.read(max(CHUNK, len(self.buffer)))
-        self.ended = not chunk
-        self.buffer += chunk
-        return not self.ended
+        return True
 
     def _broken(self, reason: str, position: int | None = None) -> DataError:
         place = self.dropped + (self.at if position is None else position)

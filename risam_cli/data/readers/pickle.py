@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,22 +64,42 @@ def load_plain_pickle(path: Path) -> Any:
 def _scan(data: bytes, path: Path) -> None:
     """Refuse any stream with an instruction that does more than build plain values."""
     try:
-        for opcode, argument, position in pickletools.genops(data):
-            if opcode.name not in _PLAIN:
+        for name, argument, position in _instructions(data):
+            if name not in _PLAIN:
                 asked = f" {argument!r}" if isinstance(argument, str) else ""
                 raise DataError(
                     f"{path} is refused: at byte {position} its pickle asks to "
-                    f"{_meaning(opcode.name)}{asked[:80]}",
+                    f"{_meaning(name)}{asked[:80]}",
                     "a refs file holds lists, dicts, strings and numbers only; " + _FIX,
                 )
             # The C unpickler sizes its memo by the largest index, so a wild one is a memory bomb.
-            if opcode.name in _STORES and int(argument or 0) > len(data):
+            if name in _STORES and int(argument or 0) > len(data):
                 raise DataError(f"{path} is refused: memo index {argument} at {position}", _FIX)
     except DataError:
         raise
     except Exception as error:
         # pickletools raises whatever the bad bytes led to: ValueError, struct.error, IndexError …
         raise DataError(f"{path} is no whole pickle: {_line(error)}", _FIX) from error
+
+
+def _instructions(data: bytes) -> Iterator[tuple[str, Any, int]]:
+    """Name, argument and place of every instruction up to the end of the pickle.
+
+    As ``pickletools.genops``, but for strings of Python 2 that are not ASCII, on which that stops.
+    """
+    stream = io.BytesIO(data)
+    while True:
+        position = stream.tell()
+        opcode = pickletools.code2op[stream.read(1).decode("latin-1")]
+        argument = None
+        if opcode.name == "STRING":
+            if not stream.readline().endswith(b"\n"):
+                raise ValueError(f"the string at byte {position} does not end")
+        elif opcode.arg is not None:
+            argument = opcode.arg.reader(stream)
+        yield opcode.name, argument, position
+        if opcode.name == "STOP":
+            return
 
 
 def _meaning(name: str) -> str:
