@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -239,6 +240,30 @@ def test_no_object_vanishes_into_the_background() -> None:
         for number in range(1, len(item.objects) + 1):
             middle = np.median(item.image[item.instances == number].astype(float), axis=0)
             assert np.abs(middle - ground).max() > 18
+
+
+def test_objects_of_one_color_can_be_told_apart_where_they_overlap() -> None:
+    borders = []
+    for family, split in itertools.product(FAMILIES, SPLITS):
+        for item in items(family, split):
+            for one, other in itertools.combinations(range(len(item.objects)), 2):
+                if item.objects[one].color == item.objects[other].color:
+                    borders += border_contrast(item, one + 1, other + 1)
+    assert len(borders) > 20
+    assert min(borders) > 8
+    assert np.median(borders) > 25
+
+
+def border_contrast(item: SceneItem, below: int, above: int) -> list[float]:
+    """How far the upper object's rim differs from the lower one's inside, if the two meet."""
+    lower = (item.instances == below).astype(np.uint8)
+    near = cv2.dilate(lower, np.ones((3, 3), np.uint8)).view(bool)
+    rim = near & (item.instances == above)
+    if rim.sum() < 30:
+        return []
+    image = item.image.astype(float)
+    change = np.median(image[rim], axis=0) - np.median(image[lower.view(bool)], axis=0)
+    return [float(np.abs(change).max())]
 
 
 # Held-out pairs

@@ -192,9 +192,10 @@ def _ref(spoken: Sequence[tuple[int, str]], image: int, file_name: str, split: s
 
 
 def _centre_polygons(mask: NDArray[np.bool_]) -> list[list[list[int]]]:
-    contours, _ = cv2.findContours(
-        mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
-    )
-    rings = [contour.reshape(-1, 2).tolist() for contour in contours]
+    pixels = mask.astype(np.uint8)
+    contours, _ = cv2.findContours(pixels, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    rings: list[list[list[int]]] = [
+        np.asarray(c, np.int32).reshape(-1, 2).tolist() for c in contours
+    ]
     # A reader leaves out polygons of fewer than two points; a single pixel is said twice.
     return [ring if len(ring) > 1 else ring * 2 for ring in rings]

@@ -53,7 +53,7 @@ def paint(dice: Dice, layout: Layout) -> NDArray[np.uint8]:
     colors = [draw_color(dice, item.color) for item in layout.objects]
     image = _background(dice, size, colors)
     outlined = dice.unit() < 0.3
-    for color, patch, item in zip(colors, layout.patches, layout.objects, strict=True):
+    for number, (color, patch) in enumerate(zip(colors, layout.patches, strict=True)):
         fill = np.array(color, np.float32)
         alpha = patch.coverage.astype(np.float32) * np.float32(1 / 255)
         region = image[patch.window]
@@ -61,8 +61,10 @@ def paint(dice: Dice, layout: Layout) -> NDArray[np.uint8]:
             shade = _ramp(dice, alpha.shape, 0.07)[:, :, None] * fill
         else:
             shade = np.broadcast_to(fill, region.shape)
-        if outlined and dice.unit() < 0.7:
-            shade = _outline(patch.coverage, shade, fill, max(1, round(item.radius / 14)))
+        rimmed = outlined and dice.unit() < 0.7
+        if rimmed or _hides_its_own_color(layout, number):
+            width = max(1, round(layout.objects[number].radius / 14))
+            shade = _outline(patch.coverage, shade, fill, width)
         region += alpha[:, :, None] * (shade - region)
     image *= _light(dice, size)[:, :, None]
     if dice.unit() < 0.25:
@@ -71,6 +73,18 @@ def paint(dice: Dice, layout: Layout) -> NDArray[np.uint8]:
     if dice.unit() < 0.8:
         image += _noise(dice, size, dice.between(0.5, 10.0))
     return np.asarray(cv2.convertScaleAbs(np.maximum(image, 0)), np.uint8)
+
+
+def _hides_its_own_color(layout: Layout, number: int) -> bool:
+    """Whether an object reaches over a lower one of its colour: without a rim nobody could tell
+    where one ends.
+    """
+    upper = layout.objects[number]
+    return any(
+        upper.color == lower.color
+        and math.hypot(upper.x - lower.x, upper.y - lower.y) < 1.05 * (upper.radius + lower.radius)
+        for lower in layout.objects[:number]
+    )
 
 
 @lru_cache(maxsize=8)
