@@ -133,21 +133,24 @@ class Console:
             self._write(sanitize(text, keep_newlines=True).rstrip("\n"))
 
     @contextmanager
-    def progress(self, description: str, total: int | None, unit: str) -> Iterator[Progress]:
+    def progress(
+        self, description: str, total: int | None, unit: str, done: int = 0
+    ) -> Iterator[Progress]:
         """Show how far a loop is.
 
         Args:
             description: what is done, as in ``"predict"``.
             total: items to come, or None where that is unknown.
             unit: the items' plural, as in ``"images"``.
+            done: items that an earlier run did; they count as done, not towards the rate.
         """
         if self.quiet:
             yield _Silent()
         elif self.is_terminal and self._bar is None:
-            with self._drawn(description, total, unit) as bar:
+            with self._drawn(description, total, unit, done) as bar:
                 yield bar
         else:
-            plain = _Plain(self, sanitize(description), total, unit, self._clock)
+            plain = _Plain(self, sanitize(description), total, unit, self._clock, done)
             try:
                 yield plain
             except BaseException:
@@ -156,7 +159,9 @@ class Console:
             plain.finish(done=True)
 
     @contextmanager
-    def _drawn(self, description: str, total: int | None, unit: str) -> Iterator[Progress]:
+    def _drawn(
+        self, description: str, total: int | None, unit: str, done: int
+    ) -> Iterator[Progress]:
         from rich import progress as rich_progress
         from rich.console import Console as RichConsole
 
@@ -169,7 +174,7 @@ class Console:
         with rich_progress.Progress(*columns, console=bar, expand=True) as live:
             self._bar = bar
             try:
-                yield _Bar(live, sanitize(description), total, unit, self._clock)
+                yield _Bar(live, sanitize(description), total, unit, self._clock, done)
             finally:
                 self._bar = None
 
@@ -206,13 +211,13 @@ class _Silent:
 class _Count:
     """The numbers behind a progress display."""
 
-    def __init__(self, total: int | None, unit: str, clock: Callable[[], float]) -> None:
+    def __init__(self, total: int | None, unit: str, clock: Callable[[], float], done: int) -> None:
         self.total, self.unit, self.clock = total, unit, clock
-        self.done = 0
+        self.done = self.begun_with = done
         self.fields: dict[str, object] = {}
         self.lock = threading.RLock()
         self.started = clock()
-        self._recent: deque[tuple[float, int]] = deque([(self.started, 0)])
+        self._recent: deque[tuple[float, int]] = deque([(self.started, done)])
 
     def add(self, n: int, fields: dict[str, Any]) -> None:
         now = self.clock()
@@ -224,7 +229,7 @@ class _Count:
 
     def text(self, *, final: bool = False) -> str:
         """Count, rate and time left (over all of the time where ``final``), then the fields."""
-        then, before = (self.started, 0) if final else self._recent[0]
+        then, before = (self.started, self.begun_with) if final else self._recent[0]
         now = self.clock()
         rate = (self.done - before) / (now - then) if now > then else 0.0
         known = "" if self.total is None else f"/{self.total}"
@@ -249,8 +254,9 @@ class _Plain(_Count):
         total: int | None,
         unit: str,
         clock: Callable[[], float],
+        done: int,
     ) -> None:
-        super().__init__(total, unit, clock)
+        super().__init__(total, unit, clock, done)
         self._console, self._description = console, description
         self._last = self.started
 
@@ -282,10 +288,11 @@ class _Bar(_Count):
         total: int | None,
         unit: str,
         clock: Callable[[], float],
+        done: int,
     ) -> None:
-        super().__init__(total, unit, clock)
+        super().__init__(total, unit, clock, done)
         self._live = live
-        self._task = live.add_task(description, total=total, text=self.text())
+        self._task = live.add_task(description, total=total, completed=done, text=self.text())
 
     def advance(self, n: int = 1, **fields: object) -> None:
         with self.lock:

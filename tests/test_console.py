@@ -232,3 +232,13 @@ def test_a_dumb_terminal_gets_lines(terminal: Terminal, monkeypatch: pytest.Monk
         progress.advance(4)
     assert terminal.getvalue().startswith("predict: 4/4 images")
     assert "\x1b" not in terminal.getvalue()
+
+
+def test_what_an_earlier_run_did_counts_as_done_but_not_towards_the_rate():
+    stream, clock = io.StringIO(), Clock()
+    console = Console(stream=stream, clock=clock)
+    with console.progress("train", 100, "steps", done=90) as progress:
+        clock.now += 2.0
+        progress.advance(4)
+    last = stream.getvalue().splitlines()[-1]
+    assert last == "train: 94/100 steps, 2 steps/s, took 2s"

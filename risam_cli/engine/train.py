@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -110,7 +112,7 @@ class TrainingRun:
             self.state = read_state(self.checkpoint, self.hashes)
             self.place = Place(**self.state["place"])
             self.console.info(f"resuming at stage {self.place.stage + 1}, step {self.place.step}")
-            _drop_rows_after(self.folder / "metrics.jsonl", self.place)
+        _drop_rows_after(self.folder / "metrics.jsonl", self.place)
 
     def run(self, stages: Sequence[Callable[[], Stage]]) -> None:
         """Runs all stages that are not yet done; each is built when its turn comes."""
@@ -148,8 +150,9 @@ class TrainingRun:
         batches = self._batches(number, stage)
         begun = time.monotonic() - self.place.seconds
         recent: dict[str, float] = {}
-        with self.console.progress(f"stage {stage.name}", stage.steps, "step") as progress:
-            progress.advance(self.place.step)
+        with self.console.progress(
+            f"stage {stage.name}", stage.steps, "steps", self.place.step
+        ) as progress:
             for batch in batches:
                 step = self.place.step
                 rate = learning_rate(step, stage.steps, stage.warmup)
@@ -211,6 +214,7 @@ class TrainingRun:
                 batch_sampler=plan,
                 collate_fn=stage.collate,
                 num_workers=workers,
+                worker_init_fn=_begin_worker,
                 prefetch_factor=4 if workers else None,
                 pin_memory=self.loop.device.type == "cuda",
             )
@@ -263,6 +267,13 @@ class TrainingRun:
             file.write(json.dumps(row) + "\n")
         for name, value in figures.items():
             self.board.add_scalar(f"{stage.name}/{kind}/{name}", value, self.place.step)
+
+
+def _begin_worker(number: int) -> None:
+    """Leaves signals to the main process, which ends the workers, and cores to the network."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    cv2.setNumThreads(0)
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
