@@ -36,7 +36,7 @@ def commands(
     command: click.Command, name: str, parent: click.Context | None = None
 ) -> Iterator[tuple[str, click.Context]]:
     """Every command below ``command`` with its full name, itself first."""
-    context = click.Context(command, info_name=name, parent=parent)
+    context = click.Context(command, info_name=name, parent=parent, **command.context_settings)
     context.max_content_width = context.terminal_width = WIDTH
     yield context.command_path, context
     if isinstance(command, click.Group):

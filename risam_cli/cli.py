@@ -25,7 +25,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "Train a model from a YAML file."),
     "export-masks": ("export_masks", "Turn predictions into other annotation formats."),
     "merge": ("merge", "Put the output folders of shards together."),
-    "explain": ("explain", "Draw where the model looks for an expression."),
     "models": ("models", "List, inspect and verify model folders."),
     "refshapes": ("refshapes", "Make the procedural data set RefShapes."),
     "doctor": ("doctor", "Show what this machine can do and what is missing."),

@@ -70,6 +70,7 @@ def test_every_command_loads_and_takes_the_common_options(name: str) -> None:
         given = {flag for parameter in child.params for flag in parameter.opts}
         assert {"-q", "--quiet", "-v", "--verbose", "--debug"} <= given, child.name
         assert child.help, child.name
+        assert "\\b" not in child.help, "click wants the character, so the docstring is not raw"
         assert all(p.help for p in child.params if isinstance(p, click.Option)), child.name
 
 

@@ -14,6 +14,9 @@ import pytest
 
 from risam_cli import __version__
 
+FLAG = r"(?<![\w-])--?[a-z][\w-]*"
+QUOTED = r"'[^']*'|\"[^\"]*\""
+
 
 def _generated(repo: Path) -> str:
     spec = importlib.util.spec_from_file_location("generate_cli", repo / "docs/generate_cli.py")
@@ -57,18 +60,22 @@ def test_documents_name_no_option_that_does_not_exist(repo: Path) -> None:
     wrong = []
     for document in _documents(repo):
         fences = re.findall(r"```\w*\n(.*?)```", document.read_text(encoding="utf-8"), re.S)
-        for line in "\n".join(fences).replace("\\\n", " ").splitlines():
-            call = re.match(r"(?:\S*/)?risam ((?:[a-z-]+ )*)(.*)", line)
-            if not call or document.name == "cli.md":
+        calls = [
+            call
+            for line in "\n".join(fences).replace("\\\n", " ").splitlines()
+            for call in re.split(r"&&|\||;", re.sub(r"\s#.*", "", re.sub(QUOTED, "x", line)))
+            if document.name != "cli.md"
+        ]
+        for call in calls:
+            found = re.match(r"\s*(?:\S*/)?risam((?: [a-z][a-z-]*)*)(.*)", call)
+            if not found:
                 continue
-            words = call[1].split()
-            while words and " ".join(words) not in sections:
+            words = found[1].split()
+            while " ".join(words) not in sections:
                 words.pop()
-            known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", sections[" ".join(words)]))
-            used = re.findall(
-                r"(?<=\s)--?[a-z][\w-]*", re.sub(r"'[^']*'|\"[^\"]*\"", "x", f" {call[2]}")
-            )
-            wrong += [f"{document.name}: {line}: {flag}" for flag in used if flag not in known]
+            known = set(re.findall(FLAG, sections[" ".join(words)]))
+            used = set(re.findall(FLAG, found[2]))
+            wrong += [f"{document.name}: {call.strip()}: {flag}" for flag in used - known]
     assert wrong == []
 
 
