@@ -45,6 +45,7 @@ class Cvat:
 
     def add(self, image: LabeledImage) -> None:
         """Append one ``<image>``."""
+        copy_image(self.context, image, "images")
         height, width = image.size
         name = image.target if self.context.copy_images else image.image
         shapes = "".join(self._shapes(item) for item in image.items)
@@ -52,8 +53,6 @@ class Cvat:
             f'<image id="{image.index}" name={_attribute(name)} width="{width}" '
             f'height="{height}">\n{shapes}</image>\n'
         )
-        if self.context.copy_images:
-            copy_image(self.context, image, "images")
 
     def _shapes(self, item: Labeled) -> str:
         p = item.prediction

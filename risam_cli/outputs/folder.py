@@ -6,10 +6,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from io import TextIOWrapper
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from risam_cli.errors import OutputError
 from risam_cli.outputs.png import write_whole
@@ -75,7 +74,7 @@ class ExportFolder:
     def write_json(self, name: str, value: object) -> None:
         """Write one JSON file, indented."""
         text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-        self.write(name, text.encode("utf-8", "backslashreplace"))
+        self.write(name, _bytes(text))
 
     def copy(self, source: Path, name: str) -> None:
         """Copy a file in, whole or not at all.
@@ -114,12 +113,12 @@ class ExportFolder:
         target, part = self.path / name, self.path / f"{name}.whole{_PART}"
         with _told(target):
             try:
-                with _open_text(part, "w") as out:
+                with open(part, "wb") as out:
                     for piece in pieces:
                         if isinstance(piece, Spool):
                             piece.copy_to(out)
                         else:
-                            out.write(piece)
+                            out.write(_bytes(piece))
                 os.replace(part, target)
             finally:
                 part.unlink(missing_ok=True)
@@ -134,7 +133,7 @@ class Spool:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = _open_text(path, "w+")
+        self._file = open(path, "w+b")  # noqa: SIM115 - closed by ExportFolder.spool
         self.count = 0
 
     def add(self, text: str, *, between: str = "") -> None:
@@ -144,28 +143,24 @@ class Spool:
             OutputError: the disk is full or gone.
         """
         with _told(self._path):
-            self._file.write(between + text if self.count else text)
+            self._file.write(_bytes(between + text if self.count else text))
         self.count += 1
 
-    def copy_to(self, out: TextIO) -> None:
+    def copy_to(self, out: BinaryIO) -> None:
         """Append all of it to ``out``."""
         self._file.flush()
         self._file.seek(0)
-        shutil.copyfileobj(self._file, out, 1 << 20)
+        shutil.copyfileobj(self._file, out)
 
     def close(self) -> None:
         """Close the file. What could not be flushed is lost on purpose: it is never published."""
-        try:
+        with suppress(OSError):
             self._file.close()
-        except OSError:
-            return
 
 
-def _open_text(path: Path, mode: str) -> TextIO:
-    """A text file whose lines end alike everywhere; a lone surrogate is written as its escape."""
-    file = open(path, mode, encoding="utf-8", newline="\n", errors="backslashreplace")  # noqa: SIM115
-    assert isinstance(file, TextIOWrapper)
-    return file
+def _bytes(text: str) -> bytes:
+    """UTF-8; a lone surrogate, which that cannot hold, is written as its escape."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 @contextmanager

@@ -41,11 +41,9 @@ class Labelme:
     def add(self, image: LabeledImage) -> None:
         """Write one image's file."""
         name = f"labelme/{replace_suffix(image.target, '.json')}"
-        if self.context.copy_images:
-            copy_image(self.context, image, "labelme")
-            image_path = Path(image.target).name
-        else:
-            image_path = self._beside(name, image)
+        copy_image(self.context, image, "labelme")
+        copied = self.context.copy_images
+        image_path = Path(image.target).name if copied else self._beside(name, image)
         content: dict[str, Any] = {
             "version": _VERSION,
             "flags": {},

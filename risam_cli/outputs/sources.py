@@ -103,9 +103,10 @@ class Source:
 
     def groups(self) -> Iterator[ImageGroup]:
         """Images with their records, in the order in which they first occur."""
-        for begin, end in zip(self._starts[:-1], self._starts[1:], strict=True):
+        for image in range(self.images):
+            rows = self._rows[self._starts[image] : self._starts[image + 1]]
             found: list[Prediction] = []
-            for row in self._rows[begin:end].tolist():
+            for row in rows.tolist():
                 record = self._read(row, found[0] if found else None)
                 if record is not None:
                     found.append(record)
@@ -148,7 +149,7 @@ class Source:
         # Stable: records of an image keep their order, images go by their first record.
         self._rows = np.argsort(first[which], kind="stable")
         sizes = np.bincount(which)[np.argsort(first)]
-        self._starts = [0, *np.cumsum(sizes).tolist()]
+        self._starts = np.concatenate(([0], np.cumsum(sizes)))
 
     def _read(self, row: int, first: Prediction | None) -> Prediction | None:
         number = int(self._numbers[row])

@@ -7,14 +7,13 @@ each, or with ``parts="join"`` one line whose parts are joined by lines over the
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import cv2
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
 from risam_cli import masks
+from risam_cli.errors import DataError
 from risam_cli.outputs.export import Context, Labeled, LabeledImage
 from risam_cli.outputs.outlines import CENTER
 from risam_cli.outputs.targets import replace_suffix
@@ -34,11 +33,10 @@ class Yolo:
 
     def add(self, image: LabeledImage) -> None:
         """Write one label file; an empty one where nothing was found."""
+        copy_image(self.context, image, "images")
         lines = [line for item in image.items for line in self._lines(item)]
         name = f"labels/{replace_suffix(image.target, '.txt')}"
         self.context.folder.write(name, "".join(f"{line}\n" for line in lines).encode())
-        if self.context.copy_images:
-            copy_image(self.context, image, "images")
 
     def _lines(self, item: Labeled) -> list[str]:
         p = item.prediction
@@ -76,8 +74,15 @@ def _filled(texts: list[str], size: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def copy_image(context: Context, image: LabeledImage, folder: str) -> None:
-    """Put the image's file beside its labels; one that is gone is noted, its labels stay."""
-    if not Path(image.path).is_file():
-        context.tally.note("images that were not there to be copied")
+    """Put the image's file beside its labels, where the user wants that.
+
+    Raises:
+        DataError: the image is gone; a label without its image would be of no use.
+    """
+    if not context.copy_images:
         return
+    if not image.path.is_file():
+        raise DataError(
+            f"image {image.path} is not there to be copied", "give --image-root DIR where it is"
+        )
     context.folder.copy(image.path, f"{folder}/{image.target}")
