@@ -30,7 +30,8 @@ from risam_cli.data.refshapes.dataset import RefShapes
 from risam_cli.data.refshapes.vocabulary import COLORS, SHAPES, SIZES
 from risam_cli.engine.device import choose_device, choose_precision
 from risam_cli.engine.tasks import DenseTask, ReferringTask
-from risam_cli.engine.train import LoopSettings, Place, Stage, TrainingRun, hash_settings
+from risam_cli.engine.train import LoopSettings, Stage, TrainingRun, hash_settings
+from risam_cli.engine.training_state import Place
 from risam_cli.engine.validate import validate_referring
 from risam_cli.errors import ConfigError
 from risam_cli.losses import ReferringLoss
@@ -61,7 +62,8 @@ class TrainingBuilder:
         self.device = choose_device(settings.device)
         self.dtype = choose_precision(settings.precision, self.device)
         self.model, self.text = self._model()
-        self.model.to(self.device, memory_format=torch.channels_last)
+        self.model.to(self.device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.size = settings.model.image_encoder.image_size
         self.collate = ReferringCollate(self.tokenizer, self.size)
 
@@ -197,7 +199,8 @@ class TrainingBuilder:
         encoder.requires_grad_(False)
         if settings.train_encoder == "no":
             return []
-        adapters = [b.adapter for b in encoder.blocks if b.adapter is not None]
+        blocks: Any = encoder.blocks
+        adapters = [block.adapter for block in blocks if block.adapter is not None]
         if not adapters:
             raise ConfigError(
                 f"stage {settings.name!r} trains adapters, but image_encoder.adapter_dim is 0",

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from risam_cli.errors import ModelError, OutputError
+from risam_cli.errors import ModelError, OutputError, RisamError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -175,6 +175,7 @@ def write_model_folder(
     Raises:
         OutputError: where it cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     config = {"format": FORMAT, "model": settings, "text": text_config}
@@ -194,10 +195,9 @@ def write_model_folder(
             _replace_folder(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {folder}: {error.strerror}", "see space and rights"
-        ) from error
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by its own
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise OutputError(f"cannot write {folder}: {reason}", "see space and rights") from error
 
 
 def write_atomic(path: Path, write: Any) -> None:
@@ -239,7 +239,10 @@ def inspect_model_folder(folder: Path) -> dict[str, Any]:
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{folder / WEIGHTS_FILE} is damaged: {error}", "take it anew") from error
     card_path = folder / CARD_FILE
-    card = json.loads(card_path.read_text(encoding="utf-8")) if card_path.is_file() else {}
+    try:
+        card = json.loads(card_path.read_text(encoding="utf-8")) if card_path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{card_path} cannot be read: {error}", "take it anew") from error
     return {
         "path": str(folder),
         "hash": stored.hash,
@@ -263,7 +266,7 @@ def verify_model_folder(folder: Path) -> list[str]:
         bad = [k for k, v in loaded.model.state_dict().items() if not torch.isfinite(v).all()]
         if bad:
             problems.append(f"{len(bad)} tensors hold NaN or infinity, first {bad[0]!r}")
-    except ModelError as error:
+    except RisamError as error:  # of the weights or of the settings
         problems.append(str(error))
     return problems
 

@@ -48,6 +48,13 @@ class ImageEncoderSettings(Settings):
             raise ValueError(f"image_size {self.image_size} is no multiple of {self.patch_size}")
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
+        last = self.depth - 1
+        if not 0 <= self.taps[0] < self.taps[1] < self.taps[2] == last:
+            raise ValueError(f"taps {self.taps} must rise and end at the last block, {last}")
+        if not all(0 <= block <= last for block in self.global_blocks):
+            raise ValueError(f"global_blocks {self.global_blocks} must be within 0..{last}")
+        if self.stem is not None and (self.patch_size != 16 or any(w % 4 for w in self.stem)):
+            raise ValueError(f"stem {self.stem} needs widths divisible by 4, and patch_size 16")
         return self
 
 
@@ -68,6 +75,8 @@ class TextEncoderSettings(Settings):
     def _one_origin(self) -> TextEncoderSettings:
         if (self.source is None) == (self.vocabulary is None):
             raise ValueError("give either source (a folder or hub name) or vocabulary")
+        if self.vocabulary is not None and self.hidden % self.heads:
+            raise ValueError(f"hidden {self.hidden} is not divisible by heads {self.heads}")
         return self
 
 
@@ -121,6 +130,13 @@ class ModelSettings(Settings):
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown; take one of {', '.join(PRESETS)}")
         return merge(PRESETS[name], values)
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSettings:
+        dim, heads = self.fusion.dim, self.decoder.heads
+        if dim % (2 * heads):
+            raise ValueError(f"fusion.dim {dim} is not divisible by twice decoder.heads {heads}")
+        return self
 
 
 class RefShapesData(Settings):

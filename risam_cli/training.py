@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from risam_cli.build_training import TrainingBuilder
-from risam_cli.config import TrainSettings, dump
+from risam_cli.config import CocoData, TrainSettings, dump
 from risam_cli.console import get_console
 from risam_cli.engine.train import LAST
-from risam_cli.errors import OutputError
+from risam_cli.errors import ConfigError, OutputError
 
 
 def train(settings: TrainSettings, *, resume: bool) -> Path:
@@ -26,22 +28,52 @@ def train(settings: TrainSettings, *, resume: bool) -> Path:
         raise OutputError(
             f"{folder} holds a training run", "go on with --resume, or --set output=OTHER"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        resolved.write_text(dump(settings), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {folder}: {error.strerror}", "see space and rights"
-        ) from error
+    check_paths(settings)
     builder = TrainingBuilder(settings, console)
     parameters = sum(p.numel() for p in builder.model.parameters())
     console.info(
         f"{settings.name}: {parameters / 1e6:.2f} M parameters on {builder.device}, "
         f"{str(builder.dtype).removeprefix('torch.')}, output {folder}"
     )
-    run = builder.run(folder)
-    if resume:
-        run.resume()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        run = builder.run(folder)
+        if resume:
+            run.resume()
+        # Only now: a refused --resume must not overwrite the settings that it asks for.
+        resolved.write_text(dump(settings), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {folder}: {error.strerror}", "see space and rights"
+        ) from error
     run.run([partial(builder.stage, stage) for stage in settings.stages])
     console.info(f"done: best {run.place.best:.4f}, in {folder / 'best'} ({LAST} in checkpoints/)")
     return folder / "best"
+
+
+def check_paths(settings: TrainSettings) -> None:
+    """Looks whether what the settings name is there, before anything is built.
+
+    Raises:
+        ConfigError: naming key, path, and a name beside it that is nearly the same.
+    """
+    for key, path in _paths(settings):
+        if path.exists():
+            continue
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f"did you mean {str(path.with_name(near[0]))!r}?" if near else "give its path"
+        raise ConfigError(f"{key} = {str(path)!r}: nothing is there", hint)
+
+
+def _paths(settings: TrainSettings) -> Iterator[tuple[str, Path]]:
+    if settings.init_from is None and settings.model.image_encoder.checkpoint is not None:
+        yield "model.image_encoder.checkpoint", Path(settings.model.image_encoder.checkpoint)
+    for key, data in [
+        ("train", settings.train),
+        *((f"val.{n}", d) for n, d in settings.val.items()),
+    ]:
+        if isinstance(data, CocoData):
+            yield f"{key}.annotations", Path(data.annotations)
+            if data.images is not None:
+                yield f"{key}.images", Path(data.images)

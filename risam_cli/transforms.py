@@ -32,7 +32,7 @@ def resize_for_encoder(rgb: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
     Shrinking averages over areas, so that thin things do not alias; growing is bilinear.
     """
-    height, width = fit_size(*rgb.shape[:2], size)
+    height, width = fit_size(rgb.shape[0], rgb.shape[1], size)
     if (height, width) == rgb.shape[:2]:
         return rgb
     shrinks = height < rgb.shape[0] or width < rgb.shape[1]

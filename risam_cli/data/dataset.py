@@ -161,7 +161,7 @@ def make_example(
 
 def soft_target(mask: NDArray[np.bool_], size: int, target_size: int) -> NDArray[np.uint8]:
     """The part of each of T×T cells of the padded square that a mask (H, W) covers, times 255."""
-    height, width = fit_size(*mask.shape, size)
+    height, width = fit_size(mask.shape[0], mask.shape[1], size)
     full = np.zeros((size, size), np.uint8)
     scaled = mask.view(np.uint8) * np.uint8(255)
     if (height, width) != mask.shape:

@@ -19,7 +19,9 @@ from risam_cli.transforms import normalize
 class Task(Protocol):
     """A stage's modules and its loss."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """Holds every weight that the stage may train."""
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to descend, and figures to log."""
