@@ -158,6 +158,10 @@ class Compute:
     Args:
         loaded: the model with its tokenizer.
         settings: where and how.
+
+    Attributes:
+        images_at_once, expressions_at_once: what fits, as far as it is known.
+        clock: seconds spent so far.
     """
 
     def __init__(self, loaded: Model, settings: ComputeSettings) -> None:
@@ -165,10 +169,10 @@ class Compute:
         self.settings = settings
         self.clock = Clock()
         alone = settings.device.type == "cpu"
-        self._images = 1 if alone else max(1, settings.images)
-        self._expressions = 1 if alone else max(1, settings.expressions)
+        self.images_at_once = 1 if alone else max(1, settings.images)
+        self.expressions_at_once = 1 if alone else max(1, settings.expressions)
         self._texts: OrderedDict[tuple[str, ...], _Texts] = OrderedDict()
-        self._texts_kept = max(8, _TEXTS_KEPT // self._expressions)
+        self._texts_kept = max(8, _TEXTS_KEPT // self.expressions_at_once)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Answer]:
         """The answers to all texts of all jobs, in order.
@@ -180,7 +184,7 @@ class Compute:
         """
         left = list(enumerate(jobs))
         while left:
-            batch, left = left[: self._images], left[self._images :]
+            batch, left = left[: self.images_at_once], left[self.images_at_once :]
             yield from self._run(batch)
 
     def _run(self, batch: _Batch) -> Iterator[Answer]:
@@ -190,12 +194,12 @@ class Compute:
             features = self._encode([job for _, job in batch])
         except Exception as error:
             if len(batch) > 1 and is_out_of_memory(error):
-                self._images = self._halved("images a batch", len(batch))
+                self.images_at_once = self._halved("images a batch", len(batch))
             elif len(batch) > 1 and not is_device_lost(error):
                 pass  # one image may be at fault: each goes alone, so that the others go on
             else:
                 why = _explained(error)
-            size = self._images if is_out_of_memory(error) else 1
+            size = self.images_at_once if is_out_of_memory(error) else 1
         else:
             yield from self._decode_all(features, batch)
             return
@@ -215,7 +219,7 @@ class Compute:
                 answers = self._decode(features, chunk)
             except Exception as error:
                 if is_out_of_memory(error) and len(chunk) > 1:
-                    self._expressions = self._halved("expressions a chunk", len(chunk))
+                    self.expressions_at_once = self._halved("expressions a chunk", len(chunk))
                     continue
                 why = _explained(error)
                 answers = [one.failed(*why) for one in chunk]
@@ -225,12 +229,12 @@ class Compute:
     def _fitting(self, asked: Sequence[_Asked]) -> int:
         """How many expressions the settings and the full-size logits allow, at least one."""
         room = self.settings.mask_bytes
-        for count, one in enumerate(asked[: self._expressions]):
+        for count, one in enumerate(asked[: self.expressions_at_once]):
             height, width = one.job.image.size
             room -= 4 * height * width
             if room < 0 and count:
                 return count
-        return min(len(asked), self._expressions)
+        return min(len(asked), self.expressions_at_once)
 
     def _halved(self, what: str, was: int) -> int:
         release_memory(self.settings.device)

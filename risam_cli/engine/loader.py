@@ -13,6 +13,7 @@ import queue
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -32,6 +33,8 @@ from risam_cli.errors import ImageError
 
 TIMEOUT = 120.0
 """Seconds that reading and decoding one image may take."""
+
+_START_TIMEOUT = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,9 @@ class Loaded:
     seconds: float
 
 
+Load = Callable[[Path, LoaderSettings], Loaded]
+
+
 def default_workers(device_type: str) -> int:
     """Loader processes where the user names no number.
 
@@ -80,10 +86,15 @@ def default_workers(device_type: str) -> int:
 
 
 class ImageLoader:
-    """Loads images in the background; a context manager that leaves no process behind."""
+    """Loads images in the background; a context manager that leaves no process behind.
 
-    def __init__(self, settings: LoaderSettings) -> None:
+    Args:
+        load: loads one file; a function of a module, so that processes can be given it.
+    """
+
+    def __init__(self, settings: LoaderSettings, load: Load | None = None) -> None:
         self._settings = settings
+        self._load = load or load_image
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._lanes: list[_Lane] = []
@@ -140,9 +151,9 @@ class ImageLoader:
 
     def _open_lane(self) -> None:
         work: _Work = (
-            _InProcess(self._settings, self._context)
+            _InProcess(self._settings, self._load, self._context)
             if self._context is not None
-            else _InThread(self._settings)
+            else _InThread(self._settings, self._load)
         )
         lane = _Lane(self._tasks, work)
         with self._lock:
@@ -221,11 +232,12 @@ class _Lane(threading.Thread):
 class _InThread:
     """Decoding in the lane's own thread: Pillow and OpenCV let others run meanwhile."""
 
-    def __init__(self, settings: LoaderSettings) -> None:
+    def __init__(self, settings: LoaderSettings, load: Load) -> None:
         self._settings = settings
+        self._load = load
 
     def load(self, path: Path) -> Loaded:
-        return load_image(path, self._settings)
+        return self._load(path, self._settings)
 
     def stop(self) -> None:
         pass
@@ -234,8 +246,9 @@ class _InThread:
 class _InProcess:
     """Decoding in a process of its own, started when it is first needed."""
 
-    def __init__(self, settings: LoaderSettings, context: BaseContext) -> None:
+    def __init__(self, settings: LoaderSettings, load: Load, context: BaseContext) -> None:
         self._settings = settings
+        self._load = load
         self._context = context
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
@@ -269,11 +282,18 @@ class _InProcess:
             self._kill()
             ours, theirs = self._context.Pipe()
             process = self._context.Process(  # type: ignore[attr-defined]
-                target=_serve, args=(theirs, self._settings), daemon=True, name="risam-loader"
+                target=_serve,
+                args=(theirs, self._load, self._settings),
+                daemon=True,
+                name="risam-loader",
             )
             process.start()
             theirs.close()
             self._process, self._connection = process, ours
+            # Its start is not the image's time.
+            if not ours.poll(_START_TIMEOUT):
+                raise OSError("a loader process did not start")
+            ours.recv()
         return self._connection
 
     def _kill(self) -> int | None:
@@ -304,13 +324,14 @@ def load_image(path: Path, settings: LoaderSettings) -> Loaded:
     return Loaded(image, "", image.stamp, time.perf_counter() - started)
 
 
-def _serve(connection: Connection, settings: LoaderSettings) -> None:
+def _serve(connection: Connection, load: Load, settings: LoaderSettings) -> None:
     """A worker process: paths in, results out, until the other end is gone."""
     # Ctrl-C reaches the whole group; it is the main process that decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        connection.send("ready")
         while True:
-            connection.send(load_image(connection.recv(), settings))
+            connection.send(load(connection.recv(), settings))
     except (EOFError, OSError):
         pass
 
