@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,9 @@ class TrainingBuilder:
 
     def stage(self, settings: DenseStage | ReferringStage) -> Stage:
         """One stage, finished. To be called when the stage before it is done."""
+        if number := self.settings.stages.index(settings):
+            # A head's random start must not depend on whether the run was cut before this stage.
+            torch.manual_seed(self.settings.seed * 1_000_003 + number)
         if isinstance(settings, DenseStage):
             return self._dense(settings)
         return self._referring(settings)
@@ -171,6 +174,8 @@ class TrainingBuilder:
         )
         task = ReferringTask(model, loss, encoder_frozen=not encoder_parts)
         text_rate = settings.text_learning_rate or settings.learning_rate
+        # Read now, so that a damaged file is told of before the first step.
+        held_out = {name: self._examples(data) for name, data in s.val.items()}
         groups = parameter_groups(
             [
                 *encoder_parts,
@@ -188,7 +193,7 @@ class TrainingBuilder:
             steps=settings.steps,
             images_per_step=settings.images_per_step,
             warmup=settings.warmup,
-            validate=lambda: self._validate(task),
+            validate=lambda: self._validate(task, held_out),
         )
 
     def _encoder_parts(self, settings: ReferringStage) -> list[tuple[nn.Module, float]]:
@@ -201,22 +206,19 @@ class TrainingBuilder:
             return []
         blocks: Any = encoder.blocks
         adapters = [block.adapter for block in blocks if block.adapter is not None]
-        if not adapters:
-            raise ConfigError(
-                f"stage {settings.name!r} trains adapters, but image_encoder.adapter_dim is 0",
-                "set model.image_encoder.adapter_dim, or train_encoder: no",
-            )
         for adapter in adapters:
             adapter.requires_grad_(True)
         return [(nn.ModuleList(adapters), rate)]
 
-    def _validate(self, task: ReferringTask) -> dict[str, float]:
+    def _validate(
+        self, task: ReferringTask, held_out: Mapping[str, ReferringScenes | ReferringSamples]
+    ) -> dict[str, float]:
         s = self.settings
         figures: dict[str, float] = {}
-        for name, data in s.val.items():
+        for name, data in held_out.items():
             found = validate_referring(
                 task,
-                self._examples(data),
+                data,
                 self.collate,
                 s.model.threshold,
                 s.model.no_target_threshold,

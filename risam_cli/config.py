@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -144,7 +144,7 @@ class RefShapesData(Settings):
 
     dataset: Literal["refshapes"]
     family: Literal["refshapes", "refshapes+", "refshapesg", "grefshapes", "mixed"] = "mixed"
-    split: str = "train"
+    split: Literal["train", "val", "testA", "testB"] = "train"
     scenes: int | None = Field(None, gt=0)
     expressions_per_scene: int = Field(6, gt=0)
     seed: int = Field(0, ge=0)
@@ -166,7 +166,7 @@ class CocoData(Settings):
     limit: int | None = Field(None, gt=0)
 
 
-DataSettings = RefShapesData | CocoData
+DataSettings = Annotated[RefShapesData | CocoData, Field(discriminator="dataset")]
 
 
 class DenseStage(Settings):
@@ -193,6 +193,9 @@ class ReferringStage(Settings):
     encoder_learning_rate: float | None = Field(None, gt=0)
     text_learning_rate: float | None = Field(None, gt=0)
     warmup: int = Field(200, ge=0)
+
+
+StageSettings = Annotated[DenseStage | ReferringStage, Field(discriminator="kind")]
 
 
 class LossSettings(Settings):
@@ -227,9 +230,9 @@ class TrainSettings(Settings):
     threads: int | None = Field(None, gt=0, description="CPU threads; default is torch's own")
     model: ModelSettings
     init_from: str | None = Field(None, description="model folder that all weights start from")
-    train: DataSettings = Field(discriminator="dataset")
+    train: DataSettings
     val: dict[str, DataSettings] = Field(min_length=1)
-    stages: tuple[DenseStage | ReferringStage, ...] = Field(min_length=1)
+    stages: tuple[StageSettings, ...] = Field(min_length=1)
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     validate_every: int = Field(1000, gt=0, description="steps")
@@ -244,6 +247,9 @@ class TrainSettings(Settings):
         for stage in self.stages:
             if stage.kind == "dense" and not isinstance(self.train, RefShapesData):
                 raise ValueError(f"stage {stage.name!r}: dense training needs RefShapes scenes")
+            tunes = stage.kind == "referring" and stage.train_encoder == "adapters"
+            if tunes and self.model.image_encoder.adapter_dim == 0:
+                raise ValueError(f"stage {stage.name!r} trains adapters, but adapter_dim is 0")
         return self
 
 
@@ -349,15 +355,26 @@ def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[
 
 
 def _fields_at(kind: type[Settings], path: list[str]) -> list[str]:
-    current: Any = kind
+    """Names of the settings at a place in an error's path, tags of unions and all."""
+    candidates = [kind]
     for part in path:
-        field = getattr(current, "model_fields", {}).get(part)
-        if field is None:
-            continue  # A list index or the tag of a union: same settings, or one level down.
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        nested = [o for o in options if isinstance(o, type) and issubclass(o, Settings)]
-        current = nested[0] if nested else current
-    return list(getattr(current, "model_fields", {}))
+        held = [c.model_fields[part].annotation for c in candidates if part in c.model_fields]
+        if held:
+            candidates = [found for annotation in held for found in _nested(annotation)]
+        else:  # A list index, a name in a table, or a union's tag, which picks one of them.
+            candidates = [c for c in candidates if part in _tags(c)] or candidates
+    return list(dict.fromkeys(name for c in candidates for name in c.model_fields))
+
+
+def _nested(annotation: Any) -> list[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _nested(part)]
+
+
+def _tags(kind: type[Settings]) -> list[str]:
+    fields = [kind.model_fields.get(name) for name in ("kind", "dataset")]
+    return [tag for field in fields if field is not None for tag in get_args(field.annotation)]
 
 
 def _short(value: Any) -> str:

@@ -187,17 +187,24 @@ class TrainingRun:
         bfloat = self.loop.dtype == torch.bfloat16
         with torch.autocast(self.loop.device.type, torch.bfloat16, enabled=bfloat):
             loss, figures = stage.task.loss(to_device(batch, self.loop.device))
-        if not torch.isfinite(loss):
-            raise RisamError(
-                f"loss is {loss.item()} at stage {stage.name!r}, step {self.place.step}",
-                f"the last good checkpoint is {self.checkpoint}; lower the learning rate",
-            )
+        self._check_finite("loss", loss, stage)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(trained, self.loop.clip_norm)
+        norm = nn.utils.clip_grad_norm_(trained, self.loop.clip_norm)
+        # One bad gradient would spoil the weights, and a checkpoint of them, before any loss shows.
+        self._check_finite("gradient", norm, stage)
         optimizer.step()
         return {"loss": loss.detach(), **figures}
+
+    def _check_finite(self, what: str, value: torch.Tensor, stage: Stage) -> None:
+        if torch.isfinite(value):
+            return
+        kept = f"; the last good checkpoint is {self.checkpoint}" * self.checkpoint.is_file()
+        raise RisamError(
+            f"{what} is {value.item()} at stage {stage.name!r}, step {self.place.step}",
+            f"lower the learning rate{kept}",
+        )
 
     def _batches(self, number: int, stage: Stage) -> Iterator[Any]:
         plan = PlannedBatches(
