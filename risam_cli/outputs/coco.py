@@ -141,7 +141,7 @@ class CocoPolygons(_Coco):
     def segmentation(self, item: Labeled) -> Any:
         """Flat lists x, y, … with two digits behind the point."""
         traced = self.context.settings.trace(item.mask, EDGE)
-        rings = [[round(v, 2) for v in ring.ravel().tolist()] for ring in traced.rings]
+        rings = [ring.round(2).ravel().tolist() for ring in traced.rings]
         p = item.prediction
         back = back_from(rings, (p.height, p.width))
         self.context.tally.measure(p.id or p.image, p.segmentation, back, traced)

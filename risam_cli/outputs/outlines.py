@@ -75,6 +75,9 @@ def outlines(
         bridge: keep holes; else they are filled.
         join: put all parts into one ring, joined by lines over the background where they must be.
     """
+    # Only the box of the mask is looked at: most masks are small beside their image.
+    x, y, w, h = cv2.boundingRect(np.ascontiguousarray(mask).view(np.uint8))
+    mask = mask[y : y + h, x : x + w]
     parts: list[list[Ring]] = []
     holes = 0
     for polygon in to_polygons(mask):
@@ -92,7 +95,7 @@ def outlines(
     merged = _join_touching(merged)
     if join and len(merged) > 1:
         merged = [_join_all(merged)]
-    return Outlines(tuple(merged), holes, bridged)
+    return Outlines(tuple(ring + np.array([x, y]) for ring in merged), holes, bridged)
 
 
 def _inset(ring: Ring, mask: Mask, vertices: Vertices) -> Ring:
