@@ -217,7 +217,9 @@ def _place_phrases(
             box = (x, y, x + w, y + h)
             if x < 0 or y < 0 or any(_overlap(box, other) for other in taken):
                 continue
-            # A phrase that hides another mask would seem to belong to it.
+            # A phrase that lies on another mask would seem to belong to it.
+            if any(2 * _overlap(box, other) > _area(box) for other in others):
+                continue
             hidden = sum(_overlap(box, other) / _area(other) for other in others)
             hidden += 0.5 * _overlap(box, item.box) / _area(item.box)
             cost = hidden + 0.02 * rank
