@@ -48,8 +48,9 @@ def to_polygons(mask: Mask, simplify: float = 0.0) -> list[Polygon]:
     if mask.ndim != 2:
         raise ValueError(f"a mask has the shape (H, W), not {mask.shape}")
     pixels = np.ascontiguousarray(mask, dtype=np.bool_).view(np.uint8)
-    # A frame of background gives every pixel a neighbour, so shapes at the border close.
-    framed = np.pad(pixels, 1)
+    # Only the box is traced; a frame of background gives every pixel a neighbour, so shapes close.
+    x0, y0, width, height = cv2.boundingRect(pixels)
+    framed = np.pad(pixels[y0 : y0 + height, x0 : x0 + width], 1)
     _, labels = cv2.connectedComponents(framed, connectivity=4)
     exteriors: dict[int, Ring] = {}
     holes: dict[int, list[Ring]] = {}
@@ -57,9 +58,9 @@ def to_polygons(mask: Mask, simplify: float = 0.0) -> list[Polygon]:
         x, y = ring[0]
         # ring[0] is the top-left vertex: the pixel below right of it is inside the ring.
         if framed[y + 1, x + 1]:
-            exteriors[int(labels[y + 1, x + 1])] = _finish(ring, simplify, keep=True)
+            exteriors[int(labels[y + 1, x + 1])] = _finish(ring, (x0, y0), simplify, keep=True)
         else:
-            hole = _finish(ring[:1] + ring[:0:-1], simplify, keep=False)
+            hole = _finish(ring[:1] + ring[:0:-1], (x0, y0), simplify, keep=False)
             if len(hole):
                 holes.setdefault(int(labels[y, x + 1]), []).append(hole)
     return [Polygon(ring, tuple(holes.get(part, ()))) for part, ring in exteriors.items()]
@@ -169,8 +170,13 @@ def _from_top_left(ring: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return ring if ring[1][1] == ring[0][1] else ring[:1] + ring[:0:-1]
 
 
-def _finish(ring: list[tuple[int, int]], simplify: float, *, keep: bool) -> Ring:
-    """(N, 2) vertices, simplified; an empty array where nothing is left and ``keep`` is False."""
+def _finish(
+    ring: list[tuple[int, int]], origin: tuple[int, int], simplify: float, *, keep: bool
+) -> Ring:
+    """(N, 2) vertices, simplified, moved by ``origin`` (x, y).
+
+    An empty array where nothing is left and ``keep`` is False.
+    """
     exact = np.array(ring, dtype=np.int32)
     if simplify > 0:
         simple = cv2.approxPolyDP(exact[:, None], simplify, closed=True)[:, 0]
@@ -178,7 +184,7 @@ def _finish(ring: list[tuple[int, int]], simplify: float, *, keep: bool) -> Ring
             exact = simple.astype(np.int32)
         elif not keep:
             exact = exact[:0]
-    return exact.astype(np.float64)
+    return exact.astype(np.float64) + origin
 
 
 def _check_ring(ring: Ring) -> Ring:
