@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from risam_cli.outputs.naming import mask_name, overlay_name, slug
 
 AWKWARD = ["a.jpg", "A.jpg", "a.png", "..", ".", "", "sub", "Sub", "nul", "COM1.txt", "x:y"]
-AWKWARD += ["ü", "u\u0308", "0-cat.png", "_0-cat.png", "_up", "x" * 200, "tail. ", "new\nline"]
+AWKWARD += [
+    "ü",
+    "u\u0308",
+    "a.jpg__0-the-dog.png",
+    "x.PNG",
+    "a.jpg__0",
+    "_up",
+    "x" * 200,
+    "tail. ",
+    "new\nline",
+]
 AWKWARD += ["\ud800", "back\\slash"]
 PARTS = st.sampled_from(AWKWARD)
 IMAGES = st.one_of(st.lists(PARTS, min_size=1, max_size=5).map("/".join), st.text(max_size=40))
@@ -17,9 +27,9 @@ IMAGES = st.one_of(st.lists(PARTS, min_size=1, max_size=5).map("/".join), st.tex
 
 def test_a_plain_path_gives_a_plain_name() -> None:
     name = mask_name("street/car.jpg", 0, "the red car")
-    assert name == "masks/street/car.jpg/0-the-red-car.png"
-    assert mask_name("a.jpg", 3, "日本") == "masks/a.jpg/3.png"
-    assert overlay_name("street/car.jpg", 0) == "overlays/street/car.jpg/0.png"
+    assert name == "masks/street/car.jpg__0-the-red-car.png"
+    assert mask_name("a.jpg", 3, "日本") == "masks/a.jpg__3.png"
+    assert overlay_name("street/car.jpg", 0) == "overlays/street/car.jpg__0.png"
 
 
 def test_paths_that_leave_the_folder_stay_inside() -> None:
@@ -27,7 +37,7 @@ def test_paths_that_leave_the_folder_stay_inside() -> None:
         parts = PurePosixPath(mask_name(image, 0, "x")).parts
         assert parts[0] == "masks"
         assert ".." not in parts
-        assert len(parts) >= 3
+        assert len(parts) >= 2
 
 
 def test_words_are_cut_between_words() -> None:
@@ -50,7 +60,8 @@ def test_names_never_collide_even_where_case_and_normal_forms_do(
     folded = {unicodedata.normalize("NFC", name.casefold()) for name in names}
     assert len(folded) == len(asked)
     for name in names:  # nor is one a folder of another
-        assert not any(other.startswith(name + "/") for other in folded)
+        assert not any(other.startswith(name.casefold() + "/") for other in folded)
+        assert not any(part.lower().endswith(".png") for part in name.split("/")[:-1])
 
 
 @given(IMAGES, st.integers(0, 10_000), st.text(max_size=300))

@@ -18,9 +18,8 @@ from pathlib import Path
 from risam_cli.engine.loader import ImageLoader, Loaded
 from risam_cli.types import Sample
 
-_IDLE = 0.02  # seconds of waiting for the source after which it counts as idle
-_POLL = 0.05  # seconds between two looks at what no one notifies us of
-_DRAIN = 0.01  # seconds after which a caller with results in hand gets the turn back
+_IDLE = 0.01  # seconds of waiting for the source after which it counts as idle
+_POLL = 0.02  # seconds between two looks at what no one notifies us of
 
 
 @dataclass(slots=True)
@@ -103,13 +102,12 @@ class Feeder(threading.Thread):
             state.ended = True
             self._changed.notify_all()
 
-    def take(
-        self, count: int, *, busy: bool, stop: threading.Event | None = None
-    ) -> list[ImageJob] | None:
+    def take(self, count: int, stop: threading.Event | None = None) -> list[ImageJob] | None:
         """The next jobs whose images are loaded (or failed to), up to ``count`` good ones.
 
+        Waits for at least one; for more only while they are to be had at once.
+
         Args:
-            busy: whether the caller has results to hand out; it then gets an empty list soon.
             stop: ends the waiting.
 
         Returns:
@@ -118,7 +116,6 @@ class Feeder(threading.Thread):
         Raises:
             BaseException: what the source raised, after all samples before it were taken.
         """
-        asked = time.monotonic()
         with self._changed:
             while True:
                 state = self._state
@@ -131,9 +128,7 @@ class Feeder(threading.Thread):
                     if state.error is not None:
                         raise state.error
                     return None
-                if busy and time.monotonic() - asked >= _DRAIN:
-                    return []
-                self._changed.wait(_DRAIN if busy else _POLL)
+                self._changed.wait(_POLL)
                 self._loader.give_up_on_stalled()
 
     def answered(self, samples: int) -> None:

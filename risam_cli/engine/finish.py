@@ -86,9 +86,10 @@ class _Open:
     sample: Sample
     loaded: Loaded
     outcomes: list[tuple[Prediction, Raw | None] | Failure | None]
-    left: int  # outcomes to come
-    done: bool
+    left: int  # outcomes to come, and one for the batch
     seconds: dict[str, float]
+    computed: bool = False  # its batch is through the network
+    done: bool = False
     fatal: Exception | None = None
 
     def result(self) -> ImageResult:
@@ -123,6 +124,8 @@ class Finishers:
         self._waiting_bytes = 0
         self._open: dict[int, _Open] = {}
         self._next = 0
+        self._ended = False
+        self._error: BaseException | None = None
         self._pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "risam-finisher")
 
     def __enter__(self) -> Finishers:
@@ -131,29 +134,30 @@ class Finishers:
     def __exit__(self, *unused: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    @property
-    def pending(self) -> bool:
-        """Whether the next result in order was begun."""
-        return self._next in self._open
-
     def begin(self, index: int, sample: Sample, loaded: Loaded) -> bool:
-        """Begins a sample; False where it ends here as well, for its image is not as it must be."""
+        """Begins a sample; False where nothing is to be asked, for its image is not as it must be.
+
+        Every sample that is begun must be given to :meth:`computed`.
+        """
         count = len(sample.expressions)
         wrong = _wrong(sample, loaded)
-        entry = _Open(index, sample, loaded, [None] * count, count, bool(wrong) or not count, {})
+        entry = _Open(index, sample, loaded, [None] * count, 1 if wrong else count + 1, {})
         if wrong:
             entry.outcomes = list(_failures(sample, "decode", *wrong))
         with self._changed:
             self._open[index] = entry
         return not wrong
 
-    def spent(self, indices: Sequence[int], **seconds: float) -> None:
-        """Notes seconds that a batch took, shared evenly among its samples."""
+    def computed(self, indices: Sequence[int], **seconds: float) -> None:
+        """Says that the samples' batch is through the network, and what it took for all."""
         with self._changed:
-            for index in indices:
-                own = self._open[index].seconds
+            entries = [self._open[index] for index in indices]
+            for entry in entries:
+                entry.computed = True
                 for part, value in seconds.items():
-                    own[part] = own.get(part, 0.0) + value / len(indices)
+                    entry.seconds[part] = entry.seconds.get(part, 0.0) + value / len(indices)
+        for entry in entries:
+            self._pool.submit(self._one_less, entry)
 
     def finish(self, index: int, number: int, answer: Answer) -> None:
         """Has the outcome of a sample's expression made in a thread; waits for room first."""
@@ -166,26 +170,45 @@ class Finishers:
             entry = self._open[index]
         self._pool.submit(self._finish, entry, number, answer, size)
 
-    def drain(self, *, wait: bool) -> Iterator[ImageResult]:
-        """The results that are next in order and ready; with ``wait``, all that were begun.
+    def end(self, error: BaseException | None) -> None:
+        """Says that nothing more is begun.
+
+        Args:
+            error: to be raised once all that was begun has come out.
+        """
+        with self._changed:
+            self._ended = True
+            self._error = error
+            self._changed.notify_all()
+
+    def results(self) -> Iterator[ImageResult]:
+        """The results in order, each as soon as it is ready, to the end.
 
         Raises:
             OutputError: masks cannot be kept any more.
+            BaseException: what :meth:`end` was given.
         """
         while True:
             with self._changed:
-                entry = self._open.get(self._next)
-                if entry is None:
-                    return
-                while not entry.done and entry.fatal is None:
-                    if not wait:
-                        return
-                    self._changed.wait()
-                if entry.fatal is not None:
-                    raise entry.fatal
-                del self._open[self._next]
+                while not self._is_ready():
+                    # With a time, so that Ctrl-C comes through on every system.
+                    self._changed.wait(1.0)
+                entry = self._open.pop(self._next, None)
                 self._next += 1
+            if entry is not None and entry.fatal is not None:
+                raise entry.fatal
+            if entry is None or not entry.done:
+                if self._error is not None:
+                    raise self._error
+                return
             yield entry.result()
+
+    def _is_ready(self) -> bool:
+        """Whether the next sample has its outcomes, or never will."""
+        entry = self._open.get(self._next)
+        if entry is None:
+            return self._ended
+        return entry.done or entry.fatal is not None or (self._ended and not entry.computed)
 
     # --- in the threads ---------------------------------------------------------------------------
 
@@ -200,16 +223,26 @@ class Finishers:
             fatal = _fatal(error)
         with self._changed:
             entry.outcomes[number] = outcome
-            entry.left -= 1
-            last = entry.left == 0
-        if last and fatal is None and self._sink is not None:
-            fatal = self._close(entry, self._sink)
-        with self._changed:
             entry.fatal = fatal or entry.fatal
-            entry.done = entry.done or last
             spent = time.perf_counter() - started
             entry.seconds["finish"] = entry.seconds.get("finish", 0.0) + spent
             self._waiting_bytes -= size
+            self._changed.notify_all()
+        self._one_less(entry)
+
+    def _one_less(self, entry: _Open) -> None:
+        """Counts down; the last one closes the sample."""
+        with self._changed:
+            entry.left -= 1
+            last = entry.left == 0
+        if not last:
+            return
+        fatal = None
+        if self._sink is not None and entry.fatal is None:
+            fatal = self._close(entry, self._sink)
+        with self._changed:
+            entry.fatal = fatal or entry.fatal
+            entry.done = True
             self._changed.notify_all()
 
     def _outcome(

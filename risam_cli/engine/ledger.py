@@ -11,7 +11,7 @@ of a manifest) in the order of the inputs::
 
     {"entry": 7, "key": "…", "items": 2, "image": "<sha256>", "stamp": [size, mtime, ctime, inode],
      "predictions": [start, length, crc32], "failures": [start, length, crc32],
-     "files": [["masks/a.jpg/0-the-dog.png", bytes, crc32], …]}
+     "files": [["masks/a.jpg__0-the-dog.png", bytes, crc32], …]}
 
 - ``entry`` counts all entries of the inputs from 0, over all shards. Shard I of N holds those
   whose stretch of equal images, counted from 0, leaves I when divided by N.

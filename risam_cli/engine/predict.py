@@ -12,7 +12,7 @@ Everything between two arrows is bounded, so memory does not grow with the numbe
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,16 +94,21 @@ def predict_samples(
     loading = LoaderSettings(loaded.image_size, workers, settings.max_pixels, settings.timeout)
     bar = settings.no_target_threshold
     bar = loaded.no_target_threshold if bar is None else bar
+    # A CPU takes images one by one anyway: then each leaves as soon as it is done.
+    batch = 1 if settings.device.type == "cpu" else settings.batch_size
     with ImageLoader(loading) as loader, Finishers(bar, settings.keep_raw, sink) as finishers:
-        prefetch = 2 * settings.batch_size + loader.lanes
-        feeder = Feeder(samples, loader, settings.lookahead, prefetch)
+        feeder = Feeder(samples, loader, settings.lookahead, 2 * batch + loader.lanes)
+        compute = Compute(loaded, compute_settings(loaded, settings))
+        network = _Network(feeder, finishers, compute, batch, stop)
         feeder.start()
+        network.start()
         try:
-            for result in _pump(feeder, finishers, loaded, settings, stop):
+            for result in finishers.results():
                 feeder.answered(1)
                 yield result
         finally:
             feeder.stop()
+            network.join()
 
 
 def compute_settings(loaded: Model, settings: PredictSettings) -> ComputeSettings:
@@ -117,27 +122,32 @@ def compute_settings(loaded: Model, settings: PredictSettings) -> ComputeSetting
     )
 
 
-def _pump(
-    feeder: Feeder,
-    finishers: Finishers,
-    loaded: Model,
-    settings: PredictSettings,
-    stop: threading.Event | None,
-) -> Iterator[ImageResult]:
-    """Batch after batch through the network; the results of one leave during the next."""
-    compute = Compute(loaded, compute_settings(loaded, settings))
-    while stop is None or not stop.is_set():
+class _Network(threading.Thread):
+    """Takes batch after batch through the network, while results leave in another thread."""
+
+    def __init__(
+        self,
+        feeder: Feeder,
+        finishers: Finishers,
+        compute: Compute,
+        batch: int,
+        stop: threading.Event | None,
+    ) -> None:
+        super().__init__(daemon=True, name="risam-network")
+        self._feeder = feeder
+        self._finishers = finishers
+        self._compute = compute
+        self._batch = batch
+        self._stop_asked = stop
+
+    def run(self) -> None:
+        error: BaseException | None = None
         try:
-            jobs = feeder.take(settings.batch_size, busy=finishers.pending, stop=stop)
-        except BaseException:
-            # What came before the source broke is still worth having.
-            yield from finishers.drain(wait=True)
-            raise
-        if jobs is None:
-            break
-        _run_batch(jobs, compute, finishers)
-        yield from finishers.drain(wait=not jobs)
-    yield from finishers.drain(wait=True)
+            while jobs := self._feeder.take(self._batch, self._stop_asked):
+                _run_batch(jobs, self._compute, self._finishers)
+        except BaseException as caught:  # raised again where the results leave
+            error = caught
+        self._finishers.end(error)
 
 
 def _run_batch(jobs: Sequence[ImageJob], compute: Compute, finishers: Finishers) -> None:
@@ -151,7 +161,6 @@ def _run_batch(jobs: Sequence[ImageJob], compute: Compute, finishers: Finishers)
             for index, sample in job.samples
             if finishers.begin(index, sample, loaded)
         ]
-        finishers.spent([index for index, _ in job.samples], load=loaded.seconds)
         if loaded.image is not None and begun:
             texts = [one.text for _, sample in begun for one in sample.expressions]
             work.append(Job(loaded.image, texts))
@@ -159,8 +168,9 @@ def _run_batch(jobs: Sequence[ImageJob], compute: Compute, finishers: Finishers)
     before = replace(compute.clock)
     for answer in compute.run(work):
         finishers.finish(*places[answer.job][answer.text], answer)
-    finishers.spent(
-        [place[0] for own in places for place in own],
+    finishers.computed(
+        [index for job in jobs for index, _ in job.samples],
+        load=sum(job.loaded.seconds for job in jobs),
         encode=compute.clock.encode - before.encode,
         decode=compute.clock.decode_mask - before.decode_mask,
     )

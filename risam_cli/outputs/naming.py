@@ -1,13 +1,14 @@
 """Where a mask is written: names that people can read, that stay inside, and never collide.
 
-``masks/`` + the image's path as given + ``/`` + the expression's number there and its words::
+``masks/``, the image's path as given, two underscores, the expression's number, its words::
 
-    street/car.jpg, first expression "the red car"  ->  masks/street/car.jpg/0-the-red-car.png
+    street/car.jpg, first expression "the red car"  ->  masks/street/car.jpg__0-the-red-car.png
 
 A path that cannot be taken as it is (``..``, absolute, capitals that a file system may not tell
 apart, characters that some systems refuse, too long) is brought into shape, and the file's name
 then ends in ten digits of the exact path's hash. So two images share a name only if they share a
-path, on any file system, and a name depends on nothing but its own image and expression.
+path, on any file system, and a name depends on nothing but its own image and expression. No folder
+under ``masks/`` is ever called ``….png``, so that ``*.png`` finds masks only.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ _RESERVED = frozenset(
     ["con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))]
 )
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\ud800-\udfff]')
-_OWN = re.compile(r"\d+(-[a-z0-9-]*)?(\.[0-9a-f]{10})?\.png")
 _NOT_WORD = re.compile(r"[^a-z0-9]+")
 
 
@@ -38,9 +38,9 @@ def mask_name(image: str, number: int, expression: str) -> str:
         number: which of this image's expressions it is, from 0; unique for the image.
         expression: its text.
     """
-    folder, mark = _folder(image)
+    base, mark = _base(image)
     words = slug(expression)
-    return f"{MASKS}/{folder}/{number}{'-' if words else ''}{words}{mark}.png"
+    return f"{MASKS}/{base}__{number}{'-' if words else ''}{words}{mark}.png"
 
 
 def overlay_name(image: str, number: int) -> str:
@@ -49,8 +49,8 @@ def overlay_name(image: str, number: int) -> str:
     Args:
         number: that of the sample's first expression, as in :func:`mask_name`.
     """
-    folder, mark = _folder(image)
-    return f"{OVERLAYS}/{folder}/{number}{mark}.png"
+    base, mark = _base(image)
+    return f"{OVERLAYS}/{base}__{number}{mark}.png"
 
 
 def slug(expression: str) -> str:
@@ -62,15 +62,20 @@ def slug(expression: str) -> str:
     return words
 
 
-def _folder(image: str) -> tuple[str, str]:
-    """A relative folder for an image, and the mark that its files carry where it was changed."""
-    parts = [_part(part) for part in image.split("/") if part not in {"", "."}]
-    folder = "/".join(parts) or "_"
-    if len(folder.encode()) > _WHOLE:
-        folder = f"_/{parts[-1]}"
-    if folder == image and folder.isascii() and folder == folder.lower():
-        return folder, ""
-    return folder, "." + hashlib.sha256(image.encode("utf-8", "surrogatepass")).hexdigest()[:10]
+def _base(image: str) -> tuple[str, str]:
+    """What an image's files begin with, and the mark that they end with where that was changed."""
+    *folders, name = [part for part in image.split("/") if part not in {"", "."}] or ["_"]
+    base = "/".join([*map(_folder, folders), _part(name)])
+    if len(base.encode()) > _WHOLE:
+        base = f"_/{_part(name)}"
+    if base == image and base.isascii() and base == base.lower():
+        return base, ""
+    return base, "." + hashlib.sha256(image.encode("utf-8", "surrogatepass")).hexdigest()[:10]
+
+
+def _folder(part: str) -> str:
+    safe = _part(part)
+    return f"{safe}_" if safe.lower().endswith(".png") else safe
 
 
 def _part(part: str) -> str:
@@ -79,7 +84,4 @@ def _part(part: str) -> str:
         return "_up"
     safe = _UNSAFE.sub("_", unicodedata.normalize("NFC", part))
     safe = safe.encode()[:_PART].decode(errors="ignore").rstrip(". ") or "_"
-    # Neither a device of Windows nor what a mask beside it could be called.
-    if safe.partition(".")[0].lower() in _RESERVED or _OWN.fullmatch(safe.lower()):
-        return f"_{safe}"
-    return safe
+    return f"_{safe}" if safe.partition(".")[0].lower() in _RESERVED else safe
