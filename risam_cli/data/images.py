@@ -19,6 +19,7 @@ import hashlib
 import importlib
 import io
 import os
+import re
 import stat
 import struct
 import warnings
@@ -227,7 +228,7 @@ def _decoding(path: Path) -> Iterator[None]:
     except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: {error}", "raise --max-pixels if you trust it") from None
+        raise _too_large(path, str(error), 2 * (Image.MAX_IMAGE_PIXELS or 0)) from None
     except _BROKEN as error:
         text = " ".join(str(error).split())
         if "truncated" in text.lower() or isinstance(error, EOFError):
@@ -256,19 +257,23 @@ def _open_image(file: BinaryIO, path: Path, max_pixels: int) -> Image.Image:
     except UnidentifiedImageError:
         file.seek(0)
         raise ImageError(f"{path}: {_what_else(file.read(512))}") from None
-    except Image.DecompressionBombError:
-        raise ImageError(
-            f"{path}: more than {max_pixels} pixels", "raise --max-pixels if you trust it"
-        ) from None
+    except Image.DecompressionBombError as error:
+        raise _too_large(path, str(error), max_pixels) from None
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageError(f"{path}: the image is damaged (it says {width}x{height} pixels)")
     if width * height > max_pixels:
-        raise ImageError(
-            f"{path}: {width}x{height} are {width * height} pixels, more than {max_pixels}",
-            "raise --max-pixels if you trust it",
-        )
+        raise _too_large(path, f"{width * height} pixels", max_pixels)
     return image
+
+
+def _too_large(path: Path, told: str, limit: int) -> ImageError:
+    """An error that names the pixels, the first number in what was told of them."""
+    pixels = re.search(r"\d+", told)
+    found = f"{pixels[0]} pixels are" if pixels else "it is"
+    return ImageError(
+        f"{path}: {found} more than {limit}", "raise --max-pixels if you trust the image"
+    )
 
 
 def _what_else(head: bytes) -> str:
