@@ -222,8 +222,10 @@ def test_wrong_usage_is_exit_2(cli: Cli, args: list[str], says: str) -> None:
 
 # --- signals and pipes ----------------------------------------------------------------------------
 
+# A job that a shell runs in the background ignores SIGINT, and its children inherit that.
 FAKE = """
-import sys, time, types
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import click
 from risam_cli import cli
 from risam_cli.commands.options import verbosity_options

@@ -9,7 +9,6 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import Cli
 
 from risam_cli.cli import main
 from risam_cli.commands import doctor
@@ -20,10 +19,9 @@ def test_it_looks_at_every_dependency(repo: Path) -> None:
     assert set(doctor.LIBRARIES) == {re.split(r"[<>=;\[ ]", d)[0] for d in project["dependencies"]}
 
 
-def test_a_machine_that_can(cli: Cli, model_folder: Path) -> None:
-    done = cli("doctor", "--model", model_folder, "--device", "cpu", "--json")
-    assert done.returncode == 0, done.stdout + done.stderr
-    facts = json.loads(done.stdout)
+def test_a_machine_that_can(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--model", str(model_folder), "--device", "cpu", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
     assert facts["ok"]
     assert facts["problems"] == []
     assert facts["libraries"]["numpy"] == metadata.version("numpy")

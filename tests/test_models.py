@@ -13,6 +13,7 @@ import pytest
 from conftest import Cli
 
 from risam_cli.checkpoints import hash_folder
+from risam_cli.cli import main
 
 
 @pytest.fixture
@@ -77,10 +78,13 @@ def test_inspect_is_readable(cli: Cli, model_folder: Path) -> None:
     assert "image_encoder.patch_embed" in text or "image_encoder.stem" in text
 
 
-def test_verify_says_ok_with_the_hash(cli: Cli, model_folder: Path) -> None:
-    done = cli("models", "verify", model_folder)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"ok  {model_folder}  {hash_folder(model_folder)}\n"
+def test_verify_says_ok_with_the_hash(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["models", "verify", str(model_folder)]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert shown.out == f"ok  {model_folder}  {hash_folder(model_folder)}\n"
 
 
 def _cut(path: Path) -> None:
@@ -137,11 +141,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_verify_names_what_is_wrong(
-    damage: str, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    damage: str, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process: loading the libraries anew for each case would take minutes."""
-    from risam_cli.cli import main
-
     spoil, says = DAMAGES[damage]
     spoil(copy)
     assert main(["models", "verify", str(copy)]) == 1
