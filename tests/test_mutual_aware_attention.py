@@ -212,12 +212,13 @@ def test_ragged_products_are_those_of_gathered_copies(case: str) -> None:
     assert relative_error(ragged_gather(weights, queries, owner), expected) < 1e-6
 
 
-def test_gradients_of_ragged_products_are_those_of_gathered_copies() -> None:
-    owner = torch.tensor(OWNERS["ragged"])
+@pytest.mark.parametrize("case", ["ragged", "many on one"])
+def test_gradients_of_ragged_products_are_those_of_gathered_copies(case: str) -> None:
+    owner = torch.tensor(OWNERS[case])
     results = []
     for ragged in (True, False):
         queries = noise(3, HEADS, REGIONS, 4).requires_grad_()
-        keys = noise(5, HEADS, WORDS, 4, seed=1).requires_grad_()
+        keys = noise(len(owner), HEADS, WORDS, 4, seed=1).requires_grad_()
         if ragged:
             product = ragged_product(queries, keys, owner)
             back = ragged_gather(product.transpose(-1, -2), queries, owner)
@@ -230,6 +231,20 @@ def test_gradients_of_ragged_products_are_those_of_gathered_copies() -> None:
         assert a is not None
         assert b is not None
         assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("owner", [[0] * 9 + list(range(1, 8)), [5] * 9, [3]])
+def test_uneven_batches_cost_no_more_than_twice_their_expressions(owner: list[int]) -> None:
+    """One image with many expressions among others with one, or with none at all."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    queries = noise(8, HEADS, REGIONS, 4)
+    keys = noise(len(owner), HEADS, WORDS, 4, seed=1)
+    weights = noise(len(owner), HEADS, WORDS, REGIONS, seed=2)
+    with FlopCounterMode(display=False) as spent:
+        ragged_product(queries, keys, torch.tensor(owner))
+        ragged_gather(weights, queries, torch.tensor(owner))
+    assert 0 < spent.get_total_flops() <= 2 * 2 * (2 * len(owner) * HEADS * REGIONS * WORDS * 4)
 
 
 @torch.no_grad()

@@ -146,8 +146,15 @@ def ragged_product(query: Tensor, key: Tensor, owner: Tensor | None) -> Tensor:
     if owner is None:
         return query @ key.transpose(-1, -2)
     rows, heads, regions, _ = query.shape
-    slot, slots = expression_slots(owner, rows)
     length, dim = key.shape[2:]
+    slot, slots = expression_slots(owner, rows)
+    if _uneven(owner, rows, slots):
+        parts = []
+        for row, mine in _by_image(owner):
+            packed = key[mine].permute(1, 3, 0, 2).reshape(heads, dim, -1)  # (heads, d, e * L)
+            product = (query[row] @ packed).view(heads, regions, len(mine), length)
+            parts.append(product.permute(2, 0, 1, 3))
+        return torch.cat(parts)[_back(owner)]
     # Keys of all expressions of an image stand side by side: (V, heads, slots * L, d).
     packed = key.new_zeros(rows, slots, heads, length, dim)
     packed[owner, slot] = key
@@ -170,13 +177,38 @@ def ragged_gather(weights: Tensor, value: Tensor, owner: Tensor | None) -> Tenso
     if owner is None:
         return weights @ value
     rows, heads, regions, dim = value.shape
-    slot, slots = expression_slots(owner, rows)
     length = weights.shape[2]
+    slot, slots = expression_slots(owner, rows)
+    if _uneven(owner, rows, slots):
+        parts = []
+        for row, mine in _by_image(owner):
+            packed = weights[mine].transpose(0, 1).reshape(heads, -1, regions)  # (heads, e * L, N)
+            gathered = (packed @ value[row]).view(heads, len(mine), length, dim)
+            parts.append(gathered.transpose(0, 1))
+        return torch.cat(parts)[_back(owner)]
     packed = weights.new_zeros(rows, slots, heads, length, regions)
     packed[owner, slot] = weights
     packed = packed.transpose(1, 2).reshape(rows, heads, slots * length, regions)
     gathered = (packed @ value).view(rows, heads, slots, length, dim)
     return gathered.transpose(1, 2)[owner, slot]
+
+
+def _uneven(owner: Tensor, rows: int, slots: int) -> bool:
+    """Whether packing would multiply more padding than expressions.
+
+    One image with fifty expressions beside seven with one would cost eight times fifty.
+    """
+    return rows * slots > 2 * len(owner)
+
+
+def _by_image(owner: Tensor) -> list[tuple[int, Tensor]]:
+    """Each image that has expressions, with their numbers."""
+    return [(row, (owner == row).nonzero()[:, 0]) for row in owner.unique().tolist()]
+
+
+def _back(owner: Tensor) -> Tensor:
+    """Brings what was gathered image by image back into the expressions' own order."""
+    return owner.argsort(stable=True).argsort()
 
 
 def expression_slots(owner: Tensor, rows: int) -> tuple[Tensor, int]:
