@@ -124,7 +124,7 @@ def instances(*, images: Path | None = None) -> dict[str, Any]:
 def ref(
     ref_id: int, image_id: int, ann_id: Any, split: str, texts: list[str], **more: Any
 ) -> dict[str, Any]:
-    """One ref; its sentences have the ids ref_id * 10 + k; its ``file_name`` is wrong, as theirs."""
+    """One ref; its sentences have the ids ref_id * 10 + k, its ``file_name`` is wrong."""
     sentences = [
         {"raw": t.upper(), "sent": t, "sent_id": ref_id * 10 + k, "tokens": t.split()}
         for k, t in enumerate(texts)

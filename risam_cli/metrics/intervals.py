@@ -7,6 +7,7 @@ ratio of two sums, so one matrix of draws serves all figures and all slices.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from risam_cli.metrics.table import Flags, Floats, Ints
 
 REPLICATES = 2000
 LEVEL = 0.95
-_CELLS = 1 << 22  # draws held at once: 32 MiB of float64
+_CELLS = 1 << 19  # draws held at once: 4 MiB of float64, a few times over
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Change:
 
 
 def intervals(
-    columns: list[tuple[Floats, Floats]],
+    columns: Iterable[tuple[Floats, Floats]],
     clusters: Ints,
     *,
     replicates: int = REPLICATES,
@@ -50,7 +51,8 @@ def intervals(
     """Percentile intervals of K ratios of sums, (K, 2); nan where undefined.
 
     Args:
-        columns: numerators and denominators, (N,) each; a slice has zeros outside of it.
+        columns: numerators and denominators, (N,) each; a slice has zeros outside of it. They are
+            taken one by one, and only their sums by image are kept.
         clusters: (N,) image numbers from 0.
         replicates: draws of all images with replacement.
     """
@@ -83,16 +85,19 @@ def compare(
 
 
 def _draws(
-    columns: list[tuple[Floats, Floats]], clusters: Ints, replicates: int, seed: int
+    columns: Iterable[tuple[Floats, Floats]], clusters: Ints, replicates: int, seed: int
 ) -> NDArray[np.float64]:
     """The K ratios in every replicate, (R, K); nan where a denominator is 0."""
     images = int(clusters.max()) + 1 if len(clusters) else 0
-    if images < 2:
-        return np.full((replicates, len(columns)), np.nan)
-    above = _per_image([a for a, _ in columns], clusters, images)
-    below = _per_image([b for _, b in columns], clusters, images)
+    sums = [
+        (np.bincount(clusters, a, images), np.bincount(clusters, b, images)) for a, b in columns
+    ]
+    if images < 2 or not sums:
+        return np.full((replicates, len(sums)), np.nan)
+    above = np.stack([a for a, _ in sums], axis=1)  # (images, K)
+    below = np.stack([b for _, b in sums], axis=1)
     rng = np.random.default_rng(seed)
-    out = np.empty((replicates, len(columns)))
+    out = np.empty((replicates, len(sums)))
     step = max(1, _CELLS // images)
     for start in range(0, replicates, step):
         rows = min(step, replicates - start)
@@ -104,11 +109,6 @@ def _draws(
         with np.errstate(invalid="ignore", divide="ignore"):
             out[start : start + rows] = np.where(total > 0, (weights @ above) / total, np.nan)
     return out
-
-
-def _per_image(columns: list[Floats], clusters: Ints, images: int) -> NDArray[np.float64]:
-    """Sums by image, (images, K)."""
-    return np.stack([np.bincount(clusters, c, images) for c in columns], axis=1)
 
 
 def _percentiles(draws: NDArray[np.float64], level: float) -> NDArray[np.float64]:

@@ -104,8 +104,8 @@ def _slice(parts: Terms, table: ScoreTable, one: Slice) -> SlicePart:
         left_out = max(0, len(present) - _MOST_LEVELS)
         present = present[:_MOST_LEVELS]
     names = [name for name in SLICE_FIGURES if name in parts]
-    columns = [masked(parts[name], numbers == k) for k in present for name in names]
-    bounds = intervals(columns, table.cluster, seed=SEED) if columns else np.empty((0, 2))
+    columns = (masked(parts[name], numbers == k) for k in present for name in names)
+    bounds = intervals(columns, table.cluster, seed=SEED)
     levels = []
     for row, k in enumerate(present):
         own = bounds[row * len(names) : (row + 1) * len(names)]

@@ -68,7 +68,7 @@ def _draw(case: Case) -> Picture:
         answer[:] = False
     _tint(canvas, answer, ANSWER)
     # The truth lies broader below the answer, so that both show where they agree.
-    lines = [(_contours(truth), TRUTH, 4), (_contours(answer), ANSWER, 2)]
+    lines = [(_contours(truth), TRUTH, 6), (_contours(answer), ANSWER, 2)]
     for contours, _, width_px in lines:
         cv2.drawContours(canvas, contours, -1, (0, 0, 0), width_px + 2, cv2.LINE_AA)
     for contours, color, width_px in lines:

@@ -7,10 +7,10 @@ annotations as ``caption``, ``expression`` or ``expressions``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from risam_cli.data.readers.instances import Instances, read_instances
 from risam_cli.data.readers.source import (
@@ -60,66 +60,64 @@ def open_coco(
     Where images or expressions carry a ``split``, ``split`` chooses among them; a file without
     one has the split ``all`` only.
     """
-    expressions: list[dict[str, Any]] = []
+    listed: list[_Spoken] = []
+    captioned: list[_Spoken] = []
 
     def other(key: str, record: Any) -> None:
         if key == "expressions":
-            if not isinstance(record, dict):
-                raise DataError(f"{path}: expressions[{len(expressions)}] is no object")
-            expressions.append(record)
+            listed.append(_listed(record, f"{path}: expressions[{len(listed)}]"))
 
-    instances = read_instances(path, on_other=other)
+    instances = read_instances(
+        path,
+        on_annotation=lambda k, record: captioned.extend(_captioned(k, record)),
+        on_other=other,
+    )
     if not instances.images:
         raise DataError(f"{path} lists no images", "a COCO file has 'images' and 'annotations'")
-    chosen, by_image = _phrases(instances, expressions, split)
+    by_image = _of_split(instances, [*listed, *captioned], split)
     folder = image_root if image_root is not None else _image_folder(path, instances)
     groups = []
-    for image_id in instances.images:
-        phrases = by_image.get(image_id, [])
-        if phrases or (bare_images and chosen(image_id)):
-            groups.append(_group(instances, image_id, folder, phrases))
+    for image_id, image in instances.images.items():
+        spoken = by_image.get(image_id, [])
+        if spoken or (bare_images and split in (ALL, image.get("split"))):
+            groups.append(_group(instances, image_id, folder, spoken))
     source = make_source(dataset, split, (path,), groups)
     require_some_truth(source, instances.annotations.__contains__, str(path))
     return source
 
 
-def _phrases(
-    instances: Instances, expressions: list[dict[str, Any]], split: str
-) -> tuple[Any, dict[Any, list[Phrase]]]:
-    """A test of image ids for the split, and the split's phrases by image id."""
+class _Spoken(NamedTuple):
+    """One expression as the file has it; ``id`` is empty where it has none."""
+
+    image_id: Any
+    id: str
+    text: str
+    parts: tuple[Any, ...] | None
+    split: Any
+
+
+def _of_split(
+    instances: Instances, spoken: Sequence[_Spoken], split: str
+) -> dict[Any, list[_Spoken]]:
+    """The split's expressions by image id. Raises DataError where there are none."""
     seen: Counter[str] = Counter()
-    by_image: dict[Any, list[Phrase]] = {}
-
-    def split_of(image_id: Any, record: dict[str, Any]) -> str | None:
-        own = record.get("split", instances.images.get(image_id, {}).get("split"))
-        return None if own is None else str(own)
-
-    def take(image_id: Any, record: dict[str, Any], phrase: Phrase) -> None:
-        own = split_of(image_id, record)
+    by_image: dict[Any, list[_Spoken]] = {}
+    for one in spoken:
+        own = one.split if one.split is not None else instances.image(one.image_id).get("split")
         if own is not None:
-            seen[own] += 1
-        if split in (ALL, own):
-            by_image.setdefault(image_id, []).append(phrase)
-
-    for number, record in enumerate(expressions):
-        image_id = record.get("image_id")
-        instances.image(image_id)
-        take(image_id, record, _listed(instances, record, number))
-    for ann_id, record in instances.annotations.items():
-        texts = _annotation_texts(record)
-        for k, text in enumerate(texts):
-            instances.image(record.get("image_id"))
-            name = str(ann_id) if len(texts) == 1 else f"{ann_id}#{k}"
-            take(record.get("image_id"), record, _captioned(instances, ann_id, name, text))
+            seen[str(own)] += 1
+        if split in (ALL, str(own)):
+            by_image.setdefault(one.image_id, []).append(one)
     if split != ALL and not by_image:
         have = ", ".join(f"{name} ({n})" for name, n in sorted(seen.items())) or "none but 'all'"
         raise DataError(f"{instances.path} has no split {split!r}", f"its splits: {have}")
-    return (lambda image_id: split in (ALL, split_of(image_id, {}))), by_image
+    return by_image
 
 
-def _listed(instances: Instances, record: dict[str, Any], number: int) -> Phrase:
-    """A phrase of the top-level list."""
-    where = f"{instances.path}: expressions[{number}]"
+def _listed(record: Any, where: str) -> _Spoken:
+    """An expression of the top-level list."""
+    if not isinstance(record, dict):
+        raise DataError(f"{where} is no object: {str(record)[:60]}")
     text = next((record[k] for k in _TEXT_KEYS if isinstance(record.get(k), str)), None)
     if text is None:
         raise DataError(f"{where} has no text", f"give one of {', '.join(_TEXT_KEYS)}")
@@ -132,17 +130,24 @@ def _listed(instances: Instances, record: dict[str, Any], number: int) -> Phrase
         raise DataError(f"{where} has ann_ids {str(ann_ids)[:60]}", "give a list of ids")
     if ann_ids == [-1]:  # gRefCOCO's way of saying that nothing fits
         ann_ids = []
-    parts = None if ann_ids is None else tuple(ann_ids)
-    given = record.get("id")
+    image_id, given = record.get("image_id"), record.get("id")
+    if not isinstance(image_id, (int, str)):
+        raise DataError(f"{where} has the image_id {str(image_id)[:40]}", "give an image's id")
     name = str(given) if isinstance(given, (int, str)) else ""
-    return Phrase(name, text, parts, _attributes(instances, record.get("image_id"), parts))
+    parts = None if ann_ids is None else tuple(ann_ids)
+    return _Spoken(image_id, name, text, parts, record.get("split"))
 
 
-def _captioned(instances: Instances, ann_id: Any, name: str, text: str) -> Phrase:
-    """A phrase that stands on its annotation; captions without a mask have no known truth."""
-    annotation = instances.annotations[ann_id]
+def _captioned(ann_id: Any, annotation: dict[str, Any]) -> Iterator[_Spoken]:
+    """Expressions that stand on an annotation; without a mask their truth is unknown."""
+    texts = _annotation_texts(annotation)
+    image_id = annotation.get("image_id")
+    if texts and not isinstance(image_id, (int, str)):
+        raise DataError(f"annotation {ann_id!r} has the image_id {str(image_id)[:40]}")
     parts = (ann_id,) if annotation.get("segmentation") else None
-    return Phrase(name, text, parts, _attributes(instances, annotation.get("image_id"), parts))
+    for k, text in enumerate(texts):
+        name = str(ann_id) if len(texts) == 1 else f"{ann_id}#{k}"
+        yield _Spoken(image_id, name, text, parts, annotation.get("split"))
 
 
 def _annotation_texts(annotation: dict[str, Any]) -> list[str]:
@@ -170,16 +175,19 @@ def _attributes(
     return out
 
 
-def _group(instances: Instances, image_id: Any, folder: Path, phrases: list[Phrase]) -> Group:
+def _group(instances: Instances, image_id: Any, folder: Path, spoken: Sequence[_Spoken]) -> Group:
     image = instances.image(image_id)
     size = instances.size(image)
-    name = image["file_name"]
-    named = [
-        p if p.id else Phrase(f"{name}#{k}", p.text, p.parts, p.attributes)
-        for k, p in enumerate(phrases)
-    ]
+    file_name = image["file_name"]
+    known: dict[tuple[Any, ...] | None, dict[str, Any]] = {}  # equal facts are held once
+    phrases = []
+    for k, one in enumerate(spoken):
+        if one.parts not in known:
+            known[one.parts] = _attributes(instances, image_id, one.parts)
+        name = one.id or f"{file_name}#{k}"
+        phrases.append(Phrase(name, one.text, one.parts, known[one.parts]))
     draw = partial(instances.draw, image_id=image_id, size=size or (1, 1))
-    return Group(name, folder / name, size, tuple(named), draw)
+    return Group(file_name, folder / file_name, size, tuple(phrases), draw)
 
 
 def _image_folder(path: Path, instances: Instances) -> Path:

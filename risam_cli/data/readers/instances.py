@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,16 @@ from risam_cli import masks
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.errors import DataError
 from risam_cli.types import Rle
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """What is used of an annotation. Polygons are held as arrays, which take a quarter of lists."""
+
+    image_id: Any
+    category_id: Any
+    crowd: bool
+    segmentation: Any
 
 
 @dataclass(slots=True)
@@ -26,7 +37,7 @@ class Instances:
 
     path: Path
     images: dict[Any, dict[str, Any]] = field(default_factory=dict)
-    annotations: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    annotations: dict[Any, Annotation] = field(default_factory=dict)
     categories: dict[Any, str] = field(default_factory=dict)
     in_category: Counter[tuple[Any, Any]] = field(default_factory=Counter)
 
@@ -68,13 +79,13 @@ class Instances:
                 f"annotation {ann_id!r} does not exist in {self.path}",
                 "check the ids, or take both files from one release",
             )
-        if annotation.get("image_id") != image_id:
+        if annotation.image_id != image_id:
             raise DataError(
                 f"annotation {ann_id!r} of {self.path} belongs to image "
-                f"{annotation.get('image_id')!r}, not to {image_id!r}"
+                f"{annotation.image_id!r}, not to {image_id!r}"
             )
         return segmentation_to_rle(
-            annotation.get("segmentation"), size, f"annotation {ann_id!r} of {self.path}"
+            annotation.segmentation, size, f"annotation {ann_id!r} of {self.path}"
         )
 
     def rivals(self, image_id: Any, ann_ids: tuple[Any, ...]) -> int | None:
@@ -85,15 +96,16 @@ class Instances:
         chosen: Counter[Any] = Counter()
         for ann_id in ann_ids:
             annotation = self.annotations.get(ann_id)
-            if annotation is not None and annotation.get("category_id") is not None:
-                chosen[annotation["category_id"]] += not annotation.get("iscrowd")
+            if annotation is not None and annotation.category_id is not None:
+                chosen[annotation.category_id] += not annotation.crowd
         if not chosen:
             return None
         return sum(max(self.in_category[image_id, c] - n, 0) for c, n in chosen.items())
 
     def category(self, ann_ids: tuple[Any, ...]) -> str | None:
         """The referents' category by name; None where unknown or where they differ."""
-        ids = {(self.annotations.get(a) or {}).get("category_id") for a in ann_ids}
+        found = [self.annotations.get(ann_id) for ann_id in ann_ids]
+        ids = {None if one is None else one.category_id for one in found}
         only = ids.pop() if len(ids) == 1 else None
         return self.categories.get(only)
 
@@ -103,6 +115,7 @@ def read_instances(
     *,
     keep_image: Callable[[Any], bool] = lambda image_id: True,
     keep_annotation: Callable[[Any], bool] = lambda ann_id: True,
+    on_annotation: Callable[[Any, dict[str, Any]], None] | None = None,
     on_other: Callable[[str, Any], None] | None = None,
 ) -> Instances:
     """Read a COCO file record by record and keep what is asked for.
@@ -110,6 +123,7 @@ def read_instances(
     Args:
         keep_image: by image id; annotations of other images are not counted as rivals either.
         keep_annotation: by annotation id.
+        on_annotation: gets id and whole record of every annotation that is kept.
         on_other: gets every record of the other top-level members.
 
     Raises:
@@ -127,7 +141,14 @@ def read_instances(
             if keep_image(image_id) and not record.get("iscrowd"):
                 result.in_category[image_id, record.get("category_id")] += 1
             if keep_annotation(ann_id):
-                result.annotations[ann_id] = record
+                result.annotations[ann_id] = Annotation(
+                    image_id,
+                    record.get("category_id"),
+                    bool(record.get("iscrowd")),
+                    _compact(record.get("segmentation")),
+                )
+                if on_annotation is not None:
+                    on_annotation(ann_id, record)
         elif key == "categories":
             result.categories[record_id(record, path, "categories[]")] = str(record.get("name"))
         elif on_other is not None:
@@ -155,16 +176,28 @@ def segmentation_to_rle(segmentation: Any, size: tuple[int, int], where: str) ->
     """
     if isinstance(segmentation, dict):
         return masks.parse_rle(segmentation, size=size, where=where)
+    if isinstance(segmentation, array):
+        segmentation = [segmentation]
     if not isinstance(segmentation, list) or not segmentation:
         raise DataError(f"{where} has no segmentation", "give polygons or RLE")
     if all(isinstance(part, dict) for part in segmentation):
         return masks.union(list(_each_rle(segmentation, size, where)), size)
     if all(isinstance(part, (int, float)) for part in segmentation):
         segmentation = [segmentation]
-    areas = [p for p in segmentation if not isinstance(p, list) or len(p) >= 6]
+    areas = [p for p in segmentation if not isinstance(p, (list, array)) or len(p) >= 6]
     if not areas:
         raise DataError(f"{where}: no polygon has three points", "give polygons or RLE")
     return masks.from_polygons(areas, size, where=where)
+
+
+def _compact(segmentation: Any) -> Any:
+    """Polygons as arrays; anything else, and anything odd, as it is."""
+    if not isinstance(segmentation, list):
+        return segmentation
+    try:
+        return [array("d", part) if isinstance(part, list) else part for part in segmentation]
+    except (TypeError, OverflowError):
+        return segmentation
 
 
 def _each_rle(parts: list[Any], size: tuple[int, int], where: str) -> Iterator[Rle]:

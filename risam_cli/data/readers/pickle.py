@@ -25,6 +25,7 @@ _PLAIN_NAMES = """
     PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET
 """
 _PLAIN = frozenset(_PLAIN_NAMES.split())
+_BY_CODE = {opcode.code: opcode for opcode in pickletools.opcodes}
 _STORES = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
 _FIX = "fetch the file from the benchmark's own source; nothing of it was run"
 
@@ -90,7 +91,7 @@ def _instructions(data: bytes) -> Iterator[tuple[str, Any, int]]:
     stream = io.BytesIO(data)
     while True:
         position = stream.tell()
-        opcode = pickletools.code2op[stream.read(1).decode("latin-1")]
+        opcode = _BY_CODE[stream.read(1).decode("latin-1")]
         argument = None
         if opcode.name == "STRING":
             if not stream.readline().endswith(b"\n"):

@@ -28,6 +28,8 @@ from risam_cli.types import Expression, Failure, Rle, Sample
 
 FILE_NAME = "predictions.jsonl"
 
+_Row = tuple[int, dict[str, Any]]  # its number among the records, and the record
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -106,18 +108,16 @@ class PredictionIndex:
         Raises:
             DataError: the record is malformed, or its mask is of another size than the image.
         """
-        rows = [row for row, _ in self._by_id(sample, expression)]
-        if not rows:
-            rows = [row for row, _ in self._by_pair(sample, expression)]
-        if not rows:
+        found = list(self._by_id(sample, expression)) or list(self._by_pair(sample, expression))
+        if not found:
             return None
-        for row in rows[1:]:
+        for row, record in found[1:]:
             if not self._used[row]:
                 self.doubled += 1
-                self._tell(self._record(row), "a second prediction for one expression; not scored")
-        self._used[rows] = True
-        record = self._record(rows[0])
-        return parse_answer(record, self._size or sample.size, f"{self.path}: prediction {expression.id!r}")
+                self._tell(record, "a second prediction for one expression; not scored")
+        self._used[[row for row, _ in found]] = True
+        where = f"{self.path}: prediction {expression.id!r}"
+        return parse_answer(found[0][1], self._size or sample.size, where)
 
     def surplus(self) -> Iterator[tuple[str, str, str]]:
         """Id, image and expression of every record that no expression asked for."""
@@ -144,13 +144,13 @@ class PredictionIndex:
                     )
             offset += len(line)
 
-    def _by_id(self, sample: Sample, expression: Expression) -> Iterator[tuple[int, Any]]:
+    def _by_id(self, sample: Sample, expression: Expression) -> Iterator[_Row]:
         for row in self._ids.rows(_hash(expression.id)):
             record = self._record(row)
             if str(record.get("id")) == expression.id and _same_image(record, sample.image):
                 yield row, record
 
-    def _by_pair(self, sample: Sample, expression: Expression) -> Iterator[tuple[int, Any]]:
+    def _by_pair(self, sample: Sample, expression: Expression) -> Iterator[_Row]:
         texts = {expression.text, str(expression.attributes.get("raw", expression.text))}
         for text in texts:
             wanted = {"image": sample.image, "expression": text}

@@ -226,5 +226,6 @@ def _groups(instances: Instances, refs: Sequence[dict[str, Any]], folder: Path) 
 
 def _drawable(instances: Instances, ann_ids: tuple[Any, ...]) -> tuple[Any, ...]:
     """The annotations but crowds, which are no objects; alone, a crowd is kept."""
-    single = tuple(a for a in ann_ids if not (instances.annotations.get(a) or {}).get("iscrowd"))
+    known = instances.annotations
+    single = tuple(a for a in ann_ids if a not in known or not known[a].crowd)
     return single or ann_ids

@@ -5,6 +5,7 @@ from what ``risam refshapes`` wrote, in whichever benchmark's format.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -140,12 +141,12 @@ def _phrases(item: SceneItem, number: int) -> list[Phrase]:
     phrases = []
     for k, referring in enumerate(item.expressions):
         shapes = [scene_object.shape for scene_object in item.objects]
-        chosen = {shapes[k] for k in referring.objects}
+        chosen = Counter(shapes[k] for k in referring.objects)
         attributes: dict[str, object] = {"referents": len(referring.objects)}
         if len(chosen) == 1:
-            shape = chosen.pop()
-            attributes["category"] = shape
-            attributes["distractors"] = shapes.count(shape) - len(referring.objects)
+            attributes["category"] = next(iter(chosen))
+        if chosen:
+            attributes["distractors"] = sum(shapes.count(s) - n for s, n in chosen.items())
         phrases.append(Phrase(str(number * 100 + k), referring.text, referring.objects, attributes))
     return phrases
 
