@@ -72,6 +72,7 @@ def _paths(settings: TrainSettings) -> Iterator[tuple[str, Path]]:
     for key, data in [
         ("train", settings.train),
         *((f"val.{n}", d) for n, d in settings.val.items()),
+        *((f"stages.{n}.train", getattr(s, "train", None)) for n, s in enumerate(settings.stages)),
     ]:
         if isinstance(data, CocoData):
             yield f"{key}.annotations", Path(data.annotations)

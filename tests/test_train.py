@@ -195,6 +195,29 @@ def test_other_settings_are_refused_and_leave_the_run_as_it_was(
     assert rows(tmp_path)[-1]["step"] == 1
 
 
+def test_a_stage_may_be_added_to_a_finished_run_and_a_begun_one_may_not_change(
+    unbroken: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    output = shutil.copytree(unbroken, tmp_path / "copy")
+    more = {**RAW["stages"][1], "name": "joint", "train_encoder": "yes", "steps": 2}
+    changed = {**RAW["stages"][1], "learning_rate": 1e-5}
+    with pytest.raises(ModelError, match="belongs to other settings"):
+        run(output, resume=True, stages=[RAW["stages"][0], changed, more])
+    with pytest.raises(ModelError, match="belongs to other settings"):
+        run(output, resume=True, stages=RAW["stages"][:1])
+    run(output, resume=True, stages=[*RAW["stages"], more])
+    log = rows(output)
+    assert log[: len(rows(unbroken))] == rows(unbroken)
+    assert [
+        (r["stage"], r["step"]) for r in log if r["name"] == "joint" and r["kind"] == "train"
+    ] == [
+        (2, 1),
+        (2, 2),
+    ]
+
+
 def test_a_folder_with_a_run_is_not_written_over(unbroken: Path) -> None:
     before = (unbroken / "metrics.jsonl").read_bytes()
     with pytest.raises(OutputError, match="holds a training run") as raised:

@@ -27,6 +27,7 @@ from risam_cli.engine.training_state import (
     read_state,
     restore,
     save_state,
+    stage_of_weights,
 )
 from risam_cli.errors import RisamError
 
@@ -253,7 +254,7 @@ class TrainingRun:
         save_state(
             self.checkpoint,
             self.place,
-            self.hashes[min(self.place.stage, len(self.hashes) - 1)],
+            self.hashes[stage_of_weights(self.place)],
             module,
             self.model,
             optimizer,

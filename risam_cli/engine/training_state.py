@@ -92,6 +92,11 @@ class Place:
     expressions: int = 0
 
 
+def stage_of_weights(place: Place) -> int:
+    """The last stage that has borne on the weights: at a stage's start, the one before."""
+    return place.stage - 1 if place.stage and not place.step else place.stage
+
+
 def save_state(
     path: Path,
     place: Place,
@@ -123,8 +128,8 @@ def read_state(path: Path, hashes: Sequence[str]) -> dict[str, Any]:
     """Reads a checkpoint of the same settings; runs no code that it may hold.
 
     Args:
-        hashes: of the settings up to and with each stage. Later stages than the checkpoint's
-            may have changed since.
+        hashes: of the settings up to and with each stage. Stages that had not begun may have
+            changed since, or been added.
 
     Raises:
         ModelError: a damaged file, or one of other settings.
@@ -138,8 +143,10 @@ def read_state(path: Path, hashes: Sequence[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or state.get("format") != 1:
         raise ModelError(f"{path} is no checkpoint of risam train", "start without --resume")
-    stage = min(int(state["place"]["stage"]), len(hashes) - 1)
-    if state["settings_hash"] != hashes[stage]:
+    place = Place(**state["place"])
+    # At a stage's start, either side of the border is the same state.
+    fitting = {hashes[n] for n in (stage_of_weights(place), place.stage) if n < len(hashes)}
+    if state["settings_hash"] not in fitting:
         raise ModelError(
             f"checkpoint {path} belongs to other settings",
             "resume with the settings it was started with (config.resolved.yaml), or choose "
