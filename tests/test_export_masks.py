@@ -449,9 +449,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         return most
 
     peak(10)  # imports
-    small, large = peak(200), peak(2200)
+    small, large = peak(200), peak(1200)
     # 24 bytes a record are noted, and a few arrays of that length are made on the way.
-    assert large - small < 2000 * 80
+    assert large - small < 1000 * 80
 
 
 def test_a_spool_is_gone_after_use(tmp_path):
