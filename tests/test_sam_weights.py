@@ -287,7 +287,7 @@ def test_a_file_with_code_is_refused_before_it_runs(tmp_path: Path, kind: str) -
     mark, path = tmp_path / "it ran", tmp_path / "pytorch_model.bin"
     value = {"image_encoder.pos_embed": _Hostile(mark)}
     if kind == "bare pickle":
-        path.write_bytes(pickle.dumps(value))
+        path.write_bytes(pickle.dumps(value, protocol=2))
     else:
         torch.save(value, path, _use_new_zipfile_serialization=kind != "legacy")
     with pytest.raises(ModelError, match="nothing in it was run"):
