@@ -1,3 +1,5 @@
+"""Images of every ordinary kind, and of the broken kinds, through one decoder."""
+
 from __future__ import annotations
 
 import io

@@ -1,3 +1,5 @@
+"""Inputs of every kind become samples in order, or failures with their place."""
+
 from __future__ import annotations
 
 import io

@@ -1,3 +1,5 @@
+"""Names of mask files: readable, inside the folder, and never two alike."""
+
 from __future__ import annotations
 
 import re

@@ -1,3 +1,5 @@
+"""Masks as PNG: read back the same by others, whole or not there."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""The engine of predict: one encode an image, order kept, memory adapted to."""
+
 from __future__ import annotations
 
 import errno

@@ -1,3 +1,5 @@
+"""Loading ahead: order, time limits, and workers that die."""
+
 from __future__ import annotations
 
 import threading

@@ -1,3 +1,5 @@
+"""Runs of predict: resume, overwrite, retry, shards, and the ledger behind them."""
+
 from __future__ import annotations
 
 import errno

@@ -1,3 +1,5 @@
+"""Records to JSON and back, and what is refused on the way."""
+
 from __future__ import annotations
 
 import io

@@ -129,7 +129,7 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
 )
 @verbosity_options
 def command(**options: Any) -> int:
-    r"""Find what expressions refer to in images, and write masks.
+    """Find what expressions refer to in images, and write masks.
 
     INPUTS are images, folders, patterns, manifests (.jsonl, .csv, .tsv, COCO-style .json) or -
     for JSON Lines on stdin, in any mixture.
