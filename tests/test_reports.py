@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from eval_files import box_mask, image_file
-from PIL import Image
+from PIL import Image, ImageDraw
 from pydantic import ValidationError
 
 from risam_cli import masks
@@ -110,7 +110,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Any]:
 class _Reader(HTMLParser):
     """Collects tags, attributes and whether every opened tag is closed."""
 
-    VOID = frozenset(("meta", "img", "br", "line", "circle", "polyline", "rect", "link", "input"))
+    VOID = frozenset(("meta", "img", "br", "line", "circle", "polyline", "rect", "image", "path"))
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,9 +150,10 @@ def test_the_page_shows_hostile_text_and_runs_none_of_it(made: Any) -> None:
     assert not tags & {"script", "iframe", "object", "embed", "link", "form", "base"}
     for tag, attributes in reader.seen:
         assert not [name for name in attributes if name.startswith("on")], tag
-        assert "href" not in attributes
-        if tag == "img":
-            assert (attributes["src"] or "").startswith("data:image/webp;base64,")
+        assert "src" not in attributes
+        if "href" in attributes:
+            assert tag == "image"
+            assert (attributes["href"] or "").startswith("data:image/webp;base64,")
     assert page.count("<script") == 0
     shown = " ".join(reader.words)
     assert "<script>alert(1)</script>" in shown
@@ -279,31 +280,46 @@ def _pixels(uri: str) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.int64)
 
 
-def _has(pixels: np.ndarray[Any, Any], color: tuple[int, int, int]) -> bool:
-    return bool((np.abs(pixels - np.array(color)).max(axis=-1) < 40).sum() > 200)
+def _filled(path: str, width: int, height: int) -> np.ndarray[Any, Any]:
+    """The area of an SVG path of straight lines, filled by the even-odd rule."""
+    total = np.zeros((height, width), bool)
+    for ring in re.findall(r"M([^Z]+)Z", path):
+        points = [tuple(int(v) for v in point.split(",")) for point in ring.split()]
+        canvas = Image.new("1", (width, height))
+        ImageDraw.Draw(canvas).polygon(points, fill=1, outline=1)
+        total ^= np.array(canvas)
+    return total
 
 
-def test_pictures_show_truth_and_answer_in_their_colours(tmp_path: Path) -> None:
+def test_outlines_are_those_of_the_masks(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    Image.new("RGB", (60, 40), (40, 40, 40)).save(path)
-    both, none = draw_cases([_case(path), _case(path, answered_none=True)])
-    pixels = _pixels(both.uri)
-    assert pixels.shape == (both.height, both.width, 3) == (213, 320, 3)
-    assert _has(pixels[:, :160], TRUTH)
-    assert not _has(pixels[:, :160], ANSWER)
-    assert _has(pixels[:, 160:], ANSWER)
-    assert _has(_pixels(none.uri), TRUTH)
-    assert not _has(_pixels(none.uri), ANSWER)
-    same = _case(path, prediction=_case(path).target)
-    agreeing = _pixels(draw_cases([same])[0].uri)
-    assert _has(agreeing, TRUTH)
-    assert _has(agreeing, ANSWER)
+    Image.new("RGB", (60, 40), (40, 90, 140)).save(path)
+    made, none = draw_cases([_case(path), _case(path, answered_none=True)])
+    assert _pixels(made.uri).shape == (made.height, made.width, 3) == (213, 320, 3)
+    assert np.abs(_pixels(made.uri) - (40, 90, 140)).max() < 8  # nothing is painted on the image
+    scale = 320 / 60
+    for outline, box in ((made.truth, (5, 5, 25, 30)), (made.answer, (30, 5, 55, 30))):
+        expected = np.zeros((213, 320), bool)
+        x0, y0, x1, y1 = (round(v * scale) for v in box)
+        expected[y0:y1, x0:x1] = True
+        found = _filled(outline, 320, 213)
+        assert (found & expected).sum() / (found | expected).sum() > 0.97
+    assert none.truth == made.truth
+    assert none.answer == ""
+
+
+def test_holes_are_outlined_too(tmp_path: Path) -> None:
+    ring = box_mask((5, 5, 35, 35), size=SIZE) & ~box_mask((15, 15, 25, 25), size=SIZE)
+    made = draw_cases([_case(tmp_path / "none.png", target=masks.encode(ring))])[0]
+    assert made.truth.count("M") == 2
+    found = _filled(made.truth, 320, 213)
+    assert found.sum() / ring.sum() == pytest.approx((320 / 60) ** 2, rel=0.08)
 
 
 def test_pictures_without_their_image_say_so(tmp_path: Path) -> None:
     gone = draw_cases([_case(tmp_path / "none.png")])[0]
     assert gone.note == "image not at hand"
-    assert _has(_pixels(gone.uri), TRUTH)
+    assert gone.truth
     path = tmp_path / "other.png"
     Image.new("RGB", (60, 50)).save(path)
     assert "50x60" in draw_cases([_case(path)])[0].note
@@ -312,12 +328,20 @@ def test_pictures_without_their_image_say_so(tmp_path: Path) -> None:
 def test_a_target_of_one_pixel_is_still_drawn(tmp_path: Path) -> None:
     tiny = np.zeros((3000, 2000), bool)
     tiny[1500, 1000] = True
-    case = _case(
-        tmp_path / "none.png", target=masks.encode(tiny), prediction=masks.empty((3000, 2000))
-    )
-    pixels = _pixels(draw_cases([case])[0].uri)
-    near = pixels[150:170, 96:118]
-    assert (np.abs(near - np.array(TRUTH)).max(axis=-1) < 60).any()
+    nothing = masks.empty((3000, 2000))
+    case = _case(tmp_path / "none.png", target=masks.encode(tiny), prediction=nothing)
+    made = draw_cases([case])[0]
+    found = np.argwhere(_filled(made.truth, made.width, made.height))
+    assert len(found) > 0
+    assert np.abs(found.mean(axis=0) - (160, 106.5)).max() < 2
+    assert made.answer == ""
+
+
+def test_truth_and_answer_have_colours_of_their_own(made: Any) -> None:
+    page = to_html(*made)
+    for name, color in (("truth", TRUTH), ("answer", ANSWER)):
+        assert f".{name} {{ --swatch: #{bytes(color).hex()}; }}" in page
+        assert f'class="outline {name}"' in page
 
 
 def test_cases_are_of_different_images_where_there_are_enough(tmp_path: Path) -> None:

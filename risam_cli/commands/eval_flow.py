@@ -276,7 +276,7 @@ def _report(
         shuffle=asked.shuffle,
     )
     facts = RunFacts(
-        command=[Path(sys.argv[0]).name, *sys.argv[1:]],
+        command=["risam", *sys.argv[1:]],
         dataset=data,
         answers=done.answers,
         counts=done.counts,

@@ -1,4 +1,7 @@
-"""Cases as small pictures: the image with ground truth and answer outlined."""
+"""Cases as small pictures: the image, with ground truth and answer as outlines over it.
+
+Outlines are vector paths, so that they stay sharp and keep their colours at any zoom.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,9 @@ ANSWER = (230, 159, 0)
 """Orange of the same palette."""
 
 _SIDE = 320
-_QUALITY = 80
+_QUALITY = 75
 _PLAIN = 96  # gray of the ground where the image is not at hand
+_SLACK = 0.4  # pixels that an outline may move, to save points
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +35,9 @@ class Picture:
     """One case, drawn.
 
     Attributes:
-        uri: a ``data:`` address of a WebP image.
-        width, height: of the drawn image in pixels.
+        uri: the image as a ``data:`` address of a WebP file.
+        width, height: of the picture in pixels.
+        truth, answer: outlines as SVG path data; empty where there is no pixel.
         note: why the image itself is not shown, or empty.
     """
 
@@ -40,6 +45,8 @@ class Picture:
     uri: str
     width: int
     height: int
+    truth: str
+    answer: str
     note: str = ""
 
 
@@ -60,40 +67,30 @@ def _draw(case: Case) -> Picture:
     except ImageError:
         rgb = np.full((small[1], small[0], 3), _PLAIN, np.uint8)
         note = "image not at hand"
-    shrinks = rgb.shape[0] > small[1]
-    how = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    canvas = np.asarray(cv2.resize(rgb, small, interpolation=how), np.uint8).copy()
-    truth, answer = (_resized(rle, small) for rle in (case.target, case.prediction))
-    if case.answered_none:
-        answer[:] = False
-    _tint(canvas, answer, ANSWER)
-    # The truth lies broader below the answer, so that both show where they agree.
-    lines = [(_contours(truth), TRUTH, 6), (_contours(answer), ANSWER, 2)]
-    for contours, _, width_px in lines:
-        cv2.drawContours(canvas, contours, -1, (0, 0, 0), width_px + 2, cv2.LINE_AA)
-    for contours, color, width_px in lines:
-        cv2.drawContours(canvas, contours, -1, color, width_px, cv2.LINE_AA)
-    return Picture(case, _uri(canvas), small[0], small[1], note)
+    how = cv2.INTER_AREA if rgb.shape[0] > small[1] else cv2.INTER_CUBIC
+    canvas = np.asarray(cv2.resize(rgb, small, interpolation=how), np.uint8)
+    answer = "" if case.answered_none else _path(case.prediction, small)
+    return Picture(case, _uri(canvas), *small, _path(case.target, small), answer, note)
 
 
-def _resized(rle: Rle, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The mask at (width, height), smooth enough for an outline."""
+def _path(rle: Rle, size: tuple[int, int]) -> str:
+    """The outline of a mask, holes too, at (width, height), as SVG path data."""
     dense = masks.decode(rle).astype(np.float32)
-    shrinks = dense.shape[1] > size[0]
-    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    how = cv2.INTER_AREA if dense.shape[1] > size[0] else cv2.INTER_LINEAR
     resized = np.asarray(cv2.resize(dense, size, interpolation=how))
     # A target of a few pixels must not vanish.
     found = resized >= 0.5
-    return found if found.any() or not dense.any() else resized > 0
+    found = found if found.any() or not dense.any() else resized > 0
+    contours, _ = cv2.findContours(found.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    return "".join(_ring(np.asarray(contour, np.int32)) for contour in contours)
 
 
-def _tint(canvas: NDArray[np.uint8], mask: NDArray[np.bool_], color: tuple[int, int, int]) -> None:
-    canvas[mask] = (0.72 * canvas[mask] + 0.28 * np.array(color)).astype(np.uint8)
-
-
-def _contours(mask: NDArray[np.bool_]) -> Sequence[NDArray[np.int32]]:
-    found, _ = cv2.findContours(mask.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    return [np.asarray(contour, np.int32) for contour in found]
+def _ring(contour: NDArray[np.int32]) -> str:
+    points = np.asarray(cv2.approxPolyDP(contour, _SLACK, closed=True)).reshape(-1, 2)
+    if len(points) < 3:  # a dot or a line: give it an area, or nothing would be drawn
+        (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0) + 1
+        points = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+    return "M" + " ".join(f"{x},{y}" for x, y in points) + "Z"
 
 
 def _uri(rgb: NDArray[np.uint8]) -> str:
