@@ -224,6 +224,13 @@ def test_json_is_the_documented_schema(made: Any, repo: Path) -> None:
     assert written == Report.model_json_schema(), "run: python docs/generate_schema.py"
 
 
+def test_the_example_is_a_report_of_this_version(repo: Path) -> None:
+    folder = repo / "docs/example-report"
+    report = Report.model_validate_json((folder / "report.json").read_bytes())
+    assert to_markdown(report) == (folder / "report.md").read_text(encoding="utf-8")
+    assert (folder / "report.html").stat().st_size < 1_000_000
+
+
 def test_every_field_of_the_report_is_documented(repo: Path) -> None:
     page = (repo / "docs/eval.md").read_text(encoding="utf-8")
     names = set(Report.model_fields)

@@ -135,7 +135,7 @@ def environment() -> EnvironmentPart:
     return EnvironmentPart(
         risam=__version__,
         python=platform.python_version(),
-        platform=platform.platform(terse=True),
+        platform=f"{platform.system()} {platform.machine()}",
         numpy=np.__version__,
         torch=None if torch is None else str(torch.__version__),
     )
