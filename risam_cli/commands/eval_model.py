@@ -88,7 +88,7 @@ def answer_and_score(
             decode_mask=seconds.decode_mask,
             score=done.scored.seconds,
             total=done.seconds,
-            expressions_per_second=len(done.scored.table) / done.seconds,
+            expressions_per_second=seconds.expressions / done.seconds,
         ),
         no_target_fit=fit,
     )

@@ -29,14 +29,20 @@ Run = Callable[[Iterable[Sample]], Iterator[ImageResult]]
 
 @dataclass(slots=True)
 class StageSeconds:
-    """Seconds by stage, summed over images; stages overlap, so they may exceed the clock's."""
+    """Seconds by stage, summed over images; stages overlap, so they may exceed the clock's.
+
+    Attributes:
+        expressions: how many were answered in these seconds.
+    """
 
     decode: float = 0.0
     encode: float = 0.0
     decode_mask: float = 0.0
+    expressions: int = 0
 
-    def add(self, spent: Mapping[str, float]) -> None:
+    def add(self, spent: Mapping[str, float], expressions: int) -> None:
         """Take one image's seconds in."""
+        self.expressions += expressions
         self.decode += spent.get("load", 0.0)
         self.encode += spent.get("encode", 0.0)
         self.decode_mask += spent.get("decode", 0.0) + spent.get("finish", 0.0)
@@ -183,7 +189,7 @@ def _logged(
     seconds: StageSeconds,
     on_failure: OnFailure,
 ) -> Answered:
-    seconds.add(result.seconds)
+    seconds.add(result.seconds, len(result.sample.expressions))
     answered = _answered(result, bar, protocol, on_failure)
     log.write(answered)
     return answered

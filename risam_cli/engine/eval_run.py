@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections import Counter
@@ -99,7 +98,7 @@ def run_evaluation(
     """
     started = time.perf_counter()
     rows = folder / ROWS_FILE
-    part = rows.with_name(f".{rows.name}.{os.getpid()}.part")
+    part = rows.with_name(f".{rows.name}.part")
     made: set[Path] = set()
     try:
         with part.open("w", encoding="utf-8", errors="backslashreplace") as stream:

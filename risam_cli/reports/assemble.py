@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -95,7 +94,7 @@ def write_reports(folder: Path, report: Report, pictures: Mapping[str, Sequence[
 
 def write_whole(path: Path, content: str) -> None:
     """Write a text file beside its place and move it there. Raises OutputError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part")
     try:
         # A lone surrogate of someone's JSON has no UTF-8; its escape is at least readable.
         part.write_text(content, encoding="utf-8", errors="backslashreplace")

@@ -5,6 +5,7 @@ from what ``risam refshapes`` wrote, in whichever benchmark's format.
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -156,7 +157,19 @@ def _draw(instances: NDArray[np.uint8], number: int) -> Rle:
 
 
 def _write(path: Path, image: NDArray[np.uint8]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a scene once, whole: another thread may be about to read it."""
+    if path.exists():
+        return
     # Level 1: the file lives for minutes, and a scene compresses fast and well enough.
-    if not cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1]):
-        raise OutputError(f"cannot write the scene {path}", "is the disk full?")
+    done, data = cv2.imencode(".png", image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    if not done:
+        raise OutputError(f"cannot write the scene {path}", "OpenCV was built without PNG")
+    part = path.with_name(f".{path.name}.{threading.get_ident()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data.tobytes())
+        part.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the scene {path}: {error.strerror or error}", "is the disk full?"
+        ) from error
