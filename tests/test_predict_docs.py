@@ -1,3 +1,5 @@
+"""The commands of docs/predict.md, run as they stand there."""
+
 from __future__ import annotations
 
 import os
