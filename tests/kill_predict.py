@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch  # noqa: F401 - imported before the forks, for all of them
+import torch
 
-import risam_cli.build
-import risam_cli.engine.predict_run  # noqa: F401
+import risam_cli.engine.predict_run  # noqa: F401 - as the next, for all forks
+from risam_cli.build import load_model
 from risam_cli.cli import main
 
 
@@ -56,6 +56,7 @@ def size_of(path: Path) -> int:
 
 def main_loop(seed: int, kills: int, model: str, output: str, inputs: list[str]) -> None:
     chance = random.Random(seed)
+    load_model(model, device=torch.device("cpu"))  # imports what a load imports
     named = ["-q", "predict", *inputs, "--model", model, "--device", "cpu", "-o"]
     whole = f"{output}-whole"
     codes = [try_once([*named, whole], lambda: False, 0, signal.SIGKILL)]

@@ -194,6 +194,7 @@ BAD_LINES = [
     ('{"image": "a.jpg", "expression": "x", "id": ""}', "'id' is ''"),
     ('{"image": "a.jpg", "expression": "x", "id": true}', "'id' is True"),
     ('{"image": "a.jpg", "expression": "x", "id": "taken"}', "'taken' was given before"),
+    ('{"image": "a.jpg", "expression": "half \\ud83d"}', "not Unicode text"),
     ('{"image": "../a.jpg", "expression": "x"}', "lies outside"),
     ('{"image": "sub/../../a.jpg", "expression": "x"}', "lies outside"),
     ('{"image": "/etc/passwd.jpg", "expression": "x"}', "lies outside"),
@@ -376,7 +377,12 @@ def test_inputs_that_cannot_be_are_found_before_the_start(tmp_path: Path) -> Non
     ):
         with pytest.raises(DataError, match=text):
             Inputs([str(argument)], ["x"]).check()
-    for arguments, expressions in ((["-", "-"], []), (["a.jpg"], [" "]), (["a\0.jpg"], ["x"])):
+    for arguments, expressions in (
+        (["-", "-"], []),
+        (["a.jpg"], [" "]),
+        (["a\0.jpg"], ["x"]),
+        (["a.jpg"], ["\udcff"]),
+    ):
         with pytest.raises(UsageError):
             Inputs(arguments, expressions).check()
     Inputs([str(tmp_path / "nothing.jpg")], ["x"]).check()  # an item that fails, not the run

@@ -213,6 +213,24 @@ def test_kills_lose_nothing_and_double_nothing(model_folder: Path, tmp_path: Pat
     assert len(list(read_records(out))) == 98
 
 
+def test_a_reader_of_the_stream_that_leaves(model_folder: Path, tiny_images: Path) -> None:
+    out = tiny_images / "out"
+    arguments = ["predict", tiny_images, "-e", "x", "-o", out, "--jsonl", "-", "--model"]
+    command = [sys.executable, "-m", "risam_cli", *map(str, arguments), str(model_folder)]
+    done = subprocess.run(
+        ["bash", "-c", '"$@" | true; exit ${PIPESTATUS[0]}', "-", *command],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "the reader of stdout is gone; what was done is kept" in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_killed_run_holds_no_lock(predict: Call, tiny_images: Path, tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [
@@ -273,7 +291,7 @@ def test_what_cannot_start_says_why_in_one_line(
     assert text in said.err
     assert "Traceback" not in said.err
     assert len([line for line in said.err.splitlines() if line.startswith(("error", "Error"))]) == 1
-    assert not list(Path("out").glob("*.jsonl"))
+    assert not Path("out").exists()
 
 
 def test_a_model_that_is_damaged_is_told_before_anything_is_written(
@@ -295,7 +313,7 @@ def test_a_model_that_is_damaged_is_told_before_anything_is_written(
         assert "broken" in said
         assert "Traceback" not in said
         assert len(said.splitlines()) == 1
-        assert not Path("out/predictions.jsonl").exists()
+        assert not Path("out").exists()
 
 
 def bad_images(folder: Path) -> dict[str, str]:

@@ -336,6 +336,20 @@ def test_an_error_of_one_image_leaves_the_others(pictures: list[Path]) -> None:
     assert [answer.job for answer in answers] == [0, 1, 2, 3]
 
 
+def test_an_error_of_one_expression_leaves_the_others(pictures: list[Path]) -> None:
+    def one_is_bad(sums: torch.Tensor) -> None:
+        if (sums == 3).any():
+            raise IndexError("out of the vocabulary")
+
+    network = FakeNetwork(before_decode=one_is_bad)
+    answers = list(compute(network).run(jobs(pictures[:2], "x", "www", "yy")))
+    assert [(a.job, a.text, a.error) for a in answers] == [
+        (job, text, "out of the vocabulary" if text == 1 else "")
+        for job in range(2)
+        for text in range(3)
+    ]
+
+
 def test_a_lost_device_ends_the_run(pictures: list[Path]) -> None:
     def lost(pixels: torch.Tensor) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -407,7 +408,10 @@ def test_another_run_is_refused_by_name(finished: tuple[Path, Path], tmp_path: P
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "out"), pytest.raises(OutputError, match="another run is writing"):
         RunFolder(tmp_path / "out")
-    RunFolder(tmp_path / "out").close()
+    assert not (tmp_path / "out").exists()  # no run was begun
+    (tmp_path / "mine").mkdir()
+    RunFolder(tmp_path / "mine").close()
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
@@ -490,6 +494,7 @@ def test_a_signal_ends_the_run_after_its_batch(
     def send(pixels: torch.Tensor) -> None:
         if len(run.model.model.encoded) == 2:
             os.kill(os.getpid(), number)
+            time.sleep(0.5)  # until the main thread has seen it
 
     run.model.model.before_encode = send
     before = signal.getsignal(number)

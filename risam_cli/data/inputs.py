@@ -108,6 +108,8 @@ class Inputs:
         for text in self.expressions:
             if not text.strip():
                 raise UsageError("an expression is empty", "give words after -e")
+            if not _is_text(text):
+                raise UsageError(f"the expression {text!r} is not Unicode text")
         for argument in self.arguments:
             if argument != "-":
                 self._check(argument)
@@ -261,6 +263,8 @@ class Inputs:
         place = f"{where}: " if where else ""
         if not text.strip():
             return f"{place}the expression of {name!r} is empty; give words, or leave it out"
+        if not text.isascii() and not _is_text(text):
+            return f"{place}the expression of {name!r} is not Unicode text: {text!r}"
         if ids.add(name):
             return f"{place}the id {name!r} was given before; ids must differ"
         return ""
@@ -345,6 +349,15 @@ def count_entries(inputs: Inputs, wanted: Callable[[Entry], bool]) -> int | None
 
 def _is_pattern(argument: str) -> bool:
     return any(char in argument for char in "*?[")
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be encoded: JSON and command lines can hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _locate(image: str, base: Path, inside: Path | None, where: str) -> Path:

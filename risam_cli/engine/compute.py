@@ -189,24 +189,24 @@ class Compute:
 
     def _run(self, batch: _Batch) -> Iterator[Answer]:
         """One batch; cut in pieces where it fails as a whole."""
-        why = ("", "")
+        why = None
         try:
             features = self._encode([job for _, job in batch])
         except Exception as error:
-            if len(batch) > 1 and is_out_of_memory(error):
-                self.images_at_once = self._halved("images a batch", len(batch))
-            elif len(batch) > 1 and not is_device_lost(error):
-                pass  # one image may be at fault: each goes alone, so that the others go on
-            else:
+            full = is_out_of_memory(error)
+            if len(batch) == 1 or is_device_lost(error):
                 why = _explained(error)
-            size = self.images_at_once if is_out_of_memory(error) else 1
+            elif full:
+                self.images_at_once = self._halved("images a batch", len(batch))
         else:
             yield from self._decode_all(features, batch)
             return
-        # Out of the handler: an exception in hand keeps the memory of its frames.
-        if any(why):
+        if why is not None:
             yield from (one.failed(*why) for one in _asked(batch))
             return
+        # Out of the handler: an exception in hand keeps the memory of its frames. Unless memory was
+        # short, one image may be at fault: each goes alone, so that the others go on.
+        size = self.images_at_once if full else 1
         for start in range(0, len(batch), size):
             yield from self._run(batch[start : start + size])
 
@@ -215,16 +215,29 @@ class Compute:
         left = _asked(batch)
         while left:
             chunk = left[: self._fitting(left)]
-            try:
-                answers = self._decode(features, chunk)
-            except Exception as error:
-                if is_out_of_memory(error) and len(chunk) > 1:
-                    self.expressions_at_once = self._halved("expressions a chunk", len(chunk))
-                    continue
+            left = left[len(chunk) :]
+            yield from self._decode_chunk(features, chunk)
+
+    def _decode_chunk(self, features: ImageFeatures, chunk: Sequence[_Asked]) -> Iterator[Answer]:
+        """One chunk; cut in pieces where it fails as a whole."""
+        try:
+            answers = self._decode(features, chunk)
+        except Exception as error:
+            full = is_out_of_memory(error)
+            if len(chunk) == 1 or is_device_lost(error):
                 why = _explained(error)
                 answers = [one.failed(*why) for one in chunk]
+            else:
+                answers = []
+                if full:
+                    self.expressions_at_once = self._halved("expressions a chunk", len(chunk))
+        if answers:
             yield from answers
-            left = left[len(chunk) :]
+            return
+        # Out of the handler, as in _run. Unless memory was short, one expression may be at fault.
+        size = self.expressions_at_once if full else 1
+        for start in range(0, len(chunk), size):
+            yield from self._decode_chunk(features, chunk[start : start + size])
 
     def _fitting(self, asked: Sequence[_Asked]) -> int:
         """How many expressions the settings and the full-size logits allow, at least one."""

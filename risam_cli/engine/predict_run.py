@@ -187,16 +187,15 @@ class _Run:
 
         with ExitStack() as stack:
             asked = stack.enter_context(_stopping(stop))
-            writer = stack.enter_context(
-                RunWriter(self.folder, self.kept, stager, committed, stream)
-            )
+            writer = stack.enter_context(RunWriter(self.folder, stager, committed, stream))
             results = predict_samples(
                 self._samples(waiting), self.loaded, self.plan.settings, sink=stager, stop=stop
             )
             for result in stack.enter_context(closing(results)):
                 self._clock(result)
                 writer.submit(*waiting.popleft(), result)
-            if not stop.is_set():
+            complete = self.entries is not None and not waiting
+            if complete:
                 writer.complete()
         self.writing = writer.seconds
         if self._too_many_failures():
@@ -205,7 +204,7 @@ class _Run:
                 f"{self.plan.max_failures}; what was done is kept",
                 "see failures.jsonl; go on with --resume",
             )
-        if asked.is_set():
+        if asked.is_set() and not complete:
             raise Interrupted("interrupted; what was done is kept", "go on with --resume")
 
     def _samples(self, waiting: deque[tuple[Entry, bool]]) -> Iterator[Sample]:

@@ -43,14 +43,11 @@ class Kept:
         lines: how many entries of its ledger hold, from the first on; what follows is cut off.
         broken: among them, the entries whose record or mask is not what was written.
         redone: lines of entries that were computed again but are not in their places yet.
-        records, failed: how many records and failures the kept entries hold.
     """
 
     lines: int = 0
     broken: set[int] = field(default_factory=set)
     redone: dict[int, LedgerLine] = field(default_factory=dict)
-    records: int = 0
-    failed: int = 0
 
 
 def prepare(folder: RunFolder, identity: Mapping[str, Any]) -> Kept:
@@ -115,13 +112,9 @@ def _audit(folder: RunFolder, kept: Kept) -> tuple[int, int, int]:
     tail_lines = 0
     with _open_or_empty(folder.predictions) as predictions, _open_or_empty(folder.failures) as bad:
         for line, end in read_lines(folder.ledger):
-            records, failures = (
-                read_span(predictions, line.predictions),
-                read_span(bad, line.failures),
-            )
             whole = (
-                records is not None
-                and failures is not None
+                read_span(predictions, line.predictions) is not None
+                and read_span(bad, line.failures) is not None
                 and all(file_is_whole(folder.path, mark) for mark in line.files)
             )
             tail_lines += 1
@@ -133,8 +126,6 @@ def _audit(folder: RunFolder, kept: Kept) -> tuple[int, int, int]:
             kept.lines += tail_lines
             tail_broken, tail_lines = [], 0
             good_ends = (end, line.predictions.end, line.failures.end)
-            kept.records += (records or b"").count(b"\n")
-            kept.failed += (failures or b"").count(b"\n")
     return good_ends
 
 
@@ -187,12 +178,11 @@ def still_to_do(
         yield entry, False
 
 
-def splice_redone(folder: RunFolder, kept: Kept) -> None:
+def splice_redone(folder: RunFolder) -> None:
     """Puts the entries that were done again into their places in the three files."""
     new = {one.line.entry: start for one, start in read_redone(folder.redo)}
     gone: set[str] = set()
     still: set[str] = set()
-    kept.records = kept.failed = 0
     names = (folder.predictions.name, folder.failures.name, folder.ledger.name)
     with ExitStack() as stack:
         outs = [stack.enter_context(open(folder.spliced(name), "wb")) for name in names]
@@ -214,8 +204,6 @@ def splice_redone(folder: RunFolder, kept: Kept) -> None:
             outs[2].write(
                 (replace(line, predictions=moved[0], failures=moved[1])).to_json().encode() + b"\n"
             )
-            kept.records += (texts[0] or b"").count(b"\n")
-            kept.failed += (texts[1] or b"").count(b"\n")
     folder.splice()
     for path in gone - still:
         (folder.path / path).unlink(missing_ok=True)

@@ -42,9 +42,8 @@ class RunFolder:
         self.private = path / RUN_MARKER
         self.staging = self.private / "staging"
         self._lock: BinaryIO | None = None
+        self._is_new = not path.exists()
         try:
-            self.private.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.private / "lock", "ab")  # noqa: SIM115 - held while we live
             self._take_lock()
             self.finish_splice()
             self.clear_staging()
@@ -66,10 +65,16 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Gives the lock back."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Gives the lock back; a folder that no run was begun in is left as it was found."""
+        if self._lock is None:
+            return
+        if not self.holds_run():
+            shutil.rmtree(self.private, ignore_errors=True)
+            if self._is_new:
+                with suppress(OSError):
+                    self.path.rmdir()
+        self._lock.close()
+        self._lock = None
 
     @property
     def predictions(self) -> Path:
@@ -157,19 +162,31 @@ class RunFolder:
             self.spliced(name).unlink(missing_ok=True)
 
     def _take_lock(self) -> None:
-        if fcntl is None or self._lock is None:
-            return
+        path = self.private / "lock"
+        while self._lock is None:
+            self.private.mkdir(parents=True, exist_ok=True)
+            file = open(path, "ab")  # noqa: SIM115 - held while we live
+            if fcntl is not None:
+                self._flock(file)
+            # Who held it before may have removed it, and we hold what no one else will find.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                self._lock = file
+            else:
+                file.close()
+
+    def _flock(self, file: BinaryIO) -> None:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            file.close()
             raise OutputError(
                 f"{self.path}: another run is writing to this folder",
                 "wait for it, or choose another -o",
             ) from None
         except OSError as error:  # some network drives have no locks
             get_console().warn(
-                f"{self.path} cannot be locked ({error.strerror}): see to it "
-                "yourself that no two runs share it"
+                f"{self.path} cannot be locked ({error.strerror}): see to it yourself that no two "
+                "runs share it"
             )
 
 

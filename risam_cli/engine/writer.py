@@ -30,7 +30,7 @@ from risam_cli.data.images import open_rgb
 from risam_cli.data.inputs import Entry
 from risam_cli.engine.finish import ImageResult
 from risam_cli.engine.ledger import FileMark, LedgerLine, Redone, Span
-from risam_cli.engine.resume import Kept, splice_redone
+from risam_cli.engine.resume import splice_redone
 from risam_cli.engine.run_folder import RunFolder
 from risam_cli.errors import OutputError
 from risam_cli.outputs.naming import mask_name, overlay_name
@@ -146,7 +146,6 @@ class RunWriter:
 
     Args:
         folder: locked and prepared.
-        kept: what an earlier run left in it.
         stager: where the masks are.
         on_commit: told of every commit, in the writer's thread.
         stream: gets the records of the whole run, once they are on the disk.
@@ -155,13 +154,11 @@ class RunWriter:
     def __init__(
         self,
         folder: RunFolder,
-        kept: Kept,
         stager: Stager,
         on_commit: Callable[[Tally], None],
         stream: BinaryIO | None = None,
     ) -> None:
         self._folder = folder
-        self._kept = kept
         self._stager = stager
         self._on_commit = on_commit
         self._stream = stream
@@ -225,6 +222,8 @@ class RunWriter:
             if self._complete:
                 self._open_files()
         except BaseException as error:
+            if isinstance(error, BrokenPipeError) and self._stream is not None:
+                _discard(self._stream)
             self._error = _as_output_error(error, self._folder.path)
             self._broken.set()
         finally:
@@ -329,7 +328,7 @@ class RunWriter:
         if not self._files:
             folder = self._folder
             if self._redo.tell():
-                splice_redone(folder, self._kept)
+                splice_redone(folder)
             names = (folder.predictions, folder.failures, folder.ledger)
             self._files = tuple(open(path, "ab") for path in names)  # noqa: SIM115 - see _run
             if self._stream is not None:
@@ -360,6 +359,12 @@ def _placed(failure: Failure, where: str) -> Failure:
 
 def _lines(texts: Iterable[str]) -> bytes:
     return "".join(f"{text}\n" for text in texts).encode()
+
+
+def _discard(stream: BinaryIO) -> None:
+    """Gives what Python still flushes at exit somewhere to go, now that the reader is gone."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _as_output_error(error: BaseException, folder: Path) -> BaseException:
