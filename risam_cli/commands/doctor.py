@@ -33,6 +33,7 @@ LIBRARIES = (
     "transformers",
     "tokenizers",
     "safetensors",
+    "segment-anything",
     "numpy",
     "opencv-python-headless",
     "pillow",
