@@ -246,7 +246,7 @@ def compute(network: FakeNetwork, images: int = 8, expressions: int = 8, **more:
     """As on a GPU: in batches."""
     settings = ComputeSettings(CPU, torch.float32, 0.5, images, expressions, **more)
     made = Compute(FakeModel(network), settings)
-    made.images_at_once, made.expressions_at_once = images, expressions
+    made.images_at_once, made._by_sample = images, False
     return made
 
 
@@ -277,6 +277,23 @@ def test_batches_and_chunks_give_the_same_as_one_by_one(pictures: list[Path]) ->
     assert outcome(together) == outcome(list(compute(alone, 1, 1).run(work)))
     assert alone.encoded == [1] * 7
     assert alone.decoded == [1] * 21
+
+
+def test_on_a_cpu_nothing_goes_together_but_the_texts_of_one_sample(pictures: list[Path]) -> None:
+    network = FakeNetwork()
+    image = read_for_encoder(pictures[0], SIZE)
+    work = [Job(image, list("abcdef"), [1, 3, 0, 2]), Job(image, list("gh")), Job(image, ["i"])]
+    answers = list(
+        Compute(FakeModel(network), ComputeSettings(CPU, torch.float32, 0.5, 8)).run(work)
+    )
+    assert network.encoded == [1, 1, 1]
+    assert network.decoded == [1, 3, 2, 2, 1]
+    assert [(a.job, a.text) for a in answers] == [
+        *((0, text) for text in range(6)),
+        (1, 0),
+        (1, 1),
+        (2, 0),
+    ]
 
 
 def test_out_of_memory_halves_the_batch_and_remembers(
@@ -316,7 +333,6 @@ def test_chunks_keep_within_the_memory_for_masks(pictures: list[Path]) -> None:
     network = FakeNetwork()
     settings = ComputeSettings(CPU, torch.float32, 0.5, 8, 8, mask_bytes=3 * 4 * 20 * 40)
     running = Compute(FakeModel(network), settings)
-    running.images_at_once = running.expressions_at_once = 8
     list(running.run(jobs(pictures[:1], *("x" * n for n in range(1, 8)))))
     assert network.decoded == [3, 3, 1]
 

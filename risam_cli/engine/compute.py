@@ -1,9 +1,10 @@
 """Images and expressions through the network: batches that fit the memory, masks on the host.
 
-On a CPU every image, and every expression, goes through alone: batching gains little there, and
-so the arithmetic of one never depends on its neighbours (the last bits of a batched matrix product
-do). Elsewhere images are encoded in batches and expressions decoded in chunks; where memory runs
-out, first the batch, then the chunk is halved, for the rest of the run.
+On a CPU images go through one by one, and expressions in chunks that never reach over the sample
+that asks them. Batching more gains little there, and so the arithmetic of a sample never depends on
+its neighbours (the last bits of a batched matrix product do). Elsewhere images are encoded in
+batches and expressions decoded in chunks across images. Where memory runs out, first the batch,
+then the chunk is halved, for the rest of the run.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class ComputeSettings:
     Attributes:
         device, precision: where and in which number format.
         threshold: a pixel is in the mask where its probability is greater; 0..1.
-        images: images encoded at a time (not on a CPU).
-        expressions: expressions decoded at a time (not on a CPU).
+        images: images encoded at a time; a CPU takes one.
+        expressions: expressions decoded at a time.
         mask_bytes: memory for full-size logits of a chunk.
     """
 
@@ -84,15 +85,20 @@ class ComputeSettings:
     threshold: float
     images: int
     expressions: int = 64
-    mask_bytes: int = 1 << 30
+    mask_bytes: int = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One image with the texts that are asked of it."""
+    """One image with the texts that are asked of it.
+
+    Attributes:
+        groups: how many of the texts belong to each sample, in order; empty for one sample.
+    """
 
     image: EncoderImage
     texts: Sequence[str]
+    groups: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +139,7 @@ class _Asked:
     number: int  # of its job
     position: int  # among the job's texts
     row: int  # of the job's image among the features
+    group: tuple[int, int]  # its job, and the sample in it
     job: Job
 
     @property
@@ -168,9 +175,9 @@ class Compute:
         self.loaded = loaded
         self.settings = settings
         self.clock = Clock()
-        alone = settings.device.type == "cpu"
-        self.images_at_once = 1 if alone else max(1, settings.images)
-        self.expressions_at_once = 1 if alone else max(1, settings.expressions)
+        self._by_sample = settings.device.type == "cpu"
+        self.images_at_once = 1 if self._by_sample else max(1, settings.images)
+        self.expressions_at_once = max(1, settings.expressions)
         self._texts: OrderedDict[tuple[str, ...], _Texts] = OrderedDict()
         self._texts_kept = max(8, _TEXTS_KEPT // self.expressions_at_once)
 
@@ -240,12 +247,12 @@ class Compute:
             yield from self._decode_chunk(features, chunk[start : start + size])
 
     def _fitting(self, asked: Sequence[_Asked]) -> int:
-        """How many expressions the settings and the full-size logits allow, at least one."""
+        """How many expressions go together: as the full-size logits allow, at least one."""
         room = self.settings.mask_bytes
         for count, one in enumerate(asked[: self.expressions_at_once]):
             height, width = one.job.image.size
             room -= 4 * height * width
-            if room < 0 and count:
+            if count and (room < 0 or (self._by_sample and one.group != asked[0].group)):
                 return count
         return min(len(asked), self.expressions_at_once)
 
@@ -340,11 +347,15 @@ class Compute:
 
 
 def _asked(batch: _Batch) -> list[_Asked]:
-    return [
-        _Asked(number, position, row, job)
-        for row, (number, job) in enumerate(batch)
-        for position in range(len(job.texts))
-    ]
+    """The expressions of a batch in order."""
+    asked = []
+    for row, (number, job) in enumerate(batch):
+        position = 0
+        for group, size in enumerate(job.groups or [len(job.texts)]):
+            for _ in range(size):
+                asked.append(_Asked(number, position, row, (number, group), job))
+                position += 1
+    return asked
 
 
 def _logit(probability: float) -> float:

@@ -45,7 +45,7 @@ class PredictSettings:
         threshold: a pixel is in the mask where its probability is greater; None is the model's.
         no_target_threshold: the mask is emptied where the probability that nothing fits is
             greater; None is the model's.
-        expressions: expressions decoded at a time; a CPU takes them one by one.
+        expressions: expressions decoded at a time; on a CPU only those of one sample.
         max_pixels: larger images are refused.
         timeout: seconds that reading one image may take.
         lookahead: samples read ahead, within which those of one image are put together.
@@ -58,7 +58,7 @@ class PredictSettings:
     workers: int | None = None
     threshold: float | None = None
     no_target_threshold: float | None = None
-    expressions: int = 64
+    expressions: int = 32
     max_pixels: int = MAX_PIXELS
     timeout: float = TIMEOUT
     lookahead: int = 64
@@ -163,7 +163,8 @@ def _run_batch(jobs: Sequence[ImageJob], compute: Compute, finishers: Finishers)
         ]
         if loaded.image is not None and begun:
             texts = [one.text for _, sample in begun for one in sample.expressions]
-            work.append(Job(loaded.image, texts))
+            groups = [len(sample.expressions) for _, sample in begun]
+            work.append(Job(loaded.image, texts, groups))
             places.append([(index, k) for index, one in begun for k in range(len(one.expressions))])
     before = replace(compute.clock)
     for answer in compute.run(work):
