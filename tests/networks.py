@@ -150,6 +150,15 @@ def save_pth(path: Path, image_encoder: nn.Module, **others: nn.Module) -> Path:
     return path
 
 
+def in_double(model: Risam) -> Risam:
+    """The same network in double precision, where a batch's order of sums does not show."""
+    model.double()
+    for part in model.modules():
+        if hasattr(part, "positional_encoding_gaussian_matrix"):
+            part.float()  # SAM's own code multiplies it with single-precision places
+    return model
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest expected value."""
     return float(((found - expected).abs().max() / expected.abs().max()).detach())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import TEXTS, WITH_STEM, noise, relative_error, small_model
+from networks import TEXTS, WITH_STEM, in_double, noise, relative_error, small_model
 from torch import Tensor
 
 from risam_cli.model.mask_decoder import Decoded
@@ -55,7 +55,8 @@ def _same(a: Decoded, row: int, b: Decoded, other: int) -> None:
 @torch.no_grad()
 def test_a_ragged_batch_is_its_pairs_one_by_one(variant: str) -> None:
     model, tokenizer = small_model(**VARIANTS[variant])
-    pixels = noise(2, 3, 64, 64)
+    in_double(model)
+    pixels = noise(2, 3, 64, 64).double()
     together = model(pixels, *_tokens(tokenizer, TEXTS), torch.tensor(OWNER))
     for row, image in enumerate(OWNER):
         alone = model(

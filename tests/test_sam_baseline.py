@@ -11,6 +11,7 @@ import pytest
 import torch
 from networks import (
     TEXTS,
+    in_double,
     noise,
     randomize,
     reference_encoder,
@@ -178,11 +179,7 @@ def test_another_width_than_the_encoders_is_projected() -> None:
 @torch.no_grad()
 def test_a_ragged_batch_is_its_expressions_one_by_one() -> None:
     model, tokenizer = small_model(**SAM)
-    # In double precision: in single, the order of sums in a batch may show in the fifth digit.
-    model.double()
-    for part in model.modules():
-        if hasattr(part, "positional_encoding_gaussian_matrix"):
-            part.float()  # SAM's own code multiplies it with single-precision places
+    in_double(model)
     image, tokens = model.encode_image(noise(3, 3, 64, 64).double()), tokenizer.encode(TEXTS)
     owner = torch.tensor([2, 0, 2, 2])
     text = model.encode_text(tokens.input_ids, tokens.attention_mask)
