@@ -132,6 +132,7 @@ def _mutual_aware_parts(settings: ModelSettings) -> dict[str, Any]:
             decoder.mask_dim,
             fine_dim=encoder.stem[1] if decoder.fine and encoder.stem else 0,
             query_token=decoder.query_token,
+            no_target_evidence=decoder.no_target_evidence,
         ),
     }
 

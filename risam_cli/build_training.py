@@ -238,6 +238,7 @@ class TrainingBuilder:
             data.expressions_per_scene,
             self.size,
             data.seed,
+            data.mix,
         )
 
     def _examples(self, data: DataSettings) -> ReferringScenes | ReferringSamples:
@@ -281,7 +282,8 @@ class TrainingBuilder:
 
 
 def _from_model_folder(source: str, settings: ModelSettings) -> tuple[Risam, TextParts]:
-    """The network of ``settings`` with all weights of a model folder; only adapters may be new.
+    """The network of ``settings`` with all weights of a model folder; only parts that start
+    at zero may be new (adapters, no-target evidence).
 
     Raises:
         ModelError: a folder that cannot be read; ConfigError: one of another network.
@@ -291,8 +293,9 @@ def _from_model_folder(source: str, settings: ModelSettings) -> tuple[Risam, Tex
     for section in ("image_encoder", "fusion", "decoder"):
         for key, value in ours[section].items():
             held = theirs[section][key]
-            new_adapters = key == "adapter_dim" and held == 0
-            if value != held and key != "checkpoint" and not new_adapters:
+            # Parts that start at zero change nothing where they are new.
+            new = key in ("adapter_dim", "no_target_evidence") and not held
+            if value != held and key != "checkpoint" and not new:
                 raise ConfigError(
                     f"model.{section}.{key} is {value!r}, init_from {source} has {held!r}",
                     "give the model section the values of that folder's config.json",

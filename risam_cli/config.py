@@ -108,6 +108,9 @@ class DecoderSettings(Settings):
     mask_dim: int = Positive
     query_token: bool = True
     fine: bool = Field(False, description="sharpen masks by the stem's stride-4 features")
+    no_target_evidence: bool = Field(
+        False, description="let the predicted mask and the features under it speak on no-target"
+    )
 
 
 class ModelSettings(Settings):
@@ -139,11 +142,17 @@ class ModelSettings(Settings):
         return self
 
 
+RefShapesFamily = Literal["refshapes", "refshapes+", "refshapesg", "grefshapes"]
+
+
 class RefShapesData(Settings):
     """Scenes of RefShapes, drawn while they are used."""
 
     dataset: Literal["refshapes"]
     family: Literal["refshapes", "refshapes+", "refshapesg", "grefshapes", "mixed"] = "mixed"
+    mix: dict[RefShapesFamily, float] | None = Field(
+        None, description="shares of the families in mixed; None is equal ones"
+    )
     split: Literal["train", "val", "testA", "testB"] = "train"
     scenes: int | None = Field(None, gt=0)
     expressions_per_scene: int = Field(6, gt=0)

@@ -41,6 +41,8 @@ class MutualAwareMaskDecoder(nn.Module):
         fine_dim: channels of stride-4 features that sharpen the upsampled pixels, 0 for none.
         query_token: False is the ablation without the multi-modal query token; the projected
             sentence alone, without learned token or attention over words, is then the query.
+        no_target_evidence: the no-target answer is also drawn from the predicted mask and the
+            visual features under it (ours); without it, from the query alone.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class MutualAwareMaskDecoder(nn.Module):
         *,
         fine_dim: int = 0,
         query_token: bool = True,
+        no_target_evidence: bool = False,
     ) -> None:
         super().__init__()
         self.query_token = nn.Parameter(torch.randn(dim) * 0.02) if query_token else None
@@ -68,6 +71,7 @@ class MutualAwareMaskDecoder(nn.Module):
         self.mask_head = MLP([dim, dim, dim, mask_dim])
         self.iou_head = MLP([dim, dim, 1])
         self.no_target_head = MLP([dim, dim, 1])
+        self.evidence = NoTargetEvidence(dim) if no_target_evidence else None
 
     def project_fine(self, fine: Tensor | None) -> Tensor | None:
         """Projects stride-4 features (B, F, 4h, 4w) to (B, mask_dim, 4h, 4w), once per image."""
@@ -111,7 +115,10 @@ class MutualAwareMaskDecoder(nn.Module):
         pixels = self.upsample(visual, fine, owner, grid)  # (E, mask_dim, 4h, 4w)
         mask = torch.einsum("ec,echw->ehw", self.mask_head(query), pixels)
         iou = self.iou_head(query)[:, 0].sigmoid()
-        return Decoded(mask, iou, self.no_target_head(query)[:, 0])
+        no_target = self.no_target_head(query)[:, 0]
+        if self.evidence is not None:
+            no_target = no_target + self.evidence(mask, visual)
+        return Decoded(mask, iou, no_target)
 
     def upsample(
         self, visual: Tensor, fine: Tensor | None, owner: Tensor, grid: tuple[int, int]
@@ -125,6 +132,36 @@ class MutualAwareMaskDecoder(nn.Module):
             pixels = F.gelu(pixels + fine[owner])
             return pixels + self.sharpen(pixels)
         return F.gelu(pixels)
+
+
+class NoTargetEvidence(nn.Module):
+    """What the predicted mask and the features under it say against a target (ours).
+
+    Attention averages, so a query hardly tells "some region fits in part" from "one fits"; the
+    most confident pixel and the features of the mask's own region do. Starts at zero, so that it
+    can be added to trained weights.
+
+    Args:
+        dim: channels of the visual features.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.head = MLP([dim + 2, dim, 1])
+        last = self.head.layers[-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, mask_logits: Tensor, visual: Tensor) -> Tensor:
+        """Logits (E,) out of masks (E, 4h, 4w) and visual features (E, h*w, C)."""
+        # The mask answers to its own loss alone.
+        logits = mask_logits.detach()
+        share = F.avg_pool2d(logits.sigmoid()[:, None], 4).flatten(1)  # (E, h*w) in 0..1
+        weights = share / (share.sum(dim=1, keepdim=True) + 1e-2)
+        pooled = (weights[:, None] @ visual)[:, 0]  # (E, C)
+        peak = logits.flatten(1).amax(dim=1) / 8
+        figures = torch.stack([peak, share.sum(dim=1).sqrt() / 8], dim=1)
+        return self.head(torch.cat([pooled, figures.to(pooled.dtype)], dim=1))[:, 0]
 
 
 class _DecoderLayer(nn.Module):

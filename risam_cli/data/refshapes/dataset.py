@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,7 @@ class RefShapes:
         expressions_per_scene: expressions of every scene.
         size: height and width in pixels, at least 128.
         seed: another one gives other scenes.
+        mix: of "mixed": shares of the families, above 0; None for equal ones.
 
     Raises:
         UsageError: an unknown family or split, or a number out of its range.
@@ -72,6 +74,7 @@ class RefShapes:
         expressions_per_scene: int = 6,
         size: int = 256,
         seed: int = 0,
+        mix: Mapping[str, float] | None = None,
     ) -> None:
         if family not in (*FAMILIES, "mixed"):
             raise UsageError(
@@ -89,6 +92,17 @@ class RefShapes:
         ):
             if value is not None and value < least:
                 raise UsageError(f"{name} is {value}", f"take at least {least}")
+        if mix is not None and (family != "mixed" or not mix or min(mix.values()) <= 0):
+            raise UsageError(
+                f"mix is {dict(mix)} for family {family!r}",
+                "give shares above 0, with the family mixed",
+            )
+        if unknown := sorted(set(mix or ()) - set(FAMILIES)):
+            raise UsageError(
+                f"unknown RefShapes family {unknown[0]!r} in mix",
+                f"take some of {', '.join(FAMILIES)}",
+            )
+        self.mix = dict(mix) if mix is not None else None
         self.family = family
         self.split = split
         self.scenes = SPLIT_SCENES[split] if scenes is None else scenes
@@ -117,7 +131,7 @@ class RefShapes:
         key = f"refshapes/{VERSION}/{self.seed}/{self.family}/{self.split}/{index}"
         family = self.family
         if family == "mixed":
-            family = Dice(f"{key}/family").pick(FAMILIES)
+            family = self._drawn_family(Dice(f"{key}/family"))
         for attempt in range(_ATTEMPTS):
             layout = self._layout(f"{key}/{attempt}")
             if layout is None:
@@ -132,6 +146,11 @@ class RefShapes:
             f"scenes of {family} have less than {self.expressions_per_scene} expressions in them",
             "ask for fewer expressions per scene",
         )
+
+    def _drawn_family(self, dice: Dice) -> str:
+        if self.mix is None:
+            return dice.pick(FAMILIES)
+        return dice.weighted(tuple(self.mix), tuple(self.mix.values()))
 
     def _layout(self, key: str) -> Layout | None:
         dice = Dice(key)
