@@ -22,6 +22,20 @@ _IDLE = 0.01  # seconds of waiting for the source after which it counts as idle
 _POLL = 0.02  # seconds between two looks at what no one notifies us of
 
 
+_NOTHING = Loaded(None, "", None, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadySample(Sample):
+    """A sample whose image was in memory already; its ``path`` only tells it from the others.
+
+    Attributes:
+        ready: what a loader would have given.
+    """
+
+    ready: Loaded = _NOTHING
+
+
 @dataclass(slots=True)
 class ImageJob:
     """One image with all samples, read ahead so far, that ask about it.
@@ -171,8 +185,12 @@ class Feeder(threading.Thread):
         while state.loading < min(len(state.jobs), self._prefetch):
             job = state.jobs[state.loading]
             state.loading += 1
-            if not job.samples[0][1].expressions:
-                job.future = _nothing_to_load()
+            sample = job.samples[0][1]
+            if not sample.expressions:  # it only keeps its place in the order
+                job.future = _at_once(_NOTHING)
+                continue
+            if isinstance(sample, ReadySample):
+                job.future = _at_once(sample.ready)
                 continue
             job.future = self._loader.submit(job.path)
             job.future.add_done_callback(self._loaded)
@@ -209,8 +227,7 @@ class Feeder(threading.Thread):
         return ready if quiet else 0
 
 
-def _nothing_to_load() -> Future[Loaded]:
-    """For a sample that asks nothing: it only keeps its place in the order."""
+def _at_once(loaded: Loaded) -> Future[Loaded]:
     future: Future[Loaded] = Future()
-    future.set_result(Loaded(None, "", None, 0.0))
+    future.set_result(loaded)
     return future
