@@ -127,8 +127,8 @@ def open_rgb(path: Path, max_pixels: int = MAX_PIXELS) -> Rgb:
     Raises:
         ImageError: the file is missing, no image, damaged, or larger than ``max_pixels``.
     """
-    with _opened(path) as file, _decoding(path):
-        return _to_rgb(_open_image(file, path, max_pixels))
+    with _opened(path) as file, decoding(path):
+        return to_rgb(_open_image(file, path, max_pixels))
 
 
 def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -137,7 +137,7 @@ def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     Raises:
         ImageError: as :func:`open_rgb`, but damage behind the header is not seen.
     """
-    with _opened(path) as file, _decoding(path):
+    with _opened(path) as file, decoding(path):
         return _upright_size(_open_image(file, path, max_pixels))
 
 
@@ -149,8 +149,8 @@ def open_for_encoder(
     Raises:
         ImageError: as :func:`open_rgb`.
     """
-    with _opened(path) as file, _decoding(path):
-        return _fit(_open_image(file, path, max_pixels), size)
+    with _opened(path) as file, decoding(path):
+        return fit_image(_open_image(file, path, max_pixels), size)
 
 
 def read_for_encoder(path: Path, size: int, max_pixels: int = MAX_PIXELS) -> EncoderImage:
@@ -159,11 +159,11 @@ def read_for_encoder(path: Path, size: int, max_pixels: int = MAX_PIXELS) -> Enc
     Raises:
         ImageError: as :func:`open_rgb`.
     """
-    with _opened(path) as file, _decoding(path):
+    with _opened(path) as file, decoding(path):
         stamp = _stamp(os.fstat(file.fileno()))
         digest = _digest(file)
         file.seek(0)
-        rgb, own_size = _fit(_open_image(file, path, max_pixels), size)
+        rgb, own_size = fit_image(_open_image(file, path, max_pixels), size)
     return EncoderImage(rgb, own_size, digest, stamp)
 
 
@@ -221,7 +221,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _decoding(path: Path) -> Iterator[None]:
+def decoding(path: Path) -> Iterator[None]:
     """Turns whatever a damaged file makes the decoder raise into an ImageError."""
     try:
         yield
@@ -310,14 +310,14 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def _fit(image: Image.Image, size: int) -> tuple[Rgb, tuple[int, int]]:
+def fit_image(image: Image.Image, size: int) -> tuple[Rgb, tuple[int, int]]:
     """The upright image with its longest side at ``size``, and its own (H, W)."""
     own_size = _upright_size(image)
     fitted = fit_size(*own_size, size)
     turned = own_size != image.size[::-1]
     width, height = fitted if turned else fitted[::-1]  # as stored in the file
     if min(image.width // width, image.height // height) < _MUCH_LARGER:
-        rgb = resize_for_encoder(_to_rgb(image), size)
+        rgb = resize_for_encoder(to_rgb(image), size)
     else:
         rgb = _upright(_shrink(image, (width, height)), _orientation_to_apply(image))
     return np.ascontiguousarray(rgb), own_size
@@ -340,7 +340,7 @@ def _shrink(image: Image.Image, target: tuple[int, int]) -> Image.Image:
     return _flatten(picture.resize(target, Image.Resampling.HAMMING, box))
 
 
-def _to_rgb(image: Image.Image) -> Rgb:
+def to_rgb(image: Image.Image) -> Rgb:
     """Upright (H, W, 3) uint8 of an opened image; decodes it."""
     orientation = _orientation_to_apply(image)
     image.load()
