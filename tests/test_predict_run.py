@@ -9,10 +9,9 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,91 +20,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from predict_fakes import FakeModel
+from predict_runs import (
+    CPU,
+    FILES,
+    Killed,
+    Run,
+    contents,
+    draw,
+    draw_pictures,
+    kill_at,
+    run_json,
+)
 
 from risam_cli import masks
 from risam_cli.data.images import MAX_PIXELS
-from risam_cli.data.inputs import Inputs
 from risam_cli.engine.ledger import LEDGER, read_lines
 from risam_cli.engine.merge import find_parts, merge_parts
 from risam_cli.engine.predict import PredictSettings
-from risam_cli.engine.predict_run import RunPlan, run_predict
 from risam_cli.engine.run_folder import RunFolder
 from risam_cli.engine.shard import Shard
 from risam_cli.engine.writer import Saving
 from risam_cli.errors import Interrupted, OutputError, RisamError
 from risam_cli.outputs.records import read_records
 
-CPU = torch.device("cpu")
-FILES = ("predictions.jsonl", "failures.jsonl")
-
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     return draw_pictures(tmp_path / "in")
-
-
-def draw_pictures(folder: Path, count: int = 8) -> Path:
-    """Images of different sizes, one of them broken."""
-    for number in range(count):
-        path = folder / ("sub" if number % 3 == 0 else ".") / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if number == 4:
-            path.write_text("not an image")
-            continue
-        draw(path, number)
-    return folder
-
-
-def draw(path: Path, number: int) -> None:
-    rgb = np.zeros((12 + number, 24, 3), np.uint8)
-    rgb[:, 4 + number : 18] = 255 - number
-    Image.fromarray(rgb).save(path)
-
-
-@dataclass
-class Run:
-    """One call of predict on a fake network."""
-
-    inputs: Sequence[str | Path]
-    output: Path
-    e: Sequence[str] = ("bright", "the thing")
-    model: FakeModel = field(default_factory=FakeModel)
-    overwrite: bool = False
-    saving: Saving = field(default_factory=lambda: Saving(True, False, MAX_PIXELS))
-    settings: PredictSettings = field(
-        default_factory=lambda: PredictSettings(CPU, batch_size=2, lookahead=16)
-    )
-    stream: BinaryIO | None = None
-    plan: dict[str, Any] = field(default_factory=dict)
-
-    def go(self) -> int:
-        inputs = Inputs([str(one) for one in self.inputs], self.e)
-        inputs.check()
-        plan = RunPlan(inputs, self.settings, self.saving, **self.plan)
-        with RunFolder(self.output) as folder:
-            if self.overwrite:
-                folder.start_anew()
-            return run_predict(plan, self.model, folder, self.stream)
-
-    @property
-    def encoded(self) -> int:
-        return len(self.model.model.encoded)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """What a run wrote, but for what may differ: the ledger's stamps and run.json."""
-    found = {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and ".risam" not in path.parts and path.name != "run.json"
-    }
-    found.pop(LEDGER, None)
-    return found
-
-
-def run_json(folder: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((folder / "run.json").read_text())
-    return loaded
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -315,18 +256,6 @@ def test_retry_failed_does_only_what_failed(pictures: Path, tmp_path: Path) -> N
     assert run.encoded == 2
     Run([manifest], tmp_path / "fresh").go()
     assert contents(out) == contents(tmp_path / "fresh")
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing of the project catches it."""
-
-
-def kill_at(model: FakeModel, image: int) -> None:
-    def check(pixels: torch.Tensor) -> None:
-        if len(model.model.encoded) == image:
-            raise Killed
-
-    model.model.before_encode = check
 
 
 def test_a_retry_that_is_cut_off_goes_on(pictures: Path, tmp_path: Path) -> None:
