@@ -28,6 +28,7 @@ from risam_cli.data.dataset import DenseScenes, ReferringSamples, ReferringScene
 from risam_cli.data.readers.coco import read_coco
 from risam_cli.data.refshapes.dataset import RefShapes
 from risam_cli.data.refshapes.vocabulary import COLORS, SHAPES, SIZES
+from risam_cli.encoder_start import start_encoder
 from risam_cli.engine.device import choose_device, choose_precision
 from risam_cli.engine.tasks import DenseTask, ReferringTask
 from risam_cli.engine.train import LoopSettings, Stage, TrainingRun, hash_settings
@@ -106,6 +107,8 @@ class TrainingBuilder:
             return _from_model_folder(s.init_from, s.model)
         text = new_text_parts(s.model.text_encoder)
         model = build_model(s.model, text)
+        if s.init_encoder_from is not None:
+            start_encoder(model.image_encoder, s.init_encoder_from)
         if s.model.image_encoder.checkpoint is not None:
             self._load_sam(model, Path(s.model.image_encoder.checkpoint))
         return model, text
@@ -308,16 +311,32 @@ def _from_model_folder(source: str, settings: ModelSettings) -> tuple[Risam, Tex
     return model.train().requires_grad_(True), text
 
 
-_OPERATIONAL = {"output", "device", "workers", "log_every", "validate_every", "checkpoint_every"}
+_OPERATIONAL = {
+    "averaging",
+    "best_by",
+    "checkpoint_every",
+    "device",
+    "gradient_checkpointing",
+    "keep_last",
+    "log_every",
+    "output",
+    "pictures",
+    "val",
+    "validate_every",
+    "workers",
+}
+_STOPPING = {"best_by", "val", "validate_every"}  # these decide when a stage stops early
 _EXPRESSIONS_ONLY = {"expressions_per_scene", "unknown_word_rate"}
 
 
 def stage_hashes(settings: TrainSettings) -> list[str]:
     """For each stage, a hash of all settings that bear on the weights at its end.
 
-    Later stages may be edited, and a run moved, without losing what is done.
+    Later stages may be edited, and a run moved, without losing what is done. Settings at their
+    defaults are left out, so that a version with more of them goes on with older checkpoints.
     """
-    values = settings.model_dump(mode="json", exclude={*_OPERATIONAL, "stages", "val"})
+    without = _OPERATIONAL - (_STOPPING if settings.early_stopping is not None else set())
+    values = settings.model_dump(mode="json", exclude_defaults=True, exclude={*without, "stages"})
     # Dense stages know nothing of expressions.
     train = {k: v for k, v in values["train"].items() if k not in _EXPRESSIONS_ONLY}
     dense = {**values, "train": train, "loss": None}
@@ -325,7 +344,10 @@ def stage_hashes(settings: TrainSettings) -> list[str]:
     for number in range(len(settings.stages)):
         stages = settings.stages[: number + 1]
         only_dense = all(stage.kind == "dense" for stage in stages)
-        done = [stage.model_dump(mode="json") for stage in stages]
+        done = [
+            stage.model_dump(mode="json", exclude_defaults=True, exclude={"accumulate"})
+            for stage in stages
+        ]
         hashes.append(hash_settings([dense if only_dense else values, done]))
     return hashes
 

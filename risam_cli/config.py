@@ -5,22 +5,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from risam_cli.errors import ConfigError
+from risam_cli.metrics.figures import FIGURES
 from risam_cli.model.presets import PRESETS
+from risam_cli.settings import (
+    AveragingSettings,
+    EarlyStoppingSettings,
+    OptimizerSettings,
+    Settings,
+)
+from risam_cli.settings_check import check as check
+from risam_cli.settings_file import merge as merge
+from risam_cli.settings_file import read_settings_file
 
-AnySettings = TypeVar("AnySettings", bound="Settings")
 Positive = Field(gt=0)
-
-
-class Settings(BaseModel):
-    """Base of all settings: unknown keys are errors, values cannot change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ImageEncoderSettings(Settings):
@@ -185,6 +188,9 @@ class DenseStage(Settings):
     name: str
     steps: int = Positive
     images_per_step: int = Positive
+    accumulate: int = Field(
+        1, gt=0, description="parts that a step's images go through the network in"
+    )
     learning_rate: float = Positive
     background_weight: float = Field(0.08, ge=0, le=1)
     warmup: int = Field(200, ge=0)
@@ -197,6 +203,9 @@ class ReferringStage(Settings):
     name: str
     steps: int = Positive
     images_per_step: int = Positive
+    accumulate: int = Field(
+        1, gt=0, description="parts that a step's images go through the network in"
+    )
     learning_rate: float = Positive
     train_encoder: Literal["no", "adapters", "yes"] = "no"
     encoder_learning_rate: float | None = Field(None, gt=0)
@@ -218,15 +227,6 @@ class LossSettings(Settings):
     target_size: int = Field(128, gt=0, description="side of the masks that the loss compares")
 
 
-class OptimizerSettings(Settings):
-    """AdamW and what keeps it steady."""
-
-    weight_decay: float = Field(0.02, ge=0)
-    beta2: float = Field(0.99, gt=0, lt=1)
-    clip_norm: float = Field(1.0, gt=0)
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="0 keeps no moving average")
-
-
 class TrainSettings(Settings):
     """Everything that ``risam train`` needs."""
 
@@ -234,11 +234,16 @@ class TrainSettings(Settings):
     seed: int = Field(0, ge=0)
     output: str
     device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     workers: int = Field(1, ge=0)
     threads: int | None = Field(None, gt=0, description="CPU threads; default is torch's own")
     model: ModelSettings
     init_from: str | None = Field(None, description="model folder that all weights start from")
+    init_encoder_from: str | None = Field(
+        None,
+        description="model folder, or checkpoints/last.pt of a training run, that the image "
+        "encoder's weights start from; only adapters may be new",
+    )
     train: DataSettings
     val: dict[str, DataSettings] = Field(min_length=1)
     stages: tuple[StageSettings, ...] = Field(min_length=1)
@@ -247,13 +252,37 @@ class TrainSettings(Settings):
     validate_every: int = Field(1000, gt=0, description="steps")
     checkpoint_every: int = Field(500, gt=0, description="steps")
     log_every: int = Field(50, gt=0, description="steps")
+    gradient_checkpointing: bool = Field(
+        False, description="compute the image encoder's blocks again going back, to save memory"
+    )
+    best_by: str = Field(
+        "miou", description="what best/ maximizes: a mean over val, or one's, as in NAME.miou"
+    )
+    early_stopping: EarlyStoppingSettings | None = None
+    averaging: AveragingSettings | None = None
+    keep_last: int = Field(1, gt=0, description="checkpoints kept, the newest among them")
+    pictures: int = Field(4, ge=0, description="validation examples drawn at each validation")
 
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stage names must differ, got {names}")
+        starts = [self.init_from, self.init_encoder_from, self.model.image_encoder.checkpoint]
+        if sum(start is not None for start in starts) > 1:
+            raise ValueError(
+                "init_from, init_encoder_from and model.image_encoder.checkpoint all fill the "
+                "image encoder; give one of them"
+            )
+        self._check_figure(self.best_by)
+        if self.early_stopping is not None and self.early_stopping.figure is not None:
+            self._check_figure(self.early_stopping.figure)
         for stage in self.stages:
+            if stage.accumulate > stage.images_per_step:
+                raise ValueError(
+                    f"stage {stage.name!r}: accumulate {stage.accumulate} is more than its "
+                    f"images_per_step {stage.images_per_step}"
+                )
             if stage.kind == "dense" and not isinstance(self.train, RefShapesData):
                 raise ValueError(f"stage {stage.name!r}: dense training needs RefShapes scenes")
             tunes = stage.kind == "referring" and stage.train_encoder == "adapters"
@@ -261,24 +290,21 @@ class TrainSettings(Settings):
                 raise ValueError(f"stage {stage.name!r} trains adapters, but adapter_dim is 0")
         return self
 
+    def _check_figure(self, name: str) -> None:
+        known = [*FIGURES, *(f"{held_out}.{figure}" for held_out in self.val for figure in FIGURES)]
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}" if near else f"one of {', '.join(FIGURES)}"
+            raise ValueError(f"{name!r} is no figure of the validation; {hint}")
+
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> TrainSettings:
-    """Reads a YAML file, applies ``a.b.c=value`` overrides, and checks all of it.
+    """Reads a YAML file and what it extends, applies ``a.b.c=value`` overrides, and checks it all.
 
     Raises:
         ConfigError: naming file, key, value and what it could have been.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}", "give the path of a YAML file"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not YAML: {line}", "mend the file") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds no settings at its top level", "write 'key: value' lines")
+    raw = read_settings_file(path)
     for override in overrides:
         raw = apply_override(raw, override)
     return check(TrainSettings, raw, str(path))
@@ -316,76 +342,6 @@ def _set(values: Any, keys: list[str], value: Any, override: str) -> Any:
     return {**values, head: _set(values.get(head), rest, value, override)}
 
 
-def check(kind: type[AnySettings], raw: Any, where: str) -> AnySettings:
-    """Makes settings of ``raw``.
-
-    Raises:
-        ConfigError: one line naming place, key, value, and near or possible names.
-    """
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(*_explain(error, kind, where)) from error
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested update: values of ``over`` win, sections are merged."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        both = isinstance(value, Mapping) and isinstance(old, Mapping)
-        merged[key] = merge(old, value) if both and isinstance(old, Mapping) else value
-    return merged
-
-
 def dump(settings: Settings) -> str:
     """The settings as YAML, complete and in order."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[str, str]:
-    problems = error.errors()
-    first = problems[0]
-    path = [str(part) for part in first["loc"]]
-    key = ".".join(path) or "(top level)"
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(kind, path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        message = f"{where}: unknown key {key!r}"
-    elif first["type"] == "missing":
-        message, hint = f"{where}: key {key!r} is missing", "add it"
-    else:
-        text = first["msg"].removeprefix("Value error, ")
-        message = f"{where}: {key} = {_short(first['input'])}: {text}"
-        hint = "see risam train --print-config for the keys and their values"
-    more = len(problems) - 1
-    return message + (f" (and {more} more)" if more else ""), hint
-
-
-def _fields_at(kind: type[Settings], path: list[str]) -> list[str]:
-    """Names of the settings at a place in an error's path, tags of unions and all."""
-    candidates = [kind]
-    for part in path:
-        held = [c.model_fields[part].annotation for c in candidates if part in c.model_fields]
-        if held:
-            candidates = [found for annotation in held for found in _nested(annotation)]
-        else:  # A list index, a name in a table, or a union's tag, which picks one of them.
-            candidates = [c for c in candidates if part in _tags(c)] or candidates
-    return list(dict.fromkeys(name for c in candidates for name in c.model_fields))
-
-
-def _nested(annotation: Any) -> list[type[Settings]]:
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in _nested(part)]
-
-
-def _tags(kind: type[Settings]) -> list[str]:
-    fields = [kind.model_fields.get(name) for name in ("kind", "dataset")]
-    return [tag for field in fields if field is not None for tag in get_args(field.annotation)]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
