@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from risam_cli.errors import ModelError
@@ -89,12 +91,9 @@ def text_from_folder(stored: StoredModel, max_tokens: int) -> Parts:
         ModelError: a text configuration or tokenizer that cannot be read.
     """
     from tokenizers import Tokenizer
-    from transformers import AutoConfig
 
-    values = dict(stored.text_config)
     try:
-        kind = values.pop("model_type")
-        config = AutoConfig.for_model(kind, **values)
+        config = _stored_config(stored.text_config)
         tokenizer = Tokenizer.from_str(stored.tokenizer)
         backbone = _backbone(config)
     except Exception as error:  # tokenizers raises bare Exception
@@ -109,6 +108,8 @@ def text_from_folder(stored: StoredModel, max_tokens: int) -> Parts:
 
 def _backbone(config: Any) -> Any:
     """An untrained backbone for a configuration, without a pooler that nothing would use."""
+    if isinstance(config, PlainConfig):
+        return _bert(config)
     from transformers import AutoModel, BertModel, CLIPTextModel
 
     if config.model_type == "bert":
@@ -116,3 +117,79 @@ def _backbone(config: Any) -> Any:
     if config.model_type == "clip_text_model":
         return CLIPTextModel(config)
     return AutoModel.from_config(config)
+
+
+class PlainConfig:
+    """A stored Hugging Face configuration, with its values as attributes, without transformers."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values as stored."""
+        return dict(self._values)
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The same as JSON; ``use_diff`` is transformers' and changes nothing here."""
+        return json.dumps(self._values, indent=2, sort_keys=True) + "\n"
+
+
+def _stored_config(values: Mapping[str, Any]) -> Any:
+    """The configuration of a model folder; importing transformers takes seconds, BERT needs none.
+
+    Raises:
+        KeyError, ValueError: values that are missing, or of a model that is not known.
+    """
+    if _is_plain_bert(values):
+        return PlainConfig(values)
+    from transformers import AutoConfig
+
+    rest = dict(values)
+    return AutoConfig.for_model(rest.pop("model_type"), **rest)
+
+
+_BERT_NUMBERS = (
+    "vocab_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "layer_norm_eps",
+)
+
+
+def _is_plain_bert(values: Mapping[str, Any]) -> bool:
+    """Whether it is BERT as published, which :mod:`risam_cli.model.bert` is; every number there."""
+    return (
+        values.get("model_type") == "bert"
+        and values.get("hidden_act") == "gelu"
+        and values.get("position_embedding_type", "absolute") == "absolute"
+        and not any(values.get(key) for key in ("is_decoder", "add_cross_attention"))
+        and all(type(values.get(key)) in (int, float) for key in _BERT_NUMBERS)
+        and "pad_token_id" in values
+    )
+
+
+def _bert(config: Any) -> nn.Module:
+    from risam_cli.model.bert import Bert
+
+    return Bert(
+        vocabulary=config.vocab_size,
+        positions=config.max_position_embeddings,
+        types=config.type_vocab_size,
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        inner=config.intermediate_size,
+        dropout=config.hidden_dropout_prob,
+        attention_dropout=config.attention_probs_dropout_prob,
+        eps=config.layer_norm_eps,
+        pad_id=config.pad_token_id,
+        config=config,
+    )
