@@ -19,7 +19,7 @@ from risam_cli.engine.ledger import LEDGER
 from risam_cli.engine.predict import PredictSettings
 from risam_cli.engine.predict_run import RunPlan, run_predict
 from risam_cli.engine.run_folder import RunFolder
-from risam_cli.engine.writer import Saving
+from risam_cli.engine.stager import Saving
 
 CPU = torch.device("cpu")
 FILES = ("predictions.jsonl", "failures.jsonl")

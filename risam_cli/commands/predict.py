@@ -29,15 +29,16 @@ if TYPE_CHECKING:
     from risam_cli.engine.run_folder import RunFolder
     from risam_cli.engine.shard import Shard
 
+SAVE = ("png", "overlay", "html")
 MAX_PIXELS = 178_956_970  # said here again, and held to risam_cli.data.images by a test
 TIMEOUT = 120.0  # likewise, to risam_cli.engine.loader
 
 
 def _parse_save(ctx: click.Context, param: click.Parameter, value: str) -> frozenset[str]:
     names = frozenset(name.strip() for name in value.split(",") if name.strip())
-    unknown = names - {"png", "overlay", "none"}
+    unknown = names - {*SAVE, "none"}
     if unknown or not names:
-        raise click.BadParameter(f"{value!r}: choose from png, overlay and none.")
+        raise click.BadParameter(f"{value!r}: choose from {', '.join(SAVE)} and none.")
     if "none" in names and len(names) > 1:
         raise click.BadParameter(f"{value!r}: none goes with nothing else.")
     return names - {"none"}
@@ -80,7 +81,7 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
     show_default=True,
     callback=_parse_save,
     metavar="LIST",
-    help="What to write beside the records: png, overlay, none; comma separated.",
+    help="What to write beside the records: png, overlay, html (a gallery), none; comma separated.",
 )
 @click.option(
     "--jsonl",
@@ -239,7 +240,7 @@ def _run(
     from risam_cli.engine.device import choose_device, choose_precision
     from risam_cli.engine.predict import PredictSettings
     from risam_cli.engine.predict_run import RunPlan, run_predict
-    from risam_cli.engine.writer import Saving
+    from risam_cli.engine.stager import Saving
 
     device = choose_device(options.device)
     settings = PredictSettings(
@@ -263,7 +264,12 @@ def _run(
     plan = RunPlan(
         inputs,
         settings,
-        Saving("png" in options.save, "overlay" in options.save, options.max_pixels),
+        Saving(
+            "png" in options.save,
+            "overlay" in options.save,
+            options.max_pixels,
+            html="html" in options.save,
+        ),
         shard,
         options.limit,
         options.max_failures,

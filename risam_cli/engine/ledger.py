@@ -17,7 +17,7 @@ of a manifest) in the order of the inputs::
   whose stretch of equal images, counted from 0, leaves I when divided by N.
 - ``items`` is how many records and failures came of the entry; ``key`` hashes what it asked.
 - ``predictions`` and ``failures`` are slices of ``predictions.jsonl`` and ``failures.jsonl``.
-- ``files`` lists the masks and overlays that the entry wrote.
+- ``files`` lists the masks, overlays and gallery items that the entry wrote.
 
 So shards are merged by taking, for entry 0, 1, 2, …, its two slices and its files from whichever
 shard has it; ``run.json`` says in ``inputs.entries`` how many entries there must be, and in
@@ -41,7 +41,7 @@ from typing import Any, BinaryIO
 
 from risam_cli.data.images import FileStamp
 from risam_cli.errors import OutputError
-from risam_cli.outputs.naming import MASKS, OVERLAYS
+from risam_cli.outputs.naming import GALLERY, MASKS, OVERLAYS
 
 LEDGER = "ledger.jsonl"
 FORMAT = 1
@@ -119,7 +119,7 @@ class LedgerLine:
 def _own_path(path: Any) -> str:
     """A path of the kind that this tool writes: files in a ledger are deleted by their name."""
     parts = str(path).split("/")
-    if parts[0] not in {MASKS, OVERLAYS} or len(parts) < 2 or {"", ".", ".."} & set(parts):
+    if parts[0] not in {MASKS, OVERLAYS, GALLERY} or len(parts) < 2 or {"", ".", ".."} & set(parts):
         raise ValueError(path)
     return str(path)
 

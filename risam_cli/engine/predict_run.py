@@ -15,7 +15,6 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, Protocol
@@ -26,12 +25,15 @@ from risam_cli.data.inputs import Entry, Inputs
 from risam_cli.engine.compute import Model
 from risam_cli.engine.device import describe_device, precision_name
 from risam_cli.engine.finish import ImageResult
+from risam_cli.engine.gallery import write_gallery
 from risam_cli.engine.ledger import settings_hash
 from risam_cli.engine.predict import PredictSettings, predict_samples
 from risam_cli.engine.resume import Kept, check_inputs, prepare, still_to_do
+from risam_cli.engine.run_facts import count_lines, peak_memory_mb, versions
 from risam_cli.engine.run_folder import RUN, RunFolder
 from risam_cli.engine.shard import Shard
-from risam_cli.engine.writer import RunWriter, Saving, Stager, Tally
+from risam_cli.engine.stager import Saving, Stager
+from risam_cli.engine.writer import RunWriter, Tally
 from risam_cli.errors import (
     EXIT_OK,
     EXIT_SOME_FAILED,
@@ -118,9 +120,12 @@ def run_predict(
     try:
         with get_console().progress("predict", left, "inputs") as progress:
             run.go(progress, stream)
+        run.page = write_gallery(folder.path)
         status = "complete"
-    except Interrupted:
-        status = "interrupted"
+    except RisamError as error:
+        status = "interrupted" if isinstance(error, Interrupted) else status
+        with suppress(OutputError):  # of what was done, to be looked at meanwhile
+            write_gallery(folder.path)
         raise
     finally:
         # A disk too full for this is told of by the error that is on its way.
@@ -141,11 +146,7 @@ def identity_of(plan: RunPlan, loaded: NamedModel) -> dict[str, Any]:
         "no_target_threshold": bar,
         "precision": precision_name(settings.precision),
         "device": settings.device.type,
-        "save": [
-            name
-            for name, wanted in (("png", plan.saving.png), ("overlay", plan.saving.overlay))
-            if wanted
-        ],
+        "save": plan.saving.names,
         "shard": [plan.shard.index, plan.shard.count],
     }
 
@@ -172,6 +173,7 @@ class _Run:
         self.failed = 0
         self.spent = dict.fromkeys(_PARTS, 0.0)
         self.writing = 0.0
+        self.page: Path | None = None
 
     def go(self, progress: Progress, stream: BinaryIO | None) -> None:
         stop = threading.Event()
@@ -256,6 +258,8 @@ class _Run:
             console.info(f"passed over: {number} {reason}")
         rate = f", {self.images / seconds:.3g} images/s" if self.images and seconds else ""
         console.info(f"{records} records in {self.folder.path}{rate}")
+        if self.page is not None:
+            console.info(f"gallery: {self.page}")
         if not failed:
             return EXIT_OK
         console.warn(f"{failed} items failed: see {self.folder.failures}")
@@ -263,7 +267,7 @@ class _Run:
 
     def _totals(self) -> tuple[int, int]:
         """Records and failures in the folder."""
-        return _count_lines(self.folder.predictions), _count_lines(self.folder.failures)
+        return count_lines(self.folder.predictions), count_lines(self.folder.failures)
 
     def report(self, status: str) -> None:
         """Writes ``run.json``."""
@@ -273,7 +277,7 @@ class _Run:
             "status": status,
             "command": list(plan.command),
             "risam": __version__,
-            "versions": _versions(),
+            "versions": versions(),
             "machine": {
                 "platform": platform.platform(),
                 "device": describe_device(settings.device),
@@ -307,7 +311,7 @@ class _Run:
             },
             "started": self.began.isoformat(timespec="seconds"),
             "seconds": self._seconds(),
-            "peak_memory_mb": _peak_memory_mb(),
+            "peak_memory_mb": peak_memory_mb(),
         }
         text = json.dumps(report, indent=2, allow_nan=False) + "\n"
         write_whole(self.folder.path / RUN, text.encode())
@@ -361,30 +365,3 @@ def _stopping(stop: threading.Event) -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _count_lines(path: Path) -> int:
-    try:
-        with open(path, "rb") as file:
-            return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
-    except FileNotFoundError:
-        return 0
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "pillow", "opencv-python-headless", "pycocotools"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-def _peak_memory_mb() -> float | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)

@@ -8,54 +8,31 @@ records streamed and counted. A kill in between leaves what checksums tell apart
 
 from __future__ import annotations
 
-import itertools
 import os
 import queue
 import shutil
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
-
-from risam_cli import masks
-from risam_cli.data.images import open_rgb
 from risam_cli.data.inputs import Entry
 from risam_cli.engine.finish import ImageResult
-from risam_cli.engine.ledger import FileMark, LedgerLine, Redone, Span
+from risam_cli.engine.ledger import LedgerLine, Redone, Span
 from risam_cli.engine.resume import splice_redone
 from risam_cli.engine.run_folder import RunFolder
+from risam_cli.engine.stager import Staged, Stager
 from risam_cli.errors import OutputError
-from risam_cli.outputs.naming import mask_name, overlay_name
-from risam_cli.outputs.overlay import draw_overlay
-from risam_cli.outputs.png import encode_mask, encode_rgb
 from risam_cli.outputs.records import failure_to_json, to_json
-from risam_cli.types import Expression, Failure, Prediction, Sample
+from risam_cli.types import Failure
 
 _QUEUED = 512  # results that may wait for the disk
 _AT_ONCE = 256  # results committed together
-
-
-@dataclass(frozen=True, slots=True)
-class Saving:
-    """What is written beside the records.
-
-    Attributes:
-        png: the masks.
-        overlay: the image with all its masks drawn into it.
-        max_pixels: as for reading the image.
-    """
-
-    png: bool
-    overlay: bool
-    max_pixels: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +50,6 @@ class Tally:
     failures: tuple[Failure, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Staged:
-    path: Path
-    mark: FileMark
-
-
 @dataclass(slots=True)
 class _Done:
     """One entry, as it will be written."""
@@ -89,56 +60,7 @@ class _Done:
     failures: tuple[Failure, ...]
     predictions_text: bytes
     failures_text: bytes
-    staged: list[_Staged]
-
-
-class Stager:
-    """Makes mask and overlay files in the staging folder; see MaskSink."""
-
-    def __init__(self, folder: RunFolder, saving: Saving) -> None:
-        self._folder = folder
-        self._saving = saving
-        self._numbers = itertools.count()
-        self._staged: dict[str, _Staged] = {}
-
-    def save(self, sample: Sample, expression: Expression, mask: NDArray[np.bool_]) -> str | None:
-        """Stages one mask; gives the name that it will have."""
-        if not self._saving.png:
-            return None
-        name = mask_name(sample.image, expression.attributes["number"], expression.text)
-        self._stage(name, encode_mask(mask))
-        return name
-
-    def finish(self, sample: Sample, predictions: Sequence[Prediction]) -> None:
-        """Stages the overlay of a sample."""
-        if not self._saving.overlay or not predictions:
-            return
-        rgb = open_rgb(sample.path, self._saving.max_pixels)
-        drawn = draw_overlay(
-            rgb,
-            [masks.decode(one.segmentation) for one in predictions],
-            [one.expression for one in predictions],
-        )
-        self._stage(_overlay_of(sample), encode_rgb(drawn))
-
-    def take(self, sample: Sample, predictions: Sequence[Prediction]) -> list[_Staged]:
-        """The staged files of a sample's records."""
-        names = [one.mask for one in predictions if one.mask is not None]
-        if self._saving.overlay and predictions:
-            names.append(_overlay_of(sample))
-        return [self._staged.pop(name) for name in names]
-
-    def _stage(self, name: str, data: bytes) -> None:
-        path = self._folder.staging / str(next(self._numbers))
-        with open(path, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        self._staged[name] = _Staged(path, FileMark(name, len(data), zlib.crc32(data)))
-
-
-def _overlay_of(sample: Sample) -> str:
-    return overlay_name(sample.image, sample.expressions[0].attributes["number"])
+    staged: list[Staged]
 
 
 class RunWriter:

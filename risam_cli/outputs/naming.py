@@ -19,6 +19,7 @@ import unicodedata
 
 MASKS = "masks"
 OVERLAYS = "overlays"
+GALLERY = "gallery"
 
 _SLUG = 40  # characters of an expression in a name
 _PART = 80  # bytes of one folder's name
@@ -51,6 +52,16 @@ def overlay_name(image: str, number: int) -> str:
     """
     base, mark = _base(image)
     return f"{OVERLAYS}/{base}__{number}{mark}.png"
+
+
+def gallery_name(image: str, number: int) -> str:
+    """Path of a sample's file in the gallery, relative to the output folder.
+
+    Args:
+        number: that of the sample's first expression, as in :func:`mask_name`.
+    """
+    base, mark = _base(image)
+    return f"{GALLERY}/items/{base}__{number}{mark}.js"
 
 
 def slug(expression: str) -> str:

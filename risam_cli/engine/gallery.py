@@ -1,0 +1,64 @@
+"""The gallery of a run, from what is in its folder: records, failures, and the items of images."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from risam_cli.engine.ledger import LEDGER, LedgerLine, Span, read_header, read_lines, read_span
+from risam_cli.errors import OutputError
+from risam_cli.outputs.gallery import Gallery, Row, about
+from risam_cli.outputs.naming import GALLERY, OVERLAYS
+from risam_cli.outputs.records import FAILURES, PREDICTIONS
+
+
+def write_gallery(folder: Path) -> Path | None:
+    """Write the page of what is done in an output folder; gives the page's path.
+
+    Follows from the folder's content alone: a run that was cut off and went on, or that was put
+    together from shards, gives the bytes of one that was neither. None where the run does not save
+    a gallery.
+
+    Raises:
+        OutputError: the folder cannot be read or written, or was changed by someone else.
+    """
+    identity = read_header(folder / LEDGER)
+    if identity is None or "html" not in identity.get("save", ()):
+        return None
+    gallery = Gallery(folder, about(identity))
+    for row in _rows(folder):
+        gallery.add(row)
+    return gallery.finish()
+
+
+def _rows(folder: Path) -> Iterator[Row]:
+    try:
+        with (
+            open(folder / PREDICTIONS, "rb") as predictions,
+            open(folder / FAILURES, "rb") as failures,
+        ):
+            for line, _ in read_lines(folder / LEDGER):
+                answers = _objects(predictions, line.predictions, folder)
+                wrong = _objects(failures, line.failures, folder)
+                if answers or wrong:
+                    name = (answers or wrong)[0]["image"]
+                    yield Row(name, answers, wrong, _file(line, GALLERY), _file(line, OVERLAYS))
+    except OSError as error:
+        raise OutputError(f"{error.filename or folder}: {error.strerror or error}") from None
+
+
+def _objects(file: BinaryIO, span: Span, folder: Path) -> list[dict[str, Any]]:
+    data = read_span(file, span)
+    if data is None:
+        raise OutputError(
+            f"{folder / os.path.basename(file.name)} was changed by someone else during the run",
+            "go on with --resume",
+        )
+    return [json.loads(text) for text in data.splitlines()]
+
+
+def _file(line: LedgerLine, top: str) -> str | None:
+    return next((mark.path for mark in line.files if mark.path.startswith(f"{top}/")), None)

@@ -1,0 +1,123 @@
+"""Files of a sample, made as soon as its masks are there, under names of no meaning.
+
+Called in the finishers' threads; :mod:`risam_cli.engine.writer` moves the files to their places
+once the records that name them are written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from risam_cli import masks
+from risam_cli.data.images import open_for_encoder, open_rgb
+from risam_cli.engine.ledger import FileMark
+from risam_cli.engine.run_folder import RunFolder
+from risam_cli.outputs.gallery import SIDE, encode_item, outline
+from risam_cli.outputs.naming import gallery_name, mask_name, overlay_name
+from risam_cli.outputs.overlay import draw_overlay
+from risam_cli.outputs.png import encode_mask, encode_rgb
+from risam_cli.types import Expression, Prediction, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """What is written beside the records.
+
+    Attributes:
+        png: the masks.
+        overlay: the image with all its masks drawn into it.
+        max_pixels: as for reading the image.
+        html: a gallery of the run, see :mod:`risam_cli.outputs.gallery`.
+    """
+
+    png: bool
+    overlay: bool
+    max_pixels: int
+    html: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """What is written, by the names of ``--save``."""
+        return [name for name in ("png", "overlay", "html") if getattr(self, name)]
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A file in the staging folder, and what it will be."""
+
+    path: Path
+    mark: FileMark
+
+
+class Stager:
+    """Makes masks, overlays and gallery items in the staging folder; see MaskSink."""
+
+    def __init__(self, folder: RunFolder, saving: Saving) -> None:
+        self._folder = folder
+        self._saving = saving
+        self._numbers = itertools.count()
+        self._staged: dict[str, Staged] = {}
+        self._outlines: dict[str, str] = {}  # by expression, until their sample is finished
+
+    def save(self, sample: Sample, expression: Expression, mask: NDArray[np.bool_]) -> str | None:
+        """Stages one mask; gives the name that it will have."""
+        if self._saving.html:
+            self._outlines[expression.id] = outline(mask)
+        if not self._saving.png:
+            return None
+        name = mask_name(sample.image, expression.attributes["number"], expression.text)
+        self._stage(name, encode_mask(mask))
+        return name
+
+    def finish(self, sample: Sample, predictions: Sequence[Prediction]) -> None:
+        """Stages the overlay of a sample and its item in the gallery."""
+        traced = {one.id: self._outlines.pop(one.id, "") for one in sample.expressions}
+        if not predictions or not (self._saving.overlay or self._saving.html):
+            return
+        if self._saving.overlay:
+            rgb = open_rgb(sample.path, self._saving.max_pixels)
+            drawn = draw_overlay(
+                rgb,
+                [masks.decode(one.segmentation) for one in predictions],
+                [one.expression for one in predictions],
+            )
+            self._stage(_overlay_of(sample), encode_rgb(drawn))
+        else:
+            rgb, _ = open_for_encoder(sample.path, SIDE, self._saving.max_pixels)
+        if self._saving.html:
+            own = (predictions[0].height, predictions[0].width)
+            item = encode_item(rgb, own, [traced[one.id] for one in predictions])
+            self._stage(_item_of(sample), item)
+
+    def take(self, sample: Sample, predictions: Sequence[Prediction]) -> list[Staged]:
+        """The staged files of a sample's records."""
+        names = [one.mask for one in predictions if one.mask is not None]
+        if self._saving.overlay and predictions:
+            names.append(_overlay_of(sample))
+        if self._saving.html and predictions:
+            names.append(_item_of(sample))
+        return [self._staged.pop(name) for name in names]
+
+    def _stage(self, name: str, data: bytes) -> None:
+        path = self._folder.staging / str(next(self._numbers))
+        with open(path, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self._staged[name] = Staged(path, FileMark(name, len(data), zlib.crc32(data)))
+
+
+def _overlay_of(sample: Sample) -> str:
+    return overlay_name(sample.image, sample.expressions[0].attributes["number"])
+
+
+def _item_of(sample: Sample) -> str:
+    return gallery_name(sample.image, sample.expressions[0].attributes["number"])
