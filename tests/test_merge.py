@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from risam_cli.cli import main
+from risam_cli.engine.run_folder import RunFolder
 
 SHARDS = 3
 
@@ -211,17 +213,77 @@ def test_the_output_cannot_be_a_shard(parts, capsys):
     assert files(parts[0]) == before
 
 
-def test_a_kill_before_the_end_leaves_no_records(parts, tmp_path, monkeypatch):
-    from risam_cli.engine.run_folder import RunFolder
+class Killed(BaseException):
+    """Stands for the end of the process: nothing of the project catches it."""
 
-    def killed(self):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(RunFolder, "splice", killed)
-    assert merge(*parts, "-o", tmp_path / "out") == 130
-    assert not (tmp_path / "out" / "predictions.jsonl").exists()
-    monkeypatch.undo()
-    assert merge(*parts, "-o", tmp_path / "out") == 0
+def cut_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Ends the process at its n-th file that is moved or opened for writing."""
+    left = number
+
+    def count() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+
+    replace, mkdir = os.replace, Path.mkdir
+
+    def counted_replace(source, target, **more):
+        count()
+        replace(source, target, **more)
+
+    def counted_mkdir(self, *args, **more):
+        count()
+        mkdir(self, *args, **more)
+
+    # Whoever is dead tidies up nothing.
+    monkeypatch.setattr(RunFolder, "close", lambda self: None)
+    monkeypatch.setattr(os, "replace", counted_replace)
+    monkeypatch.setattr(Path, "mkdir", counted_mkdir)
+
+
+def everything(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def test_wherever_it_is_cut_a_rerun_ends_the_same_and_leaves_nothing(
+    runs, parts, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    assert merge(*parts, "-o", out) == 0
+    wanted, names = files(out), everything(out)
+    shutil.rmtree(out)
+    cuts = 0
+    for number in range(200):
+        with monkeypatch.context() as patched:
+            cut_at(patched, number)
+            try:
+                main(["merge", *map(str, parts), "-o", str(out)])
+                break
+            except Killed:
+                cuts += 1
+        decided = (out / ".risam" / "splice").exists() or (out / "run.json").exists()
+        if number % 5 == 0 and not decided:
+            RunFolder(out).close()
+            assert not out.exists() or everything(out) == set()
+        code = merge(*parts, "-o", out)
+        said = capsys.readouterr().err
+        assert code == 0 or (decided and "holds a run already" in said), said
+        assert (files(out), everything(out)) == (wanted, names)
+        shutil.rmtree(out)
+    assert cuts > 20
+
+
+def test_a_merge_that_fails_leaves_the_earlier_run(runs, parts, tmp_path):
+    out = tmp_path / "out"
+    assert merge(*parts, "-o", out) == 0
+    before = files(out)
+    mask = next(parts[1].rglob("masks/**/*.png"))
+    mask.write_bytes(b"other")
+    assert merge(*parts, "-o", out, "--overwrite") == 1
+    assert files(out) == before
+    assert not (out / ".risam" / "incoming").exists()
 
 
 def test_merging_imports_no_torch(runs, tmp_path, repo):

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from risam_cli.data.images import SUFFIXES
+from risam_cli.locks import PRIVATE
 
-RUN_MARKER = ".risam"
+RUN_MARKER = PRIVATE
 """A folder that every output folder holds; one with it is results, not input."""
 
 

@@ -26,7 +26,6 @@ from risam_cli.engine.ledger import (
 )
 from risam_cli.engine.run_folder import RUN, RunFolder
 from risam_cli.errors import DataError, OutputError
-from risam_cli.outputs.png import write_whole
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
 
 _SHARDS = "shard-*-of-*"  # what a run under torchrun calls its folders
@@ -103,8 +102,9 @@ def merge_parts(
 ) -> Merged:
     """Write one output folder of all shards: records, failures, ledger, masks, ``run.json``.
 
-    Every slice and every file is checked against the checksum that its shard noted. The three
-    JSONL files come into place together, after all masks; memory does not grow with the run.
+    Every slice and every file is checked against the checksum that its shard noted. All is written
+    aside and comes into place together, or none of it does, whatever happens in between; memory
+    does not grow with the run.
 
     Args:
         parts: as :func:`find_parts` gives them.
@@ -125,11 +125,13 @@ def merge_parts(
                     raise OutputError(
                         f"{output} holds a run already", "choose another -o or give --overwrite"
                     )
-                folder.start_anew()
+                folder.require_known()
             merged = _write(parts, folder, advance)
-            folder.splice()
             text = json.dumps(_run_json(parts, merged), indent=2, allow_nan=False) + "\n"
-            write_whole(folder.path / RUN, text.encode())
+            folder.spliced(RUN).write_text(text, encoding="utf-8")
+            if overwrite:  # not before all that takes its place is there
+                folder.start_anew()
+            folder.splice()
             return merged
     except OSError as error:
         raise OutputError(
@@ -262,7 +264,7 @@ def _write(parts: Sequence[Part], folder: RunFolder, advance: Callable[[], None]
         ledger.write(header_line(_identity(parts)))
         for place, line in _lines(parts):
             for mark in line.files:
-                _copy(parts[place].folder, folder.path, mark)
+                _copy(parts[place].folder, folder.incoming, mark)
             moved = replace(
                 line,
                 predictions=predictions.add(place, line.predictions),
@@ -293,7 +295,14 @@ def _copy(source: Path, target: Path, mark: FileMark) -> None:
         raise DataError(f"{source / mark.path}: {error.strerror}", "run the shard anew") from None
     if len(data) != mark.size or zlib.crc32(data) != mark.crc:
         raise _changed(source / mark.path)
-    write_whole(target / mark.path, data)
+    place = target / mark.path
+    try:
+        file = open(place, "wb")  # noqa: SIM115 - closed below, outside of this try
+    except FileNotFoundError:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file = open(place, "wb")  # noqa: SIM115 - closed below
+    with file:
+        file.write(data)
 
 
 def _changed(path: Path) -> DataError:

@@ -7,28 +7,22 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
-from risam_cli.console import get_console
-from risam_cli.data.walk import RUN_MARKER
+from risam_cli.durable import replace_durably, sync_file, sync_folder, sync_folders, sync_tree
 from risam_cli.engine.ledger import LEDGER, LedgerLine, read_lines, read_redone
 from risam_cli.errors import OutputError
+from risam_cli.locks import PRIVATE, FolderLock
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 RUN = "run.json"
 _OWN = (PREDICTIONS, FAILURES, RUN, LEDGER)  # the ledger last: it says what is still to delete
-_SPLICED = (PREDICTIONS, FAILURES, LEDGER)  # in the order in which they are replaced
+_SPLICED = (PREDICTIONS, FAILURES, LEDGER, RUN)  # in the order in which they are replaced
 
 
 class RunFolder:
     """An output folder, locked for this process; a context manager.
 
-    The lock belongs to the open file, so the system releases it when the process dies, however.
+    The lock ends with the process, however it ends; see :mod:`risam_cli.locks`.
 
     Args:
         path: made if it is not there.
@@ -39,12 +33,13 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.private = path / RUN_MARKER
+        self.private = path / PRIVATE
         self.staging = self.private / "staging"
-        self._lock: BinaryIO | None = None
+        self.incoming = self.private / "incoming"
+        self._lock: FolderLock | None = None
         self._is_new = not path.exists()
         try:
-            self._take_lock()
+            self._lock = FolderLock(path)
             self.finish_splice()
             self.clear_staging()
         except OSError as error:
@@ -68,12 +63,16 @@ class RunFolder:
         """Gives the lock back; a folder that no run was begun in is left as it was found."""
         if self._lock is None:
             return
-        if not self.holds_run():
+        if self.holds_run():
+            with suppress(OSError):
+                self.finish_splice()
+                self.clear_staging()
+        else:
             shutil.rmtree(self.private, ignore_errors=True)
             if self._is_new:
                 with suppress(OSError):
                     self.path.rmdir()
-        self._lock.close()
+        self._lock.release()
         self._lock = None
 
     @property
@@ -104,14 +103,9 @@ class RunFolder:
         """Deletes what this tool wrote here, and nothing else.
 
         Raises:
-            OutputError: the folder holds records but no ledger that says what belongs to them.
+            OutputError: as :meth:`require_known`.
         """
-        if self.holds_run() and not self.ledger.exists():
-            found = ", ".join(name for name in _OWN if (self.path / name).exists())
-            raise OutputError(
-                f"{self.path} holds {found} but no {LEDGER}, so it is not known what else is its",
-                "delete the folder yourself, or choose another -o",
-            )
+        self.require_known()
         if self.ledger.exists():
             for line, _ in read_lines(self.ledger):
                 self.delete_files(line)
@@ -123,26 +117,57 @@ class RunFolder:
         for name in ("masks", "overlays"):
             remove_empty_folders(self.path / name)
 
+    def require_known(self) -> None:
+        """Makes sure that it is known what an earlier run wrote here.
+
+        Raises:
+            OutputError: the folder holds records but no ledger that says what belongs to them.
+        """
+        if self.holds_run() and not self.ledger.exists():
+            found = ", ".join(name for name in _OWN if (self.path / name).exists())
+            raise OutputError(
+                f"{self.path} holds {found} but no {LEDGER}, so it is not known what else is its",
+                "delete the folder yourself, or choose another -o",
+            )
+
     def delete_files(self, line: LedgerLine) -> None:
         """Deletes the masks and overlays of one entry."""
         for mark in line.files:
             (self.path / mark.path).unlink(missing_ok=True)
+
+    def write_run(self, text: str) -> None:
+        """Writes ``run.json``, whole or not at all.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        part = self.spliced(RUN)
+        try:
+            part.write_text(text, encoding="utf-8")
+            replace_durably(part, self.path / RUN)
+        except OSError as error:
+            raise OutputError(
+                f"{self.path / RUN}: {error.strerror or error}; what was done is kept",
+                "mend it, then go on with --resume",
+            ) from error
 
     def clear_staging(self) -> None:
         """Forgets files that were written and never came to count."""
         shutil.rmtree(self.staging, ignore_errors=True)
         self.staging.mkdir(parents=True, exist_ok=True)
 
-    # --- replacing the three files together -------------------------------------------------------
+    # --- replacing files together -----------------------------------------------------------------
 
     def spliced(self, name: str) -> Path:
-        """Where the new version of one of the three files is written."""
+        """Where the new version of records, failures, ledger or ``run.json`` is written."""
         return self.private / f"{name}.new"
 
     def splice(self) -> None:
-        """Puts the new versions of the three files in place, all or none whatever happens."""
+        """Puts new versions of files in place, and all that is incoming: all or none of it."""
         for name in _SPLICED:
-            sync_file(self.spliced(name))
+            if self.spliced(name).exists():
+                sync_file(self.spliced(name))
+        sync_tree(self.incoming)
         marker = self.private / "splice"
         marker.touch()
         sync_folder(self.private)
@@ -152,6 +177,7 @@ class RunFolder:
         """Ends a splice that was begun; drops one that was only prepared."""
         marker = self.private / "splice"
         if marker.exists():
+            self._move_in()
             for name in _SPLICED:
                 if self.spliced(name).exists():
                     os.replace(self.spliced(name), self.path / name)
@@ -160,34 +186,18 @@ class RunFolder:
             marker.unlink()
         for name in _SPLICED:
             self.spliced(name).unlink(missing_ok=True)
+        shutil.rmtree(self.incoming, ignore_errors=True)
 
-    def _take_lock(self) -> None:
-        path = self.private / "lock"
-        while self._lock is None:
-            self.private.mkdir(parents=True, exist_ok=True)
-            file = open(path, "ab")  # noqa: SIM115 - held while we live
-            if fcntl is not None:
-                self._flock(file)
-            # Who held it before may have removed it, and we hold what no one else will find.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                self._lock = file
-            else:
-                file.close()
-
-    def _flock(self, file: BinaryIO) -> None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise OutputError(
-                f"{self.path}: another run is writing to this folder",
-                "wait for it, or choose another -o",
-            ) from None
-        except OSError as error:  # some network drives have no locks
-            get_console().warn(
-                f"{self.path} cannot be locked ({error.strerror}): see to it yourself that no two "
-                "runs share it"
-            )
+    def _move_in(self) -> None:
+        """Puts incoming files in the places that they have names for."""
+        moved: set[Path] = set()
+        for folder, _, names in os.walk(self.incoming):
+            target = self.path / os.path.relpath(folder, self.incoming)
+            target.mkdir(parents=True, exist_ok=True)
+            moved.add(target)
+            for name in names:
+                os.replace(os.path.join(folder, name), target / name)
+        sync_folders(self.path, moved)
 
 
 def remove_empty_folders(root: Path) -> None:
@@ -195,19 +205,3 @@ def remove_empty_folders(root: Path) -> None:
     for folder, _, _ in os.walk(root, topdown=False):
         with suppress(OSError):
             os.rmdir(folder)
-
-
-def sync_file(path: Path) -> None:
-    """Has the system write a file to the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Has the system write a folder's names to the disk, where folders can be opened."""
-    with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
