@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from risam_cli.errors import DataError
 
 _CHUNK = 1 << 16
+
+# Writes no more of a value than is shown: a value of aliases can be exponentially long.
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 3
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = _BRIEF.maxset = _BRIEF.maxfrozenset = 16
 
 
 def read_lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
@@ -36,6 +43,24 @@ def read_lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None
             held.clear()
     if held or too_long:
         yield number, None if too_long else bytes(held.rstrip(b"\r"))
+
+
+def read_lines_at(stream: BinaryIO, limit: int) -> Iterator[tuple[int, int, bytes | None]]:
+    """Number from 1, offset and bytes, with its end, of every line of a file that is not blank.
+
+    None stands for a line longer than ``limit``, of which no more than that is ever held. The
+    stream may be read elsewhere only once the iteration is over.
+    """
+    number, offset = 0, 0
+    while line := stream.readline(limit + 1):
+        number += 1
+        begin, offset = offset, offset + len(line)
+        too_long = len(line) > limit
+        while too_long and line and not line.endswith(b"\n"):
+            line = stream.readline(_CHUNK)
+            offset += len(line)
+        if too_long or line.strip():
+            yield number, begin, None if too_long else line
 
 
 def _chunks(stream: BinaryIO) -> Iterator[bytes]:
@@ -73,5 +98,5 @@ def brief(value: object) -> str:
     if isinstance(value, bytes):
         text = value[:80].decode("utf-8", "backslashreplace").strip()
         return f"{text}..." if len(value) > 80 else text
-    text = repr(value)
+    text = _BRIEF.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -44,7 +44,9 @@ __all__ = [
 MAX_PIXELS = 2**30
 """Largest H * W that is taken. pycocotools counts in 32 bits; this stays well below."""
 
-_MAX_BOUNDARY = 2**27  # points pycocotools may draw for one polygon; its own counter is an int
+# Points that pycocotools may draw for the polygons of one mask: 20 bytes each while it draws them.
+# 3.3 million pixels of outline; its own counter is an int.
+_MAX_BOUNDARY = 2**24
 _MAX_GROUPS = 7  # characters of one run: 35 bits hold any run up to MAX_PIXELS
 _MAX_TEXT = 2**27  # characters of all runs: with 35 bits each, no sum of them overflows 64 bits
 
@@ -173,7 +175,17 @@ def from_polygons(
         DataError: fewer than three points, an odd number of coordinates, not finite or too large.
     """
     height, width = _parse_size(list(size), where)
-    rows = [_parse_polygon(p, f"{where}, polygon {k}") for k, p in enumerate(polygons)]
+    rows = []
+    left = _MAX_BOUNDARY
+    for k, polygon in enumerate(polygons):
+        row, steps = _parse_polygon(polygon, f"{where}, polygon {k}")
+        left -= steps
+        if left < 0:
+            raise DataError(
+                f"{where}: the outline of its polygons is longer than {_MAX_BOUNDARY // 5} pixels",
+                "write coordinates in pixels of the image",
+            )
+        rows.append(row)
     if not rows:
         return empty((height, width))
     parts = coco.frPyObjects(rows, height, width)
@@ -280,7 +292,8 @@ def _canonical(runs: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate(([0], merged)) if values[0] else merged
 
 
-def _parse_polygon(polygon: Sequence[float], where: str) -> list[float]:
+def _parse_polygon(polygon: Sequence[float], where: str) -> tuple[list[float], int]:
+    """The coordinates as floats, and how many points pycocotools will draw of their outline."""
     try:
         points = np.asarray(polygon, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -291,13 +304,14 @@ def _parse_polygon(polygon: Sequence[float], where: str) -> list[float]:
         )
     if not np.isfinite(points).all():
         raise DataError(f"{where}: a coordinate is not a finite number")
-    # pycocotools draws the outline at five points a pixel and keeps the count in a 32-bit int.
+    # pycocotools draws the outline at five points a pixel.
     steps = np.abs(np.roll(points.reshape(-1, 2), 1, axis=0) - points.reshape(-1, 2))
-    if np.abs(points).max() > 1e7 or 5 * float(steps.sum()) + points.size > _MAX_BOUNDARY:
+    drawn = 5 * float(steps.sum()) + points.size
+    if np.abs(points).max() > 1e7 or drawn > _MAX_BOUNDARY:
         raise DataError(
             f"{where}: coordinates up to {np.abs(points).max():g}", "write them in pixels"
         )
-    return [float(v) for v in points]
+    return [float(v) for v in points], int(drawn)
 
 
 def _brief(obj: object) -> str:

@@ -117,6 +117,14 @@ def _unit(ctx: click.Context, param: click.Parameter, value: float) -> float:
     help="cutout: room around the mask.",
 )
 @click.option("--copy-images", is_flag=True, help="yolo, labelme, cvat: copy the images along.")
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    default=178_956_970,
+    show_default=True,
+    metavar="N",
+    help="Masks over it fail.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export in the folder.")
 @json_option
 @verbosity_options
@@ -130,6 +138,7 @@ def command(
     one_class: str | None,
     min_score: float,
     min_area: int,
+    max_pixels: int,
     overwrite: bool,
     copy_images: bool,
     as_json: bool,
@@ -158,6 +167,7 @@ def command(
         annotations=annotations,
         min_score=min_score,
         min_area=min_area,
+        max_pixels=max_pixels,
         overwrite=overwrite,
         copy_images=copy_images,
     )

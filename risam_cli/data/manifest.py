@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -124,7 +125,8 @@ def _expressions(obj: Mapping[str, Any], where: str) -> tuple[str, ...]:
 def _id(value: Any, where: str) -> str | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value == "":
+    odd = isinstance(value, bool) or not isinstance(value, (str, int, float)) or value == ""
+    if odd or value != value or value in (math.inf, -math.inf):
         raise DataError(f"{where}: 'id' is {brief(value)}", "give a string or a number")
     return str(value)
 

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TextIO
 
 from risam_cli.console import Console
+from risam_cli.data.readers.layout import is_file
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.engine.evaluate import Answered, Scored, Scorer
 from risam_cli.errors import DataError, OutputError
@@ -157,7 +158,7 @@ def drop_missing_images(
         if left is not None and left <= 0:
             break
         group = source.groups[index]
-        if group.path.is_file():
+        if is_file(group.path):
             kept.append(index)
             left = None if left is None else left - len(group.phrases)
             continue
@@ -180,7 +181,7 @@ def count_missing_images(source: SampleSource) -> tuple[int, int]:
     absent = total = 0
     for group in source.chosen():
         total += 1
-        absent += not group.path.is_file()
+        absent += not is_file(group.path)
     return absent, total
 
 

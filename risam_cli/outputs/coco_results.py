@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, TextIO, cast
 from risam_cli import masks
 from risam_cli.errors import DataError
 from risam_cli.jsonlines import brief
+from risam_cli.outputs.records import MAX_LINE
 from risam_cli.types import Rle
 
 _CHUNK = 1 << 20
@@ -106,9 +107,12 @@ def _array_items(file: TextIO, path: Path) -> Iterator[Any]:
                     break
                 except json.JSONDecodeError as error:
                     # At least as much again, so that a large item is not parsed over and over.
-                    more = file.read(max(_CHUNK, len(buffer) - at))
+                    held = len(buffer) - at
+                    more = "" if held > MAX_LINE else file.read(max(_CHUNK, held))
                     if not more:
-                        raise DataError(f"{path} is damaged or cut: {error.msg}") from None
+                        long = f"a result is longer than {MAX_LINE >> 20} MiB"
+                        reason = long if held > MAX_LINE else error.msg
+                        raise DataError(f"{path} is damaged or cut: {reason}") from None
                     buffer, at = buffer[at:] + more, 0
             yield item
             at = end
@@ -116,5 +120,5 @@ def _array_items(file: TextIO, path: Path) -> Iterator[Any]:
                 at += 1
             elif peek() != "]":
                 raise DataError(f"{path} is damaged or cut: ',' or ']' was expected")
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits
         raise DataError(f"{path} cannot be read: {error}") from None

@@ -11,10 +11,12 @@ import itertools
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from risam_cli.errors import OutputError
 
@@ -22,6 +24,8 @@ _OPTIONS = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRIT
 if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # from OpenCV 4.12; four times faster on masks
     _OPTIONS += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
 
+# Formats whose decoders are safe on files from strangers, as in risam_cli.data.images.
+_KINDS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 _counter = itertools.count()
 
 
@@ -42,6 +46,18 @@ def encode_rgb(rgb: NDArray[np.uint8]) -> bytes:
     if not done:
         raise OutputError(f"an image of {rgb.shape} could not be written as PNG")
     return data.tobytes()
+
+
+def check_header(source: Path | BinaryIO) -> None:
+    """Make sure that a file begins as an image of no absurd size, before a decoder takes it.
+
+    Raises:
+        UnidentifiedImageError, SyntaxError: it is no image of a common kind.
+        Image.DecompressionBombError: it claims more than 178,956,970 pixels.
+        OSError, ValueError: it cannot be read, or has no name that a file can have.
+    """
+    Image.init()  # registers what Pillow would load at need only
+    Image.open(source, formats=[kind for kind in _KINDS if kind in Image.OPEN]).close()
 
 
 def write_mask(path: Path, mask: NDArray[np.bool_]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -149,7 +148,7 @@ def _text(obj: Mapping[str, Any], key: str, where: str) -> str:
 def _score(obj: Mapping[str, Any], where: str) -> float:
     value = obj.get("score", 1.0)
     fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not fits or not math.isfinite(value) or not 0 <= value <= 1:
+    if not fits or not 0 <= value <= 1:  # which NaN is not either
         raise DataError(f"{where}: 'score' is {brief(value)}", "give a number in 0..1")
     return float(value)
 

@@ -21,7 +21,7 @@ from risam_cli.outputs.export import (
 )
 from risam_cli.outputs.folder import ExportFolder
 from risam_cli.outputs.records import FAILURES, failure_to_json
-from risam_cli.outputs.sources import ImageGroup, OnFailure, Source
+from risam_cli.outputs.sources import MAX_PIXELS, ImageGroup, OnFailure, Source
 from risam_cli.outputs.targets import target_name
 from risam_cli.types import Failure, Prediction
 
@@ -44,6 +44,7 @@ class Request:
     naming: Naming
     settings: Settings
     annotations: Path | None = None
+    max_pixels: int = MAX_PIXELS
     min_score: float = 0.0
     min_area: int = 0
     overwrite: bool = False
@@ -87,7 +88,9 @@ def run_export(
     def fail(failure: Failure) -> None:
         sink[0](failure)
 
-    with Source(request.predictions, fail, annotations=request.annotations) as source:
+    with Source(
+        request.predictions, fail, annotations=request.annotations, max_pixels=request.max_pixels
+    ) as source:
         begin(len(source))
         folder = ExportFolder(request.output, request.kind, info.owns, overwrite=request.overwrite)
         tally, categories = Tally(), Categories(request.naming)

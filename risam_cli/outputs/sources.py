@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+import os
 import shutil
+import stat
 import sys
 import tempfile
 from array import array
@@ -21,11 +24,13 @@ from typing import Any, BinaryIO, cast
 
 import cv2
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from risam_cli import masks
 from risam_cli.errors import DataError
-from risam_cli.jsonlines import brief, parse_json
+from risam_cli.jsonlines import brief, parse_json, read_lines_at
 from risam_cli.outputs.coco_results import Names, spool_results
+from risam_cli.outputs.png import check_header
 from risam_cli.outputs.records import MAX_LINE, PREDICTIONS, from_json
 from risam_cli.outputs.targets import meeting_key
 from risam_cli.types import Failure, Prediction, Rle
@@ -35,7 +40,11 @@ OnFailure = Callable[[Failure], None]
 MANIFESTS = ("manifest.jsonl", "manifest.csv", "manifest.tsv")
 """What a folder of PNG masks calls its list, in the order in which they are looked for."""
 
+MAX_PIXELS = 178_956_970
+"""Pixels of a mask over which a record is refused unless told otherwise: as for images."""
+
 _CHUNK = 1 << 20
+_MAX_MASK_FILE = 1 << 28  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +74,21 @@ class Source:
             or ``.tsv``, a folder that holds one of them, or ``-`` for JSONL on stdin.
         on_failure: gets every record that cannot be used.
         annotations: for COCO results: the COCO file that names their images and categories.
+        max_pixels: masks over it are not taken: a few bytes can stand for gigabytes of pixels.
 
     Raises:
         DataError: the source cannot be read or holds no record.
     """
 
     def __init__(
-        self, path: Path, on_failure: OnFailure, *, annotations: Path | None = None
+        self,
+        path: Path,
+        on_failure: OnFailure,
+        *,
+        annotations: Path | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
+        self._max_pixels = max_pixels
         self.path = _find(path)
         self.base = Path() if str(path) == "-" else self.path.parent
         self._on_failure = on_failure
@@ -119,7 +135,7 @@ class Source:
         offsets, numbers, keys = array("Q"), array("Q"), array("Q")
         targets = array("Q")  # pairs of an image's target and its key
         self.broken = 0
-        for number, offset, line in _lines(self._stream):
+        for number, offset, line in read_lines_at(self._stream, MAX_LINE):
             where = f"{self.path}, line {number}"
             try:
                 if line is None:
@@ -161,6 +177,11 @@ class Source:
         try:
             record = from_json(self._with_mask(obj, where), where)
             size = (record.height, record.width)
+            if size[0] * size[1] > self._max_pixels:
+                raise DataError(
+                    f"{where}: a mask of {size[0]} x {size[1]} pixels is over {self._max_pixels}",
+                    "raise --max-pixels if you trust the file",
+                )
             if first is not None and size != (first.height, first.width):
                 raise DataError(
                     f"{where}: the mask is {size[0]}x{size[1]} (height x width), others of "
@@ -211,30 +232,27 @@ def _hash(image: str) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, int, bytes | None]]:
-    """Number, offset and bytes of every line that is not blank; None for one that is too long."""
-    number, offset = 0, 0
-    while line := stream.readline(MAX_LINE + 1):
-        number += 1
-        begin, offset = offset, offset + len(line)
-        too_long = len(line) > MAX_LINE
-        while too_long and line and not line.endswith(b"\n"):
-            line = stream.readline(_CHUNK)
-            offset += len(line)
-        if too_long or line.strip():
-            yield number, begin, None if too_long else line
-
-
 def _read_png(path: Path, where: str) -> Rle:
     """Every pixel that is not 0 in any colour channel is in the mask; alpha does not count."""
     try:
+        status = os.stat(path)
+        # A pipe would be waited on for ever.
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_MASK_FILE:
+            size = f"has {status.st_size >> 20} MiB" if status.st_size else "is no regular file"
+            raise DataError(f"{where}: the mask {path} {size}", "give a PNG, 0 outside the mask")
         data = np.fromfile(path, np.uint8)
-    except OSError as error:
+        # The header first: OpenCV would take a few bytes' word for gigabytes of pixels.
+        check_header(io.BytesIO(data))
+        pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{where}: the mask {path} is too large: {error}", "cut it up") from None
+    except (UnidentifiedImageError, SyntaxError, cv2.error):
+        pixels = None
+    except (OSError, ValueError) as error:  # ValueError: no name that a file can have
         raise DataError(
-            f"{where}: the mask {path} cannot be read: {error.strerror}",
+            f"{where}: the mask {path} cannot be read: {getattr(error, 'strerror', '') or error}",
             "paths are relative to the manifest",
         ) from None
-    pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
     if pixels is None:
         raise DataError(f"{where}: the mask {path} is no image", "give a PNG, 0 outside the mask")
     inside = pixels != 0 if pixels.ndim == 2 else (pixels[..., :3] != 0).any(axis=2)
@@ -296,7 +314,8 @@ def _spool_table(path: Path, out: BinaryIO) -> None:
     """A CSV or TSV manifest as JSONL. The line numbers in messages then count rows."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
-            rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+            rows = csv.DictReader(iter(lambda: file.readline(MAX_LINE), ""), delimiter=delimiter)
             missing = {"image", "expression", "mask"} - set(rows.fieldnames or ())
             if missing:
                 raise DataError(

@@ -15,6 +15,9 @@ from collections.abc import Container
 from pathlib import PurePosixPath
 
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\ud800-\udfff]')
+_FILES = frozenset(
+    {".txt", ".json", ".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
+)
 _PART = 180  # bytes of one part; the hash and a suffix still fit in the 255 that systems take
 _WHOLE = 600  # bytes of the whole
 
@@ -52,6 +55,8 @@ def replace_suffix(target: str, suffix: str) -> str:
 
 def _safe(image: str) -> str:
     parts = [_part(part) for part in image.split("/") if part not in {"", "."}]
+    # A folder called as a file may be (a.jpg/b.jpg beside a.jpg) would stand in that file's way.
+    parts[:-1] = [f"{p}_" if PurePosixPath(p).suffix.lower() in _FILES else p for p in parts[:-1]]
     whole = "/".join(parts) or "_"
     return whole if len(whole.encode()) <= _WHOLE else f"_/{parts[-1]}"
 

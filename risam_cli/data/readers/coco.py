@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from risam_cli.data.readers.instances import Instances, read_instances
+from risam_cli.data.readers.layout import is_file
 from risam_cli.data.readers.source import (
     Group,
     Phrase,
@@ -195,6 +196,6 @@ def _image_folder(path: Path, instances: Instances) -> Path:
     first = next(iter(instances.images))
     name = instances.image(first)["file_name"]
     for folder in (path.parent, path.parent / "images", path.parent.parent / "images"):
-        if (folder / name).is_file():
+        if is_file(folder / name):
             return folder
     return path.parent

@@ -12,6 +12,7 @@ from typing import Any
 from risam_cli import masks
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.errors import DataError
+from risam_cli.jsonlines import brief
 from risam_cli.types import Rle
 
 
@@ -137,13 +138,14 @@ def read_instances(
                 result.images[image_id] = record
         elif key == "annotations":
             ann_id = record_id(record, path, "annotations[]")
-            image_id = record.get("image_id")
+            image_id = _reference(record, "image_id", path)
+            category_id = _reference(record, "category_id", path)
             if keep_image(image_id) and not record.get("iscrowd"):
-                result.in_category[image_id, record.get("category_id")] += 1
+                result.in_category[image_id, category_id] += 1
             if keep_annotation(ann_id):
                 result.annotations[ann_id] = Annotation(
                     image_id,
-                    record.get("category_id"),
+                    category_id,
                     bool(record.get("iscrowd")),
                     _compact(record.get("segmentation")),
                 )
@@ -161,6 +163,16 @@ def record_id(record: Any, path: Path, where: str) -> Any:
     found = record.get("id") if isinstance(record, dict) else None
     if not isinstance(found, (int, str)):
         raise DataError(f"{path}: a record of {where} has no id: {str(record)[:80]}")
+    return found
+
+
+def _reference(record: dict[str, Any], key: str, path: Path) -> Any:
+    """The id of another record, hashable; None where it is not given."""
+    found = record.get(key)
+    if found is not None and not isinstance(found, (int, str, float)):
+        raise DataError(
+            f"{path}: annotation {record.get('id')!r} has the {key} {brief(found)}", "give an id"
+        )
     return found
 
 

@@ -14,6 +14,8 @@ from typing import Any, TextIO
 from risam_cli.errors import DataError
 
 CHUNK = 1 << 20
+MAX_RECORD = 1 << 26
+"""Characters of one record over which a file is refused; a record is held whole."""
 _EDGE = 64  # characters: longer than any literal or escape that a chunk's end can cut
 _SPACE = " \t\r\n"
 
@@ -142,6 +144,8 @@ class _Cursor:
                 cut = error.pos >= len(self.buffer) or "Unterminated" in error.msg
                 reason = "the file ends in the middle" if cut else error.msg.lower()
                 raise self._broken(reason, error.pos) from error
+            except ValueError as error:  # digits beyond what Python turns into a number
+                raise self._broken("a number of thousands of digits") from error
             # A number at the edge of the buffer may go on in the next chunk.
             if end < len(self.buffer) or not self._extend():
                 self.at = end
@@ -149,7 +153,10 @@ class _Cursor:
 
     def _extend(self) -> bool:
         """Read on; the buffer at least doubles, so a huge record is not parsed over and over."""
-        chunk = "" if self.ended else self.stream.read(max(CHUNK, len(self.buffer) - self.at))
+        held = len(self.buffer) - self.at
+        if held > MAX_RECORD:
+            raise self._broken(f"a record is longer than {MAX_RECORD >> 20} million characters")
+        chunk = "" if self.ended else self.stream.read(max(CHUNK, held))
         if not chunk:
             self.ended = True
             return False

@@ -41,9 +41,17 @@ def find_images(folders: Iterable[Path], first: str) -> Path | None:
     """The first folder that holds the image ``first``, else the first that exists, else None."""
     present = [folder for folder in folders if folder.is_dir()]
     for folder in present:
-        if (folder / first).is_file():
+        if is_file(folder / first):
             return folder
     return present[0] if present else None
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file system takes is none."""
+    try:
+        return path.is_file()
+    except OSError:  # too long, a circle of links
+        return False
 
 
 def missing(paths: Sequence[Path], what: str) -> DataError:

@@ -21,6 +21,8 @@ from risam_cli.types import Rle, Sample
 
 SPLITS = ("train", "val", "test", "miniv")
 _IMAGE_LISTS = ("image_data_split3000.json", "image_data_split.json")
+_FARTHEST = 1 << 17  # pixels from the corner; Pillow draws outlines step by step, seen or not
+_LONGEST = 1 << 26  # steps of all outlines of one phrase
 _FOLDERS = ("phrasecut", "PhraseCut", "VGPhraseCut_v0", "data/VGPhraseCut_v0")
 
 
@@ -77,10 +79,12 @@ def _images(path: Path) -> dict[int, tuple[tuple[int, int], str]]:
         try:
             size = (int(record["height"]), int(record["width"]))
             images[int(record["image_id"])] = (size, str(record.get("split", "")))
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError, AttributeError):
             raise DataError(
                 f"{path}: an image lacks image_id, height or width: {str(record)[:80]}"
             ) from None
+        if min(size) < 1 or size[0] * size[1] > masks.MAX_PIXELS:
+            raise DataError(f"{path}: an image is {size[0]} x {size[1]} pixels: {str(record)[:80]}")
     return images
 
 
@@ -100,7 +104,7 @@ def _tasks(
         for key in ("task_id", "image_id", "phrase", "Polygons"):
             if key not in task:
                 raise DataError(f"{where} has no {key}")
-        if task["image_id"] not in images:
+        if not isinstance(task["image_id"], int) or task["image_id"] not in images:
             raise DataError(
                 f"{where}: image {task['image_id']!r} is not in the image list",
                 "take both files from one release",
@@ -136,6 +140,13 @@ def _draw(task_id: str, *, polygons: dict[str, Any], size: tuple[int, int], wher
     for instance in polygons[task_id]:
         for polygon in instance if isinstance(instance, list) else [None]:
             rings.append(_points(polygon, f"{where}: task {task_id}"))
+    steps = sum(
+        max(abs(x - u), abs(y - v))
+        for ring in rings
+        for (x, y), (u, v) in zip(ring, ring[1:] + ring[:1], strict=True)
+    )
+    if steps > _LONGEST:
+        raise DataError(f"{where}: task {task_id}: its outlines are {steps} pixels long")
     return masks.encode(draw_polygons(rings, size))
 
 
@@ -157,6 +168,6 @@ def _points(polygon: Any, where: str) -> list[tuple[int, int]]:
         points = [(int(x), int(y)) for x, y in polygon]
     except (TypeError, ValueError, OverflowError):
         raise DataError(f"{where}: a polygon is no list of points: {str(polygon)[:60]}") from None
-    if any(abs(value) > 1 << 24 for point in points for value in point):
+    if any(abs(value) > _FARTHEST for point in points for value in point):
         raise DataError(f"{where}: a polygon's coordinates are out of range")
     return points

@@ -24,9 +24,12 @@ from numpy.typing import NDArray
 from risam_cli import masks
 from risam_cli.data.readers.source import OnFailure
 from risam_cli.errors import DataError
+from risam_cli.jsonlines import read_lines_at
 from risam_cli.types import Expression, Failure, Rle, Sample
 
 FILE_NAME = "predictions.jsonl"
+MAX_LINE = 64 << 20
+"""Bytes of a line over which it is no record; as in :mod:`risam_cli.outputs.records`."""
 
 _Row = tuple[int, dict[str, Any]]  # its number among the records, and the record
 
@@ -132,17 +135,17 @@ class PredictionIndex:
         return int((~self._used).sum())
 
     def _scan(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        offset = 0
-        for number, line in enumerate(self._stream, start=1):
-            if line.strip():
-                try:
-                    yield offset, _parse_line(line, f"{self.path}: line {number}")
-                except DataError as error:
-                    self.broken += 1
-                    self._on_failure(
-                        Failure(f"line {number}", "", None, "read", "DataError", str(error))
-                    )
-            offset += len(line)
+        for number, offset, line in read_lines_at(self._stream, MAX_LINE):
+            where = f"{self.path}: line {number}"
+            try:
+                if line is None:
+                    raise DataError(f"{where} is longer than {MAX_LINE >> 20} MiB")
+                yield offset, _parse_line(line, where)
+            except DataError as error:
+                self.broken += 1
+                self._on_failure(
+                    Failure(f"line {number}", "", None, "read", "DataError", str(error))
+                )
 
     def _by_id(self, sample: Sample, expression: Expression) -> Iterator[_Row]:
         for row in self._ids.rows(_hash(expression.id)):
@@ -161,7 +164,7 @@ class PredictionIndex:
 
     def _record(self, row: int) -> dict[str, Any]:
         self._stream.seek(int(self._offsets[row]))
-        return _parse_line(self._stream.readline(), f"{self.path}")
+        return _parse_line(self._stream.readline(MAX_LINE + 1), f"{self.path}")
 
     def _tell(self, record: dict[str, Any], message: str) -> None:
         name, image = str(record.get("id", "")), str(record.get("image", ""))
