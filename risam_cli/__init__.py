@@ -1,5 +1,38 @@
-"""risam: referring image segmentation from the command line."""
+"""risam: referring image segmentation from the command line, and from Python.
+
+::
+
+    import risam_cli
+
+    model = risam_cli.load()
+    result = model.predict("photo.jpg", "the dog on the left")
+
+Importing this package imports nothing heavy: torch comes with the first use of ``load``.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from risam_cli.api import EncodedImage as EncodedImage
+    from risam_cli.api import Model as Model
+    from risam_cli.api import Result as Result
+    from risam_cli.api import Results as Results
+    from risam_cli.api import load as load
+
 __version__ = "0.1.0"
+
+_API = ("EncodedImage", "Model", "Result", "Results", "load")
+
+
+def __getattr__(name: str) -> object:
+    """Imports the Python API when it is first asked for."""
+    if name in _API:
+        return getattr(importlib.import_module("risam_cli.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_API])

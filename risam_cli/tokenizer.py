@@ -27,6 +27,23 @@ class TokenBatch:
     max_words: int
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One token of an expression.
+
+    Attributes:
+        text: as the vocabulary writes it.
+        word: number of the word that it is of, from 0; None for a special token.
+        span: where it stands in the expression, first character and the one after the last.
+        unknown: the vocabulary has no such word, and this token stands for all of those.
+    """
+
+    text: str
+    word: int | None
+    span: tuple[int, int]
+    unknown: bool
+
+
 class TextTokenizer:
     """Wraps a ``tokenizers.Tokenizer`` that adds its own special tokens.
 
@@ -69,6 +86,26 @@ class TextTokenizer:
             tokens
             if len(tokens) <= self.max_tokens
             else [*tokens[: self.max_tokens - 1], tokens[-1]]
+        )
+
+    def pieces(self, text: str) -> list[Piece]:
+        """The tokens of one expression and where they stand in it, cut as in ``encode``.
+
+        What counts as a word is the tokenizer's own choice: white space parts words, and mostly
+        punctuation marks are words of their own.
+        """
+        item = self.tokenizer.encode(text)
+        strange = getattr(self.tokenizer.model, "unk_token", None)
+        found = [
+            Piece(token, None if special else word, span, not special and token == strange)
+            for token, word, span, special in zip(
+                item.tokens, item.word_ids, item.offsets, item.special_tokens_mask, strict=True
+            )
+        ]
+        return (
+            found
+            if len(found) <= self.max_tokens
+            else [*found[: self.max_tokens - 1], found[-1]]
         )
 
     def to_json(self) -> str:

@@ -45,6 +45,7 @@ LIBRARIES = (
     "jinja2",
     "markupsafe",
     "tensorboard",
+    "tqdm",
 )
 """The package's dependencies, those that predict needs most first."""
 

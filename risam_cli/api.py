@@ -1,0 +1,345 @@
+"""risam from Python: a model that takes paths, Pillow images and arrays, one or many.
+
+::
+
+    import risam_cli
+
+    model = risam_cli.load()
+    result = model.predict("photo.jpg", "the dog on the left")
+    result.mask, result.score
+
+It is the engine of ``risam predict``, with the same results to the bit: on a CPU always, on a GPU
+where the batches are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, cast, overload
+
+from risam_cli.build import LoadedModel, load_model
+from risam_cli.data.images import EncoderImage, read_for_encoder
+from risam_cli.engine.device import choose_device, choose_precision, precision_name
+from risam_cli.engine.explain import Attention, explain
+from risam_cli.engine.feeder import ReadySample
+from risam_cli.engine.given import (
+    ImageLike,
+    Item,
+    Source,
+    expressions_of,
+    is_one,
+    sample_of,
+    samples_of,
+    texts_of,
+)
+from risam_cli.engine.predict import PredictSettings, compute_settings, predict_samples
+from risam_cli.engine.session import Encoded, Session
+from risam_cli.errors import ImageError, ModelError, RisamError, UsageError
+from risam_cli.results import Result, Results
+from risam_cli.types import Failure, Sample
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["EncodedImage", "ImageLike", "Model", "Result", "Results", "load"]
+
+
+class Thresholds(TypedDict, total=False):
+    """Probabilities in 0..1; None is the model's own.
+
+    Attributes:
+        threshold: a pixel is in the mask where its probability is greater.
+        no_target_threshold: the mask is emptied where the probability that nothing fits is
+            greater.
+    """
+
+    threshold: float | None
+    no_target_threshold: float | None
+
+
+class Options(Thresholds, total=False):
+    """As :class:`Thresholds`.
+
+    Attributes:
+        progress: show a bar by tqdm.
+    """
+
+    progress: bool
+
+
+def load(
+    model: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    *,
+    batch_size: int = 8,
+    workers: int | None = None,
+) -> Model:
+    """Loads a model.
+
+    Args:
+        model: a bundled model's name, or a folder written by ``risam train``; None is the
+            bundled model.
+        device: ``auto`` (CUDA, then MPS, then CPU), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        precision: ``auto`` (bf16 where the device has it fast, else fp32), ``fp32``, ``bf16`` or
+            ``fp16``.
+        batch_size: images encoded at a time; a CPU takes them one by one.
+        workers: processes that read image files, 0 for threads; None chooses by the device.
+
+    Raises:
+        UsageError: an unknown device or precision, or one that this machine does not have.
+        ModelError: no such model, or a damaged one.
+    """
+    if batch_size < 1 or (workers is not None and workers < 0):
+        raise UsageError(
+            f"batch_size {batch_size}, workers {workers}", "give at least 1, and at least 0"
+        )
+    place = choose_device(device)
+    number = choose_precision(precision, place)
+    settings = PredictSettings(place, number, batch_size=batch_size, workers=workers)
+    return Model(load_model(model, device=place), settings)
+
+
+class Model:
+    """A loaded model; made by :func:`load`. May be used from several threads."""
+
+    def __init__(self, loaded: LoadedModel, settings: PredictSettings) -> None:
+        self._loaded = loaded
+        self._settings = settings
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return self._loaded.name
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over its files."""
+        return self._loaded.hash
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._settings.device
+
+    @property
+    def precision(self) -> str:
+        """``fp32``, ``bf16`` or ``fp16``."""
+        return precision_name(self._settings.precision)
+
+    @property
+    def threshold(self) -> float:
+        """Its own probability from where a pixel is in the mask."""
+        return self._loaded.threshold
+
+    @property
+    def no_target_threshold(self) -> float:
+        """Its own probability from where nothing fits."""
+        return self._loaded.no_target_threshold
+
+    def __repr__(self) -> str:
+        return f"<Model {self.name!r} on {self.device}, {self.precision}>"
+
+    @overload
+    def predict(  # type: ignore[overload-overlap]
+        self, images: ImageLike, expressions: str, **options: Unpack[Options]
+    ) -> Result: ...
+
+    @overload
+    def predict(  # type: ignore[overload-overlap]
+        self, images: ImageLike, expressions: Sequence[str], **options: Unpack[Options]
+    ) -> Results: ...
+
+    @overload
+    def predict(  # type: ignore[overload-overlap]
+        self, images: Iterable[ImageLike], expressions: str, **options: Unpack[Options]
+    ) -> Results: ...
+
+    @overload
+    def predict(
+        self, images: Iterable[ImageLike], expressions: Sequence[str], **options: Unpack[Options]
+    ) -> list[Results]: ...
+
+    def predict(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        expressions: str | Sequence[str],
+        **options: Unpack[Options],
+    ) -> Result | Results | list[Results]:
+        """Finds what each expression refers to in each image.
+
+        Args:
+            images: one, or several: a list, any iterable, or an array (N, H, W, 3).
+            expressions: one, or several that are all asked of every image. An image is encoded
+                once however many they are.
+            options: ``threshold`` and ``no_target_threshold``, see :class:`Thresholds`;
+                ``progress=True`` shows a bar by tqdm.
+
+        Returns:
+            One image and one expression: a :class:`Result`. One of either: :class:`Results`, in
+            the order of the other. Several of both: a list with one :class:`Results` an image.
+
+        Raises:
+            ImageError: an image that cannot be read; nothing is returned then. For lists that
+                may hold bad images see :meth:`predict_iter`.
+            ModelError: the network failed on an expression.
+            UsageError: an empty expression, a threshold out of 0..1.
+        """
+        one = is_one(images)
+        many = [cast(ImageLike, images)] if one else cast(Iterable[ImageLike], images)
+        found = list(self.predict_iter(many, expressions, keep_images=True, **options))
+        if not isinstance(expressions, str):
+            return found[0] if one else found
+        return found[0][0] if one else Results(result for results in found for result in results)
+
+    def predict_iter(
+        self,
+        images: Iterable[Item],
+        expressions: str | Sequence[str] | None = None,
+        *,
+        threshold: float | None = None,
+        no_target_threshold: float | None = None,
+        on_error: Literal["raise", "keep"] = "raise",
+        keep_images: bool = False,
+        progress: bool = False,
+    ) -> Iterator[Results]:
+        """As :meth:`predict`, one image after another, for sets of any size.
+
+        The source is read in a thread of its own, at most 64 images ahead of the results.
+
+        Args:
+            images: images, or pairs of an image and its own expressions.
+            expressions: asked of every image that brings none.
+            on_error: ``raise``, or ``keep`` to go on and list what failed in
+                :attr:`Results.failures`.
+            keep_images: let results hold images that were given as arrays, so that they can show
+                themselves; the memory grows with them.
+
+        Yields:
+            The results of one image, in the order of ``images``.
+
+        Raises:
+            RisamError: as :meth:`predict`.
+        """
+        settings = self._with(threshold, no_target_threshold)
+        common = None if expressions is None else texts_of(expressions)
+        if on_error not in ("raise", "keep"):
+            raise UsageError(f"on_error {on_error!r} is unknown", "give 'raise' or 'keep'")
+        sources: dict[int, Source | None] = {}
+        samples = samples_of(images, common, self._loaded.image_size, sources, keep_images)
+        results = self._results(samples, settings, sources, on_error == "raise")
+        if not progress:
+            return results
+        from tqdm.auto import tqdm
+
+        total = len(images) if isinstance(images, Sized) else None
+        return iter(tqdm(results, total=total, unit="image"))
+
+    def _results(
+        self,
+        samples: Iterator[Sample],
+        settings: PredictSettings,
+        sources: dict[int, Source | None],
+        raises: bool,
+    ) -> Iterator[Results]:
+        with closing(predict_samples(samples, self._loaded, settings)) as stream:
+            for found in stream:
+                if raises and found.failures:
+                    raise _error_of(found.failures[0])
+                source = sources.pop(found.index)
+                yield Results(
+                    (Result(prediction, source) for prediction in found.predictions),
+                    found.failures,
+                )
+
+    def encode(self, image: ImageLike) -> EncodedImage:
+        """Encodes an image once, to ask it again and again.
+
+        Raises:
+            ImageError: it cannot be read. ModelError: the network failed on it.
+        """
+        sample, source = sample_of(image, (), self._loaded.image_size, 0)
+        if isinstance(sample, ReadySample):
+            pixels, why = sample.ready.image, sample.ready.error
+        else:
+            pixels = read_for_encoder(sample.path, self._loaded.image_size)
+            why = ""
+        if pixels is None:
+            raise ImageError(why)
+        return EncodedImage(self, sample.image, pixels, source)
+
+    def _with(
+        self, threshold: float | None = None, no_target_threshold: float | None = None
+    ) -> PredictSettings:
+        for name, value in (("threshold", threshold), ("no_target_threshold", no_target_threshold)):
+            if value is not None and not (math.isfinite(value) and 0 <= value <= 1):
+                raise UsageError(f"{name} {value} is not in 0..1")
+        return replace(self._settings, threshold=threshold, no_target_threshold=no_target_threshold)
+
+    def _session(self, settings: PredictSettings) -> Session:
+        return Session(self._loaded, compute_settings(self._loaded, settings))
+
+
+class EncodedImage:
+    """An image with its features on the device; made by :meth:`Model.encode`.
+
+    Attributes:
+        image: its path as given, or the name that it got.
+        size: (H, W) in pixels.
+    """
+
+    def __init__(self, model: Model, name: str, pixels: EncoderImage, source: Source) -> None:
+        self._model = model
+        self._source = source
+        self._encoded: Encoded = model._session(model._settings).encode(pixels)
+        self.image = name
+        self.size = pixels.size
+
+    def __repr__(self) -> str:
+        return f"<EncodedImage {self.image!r}, {self.size[1]}x{self.size[0]}>"
+
+    @overload
+    def predict(  # type: ignore[overload-overlap]
+        self, expressions: str, **options: Unpack[Thresholds]
+    ) -> Result: ...
+
+    @overload
+    def predict(self, expressions: Sequence[str], **options: Unpack[Thresholds]) -> Results: ...
+
+    def predict(
+        self,
+        expressions: str | Sequence[str],
+        **options: Unpack[Thresholds],
+    ) -> Result | Results:
+        """As :meth:`Model.predict` on this image, without encoding it again."""
+        settings = self._model._with(**options)
+        bar = settings.no_target_threshold
+        bar = self._model.no_target_threshold if bar is None else bar
+        asked = expressions_of(self.image, texts_of(expressions))
+        sample = Sample(self.image, Path(self.image), asked)
+        found = self._model._session(settings).ask(self._encoded, sample, bar)
+        if found.failures:
+            raise _error_of(found.failures[0])
+        results = Results(Result(prediction, self._source) for prediction in found.predictions)
+        return results[0] if isinstance(expressions, str) else results
+
+    def attention(self, expression: str) -> Attention:
+        """What the words looked at and what the regions heard; see :class:`Attention`.
+
+        Raises:
+            ModelError: the network failed on it.
+        """
+        (text,) = texts_of(expression)
+        model = self._model
+        session = model._session(model._settings)
+        return explain(session, model._loaded.tokenizer, self._encoded, text)
+
+
+def _error_of(failure: Failure) -> RisamError:
+    if failure.error in ("ImageError", "DataError"):
+        return ImageError(failure.message)
+    return ModelError(failure.message)

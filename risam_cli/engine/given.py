@@ -1,0 +1,114 @@
+"""What a Python caller gives, paths, images and expressions, as the engine's samples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from risam_cli.data.images import MAX_PIXELS
+from risam_cli.data.memory import Pixels, memory_for_encoder
+from risam_cli.engine.feeder import ReadySample
+from risam_cli.engine.loader import Loaded
+from risam_cli.errors import ImageError, UsageError
+from risam_cli.types import Expression, Sample
+
+ImageLike = str | os.PathLike[str] | Pixels
+"""A path, an image of Pillow's, or an array: see :func:`risam_cli.data.memory.pixels_to_rgb`."""
+
+Item = ImageLike | tuple[ImageLike, str | Sequence[str]]
+"""An image, or an image with what is asked of it."""
+
+Source = Path | Pixels
+"""Where an image is to be had again."""
+
+
+def samples_of(
+    images: Iterable[Item],
+    common: tuple[str, ...] | None,
+    size: int,
+    sources: dict[int, Source | None],
+    keep: bool,
+) -> Iterator[Sample]:
+    """The samples of what was given.
+
+    Args:
+        common: asked of every image that brings nothing of its own.
+        size: the encoder's side.
+        sources: gets every image, for showing, by its number; None for one in memory unless
+            ``keep``.
+
+    Raises:
+        UsageError: an item that is no image, or one that nothing is asked of.
+    """
+    for number, item in enumerate(images):
+        image, own = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
+        texts = common if own is None else texts_of(own)
+        if texts is None:
+            raise UsageError(
+                f"image {number} comes without an expression",
+                "give expressions, or pairs of an image and its expressions",
+            )
+        sample, source = sample_of(image, texts, size, number)
+        sources[number] = source if keep or isinstance(source, Path) else None
+        yield sample
+
+
+def sample_of(image: Any, texts: Sequence[str], size: int, number: int) -> tuple[Sample, Source]:
+    """The sample of one image, and the image itself.
+
+    Raises:
+        UsageError: it is nothing that an image can be given as. One that cannot be read is not
+            told here: the sample says so where it is loaded.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        name = os.fspath(image)
+        return Sample(name, Path(name), expressions_of(name, texts)), Path(name)
+    if not isinstance(image, (Image.Image, np.ndarray)):
+        raise UsageError(
+            f"image {number} is a {type(image).__name__}",
+            "give a path, an image of Pillow's or a numpy array",
+        )
+    name = getattr(image, "filename", "") or f"image {number}"
+    try:
+        loaded = Loaded(memory_for_encoder(image, size, name, MAX_PIXELS), "", None, 0.0)
+    except ImageError as error:
+        loaded = Loaded(None, str(error), None, 0.0)
+    # A path of its own: two images in memory are never the same one.
+    path = Path(f"\0image {number}")
+    return ReadySample(name, path, expressions_of(name, texts), None, loaded), image
+
+
+def expressions_of(name: str, texts: Sequence[str]) -> tuple[Expression, ...]:
+    """Expressions with the ids that ``risam predict`` gives them."""
+    return tuple(Expression(f"{name}#{k}", text) for k, text in enumerate(texts))
+
+
+def texts_of(expressions: str | Sequence[str]) -> tuple[str, ...]:
+    """One expression or several, checked.
+
+    Raises:
+        UsageError: none at all, an empty one, or one that is no text.
+    """
+    texts = (expressions,) if isinstance(expressions, str) else tuple(expressions)
+    if not texts:
+        raise UsageError("no expression is given")
+    for text in texts:
+        if not isinstance(text, str):
+            raise UsageError(f"an expression is a {type(text).__name__}", "give text")
+        if not text.strip():
+            raise UsageError("an expression is empty", "give words")
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise UsageError(f"the expression {text!r} is not Unicode text")
+    return texts
+
+
+def is_one(images: object) -> bool:
+    """Whether it is one image rather than several."""
+    if isinstance(images, np.ndarray):
+        return images.ndim != 4
+    return isinstance(images, (str, os.PathLike, Image.Image))

@@ -1,0 +1,186 @@
+"""What the Python API answers with: results that hold RLE, give masks, and show themselves.
+
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterable
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from risam_cli import masks
+from risam_cli.data.images import open_rgb
+from risam_cli.data.memory import Pixels, pixels_to_rgb
+from risam_cli.errors import ImageError
+from risam_cli.outputs.overlay import draw_overlay
+from risam_cli.outputs.png import encode_rgb, write_mask
+from risam_cli.outputs.records import to_json
+from risam_cli.types import Failure, Prediction, Rle
+
+_SHOWN_SIDE = 640  # pixels of the longer side in a notebook
+_SHOWN_RESULTS = 24
+_GRAY = 128  # of the ground where the image is not at hand
+
+
+class Result:
+    """The answer to one expression about one image.
+
+    It holds the mask as RLE, so that many results take little room. It also holds the image as it
+    was given, to show itself; a path is read again for that.
+
+    Args:
+        prediction: the record, as ``risam predict`` writes it.
+        source: where the image is to be had for showing; None for nowhere.
+    """
+
+    __slots__ = ("_source", "prediction")
+
+    def __init__(self, prediction: Prediction, source: Path | Pixels | None) -> None:
+        self.prediction = prediction
+        self._source = source
+
+    @property
+    def image(self) -> str:
+        """The image's path as given, or the name that it got."""
+        return self.prediction.image
+
+    @property
+    def expression(self) -> str:
+        """The expression as given."""
+        return self.prediction.expression
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the image and of the mask, in pixels."""
+        return self.prediction.height, self.prediction.width
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """(H, W), True where the expression refers to. Decoded anew at every access."""
+        return masks.decode(self.prediction.segmentation)
+
+    @property
+    def rle(self) -> Rle:
+        """The mask as COCO's compressed RLE."""
+        return self.prediction.segmentation
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """(x, y, w, h) around the mask, in pixels; zeros where it is empty."""
+        return self.prediction.bbox
+
+    @property
+    def area(self) -> int:
+        """Pixels of the mask."""
+        return self.prediction.area
+
+    @property
+    def score(self) -> float:
+        """How good the answer probably is, in 0..1."""
+        return self.prediction.score
+
+    @property
+    def no_target(self) -> bool:
+        """Whether the model says that nothing fits; the mask is then empty."""
+        return self.prediction.no_target
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What must be known besides, such as that the expression was cut."""
+        return self.prediction.notes
+
+    def to_json(self) -> str:
+        """The record as a line of ``predictions.jsonl``, without its end."""
+        return to_json(self.prediction)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the mask as PNG, 0 and 255, whole or not at all; makes the folder.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        write_mask(Path(path), self.mask)
+
+    def overlay(self) -> NDArray[np.uint8]:
+        """The image with the mask drawn into it, (kH + L, kW, 3); see ``outputs.overlay``.
+
+        Raises:
+            ImageError: the image cannot be read any more.
+        """
+        return self._drawn(_rgb(self._source, self.size))
+
+    def __repr__(self) -> str:
+        what = "nothing fits" if self.no_target else f"{self.area} pixels"
+        return f"<Result {self.expression!r} in {self.image!r}: {what}, score {self.score:.3f}>"
+
+    def _repr_png_(self) -> bytes:
+        return encode_rgb(self._drawn(_small(_rgb_or_gray(self._source, self.size))))
+
+    def _repr_html_(self) -> str:
+        uri = base64.b64encode(self._repr_png_()).decode("ascii")
+        what = "nothing fits" if self.no_target else f"{self.area:,} pixels"
+        caption = f"{what}, score {self.score:.3f}"
+        notes = "".join(f"<br>{html.escape(note)}" for note in self.notes)
+        words = html.escape(self.expression)
+        return (
+            '<figure style="display:inline-block;margin:4px;max-width:340px;vertical-align:top">'
+            f'<img alt="{words}" style="max-width:100%" src="data:image/png;base64,{uri}">'
+            f"<figcaption><b>{words}</b><br>{caption}{notes}</figcaption></figure>"
+        )
+
+    def _drawn(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        mask = self.mask
+        if mask.shape != rgb.shape[:2]:
+            size = (rgb.shape[1], rgb.shape[0])
+            share = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+            mask = np.asarray(share) >= 0.5
+        return draw_overlay(rgb, [mask], [self.expression], scores=[self.score])
+
+
+class Results(list[Result]):
+    """The answers about one image, in the order of its expressions: a list that shows itself.
+
+    Attributes:
+        failures: one for each expression that has no result; only where they are kept.
+    """
+
+    def __init__(self, results: Iterable[Result] = (), failures: Iterable[Failure] = ()) -> None:
+        super().__init__(results)
+        self.failures = tuple(failures)
+
+    def _repr_html_(self) -> str:
+        shown = [result._repr_html_() for result in self[:_SHOWN_RESULTS]]
+        if len(self) > _SHOWN_RESULTS:
+            shown.append(f"<p>and {len(self) - _SHOWN_RESULTS} more</p>")
+        shown += [f"<p>failed: {html.escape(failure.message)}</p>" for failure in self.failures]
+        return f"<div>{''.join(shown)}</div>"
+
+
+def _rgb(source: Path | Pixels | None, size: tuple[int, int]) -> NDArray[np.uint8]:
+    if source is None:
+        raise ImageError("the image is not kept", "give a path, or keep_images=True")
+    rgb = open_rgb(source) if isinstance(source, Path) else pixels_to_rgb(source, "the image")
+    if rgb.shape[:2] != size:
+        raise ImageError(f"the image is {rgb.shape[1]}x{rgb.shape[0]} now, its mask is not")
+    return rgb
+
+
+def _rgb_or_gray(source: Path | Pixels | None, size: tuple[int, int]) -> NDArray[np.uint8]:
+    try:
+        return _rgb(source, size)
+    except ImageError:
+        return np.full((*size, 3), _GRAY, np.uint8)
+
+
+def _small(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    scale = _SHOWN_SIDE / max(rgb.shape[:2])
+    if scale >= 1:
+        return rgb
+    size = max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale))
+    return np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8)
