@@ -110,6 +110,33 @@ def test_mixed_draws_every_family() -> None:
     assert {made.scene(k).family for k in range(60)} == set(FAMILIES)
 
 
+def test_shares_of_families_are_kept_and_scenes_stay_their_own() -> None:
+    mix = {"refshapesg": 1.0, "grefshapes": 3.0}
+    made = RefShapes("mixed", "train", 200, mix=mix)
+    families = [made.scene(k).family for k in range(200)]
+    assert set(families) == set(mix)
+    assert 130 <= families.count("grefshapes") <= 170
+    # A scene depends on its family and number alone, so the layouts are those of any other mix.
+    plain = RefShapes("mixed", "train", 200)
+    for number in range(20):
+        assert made.scene(number).objects == plain.scene(number).objects
+
+
+@pytest.mark.parametrize(
+    ("family", "mix"),
+    [
+        ("refshapes", {"refshapes": 1.0}),
+        ("mixed", {}),
+        ("mixed", {"refshapes": 0.0}),
+        ("mixed", {"refshapes": -1.0, "grefshapes": 2.0}),
+        ("mixed", {"refcoco": 1.0}),
+    ],
+)
+def test_shares_that_say_nothing_are_refused(family: str, mix: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="mix"):
+        RefShapes(family, "train", mix=mix)
+
+
 def test_what_cannot_be_drawn_is_refused() -> None:
     with pytest.raises(UsageError, match="refshapes_plus"):
         RefShapes("refshapes_plus", "val")
