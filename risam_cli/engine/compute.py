@@ -9,7 +9,6 @@ then the chunk is halved, for the rest of the run.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -18,18 +17,19 @@ from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from risam_cli.console import get_console
 from risam_cli.data.images import EncoderImage
+from risam_cli.engine.ahead import Ahead, Preparer, batch_pixels
 from risam_cli.engine.device import is_device_lost, is_out_of_memory, release_memory
+from risam_cli.engine.embeddings import FeatureCache
+from risam_cli.engine.mask_rules import Mask, MaskRule, at_image_size, to_host
 from risam_cli.errors import ModelError
-from risam_cli.transforms import fit_size, logits_to_size, to_pixels
 
 if TYPE_CHECKING:
+    from risam_cli.model.image_encoder import EncoderFeatures
     from risam_cli.model.risam import ImageFeatures, Risam
     from risam_cli.model.text_encoder import TextFeatures
     from risam_cli.tokenizer import TokenBatch
@@ -94,11 +94,13 @@ class Job:
 
     Attributes:
         groups: how many of the texts belong to each sample, in order; empty for one sample.
+        ahead: what its loader got ready of the image; None where nobody has.
     """
 
     image: EncoderImage
     texts: Sequence[str]
     groups: Sequence[int] = ()
+    ahead: Ahead | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ class Answer:
 
     Attributes:
         job, text: which one: index of the job, index of its text.
-        mask: (H, W) bool, before any no-target rule; None where it failed.
+        mask: as the mask rule made it, before any no-target rule; None where it failed.
         iou: predicted IoU of the mask, 0..1.
         no_target: probability that nothing fits, 0..1.
         cut_to: tokens that the expression was cut to, or 0.
@@ -116,7 +118,7 @@ class Answer:
 
     job: int
     text: int
-    mask: NDArray[np.bool_] | None
+    mask: Mask | None
     iou: float = 0.0
     no_target: float = 0.0
     cut_to: int = 0
@@ -165,15 +167,27 @@ class Compute:
     Args:
         loaded: the model with its tokenizer.
         settings: where and how.
+        rule: makes masks of logits.
+        cache: of the model's image encoder, if features are kept.
 
     Attributes:
+        prepare: gets an image ready for a :class:`Job`, in any thread.
         images_at_once, expressions_at_once: what fits, as far as it is known.
         clock: seconds spent so far.
     """
 
-    def __init__(self, loaded: Model, settings: ComputeSettings) -> None:
+    def __init__(
+        self,
+        loaded: Model,
+        settings: ComputeSettings,
+        rule: MaskRule = at_image_size,
+        cache: FeatureCache | None = None,
+    ) -> None:
         self.loaded = loaded
         self.settings = settings
+        self.prepare = Preparer(settings.device, cache)
+        self._rule = rule
+        self._cache = cache
         self.clock = Clock()
         self._by_sample = settings.device.type == "cpu"
         self.images_at_once = 1 if self._by_sample else max(1, settings.images)
@@ -266,10 +280,22 @@ class Compute:
     @torch.inference_mode()
     def _encode(self, jobs: Sequence[Job]) -> ImageFeatures:
         started = time.perf_counter()
-        images = [job.image.rgb for job in jobs]
-        pixels = to_pixels(images, self.loaded.image_size, self.settings.device)
+        images = [job.image for job in jobs]
+        ahead = [job.ahead or self.prepare(job.image) for job in jobs]
+        size, device, model = self.loaded.image_size, self.settings.device, self.loaded.model
         with self._autocast():
-            features = self.loaded.model.encode_image(pixels)
+            if self._cache is None:
+                features = model.encode_image(batch_pixels(images, ahead, size, device))
+            else:
+
+                def encode(rows: Sequence[int]) -> EncoderFeatures:
+                    some = [images[row] for row in rows], [ahead[row] for row in rows]
+                    taps: EncoderFeatures = model.image_encoder(batch_pixels(*some, size, device))
+                    return taps
+
+                keys, found = [one.key for one in ahead], [one.features for one in ahead]
+                taps = self._cache.features(keys, found, encode)
+                features = model.enhance(taps.shallow, taps.middle, taps.deep, taps.fine)
         self.clock.encode += time.perf_counter() - started
         return features
 
@@ -287,8 +313,7 @@ class Compute:
         )
         no_target = decoded.no_target_logits.float().sigmoid()
         numbers = torch.stack([finite.float(), decoded.iou.float(), no_target])  # (3, E)
-        masks = self._masks(decoded.mask_logits, chunk)
-        columns = numbers.cpu().tolist()
+        masks, columns = to_host(self._masks(decoded.mask_logits, chunk), numbers)
         self.clock.decode_mask += time.perf_counter() - started
         return [
             Answer(one.number, one.position, mask, iou, nothing, cut_to)
@@ -299,26 +324,16 @@ class Compute:
             )
         ]
 
-    def _masks(self, logits: Tensor, chunk: Sequence[_Asked]) -> list[NDArray[np.bool_]]:
-        """Masks at the images' sizes; one copy to the host for the whole chunk."""
-        side = self.loaded.image_size
-        bar = _logit(self.settings.threshold)
-        flat: list[Tensor] = []
+    def _masks(self, logits: Tensor, chunk: Sequence[_Asked]) -> list[Tensor]:
+        """Masks on the device, (e, h, w) bool for each image of the chunk."""
+        masks = []
         start = 0
         for _, same_image in groupby(chunk, key=attrgetter("number")):
             group = list(same_image)
-            size = group[0].job.image.size
             own = logits[start : start + len(group)]
-            full = logits_to_size(own, fit_size(*size, side), side, size)  # (e, H, W)
-            flat.append((full > bar).flatten())
+            size = group[0].job.image.size
+            masks.append(self._rule(own, size, self.loaded.image_size, self.settings.threshold))
             start += len(group)
-        host = (flat[0] if len(flat) == 1 else torch.cat(flat)).cpu().numpy()
-        masks = []
-        taken = 0
-        for one in chunk:
-            height, width = one.job.image.size
-            masks.append(host[taken : taken + height * width].reshape(height, width))
-            taken += height * width
         return masks
 
     def _text_features(self, texts: tuple[str, ...]) -> _Texts:
@@ -356,13 +371,6 @@ def _asked(batch: _Batch) -> list[_Asked]:
                 asked.append(_Asked(number, position, row, (number, group), job))
                 position += 1
     return asked
-
-
-def _logit(probability: float) -> float:
-    """The logit of a probability; infinite at 0 and at 1."""
-    if probability <= 0:
-        return -math.inf
-    return math.inf if probability >= 1 else math.log(probability / (1 - probability))
 
 
 def _explained(error: Exception) -> tuple[str, str]:

@@ -18,11 +18,14 @@ from risam_cli import masks
 from risam_cli.data.images import FileStamp
 from risam_cli.engine.compute import Answer
 from risam_cli.engine.loader import Loaded
-from risam_cli.errors import OutputError, RisamError
+from risam_cli.engine.mask_rules import unpacked
+from risam_cli.errors import ImageError, OutputError, RisamError
 from risam_cli.types import Expression, Failure, Prediction, Rle, Sample
 
 _WAITING_BYTES = 256 << 20  # full-size masks that may wait for a thread
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # every later write would fail as well
+# A file of our own that the system refuses: every later one would fail as well.
+_NO_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENODEV, errno.ENXIO}
+_NO_WRITING |= {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,14 +259,15 @@ class Finishers:
                 expression.id, sample.image, expression.text, "predict", answer.error_kind, message
             )
         nothing = answer.no_target > self._bar
-        shown = np.zeros_like(answer.mask) if nothing else answer.mask
+        mask = unpacked(answer.mask)
+        shown = np.zeros_like(mask) if nothing else mask
         rle = masks.encode(shown)
         raw = None
         if self._keep_raw:
-            whole = masks.encode(answer.mask) if nothing else rle
+            whole = masks.encode(mask) if nothing else rle
             raw = Raw(whole, answer.iou, answer.no_target)
         name = self._sink.save(entry.sample, expression, shown) if self._sink else None
-        height, width = answer.mask.shape
+        height, width = mask.shape
         prediction = Prediction(
             id=expression.id,
             image=entry.sample.image,
@@ -337,12 +341,13 @@ def _one_failure(sample: Sample, number: int, stage: str, error: Exception) -> F
 def _fatal(error: Exception) -> Exception | None:
     """The error to end the run with, where every later sample would meet it too."""
     cause = error if isinstance(error, OSError) else error.__cause__
-    if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+    if isinstance(cause, OSError) and cause.errno in _NO_WRITING:
         return OutputError(
             f"{cause.filename or 'the output folder'}: {cause.strerror}",
-            "make room, then go on with --resume",
+            "mend it or make room, then go on with --resume",
         )
-    return None if isinstance(error, (OSError, OutputError)) else _unexpected(error)
+    # An image that is gone by the time that its overlay is drawn costs that overlay alone.
+    return None if isinstance(error, (OSError, OutputError, ImageError)) else _unexpected(error)
 
 
 def _unexpected(error: Exception) -> Exception | None:

@@ -15,12 +15,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from risam_cli.data.images import (
     MAX_PIXELS,
@@ -30,6 +30,9 @@ from risam_cli.data.images import (
     read_for_encoder,
 )
 from risam_cli.errors import ImageError
+
+if TYPE_CHECKING:
+    from risam_cli.engine.ahead import Ahead
 
 TIMEOUT = 120.0
 """Seconds that reading and decoding one image may take."""
@@ -63,12 +66,14 @@ class Loaded:
         error: one line, where it failed.
         stamp: of the file, as far as there was one: by it a later run knows a mended file.
         seconds: taken to read, decode and scale.
+        ahead: what was got ready of the image in this process, if the loader was asked to.
     """
 
     image: EncoderImage | None
     error: str
     stamp: FileStamp | None
     seconds: float
+    ahead: Ahead | None = None
 
 
 Load = Callable[[Path, LoaderSettings], Loaded]
@@ -90,11 +95,18 @@ class ImageLoader:
 
     Args:
         load: loads one file; a function of a module, so that processes can be given it.
+        prepare: called with each loaded image, in a thread of this process.
     """
 
-    def __init__(self, settings: LoaderSettings, load: Load | None = None) -> None:
+    def __init__(
+        self,
+        settings: LoaderSettings,
+        load: Load | None = None,
+        prepare: Callable[[EncoderImage], Ahead] | None = None,
+    ) -> None:
         self._settings = settings
         self._load = load or load_image
+        self._prepare = prepare
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._lanes: list[_Lane] = []
@@ -137,7 +149,7 @@ class ImageLoader:
             for lane in stalled:
                 self._lanes.remove(lane)
         for lane in stalled:
-            lane.abandon(_timed_out(self._settings.timeout))
+            lane.abandon(timed_out(self._settings.timeout))
             self._open_lane()
 
     def close(self) -> None:
@@ -155,7 +167,7 @@ class ImageLoader:
             if self._context is not None
             else _InThread(self._settings, self._load)
         )
-        lane = _Lane(self._tasks, work)
+        lane = _Lane(self._tasks, work, self._prepare)
         with self._lock:
             self._lanes.append(lane)
         lane.start()
@@ -179,10 +191,16 @@ class _Work(Protocol):
 class _Lane(threading.Thread):
     """Takes one task after another; a daemon, so that a stalled drive cannot hold the exit."""
 
-    def __init__(self, tasks: queue.SimpleQueue[_Task | None], work: _Work) -> None:
+    def __init__(
+        self,
+        tasks: queue.SimpleQueue[_Task | None],
+        work: _Work,
+        prepare: Callable[[EncoderImage], Ahead] | None,
+    ) -> None:
         super().__init__(daemon=True, name="risam-loader")
         self._tasks = tasks
         self._work = work
+        self._prepare = prepare
         self._lock = threading.Lock()
         self._task: _Task | None = None
         self._since = float("inf")
@@ -197,6 +215,8 @@ class _Lane(threading.Thread):
                 self._task, self._since = task, time.monotonic()
             try:
                 loaded = self._work.load(task.path)
+                if self._prepare is not None and loaded.image is not None:
+                    loaded = replace(loaded, ahead=self._prepare(loaded.image))
             except Exception as error:  # a lane must outlive whatever one image does to it
                 loaded = _failed(task.path, f"{type(error).__name__}: {error}", 0.0)
             # Set outside of the lock: whoever waits on the future may come back for it.
@@ -264,7 +284,7 @@ class _InProcess:
                     loaded: Loaded = connection.recv()
                     return loaded
                 self._kill()
-                why = _timed_out(self._settings.timeout)
+                why = timed_out(self._settings.timeout)
                 return Loaded(None, f"{path}: {why}", None, self._settings.timeout)
             except (EOFError, OSError):
                 code = self._kill()
@@ -341,7 +361,8 @@ def _failed(path: Path, why: str, seconds: float) -> Loaded:
     return Loaded(None, text, file_stamp(path), seconds)
 
 
-def _timed_out(seconds: float) -> str:
+def timed_out(seconds: float) -> str:
+    """What is said of a file that took longer than the limit."""
     return f"reading it took longer than {seconds:g} s; the drive may be stalled"
 
 

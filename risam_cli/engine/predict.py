@@ -19,9 +19,11 @@ import torch
 
 from risam_cli.data.images import MAX_PIXELS
 from risam_cli.engine.compute import Compute, ComputeSettings, Job, Model
+from risam_cli.engine.embeddings import FeatureCache
 from risam_cli.engine.feeder import Feeder, ImageJob
 from risam_cli.engine.finish import Finishers, ImageResult, MaskSink, Raw
 from risam_cli.engine.loader import TIMEOUT, ImageLoader, LoaderSettings, default_workers
+from risam_cli.engine.mask_rules import MaskRule, at_image_size
 from risam_cli.types import Sample
 
 __all__ = [
@@ -72,6 +74,8 @@ def predict_samples(
     *,
     sink: MaskSink | None = None,
     stop: threading.Event | None = None,
+    rule: MaskRule = at_image_size,
+    cache: FeatureCache | None = None,
 ) -> Generator[ImageResult, None, None]:
     """Predicts a stream of samples; results come in its order.
 
@@ -84,6 +88,8 @@ def predict_samples(
         loaded: see :func:`risam_cli.build.load_model`.
         sink: keeps full-size masks; without one, results hold RLE only.
         stop: once set, no new batch is begun; what was begun still comes out.
+        rule: makes masks of logits, at the image's size or elsewhere.
+        cache: of the model's image encoder, if features are kept.
 
     Raises:
         RisamError: what the source or the sink raised, or a device that failed for good.
@@ -96,9 +102,12 @@ def predict_samples(
     bar = loaded.no_target_threshold if bar is None else bar
     # A CPU takes images one by one anyway: then each leaves as soon as it is done.
     batch = 1 if settings.device.type == "cpu" else settings.batch_size
-    with ImageLoader(loading) as loader, Finishers(bar, settings.keep_raw, sink) as finishers:
+    compute = Compute(loaded, compute_settings(loaded, settings), rule, cache)
+    with (
+        ImageLoader(loading, prepare=compute.prepare) as loader,
+        Finishers(bar, settings.keep_raw, sink) as finishers,
+    ):
         feeder = Feeder(samples, loader, settings.lookahead, 2 * batch + loader.lanes)
-        compute = Compute(loaded, compute_settings(loaded, settings))
         network = _Network(feeder, finishers, compute, batch, stop)
         feeder.start()
         network.start()
@@ -164,7 +173,7 @@ def _run_batch(jobs: Sequence[ImageJob], compute: Compute, finishers: Finishers)
         if loaded.image is not None and begun:
             texts = [one.text for _, sample in begun for one in sample.expressions]
             groups = [len(sample.expressions) for _, sample in begun]
-            work.append(Job(loaded.image, texts, groups))
+            work.append(Job(loaded.image, texts, groups, loaded.ahead))
             places.append([(index, k) for index, one in begun for k in range(len(one.expressions))])
     before = replace(compute.clock)
     for answer in compute.run(work):
