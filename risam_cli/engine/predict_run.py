@@ -30,7 +30,7 @@ from risam_cli.engine.ledger import settings_hash
 from risam_cli.engine.predict import PredictSettings, predict_samples
 from risam_cli.engine.resume import Kept, check_inputs, prepare, still_to_do
 from risam_cli.engine.run_facts import count_lines, peak_memory_mb, versions
-from risam_cli.engine.run_folder import RUN, RunFolder
+from risam_cli.engine.run_folder import RunFolder
 from risam_cli.engine.shard import Shard
 from risam_cli.engine.stager import Saving, Stager
 from risam_cli.engine.writer import RunWriter, Tally
@@ -41,7 +41,6 @@ from risam_cli.errors import (
     OutputError,
     RisamError,
 )
-from risam_cli.outputs.png import write_whole
 from risam_cli.types import Failure, Sample
 
 _SHOWN = 5  # failures told on the console; all are in the file
@@ -314,7 +313,7 @@ class _Run:
             "peak_memory_mb": peak_memory_mb(),
         }
         text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-        write_whole(self.folder.path / RUN, text.encode())
+        self.folder.write_run(text)
 
     def _seconds(self) -> dict[str, float]:
         """By part. Loading, finishing and writing run beside the network, so parts overlap."""

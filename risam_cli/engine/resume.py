@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from risam_cli.console import get_console
 from risam_cli.data.images import file_sha256, file_stamp
 from risam_cli.data.inputs import Entry
+from risam_cli.durable import sync_file, sync_folder
 from risam_cli.engine.ledger import (
     LedgerLine,
     Redone,
@@ -86,6 +87,9 @@ def _start(folder: RunFolder, identity: Mapping[str, Any]) -> Kept:
     for path in (folder.predictions, folder.failures):
         path.write_bytes(b"")
     folder.ledger.write_bytes(header_line(identity))
+    for path in (folder.predictions, folder.failures, folder.ledger):
+        sync_file(path)
+    sync_folder(folder.path)
     return Kept()
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli import masks
-from risam_cli.data.images import open_for_encoder, open_rgb
+from risam_cli.data.images import Rgb, open_for_encoder, open_rgb
 from risam_cli.engine.ledger import FileMark
+from risam_cli.engine.loader import TIMEOUT, timed_out
+from risam_cli.engine.patience import within
 from risam_cli.engine.run_folder import RunFolder
+from risam_cli.errors import ImageError
 from risam_cli.outputs.gallery import SIDE, encode_item, outline
 from risam_cli.outputs.naming import gallery_name, mask_name, overlay_name
 from risam_cli.outputs.overlay import draw_overlay
@@ -34,7 +38,7 @@ class Saving:
     Attributes:
         png: the masks.
         overlay: the image with all its masks drawn into it.
-        max_pixels: as for reading the image.
+        max_pixels, timeout: as for reading the image.
         html: a gallery of the run, see :mod:`risam_cli.outputs.gallery`.
     """
 
@@ -42,6 +46,7 @@ class Saving:
     overlay: bool
     max_pixels: int
     html: bool = False
+    timeout: float = TIMEOUT
 
     @property
     def names(self) -> list[str]:
@@ -83,7 +88,7 @@ class Stager:
         if not predictions or not (self._saving.overlay or self._saving.html):
             return
         if self._saving.overlay:
-            rgb = open_rgb(sample.path, self._saving.max_pixels)
+            rgb = self._read(sample.path, lambda path, most: open_rgb(path, most))
             drawn = draw_overlay(
                 rgb,
                 [masks.decode(one.segmentation) for one in predictions],
@@ -91,28 +96,53 @@ class Stager:
             )
             self._stage(_overlay_of(sample), encode_rgb(drawn))
         else:
-            rgb, _ = open_for_encoder(sample.path, SIDE, self._saving.max_pixels)
+            rgb = self._read(sample.path, lambda path, most: open_for_encoder(path, SIDE, most)[0])
         if self._saving.html:
             own = (predictions[0].height, predictions[0].width)
             item = encode_item(rgb, own, [traced[one.id] for one in predictions])
             self._stage(_item_of(sample), item)
 
     def take(self, sample: Sample, predictions: Sequence[Prediction]) -> list[Staged]:
-        """The staged files of a sample's records."""
+        """The staged files of a sample's records; those of expressions that failed are deleted."""
         names = [one.mask for one in predictions if one.mask is not None]
         if self._saving.overlay and predictions:
             names.append(_overlay_of(sample))
         if self._saving.html and predictions:
             names.append(_item_of(sample))
-        return [self._staged.pop(name) for name in names]
+        taken = [self._staged.pop(name) for name in names]
+        for name in _names_of(sample):
+            left = self._staged.pop(name, None)
+            if left is not None:
+                left.path.unlink(missing_ok=True)
+        return taken
+
+    def _read(self, path: Path, read: Callable[[Path, int], Rgb]) -> Rgb:
+        """The image once more; a drive may stall now that did not before."""
+        try:
+            return within(self._saving.timeout, lambda: read(path, self._saving.max_pixels))
+        except TimeoutError:
+            raise ImageError(f"{path}: {timed_out(self._saving.timeout)}") from None
 
     def _stage(self, name: str, data: bytes) -> None:
         path = self._folder.staging / str(next(self._numbers))
-        with open(path, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(path, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                path.unlink()
+            raise
         self._staged[name] = Staged(path, FileMark(name, len(data), zlib.crc32(data)))
+
+
+def _names_of(sample: Sample) -> Iterator[str]:
+    """All names that files of a sample may have."""
+    for one in sample.expressions:
+        yield mask_name(sample.image, one.attributes["number"], one.text)
+    if sample.expressions:
+        yield from (_overlay_of(sample), _item_of(sample))
 
 
 def _overlay_of(sample: Sample) -> str:

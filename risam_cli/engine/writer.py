@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from risam_cli.data.inputs import Entry
+from risam_cli.durable import sync_folders
 from risam_cli.engine.finish import ImageResult
 from risam_cli.engine.ledger import LedgerLine, Redone, Span
 from risam_cli.engine.resume import splice_redone
@@ -215,6 +216,7 @@ class RunWriter:
         self._publish(done)
         for file in files:
             os.fsync(file.fileno())
+        _require_there(ledger, self._folder)
         if self._stream is not None:
             for one in done:
                 self._stream.write(one.predictions_text)
@@ -234,6 +236,8 @@ class RunWriter:
         os.fsync(self._redo.fileno())
 
     def _publish(self, done: list[_Done]) -> None:
+        """Moves staged files, whose content is synced, to their places, and syncs their names."""
+        folders: set[Path] = set()
         for one in done:
             for staged in one.staged:
                 place = self._folder.path / staged.mark.path
@@ -243,7 +247,9 @@ class RunWriter:
                     self._made.add(parent)
                     if len(self._made) > 4096:
                         self._made.clear()
+                folders.add(place.parent)
                 os.replace(staged.path, place)
+        sync_folders(self._folder.path, folders)
 
     def _open_files(self) -> tuple[BinaryIO, ...]:
         """The three files, open at their ends, once what was done again is in its place."""
@@ -258,6 +264,18 @@ class RunWriter:
                     shutil.copyfileobj(before, self._stream)
                 self._stream.flush()
         return self._files
+
+
+def _require_there(ledger: BinaryIO, folder: RunFolder) -> None:
+    """Raises OutputError where the folder was deleted and the open files lead nowhere."""
+    try:
+        there = os.path.samestat(os.fstat(ledger.fileno()), os.stat(folder.ledger))
+    except FileNotFoundError:
+        there = False
+    if not there:
+        raise OutputError(
+            f"{folder.path} was deleted or replaced during the run", "run again into a new -o"
+        )
 
 
 def _ledger_line(done: _Done, predictions: Span, failures: Span) -> LedgerLine:
