@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of RISAM and of SAM directly")
     parser.add_argument("--all-seeds", action="store_true", help="as many of every ablation")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each")
-    parser.add_argument("--limit", type=int, default=300, help="expressions of a family")
+    parser.add_argument("--limit", type=int, default=240, help="expressions of a family")
     parser.add_argument("--table", action="store_true", help="print what is there")
     options = parser.parse_args()
     encoder = options.encoder or options.output / "encoder" / "checkpoints" / "last.pt"
