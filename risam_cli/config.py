@@ -20,6 +20,10 @@ from risam_cli.settings import (
     Settings,
 )
 from risam_cli.settings_check import check as check
+from risam_cli.settings_data import AugmentSettings
+from risam_cli.settings_data import CocoData as CocoData
+from risam_cli.settings_data import DataSettings as DataSettings
+from risam_cli.settings_data import RefShapesData as RefShapesData
 from risam_cli.settings_file import merge as merge
 from risam_cli.settings_file import read_settings_file
 
@@ -145,42 +149,6 @@ class ModelSettings(Settings):
         return self
 
 
-RefShapesFamily = Literal["refshapes", "refshapes+", "refshapesg", "grefshapes"]
-
-
-class RefShapesData(Settings):
-    """Scenes of RefShapes, drawn while they are used."""
-
-    dataset: Literal["refshapes"]
-    family: Literal["refshapes", "refshapes+", "refshapesg", "grefshapes", "mixed"] = "mixed"
-    mix: dict[RefShapesFamily, float] | None = Field(
-        None, description="shares of the families in mixed; None is equal ones"
-    )
-    split: Literal["train", "val", "testA", "testB"] = "train"
-    scenes: int | None = Field(None, gt=0)
-    expressions_per_scene: int = Field(6, gt=0)
-    seed: int = Field(0, ge=0)
-    unknown_word_rate: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of expressions whose noun is replaced by a word "
-        "outside the vocabulary, and which then refer to nothing",
-    )
-
-
-class CocoData(Settings):
-    """COCO-style JSON of image/expression pairs."""
-
-    dataset: Literal["coco"]
-    annotations: str = Field(description="the JSON file")
-    images: str | None = Field(None, description="folder that file names are relative to")
-    limit: int | None = Field(None, gt=0)
-
-
-DataSettings = Annotated[RefShapesData | CocoData, Field(discriminator="dataset")]
-
-
 class DenseStage(Settings):
     """Trains the image encoder alone: per-pixel shape, colour, size and way to the centre."""
 
@@ -246,6 +214,7 @@ class TrainSettings(Settings):
     )
     train: DataSettings
     val: dict[str, DataSettings] = Field(min_length=1)
+    augment: AugmentSettings = AugmentSettings()
     stages: tuple[StageSettings, ...] = Field(min_length=1)
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()

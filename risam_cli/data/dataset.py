@@ -1,21 +1,27 @@
-"""Training examples: one image with all its expressions, as small arrays for the workers' pipe."""
+"""Training examples: one image with all its expressions, as small arrays for the workers' pipe.
+
+A data set of N items whose ``by_epoch`` is true takes any index from 0: index ``epoch * N + item``
+asks for an item as that epoch has it, so that what is drawn anew each epoch follows from the index
+alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli import masks
+from risam_cli.data.augment import Augmentation, Picture
 from risam_cli.data.images import open_rgb
+from risam_cli.data.packed import PackedSamples
 from risam_cli.data.refshapes.dataset import RefShapes, SceneItem
 from risam_cli.data.refshapes.vocabulary import COLORS, PLURALS, SHAPES, SIZES, STAND_INS
 from risam_cli.errors import DataError
 from risam_cli.transforms import fit_size, resize_for_encoder
-from risam_cli.types import Sample
 
 UNKNOWN_WORD = "thingamajig"
 
@@ -53,6 +59,26 @@ class DenseExample:
     centres: NDArray[np.float32]
 
 
+class Examples(Protocol):
+    """A data set of the referring stage; see the module for what an index means."""
+
+    @property
+    def by_epoch(self) -> bool:
+        """Whether epochs differ."""
+
+    def __len__(self) -> int:
+        """Items of an epoch."""
+
+    def __getitem__(self, index: int) -> ReferringExample:
+        """Item ``index % len`` as epoch ``index // len`` has it."""
+
+    def expressions_of(self, index: int) -> int:
+        """How many expressions the example will have; draws nothing."""
+
+    def name_of(self, index: int) -> str:
+        """The example's image, for messages."""
+
+
 class ReferringScenes:
     """RefShapes scenes as training examples, drawn when asked for.
 
@@ -61,20 +87,41 @@ class ReferringScenes:
         size: side S of the encoder's input; target_size: side T of the targets.
         unknown_word_rate: share of expressions whose noun becomes an unknown word, so that the
             model learns to answer "nothing" to what it cannot know.
+        augment: None changes nothing, so every epoch is the same.
     """
 
     def __init__(
-        self, scenes: RefShapes, size: int, target_size: int, unknown_word_rate: float
+        self,
+        scenes: RefShapes,
+        size: int,
+        target_size: int,
+        unknown_word_rate: float,
+        augment: Augmentation | None = None,
     ) -> None:
         self.scenes = scenes
         self.size = size
         self.target_size = target_size
         self.unknown_word_rate = unknown_word_rate
+        self.augment = augment
 
     def __len__(self) -> int:
         return len(self.scenes)
 
+    @property
+    def by_epoch(self) -> bool:
+        """Whether epochs differ."""
+        return self.augment is not None
+
+    def expressions_of(self, index: int) -> int:
+        """The same for every scene."""
+        return _at_most(self.scenes.expressions_per_scene, self.augment)
+
+    def name_of(self, index: int) -> str:
+        """Family, split and number of a scene."""
+        return f"{self.scenes.family} {self.scenes.split} scene {index % len(self)}"
+
     def __getitem__(self, index: int) -> ReferringExample:
+        epoch, index = divmod(index, len(self))
         item = self.scenes[index]
         texts = [referring.text for referring in item.expressions]
         chosen = [item.mask(referring) for referring in item.expressions]
@@ -82,43 +129,69 @@ class ReferringScenes:
         for row in np.flatnonzero(rng.random(len(texts)) < self.unknown_word_rate):
             texts[row] = forget_nouns(texts[row])
             chosen[row] = np.zeros_like(chosen[row])
-        return make_example(item.image, chosen, texts, self.size, self.target_size)
+        picture = Picture(item.image, tuple(chosen), tuple(texts))
+        if self.augment is not None:
+            picture = self.augment(picture, epoch, index)
+        return make_example(picture, self.size, self.target_size)
 
 
 class ReferringSamples:
     """Samples of a reader as training examples: one decode per image.
 
-    Raises:
-        DataError: where an expression has no ground truth.
+    Args:
+        samples: with known masks.
+        size: side S of the encoder's input; target_size: side T of the targets.
+        augment: None changes nothing, so every epoch is the same.
     """
 
-    def __init__(self, samples: Sequence[Sample], size: int, target_size: int) -> None:
-        for sample in samples:
-            for expression in sample.expressions:
-                if expression.target is None:
-                    raise DataError(
-                        f"expression {expression.id!r} of {sample.image} has no mask to learn from",
-                        "give it ann_ids",
-                    )
+    def __init__(
+        self,
+        samples: PackedSamples,
+        size: int,
+        target_size: int,
+        augment: Augmentation | None = None,
+    ) -> None:
         self.samples = samples
         self.size = size
         self.target_size = target_size
+        self.augment = augment
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def by_epoch(self) -> bool:
+        """Whether epochs differ."""
+        return self.augment is not None
+
+    def expressions_of(self, index: int) -> int:
+        """Those of the image, or as many as are drawn of them."""
+        return _at_most(self.samples.expressions_of(index % len(self)), self.augment)
+
+    def name_of(self, index: int) -> str:
+        """The image's file."""
+        return str(self.samples[index % len(self)].path)
+
     def __getitem__(self, index: int) -> ReferringExample:
+        epoch, index = divmod(index, len(self))
         sample = self.samples[index]
         image = open_rgb(sample.path)
-        chosen = [masks.decode(e.target) for e in sample.expressions if e.target is not None]
-        for mask in chosen:
-            if mask.shape != image.shape[:2]:
-                raise DataError(
-                    f"{sample.path} is {image.shape[:2]} (H, W), its mask is {mask.shape}",
-                    "mend height and width in the annotations",
-                )
-        texts = [expression.text for expression in sample.expressions]
-        return make_example(image, chosen, texts, self.size, self.target_size)
+        chosen = tuple(masks.decode(e.target) for e in sample.expressions if e.target is not None)
+        if chosen and chosen[0].shape != image.shape[:2]:
+            raise DataError(
+                f"{sample.path} is {image.shape[:2]} (H, W), its masks are {chosen[0].shape}",
+                "mend height and width in the annotations",
+            )
+        texts = tuple(expression.text for expression in sample.expressions)
+        picture = Picture(image, chosen, texts)
+        if self.augment is not None:
+            picture = self.augment(picture, epoch, index)
+        return make_example(picture, self.size, self.target_size)
+
+
+def _at_most(expressions: int, augment: Augmentation | None) -> int:
+    most = augment.expressions if augment is not None else None
+    return expressions if most is None else min(expressions, most)
 
 
 class DenseScenes:
@@ -137,31 +210,34 @@ class DenseScenes:
         return len(self.scenes)
 
     def __getitem__(self, index: int) -> DenseExample:
-        item = self.scenes.scene(index, with_expressions=False)
+        item = self.scenes.scene(index % len(self), with_expressions=False)
         labels, centres = dense_labels(item, self.cells)
         return DenseExample(item.image, labels, centres)
 
 
-def make_example(
-    image: NDArray[np.uint8],
-    chosen: Sequence[NDArray[np.bool_]],
-    texts: Sequence[str],
-    size: int,
-    target_size: int,
-) -> ReferringExample:
+def make_example(picture: Picture, size: int, target_size: int) -> ReferringExample:
     """Brings an image and the masks of its expressions to the encoder's square.
 
     Args:
-        image: (H, W, 3); chosen: E masks (H, W); size: S; target_size: T, a divisor of S.
+        picture: at least one expression; size: S; target_size: T.
     """
-    targets = np.stack([soft_target(mask, size, target_size) for mask in chosen])
-    empty = np.array([not mask.any() for mask in chosen])
-    return ReferringExample(resize_for_encoder(image, size), targets, empty, tuple(texts))
+    longest = max(1, int(size * picture.scale + 0.5))
+    targets = np.stack([soft_target(mask, size, target_size, longest) for mask in picture.masks])
+    empty = np.array([not mask.any() for mask in picture.masks])
+    return ReferringExample(
+        resize_for_encoder(picture.image, longest), targets, empty, picture.texts
+    )
 
 
-def soft_target(mask: NDArray[np.bool_], size: int, target_size: int) -> NDArray[np.uint8]:
-    """The part of each of T×T cells of the padded square that a mask (H, W) covers, times 255."""
-    height, width = fit_size(mask.shape[0], mask.shape[1], size)
+def soft_target(
+    mask: NDArray[np.bool_], size: int, target_size: int, longest: int | None = None
+) -> NDArray[np.uint8]:
+    """The part of each of T×T cells of the padded square that a mask (H, W) covers, times 255.
+
+    Args:
+        longest: what the picture's longest side is brought to, in 1..S; None is S.
+    """
+    height, width = fit_size(mask.shape[0], mask.shape[1], longest or size)
     full = np.zeros((size, size), np.uint8)
     scaled = mask.view(np.uint8) * np.uint8(255)
     if (height, width) != mask.shape:

@@ -117,6 +117,11 @@ def open_refer(
     return source
 
 
+def refer_splits(ref_file: Path) -> list[str]:
+    """The names of the splits that a list of refs holds, sorted. Raises DataError as above."""
+    return sorted(_split_refs(ref_file, "")[1])
+
+
 def _ref_files(dataset: str, by: str) -> tuple[str, ...]:
     """The list of gRefCOCO is JSON, the others are pickles; some copies are the other way round."""
     if dataset == "grefcoco":

@@ -1,0 +1,255 @@
+"""From data settings to training and validation examples, through the readers that eval uses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from risam_cli.config import TrainSettings
+from risam_cli.console import Console
+from risam_cli.data.augment import Augmentation
+from risam_cli.data.dataset import Examples, ReferringSamples, ReferringScenes
+from risam_cli.data.mixed import MixedExamples, image_key, image_keys, without_images
+from risam_cli.data.packed import PackedSamples
+from risam_cli.data.readers.catalog import open_dataset
+from risam_cli.data.readers.held_out import held_out, is_held_out
+from risam_cli.data.readers.source import SampleSource
+from risam_cli.data.refshapes.dataset import RefShapes
+from risam_cli.errors import ConfigError, DataError
+from risam_cli.settings_data import (
+    BenchmarkData,
+    CocoData,
+    DataSettings,
+    MixedData,
+    OneData,
+    RefShapesData,
+)
+
+
+class DataBuilder:
+    """Opens the data of a run; each data set once, however many stages ask for it.
+
+    Args:
+        settings: checked; console: is told what was opened and what was left out.
+
+    Raises:
+        RisamError: files that are missing, damaged or hold nothing.
+    """
+
+    def __init__(self, settings: TrainSettings, console: Console) -> None:
+        self.settings = settings
+        self.console = console
+        self.size = settings.model.image_encoder.image_size
+        self.target_size = settings.loss.target_size
+        self._train: Examples | None = None
+        self._held_out: dict[str, Examples] | None = None
+
+    def train(self) -> Examples:
+        """The training examples, augmented as the settings say."""
+        if self._train is None:
+            data = self.settings.train
+            if isinstance(data, MixedData):
+                self._train = self._mixed(data)
+            else:
+                self._train = self._one("train", data)
+            self._warn_of_overlap(data)
+        return self._train
+
+    def held_out(self) -> dict[str, Examples]:
+        """The validation examples by name, every epoch the same."""
+        if self._held_out is None:
+            self._held_out = {}
+            for name, data in self.settings.val.items():
+                if isinstance(data, MixedData):
+                    raise ConfigError(
+                        f"val.{name} is mixed", "name its members as validation sets of their own"
+                    )
+                self._held_out[name] = self._examples(f"val.{name}", data, None)
+        return self._held_out
+
+    def scenes(self, data: DataSettings) -> RefShapes:
+        """RefShapes at the encoder's size. Raises ConfigError where the data are no scenes."""
+        if not isinstance(data, RefShapesData):
+            raise ConfigError("dense stages need RefShapes scenes", "set train.dataset: refshapes")
+        return RefShapes(
+            data.family,
+            data.split,
+            data.scenes,
+            data.expressions_per_scene,
+            self.size,
+            data.seed,
+            None if data.mix is None else {str(k): share for k, share in data.mix.items()},
+        )
+
+    # --- parts ------------------------------------------------------------------------------------
+
+    def _augmentation(self) -> Augmentation | None:
+        chosen = self.settings.augment
+        if not chosen.changes:
+            return None
+        return Augmentation(
+            flip=chosen.flip,
+            crop=chosen.crop,
+            crop_least=chosen.crop_least,
+            shrink=chosen.shrink,
+            jitter=chosen.jitter,
+            expressions=chosen.expressions_per_image,
+            seed=self.settings.seed,
+        )
+
+    def _one(self, key: str, data: OneData) -> Examples:
+        return self._examples(key, data, self._augmentation())
+
+    def _examples(self, key: str, data: OneData, augment: Augmentation | None) -> Examples:
+        if isinstance(data, RefShapesData):
+            return ReferringScenes(
+                self.scenes(data), self.size, self.target_size, data.unknown_word_rate, augment
+            )
+        return self._samples(key, data, open_source(key, data), augment)
+
+    def _samples(
+        self, key: str, data: OneData, source: SampleSource, augment: Augmentation | None
+    ) -> Examples:
+        limit = data.limit if isinstance(data, (CocoData, BenchmarkData)) else None
+        order = source.order if source.order is not None else tuple(range(len(source.groups)))
+        source = replace(source, order=order[:limit])
+        _require_images(key, source)
+        samples = PackedSamples(source.iterate())
+        if not len(samples):
+            raise ConfigError(f"{key}: {_named(data)} holds no expressions", "give another split")
+        self.console.info(
+            f"{key}: {_named(data)}, {len(samples)} images, {samples.expressions} expressions"
+            + "".join(f"; {note}" for note in source.notes)
+        )
+        return ReferringSamples(samples, self.size, self.target_size, augment)
+
+    def _mixed(self, data: MixedData) -> Examples:
+        sources: dict[str, SampleSource] = {}
+        aliases: dict[str, str] = {}
+        keys: set[str] = set()
+        for name, member in data.members.items():
+            key = f"train.members.{name}"
+            if isinstance(member, RefShapesData):
+                continue
+            sources[name] = source = open_source(key, member)
+            if isinstance(member, BenchmarkData) and is_held_out(member.split):
+                raise ConfigError(
+                    f"{key}.split = {member.split!r} is held out, as is every image of it",
+                    "mix training splits",
+                )
+            found = held_out(
+                member.dataset,
+                Path(member.root if isinstance(member, BenchmarkData) else member.annotations),
+                source,
+                split_by=member.split_by if isinstance(member, BenchmarkData) else None,
+                image_root=Path(member.images) if member.images else None,
+            )
+            aliases |= {image_key(p): f"coco/{n}" for p, n in found.aliases.items()}
+            keys |= {image_key(path) for path in found.files}
+        keys |= self._validation_keys()
+        keys = {aliases.get(key, key) for key in keys}
+        members = [
+            self._member(name, member, sources.get(name), keys, aliases)
+            for name, member in data.members.items()
+        ]
+        weights = [data.weights.get(name, 1.0) for name in data.members]
+        mixed = MixedExamples(members, weights, self.settings.seed)
+        shares = ", ".join(
+            f"{name} {share}" for name, share in zip(data.members, mixed.shares, strict=True)
+        )
+        self.console.info(f"train: an epoch is {len(mixed)} images: {shares}")
+        return mixed
+
+    def _member(
+        self,
+        name: str,
+        member: OneData,
+        source: SampleSource | None,
+        keys: Collection[str],
+        aliases: Mapping[str, str],
+    ) -> Examples:
+        key = f"train.members.{name}"
+        if source is None:
+            return self._one(key, member)
+        kept, dropped = without_images(source, keys, aliases)
+        self.console.info(
+            f"{key}: {dropped.images} of {len(source)} images dropped, with {dropped.expressions} "
+            "expressions: they are in a validation or test split of a member or of this run"
+        )
+        if not kept.order:
+            raise ConfigError(f"{key}: every image is held out somewhere", "take it out of the mix")
+        return self._samples(key, member, kept, self._augmentation())
+
+    def _validation_keys(self) -> set[str]:
+        """The images of this run's own validation data."""
+        keys: set[str] = set()
+        for name, data in self.settings.val.items():
+            if isinstance(data, (CocoData, BenchmarkData)):
+                keys |= image_keys(open_source(f"val.{name}", data))
+        return keys
+
+    def _warn_of_overlap(self, data: DataSettings) -> None:
+        """Says so where a plain training set shows images that validation asks about."""
+        if isinstance(data, (MixedData, RefShapesData)):
+            return
+        both = image_keys(open_source("train", data)) & self._validation_keys()
+        if both:
+            self.console.warn(
+                f"{len(both)} images are in train and in val, so the figures on val will flatter; "
+                "dataset: mixed leaves them out of training"
+            )
+
+
+def open_source(key: str, data: CocoData | BenchmarkData) -> SampleSource:
+    """The index of a data set.
+
+    Args:
+        key: where it stands in the settings, for messages.
+
+    Raises:
+        DataError: files are missing or damaged, or the split does not exist.
+    """
+    coco = isinstance(data, CocoData)
+    try:
+        return open_dataset(
+            data.dataset,
+            Path(data.annotations if isinstance(data, CocoData) else data.root),
+            data.split,
+            split_by=data.split_by if isinstance(data, BenchmarkData) else None,
+            image_root=Path(data.images) if data.images else None,
+        )
+    except DataError as error:
+        fix = error.fix.replace("--root", f"{key}.{'annotations' if coco else 'root'}")
+        fix = fix.replace("--split-by takes", f"{key}.split_by takes")
+        message = error.message.replace("--root", f"{key}.root")
+        raise DataError(f"{key}: {message}", fix) from error
+
+
+def _named(data: OneData) -> str:
+    if isinstance(data, CocoData):
+        return f"{data.annotations} ({data.split})"
+    return f"{data.dataset} {data.split}"
+
+
+def _require_images(key: str, source: SampleSource) -> None:
+    """Looks for every image file before anything is trained.
+
+    Raises:
+        DataError: naming the first that is missing and how many are.
+    """
+    listed: dict[Path, set[str]] = {}
+    missing = []
+    for group in source.chosen():
+        folder = group.path.parent
+        if folder not in listed:
+            listed[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+        if group.path.name not in listed[folder]:
+            missing.append(group.path)
+    if missing:
+        raise DataError(
+            f"{key}: {len(missing)} of {len(source.order or source.groups)} images are not there, "
+            f"first {missing[0]}",
+            f"give the folder of the images as {key}.images",
+        )

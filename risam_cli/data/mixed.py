@@ -1,0 +1,122 @@
+"""Several data sets as one, each at its weight, without what any of them holds out (ours)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from risam_cli.data.dataset import Examples, ReferringExample
+from risam_cli.data.readers.source import SampleSource
+
+_COCO = re.compile(r"(?:COCO_)?(?:train|val|test)\d{4}_(\d{12})|(\d{12})")
+_ORDERS_KEPT = 16  # an epoch's draws of a member fall into a few of its passes
+
+
+class MixedExamples:
+    """Members drawn in turn, as often as their weights say.
+
+    An epoch holds ``round(weight * length)`` examples of each member. A member goes through its
+    own items in shuffled passes that run on from epoch to epoch, so that at any weight every item
+    is seen as often as any other, give or take one.
+
+    Args:
+        members: not empty; weights: above 0, one each; seed: of the shuffling.
+    """
+
+    def __init__(self, members: Sequence[Examples], weights: Sequence[float], seed: int) -> None:
+        self.members = list(members)
+        self.seed = seed
+        self.shares = [
+            max(1, round(weight * len(member)))
+            for member, weight in zip(members, weights, strict=True)
+        ]
+        self._starts = np.cumsum([0, *self.shares])
+        self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
+
+    @property
+    def by_epoch(self) -> bool:
+        """A member's items run on from epoch to epoch."""
+        return True
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def expressions_of(self, index: int) -> int:
+        """Of the member's example."""
+        member, inner = self.place(index)
+        return self.members[member].expressions_of(inner)
+
+    def name_of(self, index: int) -> str:
+        """Of the member's example."""
+        member, inner = self.place(index)
+        return self.members[member].name_of(inner)
+
+    def __getitem__(self, index: int) -> ReferringExample:
+        member, inner = self.place(index)
+        return self.members[member][inner]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Which member an index falls to, and the member's own index."""
+        epoch, item = divmod(index, len(self))
+        number = int(np.searchsorted(self._starts, item, side="right")) - 1
+        drawn = epoch * self.shares[number] + item - int(self._starts[number])
+        size = len(self.members[number])
+        turn, place = divmod(drawn, size)
+        return number, turn * size + int(self._order(number, turn)[place])
+
+    def _order(self, number: int, turn: int) -> NDArray[np.int64]:
+        key = number, turn
+        if key not in self._orders:
+            if len(self._orders) >= _ORDERS_KEPT:
+                self._orders.clear()
+            rng = np.random.default_rng([self.seed, number, turn])
+            self._orders[key] = rng.permutation(len(self.members[number]))
+        return self._orders[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """What was left out of a source: its images and their expressions."""
+
+    images: int
+    expressions: int
+
+
+def image_key(path: Path | str) -> str:
+    """What tells an image apart across data sets: COCO's own number, or else where its file is."""
+    found = _COCO.fullmatch(Path(path).stem)
+    if found:
+        return f"coco/{int(found[1] or found[2])}"
+    return os.path.abspath(path)
+
+
+def image_keys(source: SampleSource, aliases: Mapping[str, str] | None = None) -> set[str]:
+    """The images of a split; ``aliases`` gives some keys another name, such as COCO's number."""
+    keys = {image_key(group.path) for group in source.chosen()}
+    return {(aliases or {}).get(key, key) for key in keys}
+
+
+def without_images(
+    source: SampleSource, held_out: Collection[str], aliases: Mapping[str, str] | None = None
+) -> tuple[SampleSource, Dropped]:
+    """The source without the images whose keys are held out, and how many that were.
+
+    Args:
+        source: unlimited; held_out: of :func:`image_key`; aliases: as :func:`image_keys`.
+    """
+    kept, images, expressions = [], 0, 0
+    for index in source.order if source.order is not None else range(len(source.groups)):
+        group = source.groups[index]
+        key = image_key(group.path)
+        if (aliases or {}).get(key, key) in held_out:
+            images += 1
+            expressions += len(group.phrases)
+        else:
+            kept.append(index)
+    return replace(source, order=tuple(kept)), Dropped(images, expressions)
