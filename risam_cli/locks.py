@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from risam_cli.confine import require_own
 from risam_cli.errors import OutputError
 
 try:
@@ -40,13 +41,15 @@ class FolderLock:
         folder: made if it is not there.
 
     Raises:
-        OutputError: another process works in it.
+        OutputError: another process works in it, or a link stands where the lock would.
         OSError: it cannot be made or written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.private = folder / PRIVATE
+        require_own(folder, [PRIVATE])
+        require_own(self.private, os.listdir(self.private) if self.private.is_dir() else ())
         self._file: BinaryIO | None = None
         self._lease: _Lease | None = None
         self._path = self.private / "lock"

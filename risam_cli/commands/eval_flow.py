@@ -10,12 +10,16 @@ from pathlib import Path
 
 import click
 
+from risam_cli.confine import require_own
 from risam_cli.console import get_console
 from risam_cli.data.readers.catalog import count_differences, open_dataset
 from risam_cli.data.readers.predictions import PredictionIndex
 from risam_cli.data.readers.refshapes import BENCHMARKS, open_refshapes, open_refshapes_files
 from risam_cli.data.readers.source import SampleSource
+from risam_cli.engine.answers import ANSWERS_FILE
 from risam_cli.engine.eval_run import (
+    FAILURES_FILE,
+    ROWS_FILE,
     EvalRun,
     FailureLog,
     count_missing_images,
@@ -25,6 +29,8 @@ from risam_cli.engine.evaluate import answers_from_predictions
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, OutputError, UsageError
 from risam_cli.metrics.protocols import Protocol, get_protocol
 from risam_cli.reports.assemble import (
+    HTML_FILE,
+    MARKDOWN_FILE,
     RunFacts,
     assemble,
     dataset_part,
@@ -32,7 +38,7 @@ from risam_cli.reports.assemble import (
     gallery,
     write_reports,
 )
-from risam_cli.reports.compare import Other, read_other
+from risam_cli.reports.compare import REPORT_FILE, Other, read_other
 from risam_cli.reports.schema import (
     AnswersPart,
     CountsPart,
@@ -43,6 +49,10 @@ from risam_cli.reports.schema import (
 from risam_cli.reports.text import console_table
 
 SURPLUS_FILE = "surplus.jsonl"
+_WRITTEN = (
+    *(REPORT_FILE, MARKDOWN_FILE, HTML_FILE),
+    *(ROWS_FILE, FAILURES_FILE, SURPLUS_FILE, ANSWERS_FILE),
+)
 DEFAULT_FAMILY = next(iter(BENCHMARKS))
 
 
@@ -132,6 +142,8 @@ class Asked:
             raise OutputError(
                 f"{self.output} holds a report already", "choose another -o or give --overwrite"
             )
+        parts = [f".{name}.part" for name in _WRITTEN]
+        require_own(self.output, [*_WRITTEN, *parts])
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -33,6 +33,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -110,15 +111,24 @@ class LedgerLine:
             int(record["items"]),
             None if record["image"] is None else str(record["image"]),
             None if stamp is None else FileStamp(*(int(value) for value in stamp)),
-            Span(*(int(value) for value in record["predictions"])),
-            Span(*(int(value) for value in record["failures"])),
-            tuple(FileMark(_own_path(p), int(size), int(crc)) for p, size, crc in record["files"]),
+            Span(*(_whole(value) for value in record["predictions"])),
+            Span(*(_whole(value) for value in record["failures"])),
+            tuple(FileMark(_own_path(p), _whole(n), _whole(c)) for p, n, c in record["files"]),
         )
+
+
+def _whole(value: Any) -> int:
+    """A place, a length or a checksum: what no file can have is no ledger's."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(value)
+    return value
 
 
 def _own_path(path: Any) -> str:
     """A path of the kind that this tool writes: files in a ledger are deleted by their name."""
     parts = str(path).split("/")
+    if "\0" in str(path) or "\\" in str(path):
+        raise ValueError(path)
     if parts[0] not in {MASKS, OVERLAYS, GALLERY} or len(parts) < 2 or {"", ".", ".."} & set(parts):
         raise ValueError(path)
     return str(path)
@@ -149,7 +159,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
     try:
         header = json.loads(line)
         version, identity = header["ledger"], header["identity"]
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
         return None
     if version != FORMAT or not isinstance(identity, dict):
         raise OutputError(
@@ -172,7 +182,7 @@ def read_lines(path: Path) -> Iterator[tuple[LedgerLine, int]]:
                 return
             try:
                 line = LedgerLine.from_json(json.loads(raw))
-            except (ValueError, TypeError, KeyError, RecursionError):
+            except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
                 return
             if line.entry <= last:
                 return
@@ -225,7 +235,7 @@ def read_redone(path: Path) -> Iterator[tuple[Redone, int]]:
                 return
             try:
                 yield Redone.from_json(raw), start
-            except (ValueError, TypeError, KeyError, RecursionError):
+            except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
                 return
             start += len(raw)
 
@@ -240,6 +250,8 @@ def read_span(file: BinaryIO, span: Span) -> bytes | None:
     """The bytes of a slice; None where they are not those that were written."""
     if span.length == 0:
         return b""
+    if span.end > os.fstat(file.fileno()).st_size:  # or so much memory would be asked for
+        return None
     file.seek(span.start)
     data = file.read(span.length)
     return data if len(data) == span.length and zlib.crc32(data) == span.crc else None
@@ -249,7 +261,8 @@ def file_is_whole(folder: Path, mark: FileMark) -> bool:
     """Whether a file is what was written, byte for byte."""
     path = folder / mark.path
     try:
-        if os.stat(path).st_size != mark.size:
+        status = os.stat(path)
+        if status.st_size != mark.size or not stat.S_ISREG(status.st_mode):
             return False
         return zlib.crc32(path.read_bytes()) == mark.crc
     except OSError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import json
+import os
+import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -83,7 +85,9 @@ def find_parts(folders: Sequence[Path]) -> list[Part]:
                 f"{one.folder} and {other.folder} are both shard {one.index} of {one.count}",
                 "name each shard once",
             )
-    missing = sorted(set(range(first.count)) - {part.index for part in parts})
+    there = {part.index for part in parts}
+    # A file says how many there are: count no further than is shown.
+    missing = list(itertools.islice((n for n in range(first.count) if n not in there), 11))
     if missing:
         listed = ", ".join(map(str, missing[:10])) + (" …" if len(missing) > 10 else "")
         raise DataError(
@@ -290,6 +294,9 @@ def _allow_files(number: int) -> None:
 
 def _copy(source: Path, target: Path, mark: FileMark) -> None:
     try:
+        status = os.stat(source / mark.path)
+        if status.st_size != mark.size or not stat.S_ISREG(status.st_mode):
+            raise _changed(source / mark.path)
         data = (source / mark.path).read_bytes()
     except OSError as error:
         raise DataError(f"{source / mark.path}: {error.strerror}", "run the shard anew") from None

@@ -8,10 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from risam_cli.confine import Confined, require_own
 from risam_cli.durable import replace_durably, sync_file, sync_folder, sync_folders, sync_tree
 from risam_cli.engine.ledger import LEDGER, LedgerLine, read_lines, read_redone
 from risam_cli.errors import OutputError
 from risam_cli.locks import PRIVATE, FolderLock
+from risam_cli.outputs.gallery import remove_pages
+from risam_cli.outputs.naming import GALLERY, MASKS, OVERLAYS
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
 
 RUN = "run.json"
@@ -28,7 +31,8 @@ class RunFolder:
         path: made if it is not there.
 
     Raises:
-        OutputError: it cannot be made or written, or another process works in it.
+        OutputError: it cannot be made or written, another process works in it, or a link stands
+            where it would be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,8 +43,11 @@ class RunFolder:
         self._lock: FolderLock | None = None
         self._is_new = not path.exists()
         try:
+            self.confined = Confined(path)
+            require_own(path, (*_OWN, MASKS, OVERLAYS, GALLERY))
             self._lock = FolderLock(path)
             self.finish_splice()
+            require_own(path, _OWN)  # again: the splice may have brought what was planted in it
             self.clear_staging()
         except OSError as error:
             self.close()
@@ -114,7 +121,8 @@ class RunFolder:
         self.redo.unlink(missing_ok=True)
         for name in _OWN:
             (self.path / name).unlink(missing_ok=True)
-        for name in ("masks", "overlays"):
+        remove_pages(self.path)
+        for name in (MASKS, OVERLAYS, GALLERY):
             remove_empty_folders(self.path / name)
 
     def require_known(self) -> None:
@@ -131,9 +139,13 @@ class RunFolder:
             )
 
     def delete_files(self, line: LedgerLine) -> None:
-        """Deletes the masks and overlays of one entry."""
+        """Deletes the masks, overlays and gallery items of one entry."""
         for mark in line.files:
-            (self.path / mark.path).unlink(missing_ok=True)
+            place = self.path / mark.path
+            # A ledger is a file's word, and a folder under masks/ may be a link.
+            self.confined.require(place.parent)
+            with suppress(ValueError):  # no name that a file can have
+                place.unlink(missing_ok=True)
 
     def write_run(self, text: str) -> None:
         """Writes ``run.json``, whole or not at all.
@@ -193,7 +205,7 @@ class RunFolder:
         moved: set[Path] = set()
         for folder, _, names in os.walk(self.incoming):
             target = self.path / os.path.relpath(folder, self.incoming)
-            target.mkdir(parents=True, exist_ok=True)
+            self.confined.make(target)
             moved.add(target)
             for name in names:
                 os.replace(os.path.join(folder, name), target / name)

@@ -92,7 +92,6 @@ class RunWriter:
         self._complete = False
         self._redo = open(folder.redo, "ab")  # noqa: SIM115 - closed by the thread
         self._files: tuple[BinaryIO, ...] = ()  # predictions, failures, ledger
-        self._made: set[str] = set()
         self.seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="risam-writer", daemon=True)
         self._thread.start()
@@ -241,12 +240,7 @@ class RunWriter:
         for one in done:
             for staged in one.staged:
                 place = self._folder.path / staged.mark.path
-                parent = str(place.parent)
-                if parent not in self._made:
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    self._made.add(parent)
-                    if len(self._made) > 4096:
-                        self._made.clear()
+                self._folder.confined.make(place.parent)
                 folders.add(place.parent)
                 os.replace(staged.path, place)
         sync_folders(self._folder.path, folders)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from risam_cli.confine import Confined, require_own
 from risam_cli.errors import OutputError
 from risam_cli.outputs.png import write_whole
 
@@ -33,6 +34,7 @@ class ExportFolder:
 
     def __init__(self, path: Path, kind: str, owns: Sequence[str], *, overwrite: bool) -> None:
         self.path = path
+        self._confined = Confined(path)
         self._head: dict[str, Any] = {"kind": kind, "owns": [*owns, "failures.jsonl"]}
         self._parts: list[Path] = []
         with _told(path):
@@ -44,6 +46,7 @@ class ExportFolder:
                 )
             if holds:
                 self._clear()
+            require_own(path, [SUMMARY, *self._head["owns"]])
         self.write_json(SUMMARY, {**self._head, "complete": False})
 
     def _clear(self) -> None:
@@ -69,6 +72,7 @@ class ExportFolder:
         Raises:
             OutputError: it cannot be written; nothing of it is left.
         """
+        self._confined.require((self.path / name).parent)
         write_whole(self.path / name, data)
 
     def write_json(self, name: str, value: object) -> None:
@@ -85,7 +89,7 @@ class ExportFolder:
         target = self.path / name
         part = self.path / f"copy{_PART}"
         with _told(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            self._confined.make(target.parent)
             try:
                 shutil.copyfile(source, part)
                 os.replace(part, target)

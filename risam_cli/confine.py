@@ -1,0 +1,70 @@
+"""What is written stays under the output folder, whatever links were planted in it beforehand.
+
+An output folder may itself be a link: the user named it. Below it, a symbolic link, a pipe or a
+device where this tool is about to write would take the data elsewhere, or wait for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from risam_cli.errors import OutputError
+
+_FIX = "see who put it there and remove it, or choose another -o"
+
+
+def require_own(folder: Path, names: Iterable[str]) -> None:
+    """Make sure that names directly in a folder are free, or are plain files and folders.
+
+    Raises:
+        OutputError: one is a symbolic link, a pipe, a device …; nothing was written yet.
+    """
+    for name in names:
+        path = folder / name
+        with suppress(FileNotFoundError, NotADirectoryError):
+            mode = os.lstat(path).st_mode
+            if stat.S_ISLNK(mode):
+                raise OutputError(
+                    f"{path} is a link to {os.readlink(path)}, outside of the output folder or not",
+                    _FIX,
+                )
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise OutputError(f"{path} is neither a file nor a folder", _FIX)
+
+
+class Confined:
+    """Makes folders under a root, and notices where a link would lead out of it.
+
+    Args:
+        root: the output folder; need not exist yet.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._made: set[Path] = set()
+
+    def make(self, folder: Path) -> None:
+        """Make a folder at or under the root, with those between. Looks at each folder once.
+
+        Raises:
+            OutputError: it lies elsewhere once links are followed; nothing was made then.
+            OSError: it cannot be made.
+        """
+        if folder in self._made:
+            return
+        self.require(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if len(self._made) > 4096:
+            self._made.clear()
+        self._made.add(folder)
+
+    def require(self, folder: Path) -> None:
+        """As :meth:`make`, without making it."""
+        root = os.path.realpath(self._root)
+        real = os.path.realpath(folder)
+        if real != root and not real.startswith(os.path.join(root, "")):
+            raise OutputError(f"{folder} leads to {real}, outside of {self._root}", _FIX)
