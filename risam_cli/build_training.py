@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from risam_cli import checkpoints
 from risam_cli.build import TextParts, build_model, load_model, new_text_parts, parameter_groups
+from risam_cli.build_data import DataBuilder
+from risam_cli.build_loop import (
+    Validation,
+    card_of,
+    loop_settings,
+    training_precision,
+    validate_dense,
+)
 from risam_cli.config import (
-    CocoData,
-    DataSettings,
     DenseStage,
     ModelSettings,
     ReferringStage,
-    RefShapesData,
     TrainSettings,
 )
 from risam_cli.console import Console
-from risam_cli.data.collate import DenseBatch, ReferringCollate, collate_dense
-from risam_cli.data.dataset import DenseScenes, ReferringSamples, ReferringScenes
-from risam_cli.data.readers.coco import read_coco
-from risam_cli.data.refshapes.dataset import RefShapes
+from risam_cli.data.collate import ReferringCollate, collate_dense
+from risam_cli.data.dataset import DenseScenes
 from risam_cli.data.refshapes.vocabulary import COLORS, SHAPES, SIZES
 from risam_cli.encoder_start import start_encoder
-from risam_cli.engine.device import choose_device, choose_precision
+from risam_cli.engine.device import choose_device
+from risam_cli.engine.distributed import Processes
+from risam_cli.engine.stage import SaveModel, Stage, hash_settings
 from risam_cli.engine.tasks import DenseTask, ReferringTask
-from risam_cli.engine.train import LoopSettings, Stage, TrainingRun, hash_settings
+from risam_cli.engine.train import TrainingRun
 from risam_cli.engine.training_state import Place
-from risam_cli.engine.validate import validate_referring
 from risam_cli.errors import ConfigError
 from risam_cli.losses import ReferringLoss
 from risam_cli.model.dense_head import DenseHead
@@ -41,32 +44,36 @@ from risam_cli.model.risam import Risam
 from risam_cli.model.sam_baseline import SamMaskDecoder
 from risam_cli.tokenizer import TextTokenizer
 
-DENSE_VALIDATION_SCENES = 128
-
 
 class TrainingBuilder:
     """Builds a run out of settings.
 
     Args:
-        settings: checked; console: for messages.
+        settings: checked; console: for messages; processes: of the run.
 
     Raises:
         RisamError: data or weights that are not there or do not fit.
     """
 
-    def __init__(self, settings: TrainSettings, console: Console) -> None:
+    def __init__(
+        self, settings: TrainSettings, console: Console, processes: Processes | None = None
+    ) -> None:
         self.settings = settings
         self.console = console
+        self.processes = processes or Processes()
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         self.device = choose_device(settings.device)
-        self.dtype = choose_precision(settings.precision, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.dtype = training_precision(settings.precision, self.device)
         self.model, self.text = self._model()
         self.model.to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.size = settings.model.image_encoder.image_size
         self.collate = ReferringCollate(self.tokenizer, self.size)
+        self.data = DataBuilder(settings, console)
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -75,22 +82,10 @@ class TrainingBuilder:
 
     def run(self, folder: Path) -> TrainingRun:
         """The run, without its stages."""
-        s = self.settings
-        loop = LoopSettings(
-            seed=s.seed,
-            device=self.device,
-            dtype=self.dtype,
-            workers=s.workers,
-            beta2=s.optimizer.beta2,
-            clip_norm=s.optimizer.clip_norm,
-            ema_decay=s.optimizer.ema_decay,
-            validate_every=s.validate_every,
-            checkpoint_every=s.checkpoint_every,
-            log_every=s.log_every,
-        )
-        return TrainingRun(
-            folder, self.model, loop, stage_hashes(s), self._saver(folder), self.console
-        )
+        loop = loop_settings(self.settings, self.device, self.dtype)
+        hashes = stage_hashes(self.settings)
+        save = self._saver(folder)
+        return TrainingRun(folder, self.model, loop, hashes, save, self.console, self.processes)
 
     def stage(self, settings: DenseStage | ReferringStage) -> Stage:
         """One stage, finished. To be called when the stage before it is done."""
@@ -145,40 +140,32 @@ class TrainingBuilder:
             name=settings.name,
             task=task,
             groups=groups,
-            data=DenseScenes(self._scenes(self.settings.train), cells),
+            data=DenseScenes(self.data.scenes(self.settings.train), cells),
             collate=collate_dense,
             steps=settings.steps,
             images_per_step=settings.images_per_step,
             warmup=settings.warmup,
-            validate=lambda: self._validate_dense(task, cells),
+            accumulate=settings.accumulate,
+            validate=lambda between: validate_dense(
+                task, self.size, cells, self.device, self.processes, between
+            ),
+            answers=False,
         )
-
-    def _validate_dense(self, task: DenseTask, cells: int) -> dict[str, float]:
-        scenes = RefShapes("mixed", "val", DENSE_VALIDATION_SCENES, size=self.size)
-        data: Any = DenseScenes(scenes, cells)
-        loader: DataLoader[DenseBatch] = DataLoader(data, 16, collate_fn=collate_dense)
-        sums: dict[str, float] = {}
-        task.module.eval()
-        with torch.no_grad():
-            for batch in loader:
-                for name, value in task.loss(batch)[1].items():
-                    sums[name] = sums.get(name, 0.0) + float(value) / len(loader)
-        task.module.train()
-        # Below zero, so that any referring stage is better: this model cannot answer yet.
-        return {**sums, "best": -1 + (sums["shape"] + sums["color"] + sums["size"]) / 4}
 
     def _referring(self, settings: ReferringStage) -> Stage:
         model, s = self.model, self.settings
         model.requires_grad_(True)
         model.text_encoder.backbone.requires_grad_(s.model.text_encoder.trainable)
         encoder_parts = self._encoder_parts(settings)
+        model.image_encoder.checkpoint_blocks = s.gradient_checkpointing
         loss = ReferringLoss(
             s.loss.mask, s.loss.dice, s.loss.no_target, s.loss.iou, s.loss.focal_gamma
         )
         task = ReferringTask(model, loss, encoder_frozen=not encoder_parts)
         text_rate = settings.text_learning_rate or settings.learning_rate
         # Read now, so that a damaged file is told of before the first step.
-        held_out = {name: self._examples(data) for name, data in s.val.items()}
+        held_out = self.data.held_out()
+        validation = Validation(s, task, held_out, self.collate, self.processes)
         groups = parameter_groups(
             [
                 *encoder_parts,
@@ -191,12 +178,14 @@ class TrainingBuilder:
             name=settings.name,
             task=task,
             groups=groups,
-            data=self._examples(s.train),
+            data=self.data.train(),
             collate=self.collate,
             steps=settings.steps,
             images_per_step=settings.images_per_step,
             warmup=settings.warmup,
-            validate=lambda: self._validate(task, held_out),
+            accumulate=settings.accumulate,
+            validate=validation,
+            draw=validation.draw,
         )
 
     def _encoder_parts(self, settings: ReferringStage) -> list[tuple[nn.Module, float]]:
@@ -213,61 +202,17 @@ class TrainingBuilder:
             adapter.requires_grad_(True)
         return [(nn.ModuleList(adapters), rate)]
 
-    def _validate(
-        self, task: ReferringTask, held_out: Mapping[str, ReferringScenes | ReferringSamples]
-    ) -> dict[str, float]:
-        s = self.settings
-        figures: dict[str, float] = {}
-        for name, data in held_out.items():
-            found = validate_referring(
-                task,
-                data,
-                self.collate,
-                s.model.threshold,
-                s.model.no_target_threshold,
-            )
-            kept = ("miou", "oiou", "pr@0.5", "pr@0.9", "n_acc", "t_acc")
-            figures.update({f"{name}.{key}": found[key] for key in kept})
-        means = [figures[f"{name}.miou"] for name in s.val]
-        return {**figures, "best": sum(means) / len(means)}
-
-    def _scenes(self, data: DataSettings) -> RefShapes:
-        if not isinstance(data, RefShapesData):
-            raise ConfigError("dense stages need RefShapes scenes", "set train.dataset: refshapes")
-        return RefShapes(
-            data.family,
-            data.split,
-            data.scenes,
-            data.expressions_per_scene,
-            self.size,
-            data.seed,
-            data.mix,
-        )
-
-    def _examples(self, data: DataSettings) -> ReferringScenes | ReferringSamples:
-        target = self.settings.loss.target_size
-        if isinstance(data, CocoData):
-            root = Path(data.images) if data.images else None
-            samples = list(read_coco(Path(data.annotations), root))[: data.limit]
-            if not samples:
-                raise ConfigError(f"{data.annotations} holds no expressions", "give another file")
-            return ReferringSamples(samples, self.size, target)
-        return ReferringScenes(self._scenes(data), self.size, target, data.unknown_word_rate)
-
-    def _saver(self, folder: Path) -> Callable[[Stage, dict[str, float], Place], None]:
-        def save(stage: Stage, figures: dict[str, float], place: Place) -> None:
-            if isinstance(stage.task, DenseTask):
-                return  # A model that cannot answer yet is not worth a folder.
-            card = {
-                "name": self.settings.name,
-                "stage": stage.name,
-                "step": place.step,
-                "seconds": round(place.seconds, 1),
-                "expressions": place.expressions,
-                "seed": self.settings.seed,
-                "figures": {k: v for k, v in figures.items() if v == v},
-            }
-            self.write_model(folder / "best", card)
+    def _saver(self, folder: Path) -> SaveModel:
+        def save(
+            name: str,
+            stage: Stage,
+            figures: Mapping[str, float],
+            place: Place,
+            averaged: Sequence[int],
+        ) -> None:
+            seconds, expressions = place.seconds, place.expressions
+            at = stage.name, place.step, seconds, expressions
+            self.write_model(folder / name, card_of(self.settings, *at, figures, averaged))
 
         return save
 

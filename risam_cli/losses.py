@@ -49,7 +49,12 @@ class ReferringLoss(nn.Module):
         self.focal_gamma = focal_gamma
 
     def forward(
-        self, decoded: Decoded, target: Tensor, valid: Tensor, no_target: Tensor
+        self,
+        decoded: Decoded,
+        target: Tensor,
+        valid: Tensor,
+        no_target: Tensor,
+        counts: Tensor | None = None,
     ) -> LossParts:
         """Compares predictions with soft targets.
 
@@ -58,28 +63,35 @@ class ReferringLoss(nn.Module):
             target: (E, T, T) in 0..1, the part of each cell that the referent covers.
             valid: (E, T, T) in 0..1, 0 where the square is padding.
             no_target: (E,) 1 where nothing fits.
+            counts: (2,) expressions, and those with a target, of the batch that this one is a
+                part of: the losses of the parts add up to the whole's. None: it is the whole.
         """
+        if counts is None:
+            counts = referring_counts(no_target)
+        expressions, targets = counts.clamp(min=1).unbind()
         logits = decoded.mask_logits.float()[:, None]
         logits = F.interpolate(
             logits, size=target.shape[-2:], mode="bilinear", align_corners=False
         )[:, 0]
         area = valid.sum(dim=(1, 2)).clamp(min=1)
         has_target = 1 - no_target
-        targets = has_target.sum().clamp(min=1)
 
         pixel = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         probability = logits.sigmoid()
         if self.focal_gamma > 0:
             agreement = 1 - (probability - target).abs()
             pixel = pixel * (1 - agreement).clamp(min=1e-6) ** self.focal_gamma
-        mask = ((pixel * valid).sum(dim=(1, 2)) / area).mean()
+        mask = ((pixel * valid).sum(dim=(1, 2)) / area).sum() / expressions
 
         probability = probability * valid
         overlap = (probability * target).sum(dim=(1, 2))
         size = probability.sum(dim=(1, 2)) + target.sum(dim=(1, 2))
         dice = ((1 - (2 * overlap + 1) / (size + 1)) * has_target).sum() / targets
 
-        none = F.binary_cross_entropy_with_logits(decoded.no_target_logits.float(), no_target)
+        none = F.binary_cross_entropy_with_logits(
+            decoded.no_target_logits.float(), no_target, reduction="sum"
+        )
+        none = none / expressions
         with torch.no_grad():
             hard = (probability > 0.5) & (valid > 0)
             truth = target > 0.5
@@ -97,6 +109,19 @@ class ReferringLoss(nn.Module):
         return LossParts(parts[0] + parts[1] + parts[2] + parts[3], *parts)
 
 
+def referring_counts(no_target: Tensor) -> Tensor:
+    """(2,) expressions, and those with a target: what :class:`ReferringLoss` divides by."""
+    expressions = no_target.new_tensor(len(no_target))
+    return torch.stack([expressions, (1 - no_target).sum()])
+
+
+def dense_counts(labels: Tensor, background_weight: float) -> Tensor:
+    """(2,) weight of all pixels, and foreground pixels: what :func:`dense_loss` divides by."""
+    foreground = (labels[:, 0] > 0).sum().double()
+    background = labels[:, 0].numel() - foreground
+    return torch.stack([foreground + background_weight * background, foreground]).float()
+
+
 def dense_loss(
     shape: Tensor,
     color: Tensor,
@@ -105,6 +130,7 @@ def dense_loss(
     labels: Tensor,
     centres: Tensor,
     background_weight: float,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Per-pixel loss of the encoder's first stage on RefShapes (ours).
 
@@ -114,18 +140,22 @@ def dense_loss(
         labels: (B, 3, t, t) class numbers of shape, colour and size, 0 at background.
         centres: (B, 2, t, t) true way to the centre; ignored at background.
         background_weight: weight of background pixels, far below 1 since they are most.
+        counts: (2,) from :func:`dense_counts` of the batch that this one is a part of: losses and
+            figures of the parts add up to the whole's. None: it is the whole.
 
     Returns:
         The loss, and foreground accuracies in 0..1 by name with the mean centre error.
     """
+    if counts is None:
+        counts = dense_counts(labels, background_weight)
+    whole, count = counts.clamp(min=1).unbind()
     foreground = (labels[:, 0] > 0).float()
     weight = foreground + background_weight * (1 - foreground)
     total = shape.new_zeros(())
     figures = {}
-    count = foreground.sum().clamp(min=1)
     for number, (name, logits) in enumerate((("shape", shape), ("color", color), ("size", size))):
         loss = F.cross_entropy(logits.float(), labels[:, number], reduction="none")
-        total = total + (loss * weight).sum() / weight.sum()
+        total = total + (loss * weight).sum() / whole
         correct = (logits.argmax(dim=1) == labels[:, number]).float()
         figures[name] = ((correct * foreground).sum() / count).detach()
     distance = F.smooth_l1_loss(offset.float(), centres, reduction="none", beta=0.02).sum(dim=1)

@@ -3,45 +3,58 @@
 from __future__ import annotations
 
 import difflib
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from risam_cli.build_training import TrainingBuilder
-from risam_cli.config import CocoData, TrainSettings, dump
+from risam_cli.checkpoints import write_atomic
+from risam_cli.config import TrainSettings, dump
 from risam_cli.console import get_console
-from risam_cli.engine.train import LAST
+from risam_cli.engine.distributed import Processes
+from risam_cli.engine.training_state import LAST
 from risam_cli.errors import ConfigError, OutputError
 
 
-def train(settings: TrainSettings, *, resume: bool) -> Path:
+def train(settings: TrainSettings, *, resume: bool, processes: Processes | None = None) -> Path:
     """Runs every stage and returns the folder of the best model.
+
+    Args:
+        processes: of which this is one; the first one writes.
 
     Raises:
         OutputError: the output folder holds another run and ``resume`` is off.
         RisamError: data, weights or settings that do not fit, or a loss that is not finite.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
     """
+    processes = processes or Processes()
     console = get_console()
     folder = Path(settings.output)
     resolved = folder / "config.resolved.yaml"
-    if resolved.exists() and not resume:
+    # All look before one writes.
+    if any(processes.gather(resolved.exists())) and not resume:
         raise OutputError(
             f"{folder} holds a training run", "go on with --resume, or --set output=OTHER"
         )
     check_paths(settings)
-    builder = TrainingBuilder(settings, console)
+    builder = TrainingBuilder(settings, console, processes)
     parameters = sum(p.numel() for p in builder.model.parameters())
+    several = f" in {processes.world} processes" if processes.world > 1 else ""
     console.info(
-        f"{settings.name}: {parameters / 1e6:.2f} M parameters on {builder.device}, "
+        f"{settings.name}: {parameters / 1e6:.2f} M parameters on {builder.device}{several}, "
         f"{str(builder.dtype).removeprefix('torch.')}, output {folder}"
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if resume and processes.leads:
+            clear_leftovers(folder)
         run = builder.run(folder)
         if resume:
             run.resume()
         # Only now: a refused --resume must not overwrite the settings that it asks for.
-        resolved.write_text(dump(settings), encoding="utf-8")
+        if processes.leads:
+            write_atomic(resolved, lambda part: part.write_text(dump(settings), encoding="utf-8"))
     except OSError as error:
         raise OutputError(
             f"cannot write {folder}: {error.strerror}", "see space and rights"
@@ -49,6 +62,18 @@ def train(settings: TrainSettings, *, resume: bool) -> Path:
     run.run([partial(builder.stage, stage) for stage in settings.stages])
     console.info(f"done: best {run.place.best:.4f}, in {folder / 'best'} ({LAST} in checkpoints/)")
     return folder / "best"
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Removes what a killed run left half written, and puts back what it was about to replace."""
+    for name in ("best", "averaged"):
+        whole, old = folder / name, folder / f".{name}-old"
+        if old.is_dir() and not whole.exists():
+            old.rename(whole)
+        for half in folder.glob(f".{name}-*"):
+            shutil.rmtree(half, ignore_errors=True)
+    for part in [*folder.glob(".*.part"), *folder.glob("*/.*.part"), *folder.glob("*/*/.*.part")]:
+        part.unlink(missing_ok=True)
 
 
 def check_paths(settings: TrainSettings) -> None:
@@ -71,10 +96,7 @@ def _paths(settings: TrainSettings) -> Iterator[tuple[str, Path]]:
         yield "model.image_encoder.checkpoint", Path(settings.model.image_encoder.checkpoint)
     for key, data in [
         ("train", settings.train),
-        *((f"val.{n}", d) for n, d in settings.val.items()),
-        *((f"stages.{n}.train", getattr(s, "train", None)) for n, s in enumerate(settings.stages)),
+        *((f"val.{name}", data) for name, data in settings.val.items()),
     ]:
-        if isinstance(data, CocoData):
-            yield f"{key}.annotations", Path(data.annotations)
-            if data.images is not None:
-                yield f"{key}.images", Path(data.images)
+        for part, path in data.paths():
+            yield f"{key}.{part}", path

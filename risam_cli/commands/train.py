@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -21,23 +22,39 @@ from risam_cli.commands.options import verbosity_options
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the same run.")
 @click.option("--print-config", is_flag=True, help="Print the whole configuration and stop.")
 @verbosity_options
-def command(config: Path, overrides: tuple[str, ...], resume: bool, print_config: bool) -> None:
+def command(
+    config: Path, overrides: tuple[str, ...], resume: bool, print_config: bool
+) -> int | None:
     """Train a model as CONFIG, a YAML file, says.
 
     The file is checked as a whole before anything loads. Writes checkpoints/, metrics.jsonl,
-    config.resolved.yaml, tensorboard/ and best/, a folder that --model takes.
+    config.resolved.yaml, tensorboard/, pictures/, training.html and best/, a folder that --model
+    takes. Ctrl-C ends it after the present step, with a checkpoint; once more ends it at once.
 
     \b
     Examples:
       risam train configs/refshapes_tiny.yaml
       risam train configs/refshapes_tiny.yaml --set seed=1 --set output=runs/seed1 --resume
+      torchrun --nproc-per-node 2 -m risam_cli train configs/refshapes_tiny.yaml
     """
     from risam_cli.config import dump, load_settings
 
-    settings = load_settings(config, overrides)
     if print_config:
-        click.echo(dump(settings), nl=False)
-        return
+        click.echo(dump(load_settings(config, overrides)), nl=False)
+        return None
+    if not _is_one_of_several():  # A misspelt key is told of before torch is imported.
+        load_settings(config, overrides)
+    from risam_cli.engine.distributed import Told, joined
     from risam_cli.training import train
 
-    train(settings, resume=resume)
+    try:
+        with joined() as processes:
+            train(load_settings(config, overrides), resume=resume, processes=processes)
+    except Told as told:
+        return told.exit_code
+    return None
+
+
+def _is_one_of_several() -> bool:
+    """Whether torchrun has started this process beside others, of which one is to speak."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"

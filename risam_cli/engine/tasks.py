@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from risam_cli.data.collate import DenseBatch, ReferringBatch
-from risam_cli.losses import ReferringLoss, dense_loss
+from risam_cli.losses import ReferringLoss, dense_counts, dense_loss, referring_counts
 from risam_cli.model.dense_head import DenseHead
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.model.mask_decoder import Decoded
@@ -23,8 +23,16 @@ class Task(Protocol):
     def module(self) -> nn.Module:
         """Holds every weight that the stage may train."""
 
-    def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to descend, and figures to log."""
+    def counts(self, batch: Any) -> Tensor:
+        """(n,) what the loss is divided by; counts of a step's parts add up to the step's."""
+
+    def loss(self, batch: Any, counts: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to descend, and figures to log.
+
+        Args:
+            counts: of the whole step that ``batch`` is a part of: losses and figures of the parts
+                then add up to the step's. None: the batch is the whole.
+        """
 
     def expressions(self, batch: Any) -> int:
         """How many expressions (or scenes) a batch counts for."""
@@ -43,7 +51,13 @@ class DenseTask:
         self.head = head
         self.background_weight = background_weight
 
-    def loss(self, batch: DenseBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def counts(self, batch: DenseBatch) -> Tensor:
+        """See :func:`risam_cli.losses.dense_counts`."""
+        return dense_counts(batch.labels, self.background_weight)
+
+    def loss(
+        self, batch: DenseBatch, counts: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """See :func:`risam_cli.losses.dense_loss`."""
         size = batch.images.shape[1]
         pixels = normalize(batch.images, [(size, size)] * len(batch.images))
@@ -56,6 +70,7 @@ class DenseTask:
             batch.labels.long(),
             batch.centres,
             self.background_weight,
+            counts,
         )
 
     def expressions(self, batch: DenseBatch) -> int:
@@ -85,11 +100,17 @@ class ReferringTask:
         text = self.model.encode_text(batch.input_ids, batch.attention_mask)
         return self.model.decode(image, text, batch.image_index)
 
-    def loss(self, batch: ReferringBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def counts(self, batch: ReferringBatch) -> Tensor:
+        """See :func:`risam_cli.losses.referring_counts`."""
+        return referring_counts(batch.no_target)
+
+    def loss(
+        self, batch: ReferringBatch, counts: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """See :class:`risam_cli.losses.ReferringLoss`."""
         decoded = self.decode(batch)
         target = batch.targets.float() / 255
-        parts = self.criterion(decoded, target, inside(batch, target), batch.no_target)
+        parts = self.criterion(decoded, target, inside(batch, target), batch.no_target, counts)
         names = ("mask", "dice", "no_target", "iou")
         return parts.total, {name: getattr(parts, name).detach() for name in names}
 

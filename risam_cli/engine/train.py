@@ -2,73 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import cv2
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
-from risam_cli.console import Console
-from risam_cli.engine.tasks import Task
+from risam_cli.console import Console, Progress
+from risam_cli.engine.averaging import KeptWeights
+from risam_cli.engine.distributed import Processes
+from risam_cli.engine.optimize import NotFinite, Stepper, autocast
+from risam_cli.engine.plan import DealtBatches, PlannedBatches, begin_worker
+from risam_cli.engine.stage import LoopSettings, SaveModel, Stage
+from risam_cli.engine.stopping import StopRequest
+from risam_cli.engine.training_log import TrainingLog
 from risam_cli.engine.training_state import (
+    Checkpoints,
     MovingAverage,
     Place,
-    PlannedBatches,
+    Untrained,
     read_state,
     restore,
-    save_state,
     stage_of_weights,
 )
-from risam_cli.errors import RisamError
+from risam_cli.errors import ConfigError, Interrupted, RisamError
+from risam_cli.model.risam import Risam
 
-LAST = "last.pt"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage, finished by the builder: what to train, on what, and how long.
-
-    Attributes:
-        groups: AdamW's parameter groups, each with its ``base_lr``.
-        data: indexable examples; collate: makes a batch of them.
-        validate: gives figures of the present weights, the one to maximize under ``best``.
-    """
-
-    name: str
-    task: Task
-    groups: list[dict[str, Any]]
-    data: Any
-    collate: Callable[[Any], Any]
-    steps: int
-    images_per_step: int
-    warmup: int
-    validate: Callable[[], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """What all stages share; see :class:`risam_cli.config.TrainSettings`."""
-
-    seed: int
-    device: torch.device
-    dtype: torch.dtype
-    workers: int
-    beta2: float
-    clip_norm: float
-    ema_decay: float
-    validate_every: int
-    checkpoint_every: int
-    log_every: int
+_NAMED = 8  # images of a bad batch that a message names
 
 
 class TrainingRun:
@@ -78,243 +43,312 @@ class TrainingRun:
         folder: output folder; ``checkpoints/`` and ``metrics.jsonl`` go there.
         model: the network, on its device.
         hashes: of the settings up to and with each stage; a checkpoint of others is refused.
-        save_best: called with the moving average in the model whenever it is the best so far.
+        save_model: writes a model folder of that name with the network as it is: ``best``
+            whenever the validated weights are the best so far, ``averaged`` at the end.
+        processes: of which this is one; the first one writes.
 
     Raises:
         RisamError: a loss that is not finite, or a checkpoint that does not fit.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
     """
 
     def __init__(
         self,
         folder: Path,
-        model: nn.Module,
+        model: Risam,
         loop: LoopSettings,
         hashes: Sequence[str],
-        save_best: Callable[[Stage, dict[str, float], Place], None],
+        save_model: SaveModel,
         console: Console,
+        processes: Processes | None = None,
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.folder = folder
         self.model = model
         self.loop = loop
         self.hashes = hashes
-        self.save_best = save_best
+        self.save_model = save_model
         self.console = console
+        self.processes = processes or Processes()
         self.place = Place()
         self.state: dict[str, Any] | None = None
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        self.board = SummaryWriter(str(folder / "tensorboard"))
-        self.checkpoint = folder / "checkpoints" / LAST
+        self.untrained = Untrained(model)
+        self.checkpoints = Checkpoints(folder / "checkpoints", loop.keep_last)
+        self.kept = KeptWeights(folder / "checkpoints" / "kept", loop.averaged, loop.average_of)
+        self.log = TrainingLog(folder, console, silent=not self.processes.leads)
+        self.stop = StopRequest()
+        self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
 
     def resume(self) -> None:
         """Takes up the last checkpoint, if there is one."""
-        if self.checkpoint.is_file():
-            self.state = read_state(self.checkpoint, self.hashes)
+        if self.checkpoints.last.is_file():
+            self.state = read_state(self.checkpoints.last, self.hashes)
             self.place = Place(**self.state["place"])
             self.console.info(f"resuming at stage {self.place.stage + 1}, step {self.place.step}")
-        _drop_rows_after(self.folder / "metrics.jsonl", self.place)
+        self.log.drop_rows_after(self.place)
 
     def run(self, stages: Sequence[Callable[[], Stage]]) -> None:
         """Runs all stages that are not yet done; each is built when its turn comes."""
-        with closing(self.board):
+        with self.log, self.stop:
             for number, build in enumerate(stages):
                 if number >= self.place.stage:
-                    self._run_stage(number, build())
+                    self._run_stage(number, build(), last=number == len(stages) - 1)
+            if self.loop.averaged and not self.place.averaged:
+                self._average(stages[-1]())
 
-    def _run_stage(self, number: int, stage: Stage) -> None:
+    def _run_stage(self, number: int, stage: Stage, *, last: bool) -> None:
+        if stage.images_per_step < self.processes.world:
+            raise ConfigError(
+                f"stage {stage.name!r}: images_per_step {stage.images_per_step} is less than the "
+                f"{self.processes.world} processes",
+                "start fewer, or take more images",
+            )
+        if self.state is not None and self.place.step == 0:
+            self.untrained.load(self.state["model"], self.state["untrained"])
+            self.state = None
         module = stage.task.module
         module.train()
-        optimizer = torch.optim.AdamW(stage.groups, betas=(0.9, self.loop.beta2))
-        if self.state is not None and self.place.step == 0:
-            self.model.load_state_dict(self.state["model"])
-            self.state = None
         average = MovingAverage(module, self.loop.ema_decay) if self.loop.ema_decay else None
-        if self.state is not None:
-            restore(self.state, module, self.model, optimizer, average)
-            self.state = None
-        self._steps(number, stage, optimizer, average)
+        stepper = self._stepper(stage, average)
+        self.untrained.stage_begins()
+        if self.place.step == 0:
+            self.place.kept, self.place.averaged = [], False
+        self._steps(number, stage, stepper, average, keep=last and bool(self.loop.averaged))
         if average is not None:
             average.swap()  # The next stage goes on from the average.
-        seconds, expressions = self.place.seconds, self.place.expressions
-        self.place = Place(number + 1, 0, self.place.best, seconds, expressions)
+        p = self.place
+        self.place = Place(number + 1, 0, p.best, p.seconds, p.expressions, kept=p.kept)
         # A run cut in the next stage's first steps finds the finished stage here.
-        self._save(self.model, None, None)
+        self._save()
+
+    def _stepper(self, stage: Stage, average: MovingAverage | None) -> Stepper:
+        """The stage's optimizer, as a run that is resumed within the stage left it."""
+        stepper = Stepper(
+            stage.task,
+            stage.groups,
+            self.loop.device,
+            self.loop.dtype,
+            self.processes,
+            beta2=self.loop.beta2,
+            clip_norm=self.loop.clip_norm,
+        )
+        if self.state is not None:
+            module, optimizer = stage.task.module, stepper.optimizer
+            restore(self.state, module, self.untrained, optimizer, stepper.scaler, average)
+            self.state = None
+        return stepper
 
     def _steps(
         self,
         number: int,
         stage: Stage,
-        optimizer: torch.optim.Optimizer,
+        stepper: Stepper,
         average: MovingAverage | None,
+        *,
+        keep: bool,
     ) -> None:
-        batches = self._batches(number, stage)
-        begun = time.monotonic() - self.place.seconds
-        recent: dict[str, float] = {}
-        with self.console.progress(
-            f"stage {stage.name}", stage.steps, "steps", self.place.step
-        ) as progress:
-            for batch in batches:
-                step = self.place.step
-                rate = learning_rate(step, stage.steps, stage.warmup)
-                figures = self._step(stage, batch, optimizer, rate, number)
+        place, loop = self.place, self.loop
+        begun = time.monotonic() - place.seconds
+        dealt = self._dealt(number, stage)
+        batches = self._batches(dealt, stage)
+        per_step = dealt.per_step(stage.images_per_step)
+        with self._progress(stage) as progress:
+            if self._owes_validation(stage):
+                self._validate(stage, stepper, average, keep=keep)
+            while place.step < stage.steps and not place.stopped:
+                rate = loop.schedule(place.step, stage.steps, stage.warmup)
+                # Each step has its own seed, so that a resumed run needs no random state.
+                seed = loop.seed * 1_000_003 + number * 100_003 + place.step
+                try:
+                    figures = stepper(list(islice(batches, per_step)), rate, seed)
+                except NotFinite as error:
+                    raise self._not_finite(error, number, stage) from error
                 if average is not None:
                     average.update()
-                self.place.step = step + 1
-                self.place.seconds = time.monotonic() - begun
-                self.place.expressions += stage.task.expressions(batch)
-                if self.place.step % self.loop.log_every == 0:
-                    recent = {name: float(value) for name, value in figures.items()}
-                    self._log(stage, {**recent, "lr": rate}, "train")
-                progress.advance(1, **{k: f"{v:.3f}" for k, v in recent.items()})
-                done = self.place.step == stage.steps
-                if done or self.place.step % self.loop.validate_every == 0:
-                    self._validate(stage, average)
-                if done or self.place.step % self.loop.checkpoint_every == 0:
-                    self._save(stage.task.module, optimizer, average)
+                place.step += 1
+                place.seconds = time.monotonic() - begun
+                place.expressions += int(figures.pop("expressions"))
+                self._tell(progress, stage, figures, rate)
+                stopping = self.processes.any(self.stop.requested)
+                if self._owes_validation(stage) and not stopping:
+                    self._validate(stage, stepper, average, keep=keep)
+                ends = place.step == stage.steps or place.stopped
+                if stopping or ends or place.step % loop.checkpoint_every == 0:
+                    self._save(stage, stepper, average)
+                if stopping:
+                    raise self._interrupted()
 
-    def _step(
-        self,
-        stage: Stage,
-        batch: Any,
-        optimizer: torch.optim.Optimizer,
-        rate: float,
-        number: int,
-    ) -> dict[str, torch.Tensor]:
-        # Each step has its own seed, so that a resumed run needs no random state.
-        torch.manual_seed(self.loop.seed * 1_000_003 + number * 100_003 + self.place.step)
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * rate
-        bfloat = self.loop.dtype == torch.bfloat16
-        with torch.autocast(self.loop.device.type, torch.bfloat16, enabled=bfloat):
-            loss, figures = stage.task.loss(to_device(batch, self.loop.device))
-        self._check_finite("loss", loss, stage)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(trained, self.loop.clip_norm)
-        # One bad gradient would spoil the weights, and a checkpoint of them, before any loss shows.
-        self._check_finite("gradient", norm, stage)
-        optimizer.step()
-        return {"loss": loss.detach(), **figures}
+    def _owes_validation(self, stage: Stage) -> bool:
+        step = self.place.step
+        due = step == stage.steps or step % self.loop.validate_every == 0
+        return due and self.place.validated < step
 
-    def _check_finite(self, what: str, value: torch.Tensor, stage: Stage) -> None:
-        if torch.isfinite(value):
-            return
-        kept = f"; the last good checkpoint is {self.checkpoint}" * self.checkpoint.is_file()
-        raise RisamError(
-            f"{what} is {value.item()} at stage {stage.name!r}, step {self.place.step}",
-            f"lower the learning rate{kept}",
+    def _progress(self, stage: Stage) -> Any:
+        return self.console.progress(f"stage {stage.name}", stage.steps, "steps", self.place.step)
+
+    def _tell(
+        self, progress: Progress, stage: Stage, figures: Mapping[str, torch.Tensor], rate: float
+    ) -> None:
+        place = self.place
+        if place.step % self.loop.log_every == 0:
+            recent = {name: float(value) for name, value in figures.items()}
+            self.log.row(place, stage.name, {**recent, "lr": rate}, "train")
+            shown: dict[str, Any] = {"loss": f"{recent['loss']:.3f}"}
+            if place.seconds > 0:
+                shown["expressions/s"] = f"{place.expressions / place.seconds:.3g}"
+            if place.best >= 0:
+                shown["best"] = f"{place.best:.4f}"
+            progress.update(**shown)
+        progress.advance(1)
+
+    def _not_finite(self, error: NotFinite, number: int, stage: Stage) -> RisamError:
+        """The message of a step that would have spoilt the weights: what, where, which images."""
+        dealt = self._dealt(number, stage)
+        chosen = next(iter(dealt.planned))
+        bad = [
+            index
+            for rank, parts in enumerate(error.parts)
+            for part, indices in enumerate(dealt.of(chosen, rank))
+            if part in parts
+            for index in indices
+        ]
+        name = getattr(stage.data, "name_of", str)
+        named = ", ".join(name(index) for index in bad[:_NAMED])
+        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        return RisamError(
+            f"{error} at stage {stage.name!r}, step {self.place.step}, in the batch of images "
+            f"{named}{more}",
+            f"lower the learning rate, or look at these images{self.checkpoints.kept()}",
         )
 
-    def _batches(self, number: int, stage: Stage) -> Iterator[Any]:
-        plan = PlannedBatches(
+    def _dealt(self, number: int, stage: Stage) -> DealtBatches:
+        """This process's parts of the batches that are still to come."""
+        planned = PlannedBatches(
             len(stage.data),
             stage.images_per_step,
             self.place.step,
             stage.steps,
             self.loop.seed * 1009 + number,
         )
+        processes = self.processes
+        size = getattr(stage.data, "expressions_of", None)
+        return DealtBatches(planned, processes.rank, processes.world, stage.accumulate, size)
+
+    def _batches(self, dealt: DealtBatches, stage: Stage) -> Iterator[Any]:
         workers = self.loop.workers
         return iter(
             DataLoader(
                 stage.data,
-                batch_sampler=plan,
+                batch_sampler=dealt,
                 collate_fn=stage.collate,
                 num_workers=workers,
-                worker_init_fn=_begin_worker,
+                worker_init_fn=begin_worker,
                 prefetch_factor=4 if workers else None,
                 pin_memory=self.loop.device.type == "cuda",
             )
         )
 
-    def _validate(self, stage: Stage, average: MovingAverage | None) -> None:
-        if average is not None:
-            average.swap()
+    def _validate(
+        self, stage: Stage, stepper: Stepper, average: MovingAverage | None, *, keep: bool
+    ) -> None:
+        place = self.place
         try:
-            bfloat = self.loop.dtype == torch.bfloat16
-            with torch.autocast(self.loop.device.type, torch.bfloat16, enabled=bfloat):
-                figures = stage.validate()
-            self._log(stage, figures, "val")
-            shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
-            self.console.info(f"stage {stage.name}, step {self.place.step}: {shown}")
-            if figures["best"] > self.place.best:
-                self.place.best = figures["best"]
-                self.save_best(stage, figures, self.place)
-        finally:
-            if average is not None:
-                average.swap()
+            with average.applied() if average is not None else nullcontext():
+                figures = self._figures(stage)
+                place.validated = place.step
+                self.log.row(place, stage.name, figures, "val")
+                if self.processes.leads:
+                    self.log.pictures(place, stage.name, stage.draw())
+                if keep and stage.answers:
+                    leads = self.processes.leads
+                    self.kept.add(place, figures["best"], stage.task.module, write=leads)
+                if figures["best"] > place.best:
+                    place.best = figures["best"]
+                    self._save_model("best", stage, figures)
+        except Interrupted:  # With the validation still owed.
+            self._save(stage, stepper, average)
+            raise
+        self._watch(stage, figures.get("watched", figures["best"]))
+
+    def _figures(self, stage: Stage, of: str = "") -> dict[str, float]:
+        with autocast(self.loop.device, self.loop.dtype), self.processes.together():
+            figures = stage.validate(self._stop_between)
+        shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items() if k != "watched")
+        self.console.info(f"stage {stage.name}, step {self.place.step}{of}: {shown}")
+        return figures
+
+    def _watch(self, stage: Stage, figure: float) -> None:
+        """Early stopping."""
+        place, loop = self.place, self.loop
+        if figure > place.stage_best + loop.min_delta:
+            place.stage_best, place.since_best = figure, 0
+            return
+        place.since_best += 1
+        if loop.patience is not None and place.since_best >= loop.patience:
+            place.stopped = True
+            if place.step < stage.steps:
+                self.log.row(place, stage.name, {"watched": place.stage_best}, "stop")
+                self.console.info(
+                    f"stage {stage.name} ends at step {place.step} of {stage.steps}: no better "
+                    f"than {place.stage_best:.4f} in {place.since_best} validations"
+                )
+
+    def _average(self, stage: Stage) -> None:
+        """The mean of the kept weights as a model folder, and as the best one if it is better."""
+        if self.state is not None:
+            self.untrained.load(self.state["model"], self.state["untrained"])
+            self.state = None
+        place = self.place
+        if stage.answers and place.kept:
+            with self.kept.mean_in(stage.task.module, place):
+                steps = [step for step, _ in place.kept]
+                told = f", mean of the weights after {', '.join(map(str, steps))}"
+                figures = self._figures(stage, told)
+                at = replace(place, stage=place.stage - 1, step=steps[-1])
+                self.log.row(at, stage.name, figures, "average")
+                self._save_model("averaged", stage, figures, steps)
+                if figures["best"] > place.best:
+                    place.best = figures["best"]
+                    self._save_model("best", stage, figures, steps)
+        place.averaged = True
+        self._save()
+
+    def _stop_between(self) -> None:
+        # Where there are several processes, they cannot agree in the midst of a validation.
+        if self.stop.requested and self.processes.world == 1:
+            raise self._interrupted()
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(
+            f"interrupted after step {self.place.step}; {self.checkpoints.last} holds it",
+            "go on with --resume",
+        )
 
     def _save(
         self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        average: MovingAverage | None,
+        stage: Stage | None = None,
+        stepper: Stepper | None = None,
+        average: MovingAverage | None = None,
     ) -> None:
-        save_state(
-            self.checkpoint,
+        """Writes a checkpoint, in the midst of a stage with all that belongs to it."""
+        if not self.processes.leads:
+            return
+        self.checkpoints.save(
             self.place,
             self.hashes[stage_of_weights(self.place)],
-            module,
-            self.model,
-            optimizer,
+            self.model if stage is None else stage.task.module,
+            self.untrained,
+            stepper.optimizer if stepper else None,
+            stepper.scaler if stepper else None,
             average,
         )
+        self.kept.prune(self.place)
 
-    def _log(self, stage: Stage, figures: dict[str, float], kind: str) -> None:
-        row = {
-            "kind": kind,
-            "stage": self.place.stage,
-            "name": stage.name,
-            "step": self.place.step,
-            "seconds": round(self.place.seconds, 1),
-            "expressions": self.place.expressions,
-            **{name: None if math.isnan(v) else round(v, 6) for name, v in figures.items()},
-        }
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in figures.items():
-            self.board.add_scalar(f"{stage.name}/{kind}/{name}", value, self.place.step)
-
-
-def _begin_worker(number: int) -> None:
-    """Leaves signals to the main process, which ends the workers, and cores to the network."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    cv2.setNumThreads(0)
-
-
-def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """Factor of the base rate: linear warm-up, then a cosine down to 1 %."""
-    if step < warmup:
-        return (step + 1) / warmup
-    part = (step - warmup) / max(1, steps - warmup)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * part))
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The same batch with its tensors on a device."""
-    if device.type == "cpu":
-        return batch
-    moved = {name: value.to(device, non_blocking=True) for name, value in vars(batch).items()}
-    return type(batch)(**moved)
-
-
-def hash_settings(values: Any) -> str:
-    """SHA-256 of plain settings values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _drop_rows_after(path: Path, place: Place) -> None:
-    """Removes log rows that a cut run wrote after its last checkpoint."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # A torn last line.
-        if (row["stage"], row["step"]) <= (place.stage, place.step):
-            kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    def _save_model(
+        self,
+        name: str,
+        stage: Stage,
+        figures: Mapping[str, float],
+        averaged: Sequence[int] = (),
+    ) -> None:
+        if self.processes.leads and stage.answers:
+            self.save_model(name, stage, figures, self.place, averaged)

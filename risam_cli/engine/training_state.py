@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+import os
 import pickle
+import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from risam_cli.checkpoints import write_atomic
-from risam_cli.errors import ModelError
+from risam_cli.errors import ModelError, RisamError
+
+LAST = "last.pt"
+FORMAT = 2
 
 
 class MovingAverage:
@@ -47,49 +55,43 @@ class MovingAverage:
             parameter.copy_(self.average[name])
             self.average[name].copy_(held)
 
-
-class PlannedBatches:
-    """Batches of dataset indices for the steps of a stage: a pure function of seed and step.
-
-    Every epoch is its own permutation, and epochs run on without a short batch between, so
-    that a resumed run sees the very batches that an unbroken one would have seen.
-
-    Args:
-        items: length of the data set; batch: indices of a step; first, last: steps [first, last).
-    """
-
-    def __init__(self, items: int, batch: int, first: int, last: int, seed: int) -> None:
-        self.items = items
-        self.batch = batch
-        self.first = first
-        self.last = last
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return max(0, self.last - self.first)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, torch.empty(0, dtype=torch.long)
-        for step in range(self.first, self.last):
-            chosen = []
-            for place in range(step * self.batch, (step + 1) * self.batch):
-                if place // self.items != epoch:
-                    epoch = place // self.items
-                    generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
-                    order = torch.randperm(self.items, generator=generator)
-                chosen.append(int(order[place % self.items]))
-            yield chosen
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module with the averaged values; afterwards with its own."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
 
 
 @dataclass
 class Place:
-    """Where a run stands: stage number, steps done in it, and what was best so far."""
+    """Where a run stands.
+
+    Attributes:
+        stage, step: number of the stage, steps done in it.
+        best: the figure of ``best/`` so far; seconds, expressions: of all stages.
+        validated: the step of this stage that was validated last; below ``step`` at a step that
+            is to be validated, the run was stopped before it was.
+        stage_best, since_best: the watched figure's best value in this stage, and how many
+            validations have passed since.
+        stopped: this stage ended early.
+        kept: (step, figure) of the weights that are kept for averaging.
+        averaged: the average has been made.
+    """
 
     stage: int = 0
     step: int = 0
     best: float = -1.0
     seconds: float = 0.0
     expressions: int = 0
+    validated: int = 0
+    stage_best: float = -math.inf
+    since_best: int = 0
+    stopped: bool = False
+    kept: list[tuple[int, float]] = field(default_factory=list)
+    averaged: bool = False
 
 
 def stage_of_weights(place: Place) -> int:
@@ -97,31 +99,147 @@ def stage_of_weights(place: Place) -> int:
     return place.stage - 1 if place.stage and not place.step else place.stage
 
 
-def save_state(
-    path: Path,
-    place: Place,
-    settings_hash: str,
-    module: nn.Module,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    average: MovingAverage | None,
-) -> None:
-    """Writes all that a resumed run needs; an older checkpoint survives a failure.
+class Untrained:
+    """Parameters that no stage so far has trained: they stay out of checkpoints.
 
-    Raises:
-        OutputError: where it cannot be written.
+    Whoever builds the run again gets the same values from the same files and seed; a digest tells
+    where that is not so.
+
+    Args:
+        model: the network, before its first stage.
     """
-    state: dict[str, Any] = {
-        "format": 1,
-        "place": vars(place).copy(),
-        "settings_hash": settings_hash,
-        "model": model.state_dict(),
-        "module": module.state_dict() if module is not model else {},
-        "optimizer": optimizer.state_dict() if optimizer else {},
-        "average": average.average if average else {},
-        "updates": average.updates if average else 0,
-    }
-    write_atomic(path, lambda temporary: torch.save(state, temporary))
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names = {name for name, _ in model.named_parameters()}
+        self._digest = ""
+
+    def stage_begins(self) -> None:
+        """Takes note of what is trained from now on."""
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        self.leave(self.names - trained)
+
+    def leave(self, names: set[str]) -> None:
+        """From now on these are all that was never trained."""
+        if names != self.names or not self._digest:
+            self.names = names
+            self._digest = self.digest()
+
+    def digest(self) -> str:
+        """SHA-256 over their values, in the order of their names."""
+        sha = hashlib.sha256()
+        state = self.model.state_dict()
+        for name in sorted(self.names):
+            sha.update(name.encode())
+            sha.update(state[name].detach().cpu().contiguous().view(torch.uint8).numpy())
+        return sha.hexdigest()
+
+    def trained(self) -> dict[str, Tensor]:
+        """All other values of the network."""
+        return {k: v for k, v in self.model.state_dict().items() if k not in self.names}
+
+    def save(self) -> dict[str, Any]:
+        """What a checkpoint says of them."""
+        return {"names": sorted(self.names), "sha256": self._digest}
+
+    def load(self, weights: dict[str, Tensor], note: dict[str, Any]) -> None:
+        """Loads what :meth:`trained` gave, if the rest is what it was.
+
+        Raises:
+            ModelError: it is not.
+        """
+        self.names, self._digest = set(note["names"]), str(note["sha256"])
+        found = self.digest()
+        if found != self._digest:
+            raise ModelError(
+                f"the {len(self.names)} weights that are not trained are not those the run was "
+                f"started with (SHA-256 {found[:12]}…, was {self._digest[:12]}…)",
+                "give the files that it was started with",
+            )
+        missing, surplus = self.model.load_state_dict(weights, strict=False)
+        if surplus or set(missing) != self.names:
+            raise ModelError("the checkpoint holds another network", "start without --resume")
+
+
+class Checkpoints:
+    """``last.pt`` and, where asked, the ones before it, by stage and step.
+
+    Args:
+        folder: made if it is not there; keep: how many there are at most.
+    """
+
+    def __init__(self, folder: Path, keep: int = 1) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.last = folder / LAST
+
+    def save(
+        self,
+        place: Place,
+        settings_hash: str,
+        module: nn.Module,
+        untrained: Untrained,
+        optimizer: torch.optim.Optimizer | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        average: MovingAverage | None = None,
+    ) -> None:
+        """Writes all that a resumed run needs; an older checkpoint survives a failure.
+
+        Raises:
+            OutputError: where it cannot be written.
+            RisamError: the weights are not finite; a good checkpoint is not replaced by such.
+        """
+        state: dict[str, Any] = {
+            "format": FORMAT,
+            "place": vars(place).copy(),
+            "settings_hash": settings_hash,
+            "model": untrained.trained(),
+            "untrained": untrained.save(),
+            "module": module.state_dict() if module is not untrained.model else {},
+            "optimizer": optimizer.state_dict() if optimizer else {},
+            "scaler": scaler.state_dict() if scaler else {},
+            "average": average.average if average else {},
+            "updates": average.updates if average else 0,
+        }
+        bad = [name for name, value in state["model"].items() if not value.isfinite().all()]
+        if bad:
+            raise RisamError(
+                f"{len(bad)} weights hold NaN or infinity after stage {place.stage + 1}, step "
+                f"{place.step}, first {bad[0]!r}",
+                "lower the learning rate" + self.kept(),
+            )
+        write_atomic(self.last, lambda temporary: _write(state, temporary))
+        if self.keep > 1:
+            self._keep(place)
+
+    def kept(self) -> str:
+        """Words about the last good checkpoint, for the end of a message; empty without one."""
+        return f"; the last good checkpoint is {self.last}" * self.last.is_file()
+
+    def _keep(self, place: Place) -> None:
+        path = self.folder / f"stage{place.stage + 1}-step{place.step:08d}.pt"
+        path.unlink(missing_ok=True)
+        try:
+            os.link(self.last, path)
+        except OSError:  # A file system without links.
+            write_atomic(path, lambda temporary: shutil.copyfile(self.last, temporary))
+        for old in self.others()[: -self.keep]:
+            old.unlink(missing_ok=True)
+
+    def others(self) -> list[Path]:
+        """The checkpoints under their own names, oldest first."""
+        return sorted(self.folder.glob("stage*-step*.pt"), key=_stage_and_step)
+
+
+def _stage_and_step(path: Path) -> tuple[int, int]:
+    stage, step = path.stem.removeprefix("stage").split("-step")
+    return int(stage), int(step)
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    # Through Python's own file: torch's writer tells of a full disk in many words, and late.
+    with path.open("wb") as file:
+        torch.save(state, file)
 
 
 def read_state(path: Path, hashes: Sequence[str]) -> dict[str, Any]:
@@ -138,10 +256,8 @@ def read_state(path: Path, hashes: Sequence[str]) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"checkpoint {path} cannot be read: {reason}", "start without --resume"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != 1:
+        raise ModelError(f"checkpoint {path} cannot be read: {reason}", _way_out(path)) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ModelError(f"{path} is no checkpoint of risam train", "start without --resume")
     place = Place(**state["place"])
     # At a stage's start, either side of the border is the same state.
@@ -155,18 +271,36 @@ def read_state(path: Path, hashes: Sequence[str]) -> dict[str, Any]:
     return state
 
 
+def _way_out(path: Path) -> str:
+    others = Checkpoints(path.parent).others()
+    return f"put {others[-1].name} in its place" if others else "start without --resume"
+
+
 def restore(
     state: dict[str, Any],
     module: nn.Module,
-    model: nn.Module,
+    untrained: Untrained,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     average: MovingAverage | None,
 ) -> None:
-    """Puts a checkpoint's values back in place."""
-    model.load_state_dict(state["model"])
+    """Puts a checkpoint's values back in place.
+
+    Raises:
+        ModelError: a checkpoint of another version, whose optimizer is not put together like ours.
+    """
+    untrained.load(state["model"], state["untrained"])
     if state["module"]:
         module.load_state_dict(state["module"])
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except ValueError as error:
+        raise ModelError(
+            f"the checkpoint's optimizer is that of another version: {error}",
+            "resume with that version, or start anew from its best/ by init_from",
+        ) from error
+    if state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
     if average is not None:
         average.updates = state["updates"]
         with torch.no_grad():

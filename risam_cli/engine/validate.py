@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from risam_cli.data.collate import ReferringBatch, ReferringCollate
+from risam_cli.engine.distributed import Processes
+from risam_cli.engine.optimize import to_device
+from risam_cli.engine.plan import begin_worker
 from risam_cli.engine.tasks import ReferringTask, inside
 from risam_cli.metrics.figures import summarize
 from risam_cli.metrics.table import ExpressionScore
@@ -21,21 +24,48 @@ def validate_referring(
     collate: ReferringCollate,
     threshold: float,
     no_target_threshold: float,
+    *,
     images_per_step: int = 16,
+    workers: int = 0,
+    processes: Processes | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Figures of the contract on a data set of examples, at the resolution of the targets.
 
     They steer the training (best checkpoint); the ones to quote come from ``risam eval``, at
-    the pictures' own resolution.
+    the pictures' own resolution. Several processes take a batch each in turn; all get the figures
+    of all, the same as one alone would.
+
+    Args:
+        between: called before each batch; what it raises ends the validation.
     """
-    loader: DataLoader[Any] = DataLoader(data, images_per_step, collate_fn=collate)
-    scores: list[ExpressionScore] = []
+    processes = processes or Processes()
+    every = range(0, len(data), images_per_step)
+    mine = [
+        list(range(begin, min(begin + images_per_step, len(data))))
+        for begin in every[processes.rank :: processes.world]
+    ]
+    loader: DataLoader[Any] = DataLoader(
+        data,
+        batch_sampler=mine,
+        collate_fn=collate,
+        num_workers=min(workers, len(mine)),
+        worker_init_fn=begin_worker,
+    )
+    device = next(task.module.parameters()).device
+    found: list[tuple[int, Sequence[ExpressionScore]]] = []
     task.module.eval()
-    for number, batch in enumerate(loader):
-        decoded = task.decode(batch)
-        scores.extend(_scores(number, batch, decoded, threshold, no_target_threshold))
-    task.module.train()
-    return summarize(scores)
+    try:
+        for turn, batch in enumerate(loader):
+            between()
+            number = processes.rank + turn * processes.world
+            batch = to_device(batch, device)
+            scores = _scores(number, batch, task.decode(batch), threshold, no_target_threshold)
+            found.append((number, scores))
+    finally:
+        task.module.train()
+    together = sorted(part for parts in processes.gather(found) for part in parts)
+    return summarize([score for _, scores in together for score in scores])
 
 
 def _scores(

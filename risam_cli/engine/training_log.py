@@ -1,0 +1,173 @@
+"""What a training run tells while it runs: ``metrics.jsonl``, TensorBoard, pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from risam_cli.checkpoints import write_atomic
+from risam_cli.console import Console
+from risam_cli.engine.training_state import Place
+from risam_cli.errors import OutputError
+
+METRICS = "metrics.jsonl"
+PICTURES = "pictures"
+INDEX = "index.json"
+
+_QUALITY = 80
+
+
+@dataclass(frozen=True)
+class Example:
+    """A validation example that is drawn again and again.
+
+    Attributes:
+        key: a name for files; held_out: the validation set; image: its name; text: expression.
+        truth, answer: (H, W, 3) uint8, the image with the mask drawn over it.
+    """
+
+    key: str
+    held_out: str
+    image: str
+    text: str
+    truth: NDArray[np.uint8]
+    answer: NDArray[np.uint8]
+
+
+class TrainingLog:
+    """Rows and pictures of a run; rows of a cut run that its checkpoint does not know are dropped.
+
+    Args:
+        folder: the run's; silent: another process writes.
+    """
+
+    def __init__(self, folder: Path, console: Console, *, silent: bool = False) -> None:
+        self.folder = folder
+        self.console = console
+        self.silent = silent
+        self.path = folder / METRICS
+        self._board: Any = None
+
+    def __enter__(self) -> TrainingLog:
+        if not self.silent:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.folder / "tensorboard"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # A full disk, which has been told of.
+            self._tell_board("close")
+
+    def row(self, place: Place, name: str, figures: Mapping[str, float], kind: str) -> None:
+        """Adds one row; ``name`` is the stage's.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        if self.silent:
+            return
+        row = {
+            "kind": kind,
+            "stage": place.stage,
+            "name": name,
+            "step": place.step,
+            "seconds": round(place.seconds, 1),
+            "expressions": place.expressions,
+            **{key: None if math.isnan(v) else round(v, 6) for key, v in figures.items()},
+        }
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self.path}: {error.strerror}", "see space and rights"
+            ) from error
+        for key, value in figures.items():
+            self._tell_board("add_scalar", f"{name}/{kind}/{key}", value, place.step)
+
+    def pictures(self, place: Place, name: str, examples: Sequence[Example]) -> None:
+        """Keeps the examples as they are answered now.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        if self.silent or not examples:
+            return
+        folder = self.folder / PICTURES
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make {folder}: {error.strerror}", "see rights") from error
+        for example in examples:
+            _write(folder / f"{example.key}-truth.webp", example.truth)
+            step = f"stage{place.stage + 1}-step{place.step:08d}"
+            _write(folder / f"{example.key}-{step}.webp", example.answer)
+            pair = _beside(example.truth, example.answer)
+            self._tell_board(
+                "add_image", f"{name}/{example.key}", pair, place.step, dataformats="HWC"
+            )
+        told = [
+            {k: v for k, v in asdict(e).items() if k not in ("truth", "answer")} for e in examples
+        ]
+        text = json.dumps(told, ensure_ascii=False, indent=1) + "\n"
+        write_atomic(folder / INDEX, lambda part: part.write_text(text, encoding="utf-8"))
+
+    def drop_rows_after(self, place: Place) -> None:
+        """Removes rows that a cut run wrote after its last checkpoint."""
+        if self.silent or not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # A torn last line.
+            if _known(row, place):
+                kept.append(line + "\n")
+        write_atomic(self.path, lambda part: part.write_text("".join(kept), encoding="utf-8"))
+
+    def _tell_board(self, method: str, *values: Any, **named: Any) -> None:
+        """TensorBoard is a second telling: without room for it, the run goes on."""
+        if self._board is None:
+            return
+        try:
+            getattr(self._board, method)(*values, **named)
+        except OSError as error:
+            self._board = None
+            self.console.warn(f"TensorBoard's log ends here: {error.strerror or error}")
+
+
+def _known(row: Mapping[str, Any], place: Place) -> bool:
+    at = (row["stage"], row["step"])
+    if row["kind"] == "average":
+        return place.averaged or row["stage"] + (place.step == 0) < place.stage
+    if at == (place.stage, place.step) and row["kind"] != "train":
+        return place.validated == place.step
+    return at <= (place.stage, place.step)
+
+
+def _write(path: Path, rgb: NDArray[np.uint8]) -> None:
+    done, data = cv2.imencode(".webp", rgb[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, _QUALITY])
+    if not done:
+        raise RuntimeError("OpenCV was built without WebP")
+    write_atomic(path, lambda part: part.write_bytes(data.tobytes()))
+
+
+def _beside(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Two pictures side by side, the lower one filled up with gray."""
+    height = max(len(left), len(right))
+    sides = [
+        np.pad(p, ((0, height - len(p)), (0, 0), (0, 0)), constant_values=96) for p in (left, right)
+    ]
+    gap = np.full((height, 8, 3), 255, np.uint8)
+    return np.concatenate([sides[0], gap, sides[1]], axis=1)
