@@ -10,6 +10,7 @@ import click
 
 from risam_cli.commands.options import (
     batch_options,
+    cache_options,
     device_options,
     json_option,
     model_option,
@@ -115,6 +116,7 @@ def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None)
 )
 @device_options
 @batch_options
+@cache_options
 @run_mode_options
 @json_option
 @verbosity_options

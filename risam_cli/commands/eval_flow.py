@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -26,7 +29,9 @@ from risam_cli.engine.eval_run import (
     run_evaluation,
 )
 from risam_cli.engine.evaluate import answers_from_predictions
+from risam_cli.engine.ledger import LEDGER
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, OutputError, UsageError
+from risam_cli.locks import PRIVATE, FolderLock
 from risam_cli.metrics.protocols import Protocol, get_protocol
 from risam_cli.reports.assemble import (
     HTML_FILE,
@@ -47,6 +52,9 @@ from risam_cli.reports.schema import (
     TimingPart,
 )
 from risam_cli.reports.text import console_table
+
+if TYPE_CHECKING:
+    from risam_cli.engine.embeddings import CacheSettings
 
 SURPLUS_FILE = "surplus.jsonl"
 _WRITTEN = (
@@ -81,6 +89,8 @@ class Asked:
     precision: str
     batch_size: int
     workers: int | None
+    feature_cache: Path | None
+    feature_cache_limit: int
     resume: bool
     overwrite: bool
     as_json: bool
@@ -94,6 +104,7 @@ class Asked:
                 ("--no-target-threshold", self.no_target_threshold is not None),
                 ("--fit-no-target", self.fit_no_target),
                 ("--resume", self.resume),
+                ("--feature-cache", self.feature_cache is not None),
             ):
                 if given:
                     raise UsageError(f"{name} is for a model, --predictions brings its own masks")
@@ -108,6 +119,14 @@ class Asked:
             raise UsageError("--split-by is not for refshapes", "leave it out")
         if self.split is None and self.dataset != "coco":
             raise UsageError(f"--dataset {self.dataset} needs --split", "such as --split val")
+
+    def kept_features(self) -> CacheSettings | None:
+        """Where the image encoder's features are kept, if they are."""
+        from risam_cli.engine.embeddings import CacheSettings
+
+        if self.feature_cache is None:
+            return None
+        return CacheSettings(self.feature_cache, self.feature_cache_limit)
 
     def open_source(self, scratch: Path) -> SampleSource:
         """The split that was asked for; images that are generated go to ``scratch``."""
@@ -138,6 +157,11 @@ class Asked:
 
     def prepare_output(self) -> None:
         """Make the folder; refuse one that holds a report unless told to replace it."""
+        if (self.output / LEDGER).exists():
+            raise OutputError(
+                f"{self.output} holds a run of predict, which has files of the same names",
+                "choose another -o",
+            )
         if (self.output / "report.json").exists() and not self.overwrite:
             raise OutputError(
                 f"{self.output} holds a report already", "choose another -o or give --overwrite"
@@ -154,7 +178,11 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A finished run with what its kind of answers adds to the report."""
+    """A finished run with what its kind of answers adds to the report.
+
+    Attributes:
+        finish: to be called once the reports are written: what was kept to go on with may go.
+    """
 
     run: EvalRun
     answers: AnswersPart
@@ -162,6 +190,7 @@ class Done:
     timing: TimingPart
     threshold: float | None = None
     no_target_fit: NoTargetFitPart | None = None
+    finish: Callable[[], None] = lambda: None
 
 
 def evaluate(asked: Asked) -> int:
@@ -169,10 +198,12 @@ def evaluate(asked: Asked) -> int:
     asked.check()
     console = get_console()
     protocol = get_protocol(asked.protocol_name)
-    with tempfile.TemporaryDirectory(prefix="risam-eval-") as scratch:
-        source = asked.open_source(Path(scratch))
-        other = asked.open_other()
-        asked.prepare_output()
+    # Within the output folder, so that what a killed run leaves is found by the next one.
+    scratch = asked.output / PRIVATE / "scratch"
+    source = asked.open_source(scratch)
+    other = asked.open_other()
+    asked.prepare_output()
+    with FolderLock(asked.output), _emptied(scratch):
         with FailureLog(asked.output, console) as failures:
             if asked.predictions is not None:
                 done = _from_predictions(asked, source, protocol, failures)
@@ -180,11 +211,23 @@ def evaluate(asked: Asked) -> int:
                 done = _from_model(asked, source, protocol, failures)
         report = _report(asked, source, protocol, done, other)
         write_reports(asked.output, report, gallery(done.run.scored))
+        done.finish()
     console.block(console_table(report))
     console.info(f"reports are in {asked.output}")
     if asked.as_json:
         click.echo(json.dumps({name: f.value for name, f in report.figures.items()}))
     return _exit_code(report, asked.skip_missing)
+
+
+@contextmanager
+def _emptied(folder: Path) -> Iterator[None]:
+    """A folder that is empty at first and gone afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _from_predictions(

@@ -18,8 +18,9 @@ from risam_cli.engine.device import (
     describe_device,
     precision_name,
 )
+from risam_cli.engine.embeddings import cache_for
 from risam_cli.engine.eval_run import EvalRun, FailureLog, drop_missing_images, run_evaluation
-from risam_cli.engine.predict import ImageResult, PredictSettings, predict_samples
+from risam_cli.engine.predict import ImageResult, PredictSettings
 from risam_cli.engine.protocol_predict import predict_by_protocol
 from risam_cli.errors import DataError, OutputError
 from risam_cli.metrics.curves import fit_no_target
@@ -52,11 +53,6 @@ def answer_and_score(
     )
     console.info(f"{loaded.name} on {describe_device(device)}, {precision_name(precision)}")
 
-    def run(samples: Iterable[Sample]) -> Iterator[ImageResult]:
-        if protocol.resolution == "image":
-            return predict_samples(samples, loaded, settings)
-        return predict_by_protocol(samples, loaded, settings, protocol)
-
     seconds = StageSeconds()
     side = protocol.canvas
     log = AnswerLog(
@@ -66,10 +62,14 @@ def answer_and_score(
         resume=asked.resume,
         overwrite=asked.overwrite,
     )
-    with log:
+    images = min(len(source), source.limit or len(source))
+    with log, cache_for(asked.kept_features(), loaded, settings, images) as cache:
+
+        def run(samples: Iterable[Sample]) -> Iterator[ImageResult]:
+            return predict_by_protocol(samples, loaded, settings, protocol, cache)
+
         answers = answers_from_model(source, run, log, bar, protocol, seconds, failures)
         done = run_evaluation(source, answers, protocol, asked.output, console)
-    log.finished()
     fit = _fit(asked, done, bar) if asked.fit_no_target else None
     return Done(
         done,
@@ -91,6 +91,7 @@ def answer_and_score(
             expressions_per_second=seconds.expressions / done.seconds,
         ),
         no_target_fit=fit,
+        finish=log.finished,
     )
 
 
@@ -111,6 +112,7 @@ def _identity(
         "no-target threshold": settings.no_target_threshold,
         "precision": precision_name(settings.precision),
         "shuffle": asked.shuffle,
+        "features": "float32" if asked.feature_cache is None else "half (--feature-cache)",
     }
 
 

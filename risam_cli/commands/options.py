@@ -12,6 +12,7 @@ import click
 
 from risam_cli.console import get_console
 from risam_cli.errors import UsageError
+from risam_cli.sizes import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -122,6 +123,37 @@ def batch_options(function: F) -> F:
             metavar="N",
             default=None,
             help="Loader processes; 0 reads in the main process.  [default: by the cores]",
+        ),
+    )(function)
+
+
+def _parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from None
+
+
+def cache_options(function: F) -> F:
+    """``--feature-cache`` and ``--feature-cache-limit``.
+
+    Parameters ``feature_cache: Path | None`` and ``feature_cache_limit: int``, in bytes.
+    """
+    return _stack(
+        click.option(
+            "--feature-cache",
+            type=click.Path(path_type=Path, file_okay=False),
+            metavar="DIR",
+            help="Keep the image encoder's features here, in half precision, and take from here "
+            "those that it holds. Several runs may share it.",
+        ),
+        click.option(
+            "--feature-cache-limit",
+            metavar="SIZE",
+            default="50GB",
+            show_default=True,
+            callback=_parse_size,
+            help="How large that folder may get.",
         ),
     )(function)
 

@@ -15,6 +15,7 @@ import click
 
 from risam_cli.commands.options import (
     batch_options,
+    cache_options,
     device_options,
     model_option,
     output_option,
@@ -92,6 +93,7 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
 )
 @device_options
 @batch_options
+@cache_options
 @threshold_options
 @run_mode_options
 @click.option("--retry-failed", is_flag=True, help="As --resume, and do again what failed before.")
@@ -160,6 +162,8 @@ class _Options:
     precision: str
     batch_size: int
     workers: int | None
+    feature_cache: Path | None
+    feature_cache_limit: int
     threshold: float | None
     no_target_threshold: float | None
     resume: bool
@@ -238,6 +242,7 @@ def _run(
     loading = time.perf_counter()
     from risam_cli.build import load_model
     from risam_cli.engine.device import choose_device, choose_precision
+    from risam_cli.engine.embeddings import CacheSettings
     from risam_cli.engine.predict import PredictSettings
     from risam_cli.engine.predict_run import RunPlan, run_predict
     from risam_cli.engine.stager import Saving
@@ -276,6 +281,9 @@ def _run(
         options.retry_failed,
         tuple(sys.argv),
         timings,
+        CacheSettings(options.feature_cache, options.feature_cache_limit)
+        if options.feature_cache is not None
+        else None,
     )
     return run_predict(plan, loaded, folder, stream)
 

@@ -15,10 +15,10 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ from risam_cli.sizes import parse_size, show_size
 from risam_cli.transforms import PIXEL_MEAN, PIXEL_STD
 
 if TYPE_CHECKING:
-    from risam_cli.config import ImageEncoderSettings
+    from risam_cli.config import ImageEncoderSettings, ModelSettings
+    from risam_cli.model.risam import Risam
 
 DEFAULT_LIMIT = parse_size("50GB")
 _WRITERS = 2
@@ -147,15 +148,15 @@ class FeatureCache:
 
 @contextmanager
 def open_feature_cache(
-    settings: CacheSettings | None,
+    settings: CacheSettings,
     encoder: nn.Module,
     shape: ImageEncoderSettings,
     *,
     device: torch.device,
     precision: torch.dtype,
     images: int | None,
-) -> Iterator[FeatureCache | None]:
-    """The cache of an encoder, or none where no settings are given; says how large it may get.
+) -> Iterator[FeatureCache]:
+    """The cache of an encoder; says on the console how large it may get.
 
     Args:
         encoder: finished, on its device; what changes in it later is not seen.
@@ -165,9 +166,6 @@ def open_feature_cache(
     Raises:
         OutputError: the folder cannot be made or read.
     """
-    if settings is None:
-        yield None
-        return
     about = {
         "encoder": hash_weights(encoder),
         "preprocessing": f"longest side {shape.image_size}, padded; mean {PIXEL_MEAN}, "
@@ -183,6 +181,46 @@ def open_feature_cache(
     finally:
         cache.close()
         cache.tell()
+
+
+class CachedModel(Protocol):
+    """What is needed of :class:`risam_cli.build.LoadedModel`."""
+
+    @property
+    def model(self) -> Risam:
+        """On its device."""
+
+    @property
+    def settings(self) -> ModelSettings:
+        """As its folder says them."""
+
+
+class Runs(Protocol):
+    """Where and in which number format a network runs."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where."""
+
+    @property
+    def precision(self) -> torch.dtype:
+        """In which number format."""
+
+
+def cache_for(
+    settings: CacheSettings | None, loaded: CachedModel, runs: Runs, images: int | None
+) -> AbstractContextManager[FeatureCache | None]:
+    """:func:`open_feature_cache` of a loaded model; without settings the model is not looked at."""
+    if settings is None:
+        return nullcontext()
+    return open_feature_cache(
+        settings,
+        loaded.model.image_encoder,
+        loaded.settings.image_encoder,
+        device=runs.device,
+        precision=runs.precision,
+        images=images,
+    )
 
 
 def image_key(rgb: NDArray[np.uint8]) -> str:

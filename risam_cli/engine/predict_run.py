@@ -20,10 +20,12 @@ from types import FrameType
 from typing import Any, BinaryIO, Protocol
 
 from risam_cli import __version__
+from risam_cli.config import ModelSettings
 from risam_cli.console import Progress, get_console
 from risam_cli.data.inputs import Entry, Inputs
 from risam_cli.engine.compute import Model
 from risam_cli.engine.device import describe_device, precision_name
+from risam_cli.engine.embeddings import CacheSettings, FeatureCache, cache_for
 from risam_cli.engine.finish import ImageResult
 from risam_cli.engine.gallery import write_gallery
 from risam_cli.engine.ledger import settings_hash
@@ -58,6 +60,10 @@ class NamedModel(Model, Protocol):
     def hash(self) -> str:
         """SHA-256 over its files."""
 
+    @property
+    def settings(self) -> ModelSettings:
+        """As its folder says them; asked for where features are kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
@@ -69,6 +75,7 @@ class RunPlan:
         retry_failed: do again what failed in the earlier run.
         command: as typed, for ``run.json``.
         timings: seconds spent before, by part.
+        feature_cache: where the image encoder's features are kept; None keeps none.
     """
 
     inputs: Inputs
@@ -80,6 +87,7 @@ class RunPlan:
     retry_failed: bool = False
     command: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
+    feature_cache: CacheSettings | None = None
 
     def entries(self) -> Iterator[Entry]:
         """All entries of all shards, as far as the limit goes."""
@@ -118,7 +126,7 @@ def run_predict(
     status = "failed"
     try:
         with get_console().progress("predict", left, "inputs") as progress:
-            run.go(progress, stream)
+            run.go(progress, stream, left)
         run.page = write_gallery(folder.path)
         status = "complete"
     except RisamError as error:
@@ -147,6 +155,7 @@ def identity_of(plan: RunPlan, loaded: NamedModel) -> dict[str, Any]:
         "device": settings.device.type,
         "save": plan.saving.names,
         "shard": [plan.shard.index, plan.shard.count],
+        **({} if plan.feature_cache is None else {"features": "half"}),
     }
 
 
@@ -173,8 +182,9 @@ class _Run:
         self.spent = dict.fromkeys(_PARTS, 0.0)
         self.writing = 0.0
         self.page: Path | None = None
+        self.cache: FeatureCache | None = None
 
-    def go(self, progress: Progress, stream: BinaryIO | None) -> None:
+    def go(self, progress: Progress, stream: BinaryIO | None, images: int | None) -> None:
         stop = threading.Event()
         waiting: deque[tuple[Entry, bool]] = deque()
         stager = Stager(self.folder, self.plan.saving)
@@ -189,8 +199,16 @@ class _Run:
         with ExitStack() as stack:
             asked = stack.enter_context(_stopping(stop))
             writer = stack.enter_context(RunWriter(self.folder, stager, committed, stream))
+            self.cache = stack.enter_context(
+                cache_for(self.plan.feature_cache, self.loaded, self.plan.settings, images)
+            )
             results = predict_samples(
-                self._samples(waiting), self.loaded, self.plan.settings, sink=stager, stop=stop
+                self._samples(waiting),
+                self.loaded,
+                self.plan.settings,
+                sink=stager,
+                stop=stop,
+                cache=self.cache,
             )
             for result in stack.enter_context(closing(results)):
                 self._clock(result)
@@ -311,6 +329,7 @@ class _Run:
             "started": self.began.isoformat(timespec="seconds"),
             "seconds": self._seconds(),
             "peak_memory_mb": peak_memory_mb(),
+            "feature_cache": None if self.cache is None else self.cache.report(),
         }
         text = json.dumps(report, indent=2, allow_nan=False) + "\n"
         self.folder.write_run(text)
