@@ -92,6 +92,7 @@ def answer_and_score(
         ),
         no_target_fit=fit,
         finish=log.finished,
+        finish=log.finished,
     )
 
 

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from risam_cli.data.images import file_sha256
 from risam_cli.data.readers.predictions import Answer, PredictionIndex
 from risam_cli.data.readers.source import OnFailure, SampleSource
+from risam_cli.durable import sync_file, sync_folder
 from risam_cli.engine.evaluate import Answered
+from risam_cli.engine.loader import TIMEOUT
+from risam_cli.engine.patience import within
 from risam_cli.engine.predict import ImageResult, Raw
-from risam_cli.errors import OutputError
+from risam_cli.errors import DataError, OutputError
 from risam_cli.metrics.protocols import Protocol
 from risam_cli.types import Expression, Failure, Prediction, Sample
 
 ANSWERS_FILE = "answers.jsonl"
 """Where a run in progress keeps its answers; a finished run has none."""
+
+SYNCED = 2.0
+"""Seconds after which answers are made to be on the disk."""
 
 _HEADER = "\0settings"  # an id that no expression has
 _TAIL = 1 << 16
@@ -51,7 +61,9 @@ class StageSeconds:
 class AnswerLog:
     """Answers of a run in progress, so that an interrupted one can go on.
 
-    The first line holds the settings, every other one an answer in the record format.
+    The first line holds the settings, every other one an answer, under a key of all that it was an
+    answer to: the image's name and content, the expression's id and text. So an image or a text
+    that changed since is asked again.
 
     Args:
         settings: what results depend on; a resumed run must have the same.
@@ -78,6 +90,8 @@ class AnswerLog:
         self.path = folder / ANSWERS_FILE
         self.known: PredictionIndex | None = None
         self._lock = threading.Lock()  # the engine reads samples in a thread of its own
+        self._is_known: dict[int, bool] = {}  # by sample; so that both readers decide alike
+        self._synced = time.monotonic()
         header = {"id": _HEADER, "settings": dict(settings)}
         held = self.path.exists() and self.path.stat().st_size > 0
         if held and not (resume or overwrite):
@@ -92,6 +106,8 @@ class AnswerLog:
                 self.known = PredictionIndex(self.path, lambda failure: None, size)
             else:
                 self.path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+                sync_file(self.path)
+                sync_folder(folder)
             self._stream: TextIO = self.path.open("a", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
@@ -109,21 +125,62 @@ class AnswerLog:
         if self.known is not None:
             self.known.close()
 
-    def write(self, answered: Answered) -> None:
-        """Append the answers of one image; they are with the system before it counts as done."""
+    def write(self, answered: Answered, image: str | None) -> None:
+        """Append the answers of one image; they are with the system before it counts as done.
+
+        A power cut costs no more than the answers of some :data:`SYNCED` seconds.
+
+        Args:
+            image: SHA-256 of the image file.
+        """
         for expression, answer in zip(answered.sample.expressions, answered.answers, strict=True):
-            if answer is not None:
-                row = _row(answered.sample, expression, answer)
+            if answer is not None and image is not None:
+                row = _row(answered.sample, expression, answer, image)
                 self._stream.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._stream.flush()
+        if time.monotonic() - self._synced > SYNCED:
+            os.fsync(self._stream.fileno())
+            self._synced = time.monotonic()
 
-    def recall(self, sample: Sample) -> Answered | None:
-        """The answers of an image that the interrupted run finished, else None."""
+    def recall(self, number: int, sample: Sample) -> Answered | None:
+        """The answers of an image that the interrupted run finished, else None.
+
+        Args:
+            number: of the sample in its source. Whoever asks first decides for the other as well,
+                whatever becomes of the file in between.
+        """
         if self.known is None:
             return None
         with self._lock:
-            answers = [self.known.find(sample, expression) for expression in sample.expressions]
-        return None if None in answers else Answered(sample, tuple(answers))
+            if self._is_known.get(number, True) is False:
+                return None
+            answered = self._find(sample)
+            self._is_known.setdefault(number, answered is not None)
+            if self._is_known[number] and answered is None:
+                raise OutputError(
+                    f"{sample.path} changed while the run went on", "go on with --resume"
+                )
+            return answered
+
+    def _find(self, sample: Sample) -> Answered | None:
+        assert self.known is not None
+        try:
+            image = within(TIMEOUT, lambda: file_sha256(sample.path))
+        except TimeoutError:  # the loader will say so
+            return None
+        if image is None:
+            return None
+        answers = []
+        for expression in sample.expressions:
+            asked = replace(expression, id=_key(sample, expression, image), text="")
+            try:
+                answer = self.known.find(sample, asked)
+            except DataError:  # a line that a power cut spoilt
+                return None
+            if answer is None:
+                return None
+            answers.append(answer)
+        return Answered(sample, tuple(answers))
 
     def finished(self) -> None:
         """The run is done and scored: the file is not needed any more."""
@@ -164,8 +221,8 @@ def answers_from_model(
     """
 
     def todo() -> Iterator[Sample]:
-        for sample in source.iterate(lambda failure: None):
-            if log.recall(sample) is None:
+        for number, sample in enumerate(source.iterate(lambda failure: None)):
+            if log.recall(number, sample) is None:
                 yield sample
 
     results = run(todo() if log.known is not None else source.iterate(on_failure))
@@ -173,8 +230,8 @@ def answers_from_model(
         for result in results:
             yield _logged(result, log, bar, protocol, seconds, on_failure)
         return
-    for sample in source.iterate(on_failure):
-        recalled = log.recall(sample)
+    for number, sample in enumerate(source.iterate(on_failure)):
+        recalled = log.recall(number, sample)
         if recalled is not None:
             yield recalled
         else:
@@ -191,7 +248,7 @@ def _logged(
 ) -> Answered:
     seconds.add(result.seconds, len(result.sample.expressions))
     answered = _answered(result, bar, protocol, on_failure)
-    log.write(answered)
+    log.write(answered, result.sha256)
     return answered
 
 
@@ -237,11 +294,15 @@ def _wrong_size(sample: Sample, expression: Expression, own: tuple[int, int]) ->
     return Failure(expression.id, sample.image, expression.text, "decode", "DataError", message)
 
 
-def _row(sample: Sample, expression: Expression, answer: Answer) -> dict[str, Any]:
+def _key(sample: Sample, expression: Expression, image: str) -> str:
+    asked = json.dumps([sample.image, image, expression.id, expression.text])
+    return blake2b(asked.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _row(sample: Sample, expression: Expression, answer: Answer, image: str) -> dict[str, Any]:
     return {
-        "id": expression.id,
-        "image": sample.image,
-        "expression": expression.text,
+        "id": _key(sample, expression, image),
+        "asked": expression.id,
         "segmentation": answer.segmentation,
         "score": answer.score,
         "no_target": answer.no_target,

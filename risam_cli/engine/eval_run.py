@@ -15,6 +15,7 @@ from typing import TextIO
 from risam_cli.console import Console
 from risam_cli.data.readers.layout import is_file
 from risam_cli.data.readers.source import SampleSource
+from risam_cli.durable import replace_durably
 from risam_cli.engine.evaluate import Answered, Scored, Scorer
 from risam_cli.errors import DataError, OutputError
 from risam_cli.metrics.protocols import Protocol
@@ -115,7 +116,7 @@ def run_evaluation(
                 f"no expression of {source.dataset} {source.split} could be scored",
                 "see the failures above" if not scored.unscored else "its truth is unknown",
             )
-        part.replace(rows)
+        replace_durably(part, rows)
     except OSError as error:
         raise OutputError(
             f"cannot write {rows}: {error.strerror or error}", "see space and rights"

@@ -30,6 +30,8 @@ from risam_cli.engine.ledger import (
     read_redone,
     read_span,
 )
+from risam_cli.engine.loader import TIMEOUT, timed_out
+from risam_cli.engine.patience import within
 from risam_cli.engine.run_folder import RunFolder
 from risam_cli.errors import OutputError
 
@@ -246,5 +248,12 @@ def _image_changed(line: LedgerLine, entry: Entry) -> bool:
     stamp = file_stamp(entry.sample.path)
     if stamp == line.stamp or (stamp is None and line.image is not None):
         return False  # a file that is gone cannot be looked at again; what it gave is kept
-    # Touched, copied or moved: only the content counts. A file that failed before has no hash.
-    return line.image is None or file_sha256(entry.sample.path) != line.image
+    if line.image is None:  # a file that failed before has no hash
+        return True
+    # Touched, copied or moved: only the content counts.
+    path = entry.sample.path
+    try:
+        return within(TIMEOUT, lambda: file_sha256(path)) != line.image
+    except TimeoutError:
+        get_console().warn(f"{entry.image}: {timed_out(TIMEOUT)}; what it gave is kept")
+        return False

@@ -14,6 +14,7 @@ import numpy as np
 
 from risam_cli import __version__
 from risam_cli.data.readers.source import SampleSource
+from risam_cli.durable import replace_durably
 from risam_cli.engine.evaluate import Scored, pick_cases
 from risam_cli.errors import OutputError
 from risam_cli.metrics.protocols import Protocol
@@ -98,7 +99,7 @@ def write_whole(path: Path, content: str) -> None:
     try:
         # A lone surrogate of someone's JSON has no UTF-8; its escape is at least readable.
         part.write_text(content, encoding="utf-8", errors="backslashreplace")
-        part.replace(path)
+        replace_durably(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OutputError(
