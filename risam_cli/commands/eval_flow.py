@@ -30,9 +30,7 @@ from risam_cli.engine.eval_run import (
 )
 from risam_cli.engine.evaluate import answers_from_predictions
 from risam_cli.engine.ledger import LEDGER
-from risam_cli.engine.ledger import LEDGER
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, OutputError, UsageError
-from risam_cli.locks import PRIVATE, FolderLock
 from risam_cli.locks import PRIVATE, FolderLock
 from risam_cli.metrics.protocols import Protocol, get_protocol
 from risam_cli.reports.assemble import (
@@ -164,11 +162,6 @@ class Asked:
                 f"{self.output} holds a run of predict, which has files of the same names",
                 "choose another -o",
             )
-        if (self.output / LEDGER).exists():
-            raise OutputError(
-                f"{self.output} holds a run of predict, which has files of the same names",
-                "choose another -o",
-            )
         if (self.output / "report.json").exists() and not self.overwrite:
             raise OutputError(
                 f"{self.output} holds a report already", "choose another -o or give --overwrite"
@@ -224,17 +217,6 @@ def evaluate(asked: Asked) -> int:
     if asked.as_json:
         click.echo(json.dumps({name: f.value for name, f in report.figures.items()}))
     return _exit_code(report, asked.skip_missing)
-
-
-@contextmanager
-def _emptied(folder: Path) -> Iterator[None]:
-    """A folder that is empty at first and gone afterwards."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -92,7 +92,6 @@ def answer_and_score(
         ),
         no_target_fit=fit,
         finish=log.finished,
-        finish=log.finished,
     )
 
 
