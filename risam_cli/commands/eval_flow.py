@@ -19,8 +19,8 @@ from risam_cli.data.readers.catalog import count_differences, open_dataset
 from risam_cli.data.readers.predictions import PredictionIndex
 from risam_cli.data.readers.refshapes import BENCHMARKS, open_refshapes, open_refshapes_files
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.engine.answers import ANSWERS_FILE
 from risam_cli.engine.eval_run import (
+    ANSWERS_FILE,
     FAILURES_FILE,
     ROWS_FILE,
     EvalRun,

@@ -17,6 +17,7 @@ from risam_cli.data.images import file_sha256
 from risam_cli.data.readers.predictions import Answer, PredictionIndex
 from risam_cli.data.readers.source import OnFailure, SampleSource
 from risam_cli.durable import sync_file, sync_folder
+from risam_cli.engine.eval_run import ANSWERS_FILE
 from risam_cli.engine.evaluate import Answered
 from risam_cli.engine.loader import TIMEOUT
 from risam_cli.engine.patience import within
@@ -24,9 +25,6 @@ from risam_cli.engine.predict import ImageResult, Raw
 from risam_cli.errors import DataError, OutputError
 from risam_cli.metrics.protocols import Protocol
 from risam_cli.types import Expression, Failure, Prediction, Sample
-
-ANSWERS_FILE = "answers.jsonl"
-"""Where a run in progress keeps its answers; a finished run has none."""
 
 SYNCED = 2.0
 """Seconds after which answers are made to be on the disk."""

@@ -23,6 +23,8 @@ from risam_cli.types import Failure
 
 ROWS_FILE = "per_expression.jsonl"
 FAILURES_FILE = "failures.jsonl"
+ANSWERS_FILE = "answers.jsonl"
+"""Where a run in progress keeps its answers; a finished run has none."""
 _MADE_KEPT = 1000  # generated images that may lie in the scratch folder
 _SHOWN = 5  # failures told on the console; all are in the file
 
