@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from risam_cli import checkpoints
+from risam_cli import checkpoints, frozen, lora
 from risam_cli.config import (
     ImageEncoderSettings,
     ModelSettings,
     TextEncoderSettings,
     check,
 )
-from risam_cli.errors import ModelError
+from risam_cli.errors import ModelError, RisamError
 from risam_cli.model.feature_enhancement import FeatureEnhancement
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.model.mask_decoder import MutualAwareMaskDecoder
@@ -40,6 +41,8 @@ class LoadedModel:
         image_size: side S of the encoder's square input.
         threshold, no_target_threshold: the model's own, in 0..1.
         name: its folder's name; hash: SHA-256 over its files.
+        text_config: the text encoder's configuration as stored.
+        needs: frozen parts that are not in its folder.
     """
 
     model: Risam
@@ -50,6 +53,8 @@ class LoadedModel:
     no_target_threshold: float
     name: str
     hash: str
+    text_config: Mapping[str, Any]
+    needs: tuple[frozen.Needed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -171,14 +176,30 @@ def new_text_parts(settings: TextEncoderSettings) -> TextParts:
     from risam_cli.text_source import pretrained_text, small_bert
 
     if settings.source is not None:
-        return TextParts(*pretrained_text(settings.source, settings.max_tokens))
-    return TextParts(
-        *small_bert(settings.hidden, settings.layers, settings.heads, settings.max_tokens)
-    )
+        parts = TextParts(*pretrained_text(settings.source, settings.max_tokens))
+    else:
+        parts = TextParts(
+            *small_bert(settings.hidden, settings.layers, settings.heads, settings.max_tokens)
+        )
+    add_lora(parts.backbone, parts.config.model_type, settings)
+    return parts
 
 
-def load_model(source: str | Path | None, *, device: torch.device) -> LoadedModel:
+def add_lora(backbone: nn.Module, kind: str, settings: TextEncoderSettings) -> None:
+    """Adds the side paths of the settings, if they ask for any; see :mod:`risam_cli.lora`."""
+    side = settings.lora
+    if side is not None:
+        lora.add_lora(backbone, kind, side.rank, side.alpha, side.dropout, side.targets)
+
+
+def load_model(
+    source: str | Path | None, *, device: torch.device, keep_lora: bool = False
+) -> LoadedModel:
     """Loads a model folder by path, a bundled model by name, or the default one.
+
+    Args:
+        keep_lora: leave side paths of the text encoder beside its weights, to train them on;
+            by default they are added into the weights, which gives the same answers sooner.
 
     Raises:
         ModelError: a missing or damaged file, or weights that do not fit the settings.
@@ -189,8 +210,13 @@ def load_model(source: str | Path | None, *, device: torch.device) -> LoadedMode
     stored = checkpoints.read_model_folder(folder)
     settings = check(ModelSettings, stored.settings, str(folder / checkpoints.CONFIG_FILE))
     text = TextParts(*text_from_folder(stored, settings.text_encoder.max_tokens))
+    needs = frozen.parse_needed(stored.needs, str(folder / checkpoints.CONFIG_FILE))
     model = build_model(settings, text)
-    checkpoints.load_weights(model, stored)
+    for needed in needs:
+        frozen.fill(model, needed, folder)
+    weights, side = lora.split_lora(checkpoints.read_tensors(folder / checkpoints.WEIGHTS_FILE))
+    checkpoints.load_weights(model, stored, weights, lambda name: frozen.covers(needs, name))
+    _load_lora(model, side, settings.text_encoder, stored, keep=keep_lora)
     model.to(device).eval().requires_grad_(False)
     return LoadedModel(
         model=model,
@@ -201,7 +227,48 @@ def load_model(source: str | Path | None, *, device: torch.device) -> LoadedMode
         no_target_threshold=settings.no_target_threshold,
         name=folder.name,
         hash=stored.hash,
+        text_config=stored.text_config,
+        needs=needs,
     )
+
+
+def _load_lora(
+    model: Risam,
+    side: Mapping[str, Tensor],
+    settings: TextEncoderSettings,
+    stored: checkpoints.StoredModel,
+    *,
+    keep: bool,
+) -> None:
+    where = str(stored.folder / checkpoints.WEIGHTS_FILE)
+    if (settings.lora is None) != (not side):
+        raise ModelError(
+            f"{where} holds {len(side)} LoRA weights, its config.json says otherwise",
+            "take the folder anew",
+        )
+    if settings.lora is None:
+        return
+    if not keep:
+        lora.merge_lora(model, side, settings.lora.scale, where)
+        return
+    add_lora(model.text_encoder.backbone, str(stored.text_config.get("model_type")), settings)
+    own = {name: tensor for name, tensor in model.state_dict().items() if lora.is_lora(name)}
+    if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in side.items()}:
+        raise ModelError(f"{where}: its LoRA weights fit no other layers", "take the folder anew")
+    model.load_state_dict(dict(side), strict=False)
+
+
+def verify_model_folder(folder: Path) -> list[str]:
+    """Loads a model folder as predict does; returns what is wrong with it, one line each."""
+    problems = []
+    try:
+        loaded = load_model(folder, device=torch.device("cpu"))
+        bad = [k for k, v in loaded.model.state_dict().items() if not torch.isfinite(v).all()]
+        if bad:
+            problems.append(f"{len(bad)} tensors hold NaN or infinity, first {bad[0]!r}")
+    except RisamError as error:  # of the weights or of the settings
+        problems.append(str(error))
+    return problems
 
 
 def parameter_groups(

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from risam_cli import checkpoints
-from risam_cli.build import TextParts, build_model, load_model, new_text_parts, parameter_groups
+from risam_cli import checkpoints, frozen
+from risam_cli.build import parameter_groups
 from risam_cli.build_data import DataBuilder
 from risam_cli.build_loop import (
     Validation,
@@ -20,28 +20,20 @@ from risam_cli.build_loop import (
     training_precision,
     validate_dense,
 )
-from risam_cli.config import (
-    DenseStage,
-    ModelSettings,
-    ReferringStage,
-    TrainSettings,
-)
+from risam_cli.build_start import start_model, train_text_encoder
+from risam_cli.config import DenseStage, ReferringStage, TrainSettings
 from risam_cli.console import Console
 from risam_cli.data.collate import ReferringCollate, collate_dense
 from risam_cli.data.dataset import DenseScenes
 from risam_cli.data.refshapes.vocabulary import COLORS, SHAPES, SIZES
-from risam_cli.encoder_start import start_encoder
 from risam_cli.engine.device import choose_device
 from risam_cli.engine.distributed import Processes
 from risam_cli.engine.stage import SaveModel, Stage, hash_settings
 from risam_cli.engine.tasks import DenseTask, ReferringTask
 from risam_cli.engine.train import TrainingRun
 from risam_cli.engine.training_state import Place
-from risam_cli.errors import ConfigError
 from risam_cli.losses import ReferringLoss
 from risam_cli.model.dense_head import DenseHead
-from risam_cli.model.risam import Risam
-from risam_cli.model.sam_baseline import SamMaskDecoder
 from risam_cli.tokenizer import TextTokenizer
 
 
@@ -68,7 +60,7 @@ class TrainingBuilder:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.dtype = training_precision(settings.precision, self.device)
-        self.model, self.text = self._model()
+        self.model, self.text, self.needs = start_model(settings, console)
         self.model.to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.size = settings.model.image_encoder.image_size
@@ -95,34 +87,6 @@ class TrainingBuilder:
         if isinstance(settings, DenseStage):
             return self._dense(settings)
         return self._referring(settings)
-
-    def _model(self) -> tuple[Risam, TextParts]:
-        s = self.settings
-        if s.init_from is not None:
-            return _from_model_folder(s.init_from, s.model)
-        text = new_text_parts(s.model.text_encoder)
-        model = build_model(s.model, text)
-        if s.init_encoder_from is not None:
-            start_encoder(model.image_encoder, s.init_encoder_from)
-        if s.model.image_encoder.checkpoint is not None:
-            self._load_sam(model, Path(s.model.image_encoder.checkpoint))
-        return model, text
-
-    def _load_sam(self, model: Risam, path: Path) -> None:
-        from risam_cli.sam_weights import load_sam_decoder, load_sam_encoder
-
-        digest = load_sam_encoder(model.image_encoder, path)
-        self.console.info(f"image encoder from {path}, SHA-256 {digest}")
-        decoder = model.mask_decoder
-        if not isinstance(decoder, SamMaskDecoder):
-            return
-        if decoder.size == SamMaskDecoder.SAM_SIZE:
-            load_sam_decoder(decoder, path)
-        else:
-            self.console.warn(
-                f"the mask decoder starts from nothing: its (dim, heads, layers, ffn_dim) are "
-                f"{decoder.size}, SAM's {SamMaskDecoder.SAM_SIZE}"
-            )
 
     def _dense(self, settings: DenseStage) -> Stage:
         encoder = self.settings.model.image_encoder
@@ -155,7 +119,7 @@ class TrainingBuilder:
     def _referring(self, settings: ReferringStage) -> Stage:
         model, s = self.model, self.settings
         model.requires_grad_(True)
-        model.text_encoder.backbone.requires_grad_(s.model.text_encoder.trainable)
+        train_text_encoder(model, s.model.text_encoder)
         encoder_parts = self._encoder_parts(settings)
         model.image_encoder.checkpoint_blocks = s.gradient_checkpointing
         loss = ReferringLoss(
@@ -217,43 +181,18 @@ class TrainingBuilder:
         return save
 
     def write_model(self, folder: Path, card: dict[str, Any]) -> None:
-        """Writes the model as it is to a folder that ``--model`` takes."""
+        """Writes the model as it is to a folder that ``--model`` takes, frozen files left out."""
+        weights = self.model.state_dict()
         checkpoints.write_model_folder(
             folder,
-            self.model.state_dict(),
+            {name: t for name, t in weights.items() if not frozen.covers(self.needs, name)},
             self.settings.model.model_dump(mode="json"),
             json.loads(self.text.config.to_json_string(use_diff=False)),
             self.tokenizer.to_json(),
             card,
-            model_readme(card),
+            model_readme(card, self.needs),
+            frozen.plain(self.needs),
         )
-
-
-def _from_model_folder(source: str, settings: ModelSettings) -> tuple[Risam, TextParts]:
-    """The network of ``settings`` with all weights of a model folder; only parts that start
-    at zero may be new (adapters, no-target evidence).
-
-    Raises:
-        ModelError: a folder that cannot be read; ConfigError: one of another network.
-    """
-    loaded = load_model(source, device=torch.device("cpu"))
-    theirs, ours = loaded.settings.model_dump(), settings.model_dump()
-    for section in ("image_encoder", "fusion", "decoder"):
-        for key, value in ours[section].items():
-            held = theirs[section][key]
-            # Parts that start at zero change nothing where they are new.
-            new = key in ("adapter_dim", "no_target_evidence") and not held
-            if value != held and key != "checkpoint" and not new:
-                raise ConfigError(
-                    f"model.{section}.{key} is {value!r}, init_from {source} has {held!r}",
-                    "give the model section the values of that folder's config.json",
-                )
-    backbone = loaded.model.text_encoder.backbone
-    config: Any = backbone.config
-    text = TextParts(backbone, config, loaded.tokenizer)
-    model = build_model(settings, text)
-    model.load_state_dict(loaded.model.state_dict(), strict=False)  # The sections are equal.
-    return model.train().requires_grad_(True), text
 
 
 _OPERATIONAL = {
@@ -281,10 +220,13 @@ def stage_hashes(settings: TrainSettings) -> list[str]:
     defaults are left out, so that a version with more of them goes on with older checkpoints.
     """
     without = _OPERATIONAL - (_STOPPING if settings.early_stopping is not None else set())
+    if settings.train.dataset == "mixed":
+        without = without - {"val"}  # a mixture leaves out what this run validates on
     values = settings.model_dump(mode="json", exclude_defaults=True, exclude={*without, "stages"})
     # Dense stages know nothing of expressions.
     train = {k: v for k, v in values["train"].items() if k not in _EXPRESSIONS_ONLY}
     dense = {**values, "train": train, "loss": None}
+    dense.pop("augment", None)
     hashes = []
     for number in range(len(settings.stages)):
         stages = settings.stages[: number + 1]
@@ -297,10 +239,13 @@ def stage_hashes(settings: TrainSettings) -> list[str]:
     return hashes
 
 
-def model_readme(card: dict[str, Any]) -> str:
-    """A model folder's README.md out of its card."""
+def model_readme(card: Mapping[str, Any], needs: Sequence[frozen.Needed] = ()) -> str:
+    """A model folder's README.md out of its card and the frozen parts that it leaves out."""
     lines = [f"# {card['name']}", "", "Written by `risam train`.", ""]
     lines += [f"- {key}: {value}" for key, value in card.items() if key != "figures"]
+    if needs:
+        lines += ["", "Needs beside it, or in a folder that `RISAM_WEIGHTS` names:", ""]
+        lines += [f"- {n.name}, {n.size} bytes, SHA-256 {n.sha256}" for n in needs]
     lines += ["", "| figure on held-out data while training | value |", "| --- | --- |"]
     lines += [f"| {name} | {value:.4f} |" for name, value in card["figures"].items()]
     return "\n".join(lines) + "\n"

@@ -7,6 +7,9 @@ A model folder holds::
     tokenizer.json      the text encoder's tokenizer
     card.json           how it was made, and its figures
     README.md           the same, to read
+
+Frozen parts may be left out: then ``format`` is 2 and ``needs`` lists them, see
+:mod:`risam_cli.frozen`.
 """
 
 from __future__ import annotations
@@ -16,17 +19,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from risam_cli.errors import ModelError, OutputError, RisamError
+from risam_cli.errors import ModelError, OutputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FORMAT = 1
+FORMAT, FORMAT_WITH_NEEDS = 1, 2
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
@@ -45,6 +48,7 @@ class StoredModel:
     Attributes:
         settings: raw model settings; text_config: raw Hugging Face configuration.
         tokenizer: the JSON text; hash: SHA-256 over the needed files, in order.
+        needs: raw entries of the frozen parts that are not in the folder.
     """
 
     folder: Path
@@ -52,6 +56,7 @@ class StoredModel:
     text_config: Mapping[str, Any]
     tokenizer: str
     hash: str
+    needs: Sequence[Any] = ()
 
 
 def find_model(source: str | Path | None) -> Path:
@@ -98,16 +103,22 @@ def read_model_folder(folder: Path) -> StoredModel:
         raise ModelError(
             f"{folder / CONFIG_FILE} cannot be read: {error}", "take it anew"
         ) from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    formats = (FORMAT, FORMAT_WITH_NEEDS)
+    if not isinstance(config, dict) or config.get("format") not in formats:
         found = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise ModelError(
-            f"{folder / CONFIG_FILE} has format {found!r}, this version reads {FORMAT}",
+            f"{folder / CONFIG_FILE} has format {found!r}, this version reads 1 and 2",
             "take a matching version of risam",
         )
     for key in ("model", "text"):
         if not isinstance(config.get(key), dict):
             raise ModelError(f"{folder / CONFIG_FILE} has no section {key!r}", "take it anew")
-    return StoredModel(folder, config["model"], config["text"], tokenizer, hash_folder(folder))
+    needs = config.get("needs", [])
+    if not isinstance(needs, list):
+        raise ModelError(f"{folder / CONFIG_FILE}: its section 'needs' is damaged", "take it anew")
+    return StoredModel(
+        folder, config["model"], config["text"], tokenizer, hash_folder(folder), tuple(needs)
+    )
 
 
 def hash_folder(folder: Path) -> str:
@@ -119,14 +130,22 @@ def hash_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_weights(model: nn.Module, stored: StoredModel) -> None:
+def load_weights(
+    model: nn.Module,
+    stored: StoredModel,
+    weights: Mapping[str, Tensor],
+    elsewhere: Callable[[str], bool] = lambda name: False,
+) -> None:
     """Loads a folder's weights strictly: every one is used and none is missing.
 
+    Args:
+        weights: what the folder holds, under the model's names.
+        elsewhere: of a weight's name, whether it is in none of the folder's files by design.
+
     Raises:
-        ModelError: a damaged file, or names or shapes that do not fit.
+        ModelError: names or shapes that do not fit.
     """
-    weights = read_tensors(stored.folder / WEIGHTS_FILE)
-    own = model.state_dict()
+    own = {name: tensor for name, tensor in model.state_dict().items() if not elsewhere(name)}
     missing, surplus = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     for problem, names in (("lacks", missing), ("has unknown", surplus)):
         if names:
@@ -142,7 +161,7 @@ def load_weights(model: nn.Module, stored: StoredModel) -> None:
                 f"says {tuple(own[name].shape)}",
                 "take the folder anew",
             )
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=False)  # The names were compared above.
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -169,8 +188,12 @@ def write_model_folder(
     tokenizer: str,
     card: Mapping[str, Any],
     readme: str,
+    needs: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Writes a model folder beside its place and moves it there, so that it is whole or not.
+
+    Args:
+        needs: the frozen parts that ``weights`` leaves out.
 
     Raises:
         OutputError: where it cannot be written.
@@ -178,7 +201,12 @@ def write_model_folder(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    config = {"format": FORMAT, "model": settings, "text": text_config}
+    config = {
+        "format": FORMAT_WITH_NEEDS if needs else FORMAT,
+        "model": settings,
+        "text": text_config,
+        **({"needs": list(needs)} if needs else {}),
+    }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -249,26 +277,10 @@ def inspect_model_folder(folder: Path) -> dict[str, Any]:
         "bytes": sum(p.stat().st_size for p in folder.iterdir() if p.is_file()),
         "parameters": sum(parts.values()),
         "parameters_by_part": parts,
+        "needs": list(stored.needs),
         "settings": stored.settings,
         "card": card,
     }
-
-
-def verify_model_folder(folder: Path) -> list[str]:
-    """Loads a model folder as predict does; returns what is wrong with it, one line each."""
-    import torch
-
-    from risam_cli.build import load_model
-
-    problems = []
-    try:
-        loaded = load_model(folder, device=torch.device("cpu"))
-        bad = [k for k, v in loaded.model.state_dict().items() if not torch.isfinite(v).all()]
-        if bad:
-            problems.append(f"{len(bad)} tensors hold NaN or infinity, first {bad[0]!r}")
-    except RisamError as error:  # of the weights or of the settings
-        problems.append(str(error))
-    return problems
 
 
 def _write_json(path: Path, value: Any) -> None:

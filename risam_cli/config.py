@@ -65,6 +65,22 @@ class ImageEncoderSettings(Settings):
         return self
 
 
+class LoraSettings(Settings):
+    """Low-rank side paths in the text encoder, trained in place of its own weights."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(16.0, gt=0, description="the side path is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] | None = Field(
+        None, description="ends of layer names; by default queries and values of BERT and CLIP"
+    )
+
+    @property
+    def scale(self) -> float:
+        """Of the side paths."""
+        return self.alpha / self.rank
+
+
 class TextEncoderSettings(Settings):
     """The text encoder: a Hugging Face model, or a small BERT over a given vocabulary."""
 
@@ -77,9 +93,12 @@ class TextEncoderSettings(Settings):
     heads: int = Field(4, gt=0, description="of the small BERT")
     max_tokens: int = Field(32, gt=2, description="longer expressions are cut, and said to be")
     trainable: bool = True
+    lora: LoraSettings | None = Field(None, description="train these, and freeze all else of it")
 
     @model_validator(mode="after")
     def _one_origin(self) -> TextEncoderSettings:
+        if self.lora is not None and not self.trainable:
+            raise ValueError("lora is what is trained of a frozen encoder; leave trainable out")
         if (self.source is None) == (self.vocabulary is None):
             raise ValueError("give either source (a folder or hub name) or vocabulary")
         if self.vocabulary is not None and self.hidden % self.heads:

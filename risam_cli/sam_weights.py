@@ -53,13 +53,18 @@ class SamSource:
 
     def sha256(self) -> str:
         """Of the file; of a folder with shards, over the hashes of its weight files in order."""
-        digests = []
-        for path in self.files:
-            with path.open("rb") as file:
-                digests.append(hashlib.file_digest(file, "sha256"))
-        if len(digests) == 1:
-            return digests[0].hexdigest()
-        return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+        return sha256_of(self.files)
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """SHA-256 of a file; of several, over their hashes in order."""
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256"))
+    if len(digests) == 1:
+        return digests[0].hexdigest()
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
 def load_sam_encoder(encoder: ImageEncoder, path: Path) -> str:
@@ -126,7 +131,7 @@ def read_sam(path: Path) -> SamSource:
     """
     tensors: dict[str, Tensor] = {}
     if path.is_dir():
-        files = _weight_files(path)
+        files = weight_files(path)
     elif path.is_file():
         files = [path]
     else:
@@ -141,8 +146,12 @@ def read_sam(path: Path) -> SamSource:
     return SamSource(path, tensors, tuple(files))
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The weight files of a Hugging Face folder: safetensors before pickles, shards in order."""
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a Hugging Face folder: safetensors before pickles, shards in order.
+
+    Raises:
+        ModelError: there is none, or an index that names what is not there.
+    """
     for name in _FOLDER_FILES:
         path = folder / name
         if not path.is_file():

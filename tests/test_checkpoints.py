@@ -19,13 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from risam_cli import checkpoints
-from risam_cli.build import load_model
+from risam_cli.build import load_model, verify_model_folder
 from risam_cli.checkpoints import (
     find_model,
     hash_folder,
     inspect_model_folder,
     read_model_folder,
-    verify_model_folder,
     write_atomic,
     write_model_folder,
 )

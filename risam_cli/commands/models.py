@@ -116,10 +116,11 @@ def verify(model: str | None, as_json: bool) -> int:
     are not finite. Exit code 1 where anything is wrong, with one line for each problem.
     """
     from risam_cli import checkpoints
+    from risam_cli.build import verify_model_folder
 
     folder = checkpoints.find_model(model)
     try:
-        problems = checkpoints.verify_model_folder(folder)
+        problems = verify_model_folder(folder)
     except RisamError as error:  # such as settings that are out of range
         problems = [str(error)]
     digest = None if problems else checkpoints.hash_folder(folder)

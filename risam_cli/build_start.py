@@ -1,0 +1,137 @@
+"""The network that a training run starts from, and which of its frozen parts lie in files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from risam_cli import frozen, lora
+from risam_cli.build import (
+    LoadedModel,
+    TextParts,
+    add_lora,
+    build_model,
+    load_model,
+    new_text_parts,
+)
+from risam_cli.config import ModelSettings, TextEncoderSettings, TrainSettings
+from risam_cli.console import Console
+from risam_cli.encoder_start import start_encoder
+from risam_cli.errors import ConfigError
+from risam_cli.model.risam import Risam
+from risam_cli.model.sam_baseline import SamMaskDecoder
+
+
+def start_model(
+    settings: TrainSettings, console: Console
+) -> tuple[Risam, TextParts, tuple[frozen.Needed, ...]]:
+    """The network with its first weights, its text parts, and the frozen parts that lie in files.
+
+    Raises:
+        ModelError: weights that are not there or do not fit; ConfigError: an ``init_from`` of
+            another network.
+    """
+    if settings.init_from is not None:
+        return _from_model_folder(settings)
+    chosen = settings.model
+    text = new_text_parts(chosen.text_encoder)
+    model = build_model(chosen, text)
+    if settings.init_encoder_from is not None:
+        start_encoder(model.image_encoder, settings.init_encoder_from)
+    needs = []
+    checkpoint, source = chosen.image_encoder.checkpoint, chosen.text_encoder.source
+    if checkpoint is not None:
+        _load_sam(model, Path(checkpoint), console)
+        if not trains_image_encoder(settings):
+            needs.append(frozen.describe(frozen.IMAGE_ENCODER, checkpoint))
+    if source is not None and not trains_text_encoder(chosen.text_encoder):
+        needs.append(frozen.describe(frozen.TEXT_ENCODER, source))
+    for needed in needs:
+        console.info(
+            f"{needed.part.replace('_', ' ')}: {needed.name} stays frozen; model folders name it "
+            f"and its SHA-256 {needed.sha256}, and do not hold it"
+        )
+    return model, text, tuple(needs)
+
+
+def trains_image_encoder(settings: TrainSettings) -> bool:
+    """Whether any stage changes SAM's own weights."""
+    return any(stage.kind == "dense" or stage.train_encoder == "yes" for stage in settings.stages)
+
+
+def trains_text_encoder(settings: TextEncoderSettings) -> bool:
+    """Whether the text encoder's own weights change; LoRA leaves them as they are."""
+    return settings.trainable and settings.lora is None
+
+
+def train_text_encoder(model: Risam, settings: TextEncoderSettings) -> None:
+    """Asks for gradients of what the settings train of the text backbone."""
+    model.text_encoder.backbone.requires_grad_(settings.trainable)
+    if settings.lora is not None:
+        lora.train_lora_only(model.text_encoder.backbone)
+
+
+def _load_sam(model: Risam, path: Path, console: Console) -> None:
+    from risam_cli.sam_weights import load_sam_decoder, load_sam_encoder
+
+    digest = load_sam_encoder(model.image_encoder, path)
+    console.info(f"image encoder from {path}, SHA-256 {digest}")
+    decoder = model.mask_decoder
+    if not isinstance(decoder, SamMaskDecoder):
+        return
+    if decoder.size == SamMaskDecoder.SAM_SIZE:
+        load_sam_decoder(decoder, path)
+    else:
+        console.warn(
+            f"the mask decoder starts from nothing: its (dim, heads, layers, ffn_dim) are "
+            f"{decoder.size}, SAM's {SamMaskDecoder.SAM_SIZE}"
+        )
+
+
+def _from_model_folder(
+    run: TrainSettings,
+) -> tuple[Risam, TextParts, tuple[frozen.Needed, ...]]:
+    """The network of the settings with all weights of a model folder; only parts that start
+    at zero may be new (adapters, no-target evidence, LoRA).
+    """
+    settings, source = run.model, str(run.init_from)
+    ours = settings.text_encoder.lora
+    loaded = load_model(source, device=torch.device("cpu"), keep_lora=ours is not None)
+    _require_same(settings, loaded, source)
+    theirs = loaded.settings.text_encoder.lora
+    backbone = loaded.model.text_encoder.backbone
+    config: Any = backbone.config
+    if ours is not None and theirs is None:
+        add_lora(backbone, config.model_type, settings.text_encoder)
+    elif ours is not None and ours != theirs:
+        raise ConfigError(
+            f"model.text_encoder.lora is not that of init_from {source}",
+            "give it the same values, or leave it out to add it into the weights",
+        )
+    text = TextParts(backbone, config, loaded.tokenizer)
+    model = build_model(settings, text)
+    weights = loaded.model.state_dict()
+    model.load_state_dict(weights, strict=False)  # The sections are equal.
+    merged = theirs is not None and ours is None  # The base is then no longer the file's.
+    kept = {
+        frozen.IMAGE_ENCODER: not trains_image_encoder(run),
+        frozen.TEXT_ENCODER: not trains_text_encoder(settings.text_encoder) and not merged,
+    }
+    needs = tuple(needed for needed in loaded.needs if kept[needed.part])
+    return model.train().requires_grad_(True), text, needs
+
+
+def _require_same(settings: ModelSettings, loaded: LoadedModel, source: str) -> None:
+    theirs, ours = loaded.settings.model_dump(), settings.model_dump()
+    for section in ("image_encoder", "fusion", "decoder"):
+        for key, value in ours[section].items():
+            held = theirs[section][key]
+            # Parts that start at zero change nothing where they are new.
+            new = key in ("adapter_dim", "no_target_evidence") and not held
+            if value != held and key != "checkpoint" and not new:
+                raise ConfigError(
+                    f"model.{section}.{key} is {value!r}, init_from {source} has {held!r}",
+                    "give the model section the values of that folder's config.json",
+                )
