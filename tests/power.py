@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from risam_cli import durable
+
 
 class Disk:
     """What is surely on the disk of one folder and of those under it."""
@@ -36,6 +38,15 @@ class Disk:
         else:
             self.content[inode] = Path(f"/proc/self/fd/{descriptor}").read_bytes()
 
+    def sync_all(self, root: Path) -> bool:
+        """As syncfs does, of which no test could see what it wrote."""
+        for folder, _, files in os.walk(self.root):
+            for path in (folder, *(os.path.join(folder, name) for name in files)):
+                descriptor = os.open(path, os.O_RDONLY)
+                self.synced(descriptor)
+                os.close(descriptor)
+        return True
+
     def after_power_cut(self, target: Path) -> None:
         """Writes what a machine that starts again would find."""
         self._restore(self.root.stat().st_ino, target)
@@ -53,11 +64,7 @@ class Disk:
 def recorded(root: Path) -> Iterator[Disk]:
     """Notes every sync; what ``root`` holds already counts as on the disk."""
     disk = Disk(root)
-    for folder, _, files in os.walk(root):
-        for path in (folder, *(os.path.join(folder, name) for name in files)):
-            descriptor = os.open(path, os.O_RDONLY)
-            disk.synced(descriptor)
-            os.close(descriptor)
+    disk.sync_all(root)
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -66,4 +73,5 @@ def recorded(root: Path) -> Iterator[Disk]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", fsync)
+        patched.setattr(durable, "_sync_file_system", disk.sync_all)
         yield disk

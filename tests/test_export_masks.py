@@ -455,13 +455,18 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 def test_a_spool_is_gone_after_use(tmp_path):
-    folder = ExportFolder(tmp_path / "x", "coco", (), overwrite=False)
-    with folder.spool("rows") as rows:
+    with (
+        ExportFolder(tmp_path / "x", "coco", (), overwrite=False) as folder,
+        folder.spool("rows") as rows,
+    ):
         rows.add("a")
         rows.add("b", between=", ")
         folder.publish("all.txt", ["[", rows, "]"])
     assert (tmp_path / "x" / "all.txt").read_text() == "[a, b]"
     assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["all.txt", "export.json"]
+    with pytest.raises(OutputError, match="cut off"):
+        ExportFolder(tmp_path / "x", "coco", (), overwrite=False)
+    (tmp_path / "x" / "export.json").unlink()
     with pytest.raises(OutputError, match="not empty"):
         ExportFolder(tmp_path / "x", "coco", (), overwrite=False)
 

@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from risam_cli.confine import Confined, require_own
+from risam_cli.durable import sync_file, sync_folder, sync_tree
 from risam_cli.errors import OutputError
-from risam_cli.outputs.png import write_whole
+from risam_cli.locks import PRIVATE, FolderLock
 
 SUMMARY = "export.json"
-_PART = ".risam-export-part"
+LEDGER = "ledger.jsonl"
+"""By this a folder is known to be one of predict; said here again, held to it by a test."""
 
 
 class ExportFolder:
     """An output folder with ``export.json``, which says what is in it and whether it is complete.
+
+    Locked for this process until it is complete or closed; a context manager. What is in the making
+    lies in a folder of its own, which the next export empties where a kill left it.
 
     Args:
         path: the folder; made where it is missing.
@@ -29,33 +34,43 @@ class ExportFolder:
             stay, unless they have a name that this export writes.
 
     Raises:
-        OutputError: the folder has files and ``overwrite`` is not set, or cannot be written.
+        OutputError: the folder has files and ``overwrite`` is not set, holds a run of predict,
+            belongs to another process now, or cannot be written.
     """
 
     def __init__(self, path: Path, kind: str, owns: Sequence[str], *, overwrite: bool) -> None:
         self.path = path
         self._confined = Confined(path)
         self._head: dict[str, Any] = {"kind": kind, "owns": [*owns, "failures.jsonl"]}
-        self._parts: list[Path] = []
         with _told(path):
-            path.mkdir(parents=True, exist_ok=True)
-            holds = any(path.iterdir())
-            if holds and not overwrite:
-                raise OutputError(
-                    f"{path} is not empty", "choose another folder or give --overwrite"
-                )
-            if holds:
+            if path.is_dir():
+                _require_free(path, overwrite=overwrite)
+            self._lock = FolderLock(path)
+        self._making = self._lock.private / "making"
+        try:
+            with _told(path):
+                shutil.rmtree(self._making, ignore_errors=True)
+                self._making.mkdir()
                 self._clear()
-            require_own(path, [SUMMARY, *self._head["owns"]])
-        self.write_json(SUMMARY, {**self._head, "complete": False})
+                require_own(path, [SUMMARY, *self._head["owns"]])
+            self.write_json(SUMMARY, {**self._head, "complete": False})
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> ExportFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the folder back to others."""
+        shutil.rmtree(self._making, ignore_errors=True)
+        self._lock.release()
 
     def _clear(self) -> None:
-        for left in self.path.glob(f"*{_PART}"):
-            left.unlink()
-        try:
-            earlier = json.loads((self.path / SUMMARY).read_text(encoding="utf-8"))["owns"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return
+        earlier = _summary(self.path).get("owns")
         for name in {*earlier, *self._head["owns"]} if isinstance(earlier, list) else ():
             # The list is a file's word: take nothing that is not directly in this folder.
             if not isinstance(name, str) or name in {"", ".", ".."} or Path(name).name != name:
@@ -72,8 +87,11 @@ class ExportFolder:
         Raises:
             OutputError: it cannot be written; nothing of it is left.
         """
-        self._confined.require((self.path / name).parent)
-        write_whole(self.path / name, data)
+        target, part = self.path / name, self._making / "file"
+        self._confined.require(target.parent)
+        with _told(target):
+            part.write_bytes(data)
+            _move(part, target)
 
     def write_json(self, name: str, value: object) -> None:
         """Write one JSON file, indented."""
@@ -87,19 +105,16 @@ class ExportFolder:
             OutputError: it cannot be read or written.
         """
         target = self.path / name
-        part = self.path / f"copy{_PART}"
+        part = self._making / "copy"
         with _told(target):
             self._confined.make(target.parent)
-            try:
-                shutil.copyfile(source, part)
-                os.replace(part, target)
-            finally:
-                part.unlink(missing_ok=True)
+            shutil.copyfile(source, part)
+            os.replace(part, target)
 
     @contextmanager
     def spool(self, name: str) -> Iterator[Spool]:
         """A file that grows while the export runs; removed at the end, see :meth:`publish`."""
-        path = self.path / f"{name}{_PART}"
+        path = self._making / name
         with _told(path):
             spool = Spool(path)
         try:
@@ -114,22 +129,25 @@ class ExportFolder:
         Raises:
             OutputError: it cannot be written; nothing of it is left.
         """
-        target, part = self.path / name, self.path / f"{name}.whole{_PART}"
+        target, part = self.path / name, self._making / f"{name}.whole"
         with _told(target):
-            try:
-                with open(part, "wb") as out:
-                    for piece in pieces:
-                        if isinstance(piece, Spool):
-                            piece.copy_to(out)
-                        else:
-                            out.write(_bytes(piece))
-                os.replace(part, target)
-            finally:
-                part.unlink(missing_ok=True)
+            with open(part, "wb") as out:
+                for piece in pieces:
+                    if isinstance(piece, Spool):
+                        piece.copy_to(out)
+                    else:
+                        out.write(_bytes(piece))
+            os.replace(part, target)
 
     def complete(self, summary: Mapping[str, Any]) -> None:
-        """Say in ``export.json`` that all is there."""
+        """Say in ``export.json`` that all is there, once all is on the disk, and close."""
+        with _told(self.path):
+            sync_tree(self.path)
         self.write_json(SUMMARY, {**self._head, "complete": True, **summary})
+        with _told(self.path):
+            sync_file(self.path / SUMMARY)
+            sync_folder(self.path)
+        self.close()
 
 
 class Spool:
@@ -160,6 +178,39 @@ class Spool:
         """Close the file. What could not be flushed is lost on purpose: it is never published."""
         with suppress(OSError):
             self._file.close()
+
+
+def _require_free(path: Path, *, overwrite: bool) -> None:
+    """Raises OutputError where a folder holds what an export must not, or may not, replace."""
+    if (path / LEDGER).exists():
+        raise OutputError(
+            f"{path} holds a run of predict, which has files of the same names",
+            "choose another folder",
+        )
+    if overwrite or all(entry.name == PRIVATE for entry in path.iterdir()):
+        return
+    if _summary(path).get("complete") is False:
+        raise OutputError(
+            f"{path} holds an export that was cut off", "start it anew with --overwrite"
+        )
+    raise OutputError(f"{path} is not empty", "choose another folder or give --overwrite")
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """What an earlier export said of the folder; empty where none did."""
+    try:
+        said = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _move(part: Path, target: Path) -> None:
+    try:
+        os.replace(part, target)
+    except FileNotFoundError:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(part, target)
 
 
 def _bytes(text: str) -> bytes:

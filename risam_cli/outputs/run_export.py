@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,11 +89,19 @@ def run_export(
     def fail(failure: Failure) -> None:
         sink[0](failure)
 
-    with Source(
-        request.predictions, fail, annotations=request.annotations, max_pixels=request.max_pixels
-    ) as source:
+    with (
+        Source(
+            request.predictions,
+            fail,
+            annotations=request.annotations,
+            max_pixels=request.max_pixels,
+        ) as source,
+        ExitStack() as stack,
+    ):
         begin(len(source))
-        folder = ExportFolder(request.output, request.kind, info.owns, overwrite=request.overwrite)
+        folder = stack.enter_context(
+            ExportFolder(request.output, request.kind, info.owns, overwrite=request.overwrite)
+        )
         tally, categories = Tally(), Categories(request.naming)
         context = Context(
             folder, request.settings, categories, tally, open_image, request.copy_images
