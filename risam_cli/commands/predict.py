@@ -274,6 +274,7 @@ def _run(
             "overlay" in options.save,
             options.max_pixels,
             html="html" in options.save,
+            timeout=options.image_timeout,
         ),
         shard,
         options.limit,
