@@ -68,7 +68,12 @@ def _tensors(source: str) -> Mapping[str, Tensor]:
             if not isinstance(model, dict):
                 raise ModelError(f"{path} is no checkpoint of risam train", "give its last.pt")
             return model
-        return load_file(checkpoints.find_model(source) / checkpoints.WEIGHTS_FILE)
+        folder = checkpoints.find_model(source)
+        if checkpoints.read_model_folder(folder).needs:
+            from risam_cli.build import load_model
+
+            return load_model(folder, device=torch.device("cpu")).model.state_dict()
+        return load_file(folder / checkpoints.WEIGHTS_FILE)
     except (
         OSError,
         RuntimeError,

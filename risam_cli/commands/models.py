@@ -1,4 +1,4 @@
-"""``risam models``: list, inspect and verify model folders."""
+"""``risam models``: list, inspect, verify and export model folders."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ Row = dict[str, Any]
 @click.group("models")
 @verbosity_options
 def command() -> None:
-    """List, inspect and verify model folders.
+    """List, inspect, verify and export model folders.
 
     A model folder is what `risam train` writes and what --model takes: its settings, its weights,
-    its tokenizer and a card that says how it was made. Nothing in it is ever executed.
+    its tokenizer and a card that says how it was made. Nothing in it is ever executed. One that
+    was tuned beside frozen weights names the files it needs, by size and SHA-256; they are looked
+    for in the folder, beside it, and in the folders of the variable RISAM_WEIGHTS.
     """
 
 
@@ -94,6 +96,11 @@ def inspect(model: str | None, tensors: bool, as_json: bool) -> None:
     click.echo(f"parameters  {facts['parameters']:,}")
     for part, count in facts["parameters_by_part"].items():
         click.echo(f"  {sanitize(part):<28} {count:>14,}")
+    for needed in facts["needs"]:
+        click.echo(
+            f"needs       {sanitize(needed['name'])}, {_size(needed['size'])}, "
+            f"SHA-256 {sanitize(needed['sha256'])}"
+        )
     for title in ("settings", "card"):
         if facts[title]:
             # Through JSON, because YAML writes only plain types.
@@ -132,6 +139,36 @@ def verify(model: str | None, as_json: bool) -> int:
     for problem in problems:
         get_console().error(problem)
     return EXIT_ERROR if problems else EXIT_OK
+
+
+@command.command("export")
+@click.argument("model", metavar="[NAME|PATH]", required=False)
+@click.option(
+    "-o",
+    "--output",
+    metavar="DIR",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The new model folder; must not exist yet, or be empty.",
+)
+@click.option(
+    "--merged",
+    is_flag=True,
+    help="Put in the frozen weights that the folder names, and add LoRA into the text encoder.",
+)
+@verbosity_options
+def export(model: str | None, output: Path, merged: bool) -> None:
+    """Write a model folder to another place, whole with --merged.
+
+    A folder that `risam train` wrote beside a frozen SAM file or text encoder holds what was
+    trained; with --merged everything is in it, and it can be given away as it is.
+    """
+    from risam_cli import checkpoints
+    from risam_cli.export_model import export_model
+
+    export_model(model, output, merged=merged)
+    digest = checkpoints.hash_folder(output)
+    get_console().info(f"wrote {output}, hash {digest}")
 
 
 def _below(folder: Path) -> Iterator[Path]:

@@ -131,7 +131,7 @@ class Untrained:
         state = self.model.state_dict()
         for name in sorted(self.names):
             sha.update(name.encode())
-            sha.update(state[name].detach().cpu().contiguous().view(torch.uint8).numpy())
+            sha.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return sha.hexdigest()
 
     def trained(self) -> dict[str, Tensor]:
