@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from risam_cli.outputs.categories import Naming
     from risam_cli.outputs.run_export import Outcome
 
-FORMATS = ("coco", "coco-polygons", "yolo", "labelme", "cvat", "png", "overlay", "cutout")
+FORMATS = ("coco", "coco-polygons", "yolo", "labelme", "cvat", "png", "overlay", "html", "cutout")
 
 
 def _pixels(ctx: click.Context, param: click.Parameter, value: float) -> float:

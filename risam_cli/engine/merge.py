@@ -15,6 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from risam_cli.engine.gallery import write_gallery
 from risam_cli.engine.ledger import (
     LEDGER,
     FileMark,
@@ -136,6 +137,7 @@ def merge_parts(
             if overwrite:  # not before all that takes its place is there
                 folder.start_anew()
             folder.splice()
+            write_gallery(folder.path)
             return merged
     except OSError as error:
         raise OutputError(

@@ -24,7 +24,7 @@ from risam_cli.engine.loader import TIMEOUT, timed_out
 from risam_cli.engine.patience import within
 from risam_cli.engine.run_folder import RunFolder
 from risam_cli.errors import ImageError
-from risam_cli.outputs.gallery import SIDE, encode_item, outline
+from risam_cli.outputs.gallery import encode_item, outline, small_size
 from risam_cli.outputs.naming import gallery_name, mask_name, overlay_name
 from risam_cli.outputs.overlay import draw_overlay
 from risam_cli.outputs.png import encode_mask, encode_rgb
@@ -87,6 +87,7 @@ class Stager:
         traced = {one.id: self._outlines.pop(one.id, "") for one in sample.expressions}
         if not predictions or not (self._saving.overlay or self._saving.html):
             return
+        own = (predictions[0].height, predictions[0].width)
         if self._saving.overlay:
             rgb = self._read(sample.path, lambda path, most: open_rgb(path, most))
             drawn = draw_overlay(
@@ -96,9 +97,9 @@ class Stager:
             )
             self._stage(_overlay_of(sample), encode_rgb(drawn))
         else:
-            rgb = self._read(sample.path, lambda path, most: open_for_encoder(path, SIDE, most)[0])
+            side = max(small_size(*own))
+            rgb = self._read(sample.path, lambda path, most: open_for_encoder(path, side, most)[0])
         if self._saving.html:
-            own = (predictions[0].height, predictions[0].width)
             item = encode_item(rgb, own, [traced[one.id] for one in predictions])
             self._stage(_item_of(sample), item)
 

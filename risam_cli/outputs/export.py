@@ -15,6 +15,7 @@ from risam_cli import masks
 from risam_cli.errors import DataError, UsageError
 from risam_cli.outputs.categories import Categories
 from risam_cli.outputs.folder import ExportFolder
+from risam_cli.outputs.naming import GALLERY
 from risam_cli.outputs.outlines import CENTER, EDGE, Outlines, Vertices, outlines
 from risam_cli.types import Prediction, Rle
 
@@ -250,6 +251,7 @@ def formats() -> dict[str, FormatInfo]:
         "cvat": FormatInfo(cvat.Cvat, ("annotations.xml", "images"), shapes, copies=True),
         "png": FormatInfo(masks_png.open_png, masks_png.OWNS, frozenset({"style"})),
         "overlay": FormatInfo(pictures.Overlays, ("overlays",), needs_image=True),
+        "html": FormatInfo(pictures.GalleryPages, (GALLERY,), needs_image=True),
         "cutout": FormatInfo(
             pictures.Cutouts, ("cutouts",), frozenset({"padding"}), needs_image=True
         ),

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli import __version__
+from risam_cli.confine import Confined
 from risam_cli.errors import OutputError
 from risam_cli.outputs.naming import GALLERY
 from risam_cli.outputs.palette import color
@@ -94,6 +95,9 @@ class Gallery:
     Args:
         folder: the output folder.
         about: short facts for the foot of the page, name to value.
+
+    Raises:
+        OutputError: a link in the folder leads out of it.
     """
 
     folder: Path
@@ -101,6 +105,9 @@ class Gallery:
     counts: Counts = field(default_factory=Counts)
     _waiting: list[dict[str, Any]] = field(default_factory=list)
     _written: int = 0
+
+    def __post_init__(self) -> None:
+        Confined(self.folder).require(self.folder / GALLERY / "data")
 
     def add(self, row: Row) -> None:
         """Take one image.
@@ -144,7 +151,12 @@ class Gallery:
 
 
 def remove_pages(folder: Path) -> None:
-    """Delete what :class:`Gallery` wrote in an output folder, and nothing else there."""
+    """Delete what :class:`Gallery` wrote in an output folder, and nothing else there.
+
+    Raises:
+        OutputError: a link in the folder leads out of it.
+    """
+    Confined(folder).require(folder / GALLERY / "data")
     for path in (folder / PAGE, *_data_files(folder)):
         path.unlink(missing_ok=True)
 
@@ -211,6 +223,7 @@ def encode_item(rgb: NDArray[np.uint8], size: tuple[int, int], outlines: Sequenc
 
 def _to_json(row: Row) -> dict[str, Any]:
     """A row in short keys: there may be a million of them."""
+    # An answer's fourth value: 0 a mask, 1 no target, 2 a mask without a pixel.
     out: dict[str, Any] = {"i": row.image}
     if row.records:
         out["s"] = [row.records[0]["width"], row.records[0]["height"]]
@@ -229,7 +242,7 @@ def _answer(record: Mapping[str, Any]) -> list[Any]:
         record["id"],
         record["expression"],
         record["score"],
-        int(record["no_target"]),
+        1 if record["no_target"] else 2 if record["area"] == 0 else 0,
         record["mask"] or "",
     ]
     return [*answer, record["notes"]] if record.get("notes") else answer

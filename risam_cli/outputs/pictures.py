@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import cv2
 import numpy as np
 
 from risam_cli.errors import OutputError
 from risam_cli.outputs.export import Context, Decoded, LabeledImage
-from risam_cli.outputs.naming import MASKS, mask_name
+from risam_cli.outputs.gallery import Gallery, Row, encode_item, outline
+from risam_cli.outputs.naming import GALLERY, MASKS, mask_name
 from risam_cli.outputs.overlay import draw_overlay
 from risam_cli.outputs.png import encode_rgb
+from risam_cli.outputs.records import to_json
 from risam_cli.outputs.targets import replace_suffix
 
 
@@ -49,6 +53,31 @@ class Overlays(_Pictures):
         )
         name = f"overlays/{replace_suffix(image.target, '.png')}"
         self.context.folder.write(name, encode_rgb(drawn))
+
+
+class GalleryPages(_Pictures):
+    """``gallery/``: the page that ``risam predict --save html`` writes, of anyone's masks."""
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._gallery = Gallery(context.folder.path, {})
+
+    def add(self, image: LabeledImage) -> None:
+        """Write one image's small picture and outlines, and take it into the page."""
+        records = {item.number: item.prediction for item in image.items} | dict(image.empty)
+        ordered = [records[number] for number in sorted(records)]
+        if not ordered:
+            return
+        masks = Decoded([p.segmentation for p in ordered])
+        item = encode_item(self.context.image(image), image.size, [outline(m) for m in masks])
+        name = f"{GALLERY}/items/{replace_suffix(image.target, '.js')}"
+        self.context.folder.write(name, item)
+        answers = [{**json.loads(to_json(p)), "mask": None} for p in ordered]
+        self._gallery.add(Row(image.image, answers, (), name))
+
+    def finish(self) -> None:
+        """Write the page."""
+        self._gallery.finish()
 
 
 class Cutouts(_Pictures):

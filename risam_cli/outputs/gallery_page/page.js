@@ -1,7 +1,7 @@
 "use strict";
 // Text from outside (names, expressions, messages) only ever becomes textContent or an attribute.
 const risam = (() => {
-  const PER_PAGE = 48, KEPT = 192, SHOWN = 6;
+  const PER_PAGE = 48, KEPT = 192, SHOWN = 6, AT_ONCE = 8;
   const SVG = "http://www.w3.org/2000/svg";
   const find = (id) => document.getElementById(id);
   const head = JSON.parse(find("head").textContent);
@@ -87,7 +87,7 @@ const risam = (() => {
     const whole = w.low <= 0 && w.high >= 1;
     const answers = [], failures = [];
     (row.e || []).forEach(([, text, score, none], k) => {
-      const fits = w.state === "all" || (w.state === "none" && none) || (w.state === "mask" && !none);
+      const fits = w.state === "all" || (w.state === "none" && none === 1) || (w.state === "mask" && none !== 1);
       if (fits && score >= w.low && score <= w.high && says(text)) answers.push(k);
     });
     (row.f || []).forEach(([, text, message], k) => {
@@ -143,7 +143,7 @@ const risam = (() => {
     const ask = make(none ? "div" : "button", `ask${none ? " plain" : ""}`);
     const swatch = make("span", `swatch${none ? " empty" : ""}`, undefined, { "aria-hidden": "true" });
     swatch.style.setProperty("--tint", tint(k));
-    ask.append(swatch, make("span", "words", text), make("span", "score", none ? `no target · ${percent(score)}` : percent(score)));
+    ask.append(swatch, make("span", "words", text), make("span", "score", `${["", "no target · ", "empty mask · "][none]}${percent(score)}`));
     if (!none) {
       ask.type = "button";
       ask.title = "show or hide this mask";
@@ -207,7 +207,9 @@ const risam = (() => {
     }, { rootMargin: "400px" });
     const built = shown.map((entry, k) => card(entry, start + k));
     find("cards").replaceChildren(...built);
-    for (const article of built) if (article.dataset.place !== undefined) observer.observe(article);
+    const pictured = built.filter((article) => article.dataset.place !== undefined);
+    for (const article of pictured.slice(0, AT_ONCE)) article.fill();
+    for (const article of pictured.slice(AT_ONCE)) observer.observe(article);
     tell(pages);
   }
   function tell(pages) {
