@@ -142,13 +142,19 @@ class Validation:
                         held_out=name,
                         image=name_of(self.held_out[name], index),
                         text=text,
-                        truth=draw_overlay(example.image, [truth], [text]),
-                        answer=draw_overlay(example.image, [answer], [text]),
+                        truth=_drawn(example, truth, text),
+                        answer=_drawn(example, answer, text),
                     )
                 )
         finally:
             model.train()
         return drawn
+
+
+def _drawn(example: ReferringExample, mask: NDArray[np.bool_], text: str) -> NDArray[np.uint8]:
+    """The mask over a picture that is dark elsewhere, so that it shows at a thumbnail's size."""
+    dark = example.image // 2
+    return draw_overlay(np.where(mask[..., None], example.image, dark), [mask], [text])
 
 
 def name_of(data: Any, index: int) -> str:

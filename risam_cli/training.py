@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,14 +15,22 @@ from risam_cli.config import TrainSettings, dump
 from risam_cli.console import get_console
 from risam_cli.engine.distributed import Processes
 from risam_cli.engine.training_state import LAST
-from risam_cli.errors import ConfigError, OutputError
+from risam_cli.errors import ConfigError, OutputError, RisamError
+from risam_cli.reports.training import PAGE, write_page
 
 
-def train(settings: TrainSettings, *, resume: bool, processes: Processes | None = None) -> Path:
+def train(
+    settings: TrainSettings,
+    *,
+    resume: bool,
+    processes: Processes | None = None,
+    command: Sequence[str] = (),
+) -> Path:
     """Runs every stage and returns the folder of the best model.
 
     Args:
         processes: of which this is one; the first one writes.
+        command: as it was typed, to be shown in ``training.html``.
 
     Raises:
         OutputError: the output folder holds another run and ``resume`` is off.
@@ -59,9 +68,30 @@ def train(settings: TrainSettings, *, resume: bool, processes: Processes | None 
         raise OutputError(
             f"cannot write {folder}: {error.strerror}", "see space and rights"
         ) from error
-    run.run([partial(builder.stage, stage) for stage in settings.stages])
+    with _page_at_the_end(folder, command, processes), closing(builder):
+        run.run([partial(builder.stage, stage) for stage in settings.stages])
     console.info(f"done: best {run.place.best:.4f}, in {folder / 'best'} ({LAST} in checkpoints/)")
     return folder / "best"
+
+
+@contextmanager
+def _page_at_the_end(folder: Path, command: Sequence[str], processes: Processes) -> Iterator[None]:
+    """Writes ``training.html``, however the run ends short of a kill."""
+    outcome = "Finished."
+    try:
+        yield
+    except KeyboardInterrupt:
+        outcome = "Interrupted."
+        raise
+    except RisamError as error:
+        outcome = f"Ended before its end: {error}"
+        raise
+    finally:
+        if processes.leads:
+            try:
+                write_page(folder, command, outcome)
+            except (OutputError, OSError) as error:
+                get_console().warn(f"{PAGE} is not written: {error}")
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -18,10 +18,14 @@ from conftest import REPO, Cli
 from training_runs import RAW, last_weights, rows, run, settings, write_coco
 
 from risam_cli.build import load_model
+from risam_cli.build_training import TrainingBuilder
 from risam_cli.config import load_settings
-from risam_cli.engine import train as engine
-from risam_cli.engine.train import TrainingRun, learning_rate
-from risam_cli.engine.training_state import MovingAverage, PlannedBatches
+from risam_cli.console import get_console
+from risam_cli.engine import optimize
+from risam_cli.engine.optimize import Schedule
+from risam_cli.engine.plan import PlannedBatches
+from risam_cli.engine.train import TrainingRun
+from risam_cli.engine.training_state import MovingAverage
 from risam_cli.errors import ModelError, OutputError, RisamError
 
 
@@ -47,7 +51,8 @@ def _assert_same_run(output: Path, unbroken: Path) -> None:
 
 def test_a_run_writes_what_the_contract_says(unbroken: Path) -> None:
     assert {p.name for p in unbroken.iterdir()} == {
-        "best", "checkpoints", "config.resolved.yaml", "metrics.jsonl", "tensorboard",
+        "best", "checkpoints", "config.resolved.yaml", "metrics.jsonl", "pictures", "tensorboard",
+        "training.html",
     }  # fmt: skip
     assert load_settings(unbroken / "config.resolved.yaml") == settings(unbroken)
     log = rows(unbroken)
@@ -80,10 +85,16 @@ def test_the_encoder_learns_in_the_first_stage_and_is_frozen_in_the_second(
 ) -> None:
     run(tmp_path / "first", stages=RAW["stages"][:1])
     first, last = last_weights(tmp_path / "first"), last_weights(unbroken)
-    moved = {n.split(".")[0] for n in first if not torch.equal(first[n], last[n])}
-    assert moved == {
-        "attention", "feature_enhancement", "mask_decoder", "project_position", "text_encoder",
+    # A checkpoint holds what was trained so far, so the second stage's parts are new in the last.
+    assert {n.split(".")[0] for n in first if "image_encoder" not in n} == set()
+    assert {n.split(".")[0] for n in last} == {
+        "attention", "feature_enhancement", "image_encoder", "mask_decoder", "project_position",
+        "text_encoder",
     }  # fmt: skip
+    assert [n for n in first if not torch.equal(first[n], last[n])] == []
+    fresh = TrainingBuilder(settings(tmp_path / "fresh"), get_console()).model.state_dict()
+    assert all(not torch.equal(fresh[n], first[n]) for n in first if n.endswith("lin1.weight"))
+    assert all(not torch.equal(fresh[n], last[n]) for n in last if n.endswith("query.weight"))
 
 
 # --- cut and resumed ------------------------------------------------------------------------------
@@ -267,14 +278,14 @@ def test_a_gradient_that_is_not_finite_spoils_no_weight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A finite loss may have such a gradient; the checkpoint after it must stay good."""
-    task_loss = engine.to_device
+    task_loss = optimize.to_device
 
     def poison(batch: Any, device: torch.device) -> Any:
         poison.calls += 1  # type: ignore[attr-defined]
         return task_loss(batch, device)
 
     poison.calls = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(engine, "to_device", poison)
+    monkeypatch.setattr(optimize, "to_device", poison)
     clip = torch.nn.utils.clip_grad_norm_
 
     def spoiled(parameters: list[torch.Tensor], limit: float) -> torch.Tensor:
@@ -286,6 +297,7 @@ def test_a_gradient_that_is_not_finite_spoils_no_weight(
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoiled)
     with pytest.raises(RisamError, match="gradient is nan at stage 'fusion', step 4") as raised:
         run(tmp_path, stages=RAW["stages"][1:])
+    assert "in the batch of images grefshapes train scene " in raised.value.message
     assert "last.pt" in raised.value.fix
     assert all(torch.isfinite(t).all() for t in last_weights(tmp_path).values())
 
@@ -346,21 +358,26 @@ def test_own_photos_with_adapters_and_a_frozen_text_encoder(tmp_path: Path) -> N
 
 
 def test_the_learning_rate_warms_up_and_comes_down() -> None:
-    rates = [learning_rate(step, 100, 10) for step in range(100)]
+    rates = [Schedule()(step, 100, 10) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.01 + 0.99 / 2)
     assert 0.01 < rates[99] < 0.012
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert learning_rate(0, 5, 0) == 1.0
+    assert Schedule()(0, 5, 0) == 1.0
+    polynomial = Schedule("polynomial", power=2.0, floor=0.1)
+    assert polynomial(5, 100, 10) == pytest.approx(0.6)
+    assert polynomial(55, 100, 10) == pytest.approx(0.1 + 0.9 * 0.25)
+    assert polynomial(100, 100, 10) == pytest.approx(0.1)
+    assert Schedule("constant")(99, 100, 10) == 1.0
 
 
 def test_batches_are_permutations_and_a_function_of_the_step() -> None:
     whole = list(PlannedBatches(7, 3, 0, 14, seed=5))
     flat = [index for batch in whole for index in batch]
     for epoch in range(6):
-        assert sorted(flat[7 * epoch : 7 * epoch + 7]) == list(range(7))
-    assert flat[:7] != flat[7:14]
+        assert sorted(flat[7 * epoch : 7 * epoch + 7]) == list(range(7 * epoch, 7 * epoch + 7))
+    assert flat[:7] != [index - 7 for index in flat[7:14]]
     assert list(PlannedBatches(7, 3, 9, 14, seed=5)) == whole[9:]
     assert len(PlannedBatches(7, 3, 9, 14, seed=5)) == 5
     assert list(PlannedBatches(7, 3, 0, 14, seed=6)) != whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import click
@@ -42,14 +43,19 @@ def command(
     if print_config:
         click.echo(dump(load_settings(config, overrides)), nl=False)
         return None
-    if not _is_one_of_several():  # A misspelt key is told of before torch is imported.
+    if _is_one_of_several():
+        # Or DDP remarks, once a process, that it looked for unused parameters and found none.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    else:  # A misspelt key is told of before torch is imported.
         load_settings(config, overrides)
     from risam_cli.engine.distributed import Told, joined
     from risam_cli.training import train
 
     try:
         with joined() as processes:
-            train(load_settings(config, overrides), resume=resume, processes=processes)
+            settings = load_settings(config, overrides)
+            typed = ["risam", *sys.argv[1:]]
+            train(settings, resume=resume, processes=processes, command=typed)
     except Told as told:
         return told.exit_code
     return None

@@ -93,9 +93,7 @@ class Stepper:
         self.network: nn.Module = _Loss(task)
         if processes.world > 1:
             # Some parts of the network serve no loss in some ablations, or in some batches.
-            self.network = DistributedDataParallel(
-                self.network, broadcast_buffers=False, find_unused_parameters=True
-            )
+            self.network = DistributedDataParallel(self.network, find_unused_parameters=True)
 
     def __call__(self, parts: Sequence[Any], rate: float, seed: int) -> dict[str, Tensor]:
         """One step on the batches of this process.

@@ -76,6 +76,7 @@ class TrainingRun:
         self.kept = KeptWeights(folder / "checkpoints" / "kept", loop.averaged, loop.average_of)
         self.log = TrainingLog(folder, console, silent=not self.processes.leads)
         self.stop = StopRequest()
+        self.told = 0.0, 0  # seconds and expressions when the rate was last shown
         self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
 
     def resume(self) -> None:
@@ -147,6 +148,7 @@ class TrainingRun:
         keep: bool,
     ) -> None:
         place, loop = self.place, self.loop
+        self.told = place.seconds, place.expressions
         begun = time.monotonic() - place.seconds
         dealt = self._dealt(number, stage)
         batches = self._batches(dealt, stage)
@@ -193,8 +195,11 @@ class TrainingRun:
             recent = {name: float(value) for name, value in figures.items()}
             self.log.row(place, stage.name, {**recent, "lr": rate}, "train")
             shown: dict[str, Any] = {"loss": f"{recent['loss']:.3f}"}
-            if place.seconds > 0:
-                shown["expressions/s"] = f"{place.expressions / place.seconds:.3g}"
+            then, before = self.told
+            if place.seconds > then:
+                rate = (place.expressions - before) / (place.seconds - then)
+                shown["expressions/s"] = f"{rate:.3g}"
+            self.told = place.seconds, place.expressions
             if place.best >= 0:
                 shown["best"] = f"{place.best:.4f}"
             progress.update(**shown)
@@ -272,8 +277,12 @@ class TrainingRun:
     def _figures(self, stage: Stage, of: str = "") -> dict[str, float]:
         with autocast(self.loop.device, self.loop.dtype), self.processes.together():
             figures = stage.validate(self._stop_between)
-        shown = ", ".join(f"{k} {v:.3f}" for k, v in figures.items() if k != "watched")
-        self.console.info(f"stage {stage.name}, step {self.place.step}{of}: {shown}")
+        # All of them are in the log; one line has room for the foremost.
+        foremost = [k for k in figures if k.endswith(".miou")] or [
+            k for k in figures if "." not in k
+        ]
+        shown = ", ".join(f"{k} {figures[k]:.3f}" for k in [*foremost, "best"] if k != "watched")
+        self.console.info(f"stage {stage.name}, {of or f'step {self.place.step}'}: {shown}")
         return figures
 
     def _watch(self, stage: Stage, figure: float) -> None:
@@ -301,7 +310,7 @@ class TrainingRun:
         if stage.answers and place.kept:
             with self.kept.mean_in(stage.task.module, place):
                 steps = [step for step, _ in place.kept]
-                told = f", mean of the weights after {', '.join(map(str, steps))}"
+                told = f"mean of the weights after steps {', '.join(map(str, steps))}"
                 figures = self._figures(stage, told)
                 at = replace(place, stage=place.stage - 1, step=steps[-1])
                 self.log.row(at, stage.name, figures, "average")

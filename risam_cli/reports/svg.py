@@ -100,6 +100,84 @@ def curve(
     return _close(out)
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A series of points, in the order of x; ``faint`` is drawn thin behind the others."""
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    faint: bool = False
+
+
+def lines(
+    series: Sequence[Line],
+    x_axis: str,
+    y_axis: str,
+    *,
+    y_low: float | None = 0.0,
+    y_high: float | None = None,
+    marks: Sequence[Mark] = (),
+) -> Markup:
+    """Several series over one axis from 0, told apart by colour; nothing where there is no point.
+
+    Args:
+        y_low, y_high: None takes the series' own; what lies beyond is drawn at the edge.
+        marks: points that stand out, with their labels.
+    """
+    xs = [x for one in series for x in one.xs]
+    ys = [y for one in series for y in one.ys]
+    if not xs:
+        return Markup("")
+    left, right = 0.0, max(1.0, *xs)
+    low = min(ys) if y_low is None else y_low
+    high = max(ys) if y_high is None else y_high
+    high = high if high > low else low + 1
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        part = (min(max(y, low), high) - low) / (high - low)
+        return _x((x - left) / (right - left)), _y(part)
+
+    out = [_open(_WIDTH, _HEIGHT, f"{y_axis} against {x_axis}")]
+    for tick in _ticks(left, right):
+        out.append(_text(at(tick, low)[0], _HEIGHT - _BOTTOM + 16, _count(tick), "tick", "middle"))
+    for tick in _ticks(low, high):
+        y = at(left, tick)[1]
+        out.append(_line(_LEFT, y, _WIDTH - _RIGHT, y, "grid"))
+        out.append(_text(_LEFT - 6, y + 4, _count(tick), "tick", "end"))
+    out.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, x_axis, "axis", "middle"))
+    shown = [one for one in series if not one.faint]
+    for one in series:
+        number = (series if one.faint else shown).index(one) % LINE_COLORS
+        points = " ".join("{:.1f},{:.1f}".format(*at(*p)) for p in zip(one.xs, one.ys, strict=True))
+        name = f"curve line{number}" + " faint" * one.faint
+        if len(one.xs) == 1:
+            cx, cy = at(one.xs[0], one.ys[0])
+            out.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="2.5" class="{name}"/>')
+        else:
+            out.append(f'<polyline points="{points}" class="{name}"/>')
+    for mark in marks:
+        cx, cy = at(mark.x, mark.y)
+        out.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" class="mark"/>')
+        end = cx > _WIDTH * 0.55
+        x, anchor = cx + (-9 if end else 9), "end" if end else "start"
+        out.append(_text(x, cy + (18 if cy < _HEIGHT / 2 else -9), mark.label, "label", anchor))
+    return _close(out)
+
+
+LINE_COLORS = 6
+"""How many colours :func:`lines` has, as the CSS classes ``line0`` to ``line5``."""
+
+
+def _count(number: float) -> str:
+    """As :func:`_short`, with large numbers in thousands."""
+    if abs(number) >= 1e6:
+        return f"{_short(number / 1e6)} M"
+    if abs(number) >= 1e4:
+        return f"{_short(number / 1e3)} k"
+    return _short(number) if abs(number) >= 0.01 or not number else f"{number:.0e}"
+
+
 def histogram(counts: Sequence[int], x_axis: str, y_axis: str) -> Markup:
     """Bars of equal width over 0..1."""
     total, most = sum(counts), max(counts, default=0)
@@ -148,7 +226,8 @@ def _y(share: float) -> float:
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers, four to seven of them."""
     span = high - low
-    step = next(s for s in _STEPS if span / s <= 6.5)
+    scale = 10.0 ** max(0, math.ceil(math.log10(span / _STEPS[-1] / 6.5))) if span > 0 else 1.0
+    step = scale * next(s for s in _STEPS if span / scale / s <= 6.5)
     first = math.floor(low / step)
     ticks = [k * step for k in range(first, first + 12)]
     return [t for t in ticks if low - 1e-9 <= t <= high + 1e-9]
