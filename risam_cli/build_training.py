@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,17 @@ from risam_cli.console import Console
 from risam_cli.data.collate import ReferringCollate, collate_dense
 from risam_cli.data.dataset import DenseScenes
 from risam_cli.data.refshapes.vocabulary import COLORS, SHAPES, SIZES
+from risam_cli.engine.cached_training import CachedEncoder, KeyedCollate
 from risam_cli.engine.device import choose_device
 from risam_cli.engine.distributed import Processes
+from risam_cli.engine.embeddings import CacheSettings, FeatureCache, open_feature_cache
 from risam_cli.engine.stage import SaveModel, Stage, hash_settings
 from risam_cli.engine.tasks import DenseTask, ReferringTask
 from risam_cli.engine.train import TrainingRun
 from risam_cli.engine.training_state import Place
 from risam_cli.losses import ReferringLoss
 from risam_cli.model.dense_head import DenseHead
+from risam_cli.sizes import parse_size
 from risam_cli.tokenizer import TextTokenizer
 
 
@@ -64,7 +68,9 @@ class TrainingBuilder:
         self.model.to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.size = settings.model.image_encoder.image_size
-        self.collate = ReferringCollate(self.tokenizer, self.size)
+        keyed = KeyedCollate if settings.feature_cache is not None else ReferringCollate
+        self.collate = keyed(self.tokenizer, self.size)
+        self.cached: CachedEncoder | None = None
         self.data = DataBuilder(settings, console)
 
     @property
@@ -81,6 +87,7 @@ class TrainingBuilder:
 
     def stage(self, settings: DenseStage | ReferringStage) -> Stage:
         """One stage, finished. To be called when the stage before it is done."""
+        self.close()
         if number := self.settings.stages.index(settings):
             # A head's random start must not depend on whether the run was cut before this stage.
             torch.manual_seed(self.settings.seed * 1_000_003 + number)
@@ -125,7 +132,9 @@ class TrainingBuilder:
         loss = ReferringLoss(
             s.loss.mask, s.loss.dice, s.loss.no_target, s.loss.iou, s.loss.focal_gamma
         )
-        task = ReferringTask(model, loss, encoder_frozen=not encoder_parts)
+        frozen_encoder = not encoder_parts
+        self.cached = self._cached_encoder() if frozen_encoder else None
+        task = ReferringTask(model, loss, encoder_frozen=frozen_encoder, features=self.cached)
         text_rate = settings.text_learning_rate or settings.learning_rate
         # Read now, so that a damaged file is told of before the first step.
         held_out = self.data.held_out()
@@ -151,6 +160,29 @@ class TrainingBuilder:
             validate=validation,
             draw=validation.draw,
         )
+
+    def close(self) -> None:
+        """Ends what a stage has open."""
+        if self.cached is not None:
+            self.cached.close()
+            self.cached = None
+
+    def _cached_encoder(self) -> CachedEncoder | None:
+        """The encoder behind its cache, if the settings name one."""
+        asked, encoder = self.settings.feature_cache, self.model.image_encoder
+        if asked is None:
+            return None
+        shape = self.settings.model.image_encoder
+        kept = CacheSettings(Path(asked.folder), parse_size(asked.limit))
+        images = len(self.data.train()) + sum(map(len, self.data.held_out().values()))
+
+        def open_cache() -> AbstractContextManager[FeatureCache]:
+            device, precision = self.device, self.dtype
+            return open_feature_cache(
+                kept, encoder, shape, device=device, precision=precision, images=images
+            )
+
+        return CachedEncoder(encoder, open_cache)
 
     def _encoder_parts(self, settings: ReferringStage) -> list[tuple[nn.Module, float]]:
         encoder = self.model.image_encoder
@@ -226,7 +258,10 @@ def stage_hashes(settings: TrainSettings) -> list[str]:
     # Dense stages know nothing of expressions.
     train = {k: v for k, v in values["train"].items() if k not in _EXPRESSIONS_ONLY}
     dense = {**values, "train": train, "loss": None}
-    dense.pop("augment", None)
+    if "feature_cache" in values:
+        values["feature_cache"] = "half precision"  # wherever it is
+    for unknown in ("augment", "feature_cache"):
+        dense.pop(unknown, None)
     hashes = []
     for number in range(len(settings.stages)):
         stages = settings.stages[: number + 1]

@@ -16,6 +16,7 @@ from risam_cli.model.presets import PRESETS
 from risam_cli.settings import (
     AveragingSettings,
     EarlyStoppingSettings,
+    FeatureCacheSettings,
     OptimizerSettings,
     Settings,
 )
@@ -234,6 +235,9 @@ class TrainSettings(Settings):
     train: DataSettings
     val: dict[str, DataSettings] = Field(min_length=1)
     augment: AugmentSettings = AugmentSettings()
+    feature_cache: FeatureCacheSettings | None = Field(
+        None, description="for stages that train nothing of the image encoder"
+    )
     stages: tuple[StageSettings, ...] = Field(min_length=1)
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -262,6 +266,7 @@ class TrainSettings(Settings):
                 "init_from, init_encoder_from and model.image_encoder.checkpoint all fill the "
                 "image encoder; give one of them"
             )
+        self._check_feature_cache()
         self._check_figure(self.best_by)
         if self.early_stopping is not None and self.early_stopping.figure is not None:
             self._check_figure(self.early_stopping.figure)
@@ -277,6 +282,21 @@ class TrainSettings(Settings):
             if tunes and self.model.image_encoder.adapter_dim == 0:
                 raise ValueError(f"stage {stage.name!r} trains adapters, but adapter_dim is 0")
         return self
+
+    def _check_feature_cache(self) -> None:
+        if self.feature_cache is None:
+            return
+        if self.augment.changes_pixels:
+            raise ValueError(
+                "feature_cache needs pictures that stay the same, but augment changes them; "
+                "leave one of the two out"
+            )
+        if not any(
+            stage.kind == "referring" and stage.train_encoder == "no" for stage in self.stages
+        ):
+            raise ValueError(
+                "feature_cache is for a frozen image encoder, but no stage has train_encoder: no"
+            )
 
     def _check_figure(self, name: str) -> None:
         known = [*FIGURES, *(f"{held_out}.{figure}" for held_out in self.val for figure in FIGURES)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from risam_cli.sizes import parse_size
 
 
 class Settings(BaseModel):
@@ -42,3 +44,16 @@ class AveragingSettings(Settings):
 
     count: int = Field(gt=1, description="how many are averaged")
     of: Literal["best", "last"] = Field("best", description="which: by best_by, or the newest")
+
+
+class FeatureCacheSettings(Settings):
+    """Keeps the frozen image encoder's features on disk, for all epochs, runs and commands."""
+
+    folder: str = Field(description="may be shared with other runs, and with predict and eval")
+    limit: str = Field("50GB", description="how large the folder may get")
+
+    @field_validator("limit")
+    @classmethod
+    def _is_size(cls, value: str) -> str:
+        parse_size(value)
+        return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from risam_cli.data.collate import DenseBatch, ReferringBatch
 from risam_cli.losses import ReferringLoss, dense_counts, dense_loss, referring_counts
 from risam_cli.model.dense_head import DenseHead
-from risam_cli.model.image_encoder import ImageEncoder
+from risam_cli.model.image_encoder import EncoderFeatures, ImageEncoder
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.risam import Risam
 from risam_cli.transforms import normalize
@@ -83,19 +84,31 @@ class ReferringTask:
 
     Args:
         model: the network; encoder_frozen: run the image encoder without gradients.
+        features: gives a batch's taps in the encoder's place, such as from a cache.
     """
 
-    def __init__(self, model: Risam, loss: ReferringLoss, *, encoder_frozen: bool) -> None:
+    def __init__(
+        self,
+        model: Risam,
+        loss: ReferringLoss,
+        *,
+        encoder_frozen: bool,
+        features: Callable[[Any], EncoderFeatures] | None = None,
+    ) -> None:
         self.module = model
         self.model = model
         self.criterion = loss
         self.encoder_frozen = encoder_frozen
+        self.features = features
 
     def decode(self, batch: ReferringBatch) -> Decoded:
         """Runs the network on a batch."""
-        pixels = normalize(batch.images, batch.fitted.tolist())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
-            taps = self.model.image_encoder(pixels)
+        if self.features is not None:
+            taps = self.features(batch)
+        else:
+            pixels = normalize(batch.images, batch.fitted.tolist())
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
+                taps = self.model.image_encoder(pixels)
         image = self.model.enhance(taps.shallow, taps.middle, taps.deep, taps.fine)
         text = self.model.encode_text(batch.input_ids, batch.attention_mask)
         return self.model.decode(image, text, batch.image_index)
