@@ -21,6 +21,7 @@ from risam_cli.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, Interrupted,
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("predict", "Masks for images and expressions, in batches."),
+    "explain": ("explain", "Show what the network looked at, word by word."),
     "eval": ("eval", "Score a model or anyone's masks on a benchmark."),
     "train": ("train", "Train a model from a YAML file."),
     "export-masks": ("export_masks", "Turn predictions into other annotation formats."),

@@ -47,8 +47,10 @@ class Attention:
     special ones included, padding left out.
 
     Attributes:
+        size: (H, W) of the image in pixels.
         tokens: T texts, as the vocabulary writes them.
         words: the words that they make, special tokens marked, in order.
+        cells: regions of the encoder's whole grid, those of the padding too.
         extent: (height, width) of the picture in cells; the last row and column may be cut.
         regions_of_token: (blocks, heads, T, rows, columns), Language-Guided Attention: each
             token's weights over regions. With ``padding`` they sum to 1. None where the model has
@@ -62,6 +64,7 @@ class Attention:
     tokens: tuple[str, ...]
     words: tuple[Word, ...]
     size: tuple[int, int]
+    cells: int
     extent: tuple[float, float]
     regions_of_token: Weights | None
     padding: Weights | None
@@ -167,6 +170,7 @@ def explain(session: Session, tokenizer: TextTokenizer, encoded: Encoded, text: 
         tokens=tuple(piece.text for piece in pieces),
         words=words_of(text, pieces),
         size=size,
+        cells=grid[0] * grid[1],
         extent=extent,
         regions_of_token=regions,
         padding=padding,

@@ -69,11 +69,11 @@ def _draw(case: Case) -> Picture:
         note = "image not at hand"
     how = cv2.INTER_AREA if rgb.shape[0] > small[1] else cv2.INTER_CUBIC
     canvas = np.asarray(cv2.resize(rgb, small, interpolation=how), np.uint8)
-    answer = "" if case.answered_none else _path(case.prediction, small)
-    return Picture(case, _uri(canvas), *small, _path(case.target, small), answer, note)
+    answer = "" if case.answered_none else outline(case.prediction, small)
+    return Picture(case, webp_uri(canvas), *small, outline(case.target, small), answer, note)
 
 
-def _path(rle: Rle, size: tuple[int, int]) -> str:
+def outline(rle: Rle, size: tuple[int, int]) -> str:
     """The outline of a mask, holes too, at (width, height), as SVG path data."""
     dense = masks.decode(rle).astype(np.float32)
     how = cv2.INTER_AREA if dense.shape[1] > size[0] else cv2.INTER_LINEAR
@@ -93,8 +93,9 @@ def _ring(contour: NDArray[np.int32]) -> str:
     return "M" + " ".join(f"{x},{y}" for x, y in points) + "Z"
 
 
-def _uri(rgb: NDArray[np.uint8]) -> str:
-    done, data = cv2.imencode(".webp", rgb[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, _QUALITY])
+def webp_uri(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> str:
+    """An image (H, W, 3) as a ``data:`` address of a WebP file."""
+    done, data = cv2.imencode(".webp", rgb[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, quality])
     if not done:
         raise RuntimeError("OpenCV was built without WebP")
     return f"data:image/webp;base64,{base64.b64encode(data.tobytes()).decode('ascii')}"

@@ -1,0 +1,206 @@
+"""``risam explain``: what the words looked at, and which words the regions heard."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from risam_cli.commands.options import (
+    device_options,
+    model_option,
+    output_option,
+    threshold_options,
+    verbosity_options,
+)
+from risam_cli.errors import EXIT_OK, ModelError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from risam_cli.build import LoadedModel
+    from risam_cli.reports.explain import Explained, Explanation
+
+GRID = 5  # points along the longer side
+
+
+def _parse_points(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[float, float], ...]:
+    points = []
+    for value in values:
+        try:
+            x, y = (float(part) for part in value.split(","))
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not X,Y in pixels, such as 120,80.") from None
+        if not (math.isfinite(x) and math.isfinite(y)):
+            raise click.BadParameter(f"{value!r} is not X,Y in pixels, such as 120,80.")
+        points.append((x, y))
+    return tuple(points)
+
+
+@click.command("explain")
+@click.argument("image", metavar="IMAGE")
+@click.option(
+    "-e",
+    "--expression",
+    "expressions",
+    multiple=True,
+    required=True,
+    metavar="TEXT",
+    help="What to explain. May be given several times.",
+)
+@model_option
+@output_option("risam-explain")
+@click.option(
+    "--point",
+    "points",
+    multiple=True,
+    metavar="X,Y",
+    callback=_parse_points,
+    help="Show which words inform this pixel. May be given several times.  [default: a grid]",
+)
+@click.option(
+    "--grid",
+    type=click.IntRange(1, 12),
+    metavar="N",
+    default=GRID,
+    show_default=True,
+    help="Without --point: points along the longer side.",
+)
+@click.option(
+    "--block",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Show this block's attention, counted from 0.  [default: the mean of all]",
+)
+@click.option(
+    "--head",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Show this head's attention, counted from 0.  [default: the mean of all]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Also write the raw maps, explain.json.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier explanation in the folder.")
+@threshold_options
+@device_options
+@verbosity_options
+def command(**options: Any) -> int:
+    """Show what the network looked at, after Figure 1 of the paper.
+
+    For each word the regions that it attends to (Language-Guided Attention), for points of the
+    image the words that inform them most (Vision-Guided Attention), and the predicted mask: a
+    picture for each expression, and one page, explain.html, that opens anywhere and answers to
+    mouse, touch and keyboard.
+
+    \b
+    risam explain photo.jpg -e "the red circle on the left"
+    risam explain photo.jpg -e "the dog" -e "the cat" --point 120,80 --json -o why
+    """
+    return _explain(**options)
+
+
+def _explain(
+    image: str,
+    expressions: tuple[str, ...],
+    output: Path,
+    as_json: bool,
+    overwrite: bool,
+    **options: Any,
+) -> int:
+    for text in expressions:
+        if not text.strip():
+            raise UsageError("an expression is empty", "give words after -e")
+    if not overwrite and output.is_dir() and any(output.iterdir()):
+        raise OutputError(f"{output} is not empty", "choose another -o or give --overwrite")
+    from risam_cli.console import get_console
+    from risam_cli.reports.explain import write_explanation
+
+    explanation = _look(image, expressions, **options)
+    console = get_console()
+    for line in explanation.missing:
+        console.warn(line)
+    for explained in explanation.expressions:
+        attention = explained.attention
+        notes = list(explained.prediction.notes)
+        strange = dict.fromkeys(repr(word.text) for word in attention.words if word.unknown)
+        if strange:
+            notes.append(f"the model does not know {', '.join(strange)}")
+        for note in notes:
+            console.warn(f"{attention.expression!r}: {note}")
+    for name in write_explanation(explanation, output, with_json=as_json, overwrite=overwrite):
+        console.info(str(output / name))
+    return EXIT_OK
+
+
+def _look(
+    image: str,
+    expressions: tuple[str, ...],
+    model: str | None,
+    points: tuple[tuple[float, float], ...],
+    grid: int,
+    block: int | None,
+    head: int | None,
+    device: str,
+    precision: str,
+    threshold: float | None,
+    no_target_threshold: float | None,
+) -> Explanation:
+    """Runs the network; torch is imported here and not before."""
+    from risam_cli.build import load_model
+    from risam_cli.data.images import open_rgb, read_for_encoder
+    from risam_cli.engine.device import choose_device, choose_precision, describe_device
+    from risam_cli.engine.predict import PredictSettings, compute_settings
+    from risam_cli.engine.session import Session
+    from risam_cli.reports.explain import Explanation
+
+    place = choose_device(device)
+    settings = PredictSettings(
+        place,
+        choose_precision(precision, place),
+        threshold=threshold,
+        no_target_threshold=no_target_threshold,
+    )
+    rgb = open_rgb(Path(image))  # a bad image is told before a model is loaded
+    loaded = load_model(model, device=place)
+    session = Session(loaded, compute_settings(loaded, settings))
+    encoded = session.encode(read_for_encoder(Path(image), loaded.image_size))
+    bar = loaded.no_target_threshold if no_target_threshold is None else no_target_threshold
+    explained = tuple(
+        _explained(loaded, session, encoded, image, text, bar) for text in expressions
+    )
+    first = explained[0].attention
+    for name, value, count in (("block", block, first.blocks), ("head", head, first.heads)):
+        if value is not None and count and value >= count:
+            raise UsageError(
+                f"--{name} {value}: the model {loaded.name!r} has {count} {name}s",
+                f"give 0 to {count - 1}",
+            )
+    for x, y in points:
+        first.region_at(x, y)
+    return Explanation(
+        image,
+        rgb,
+        loaded.name,
+        loaded.hash,
+        describe_device(place),
+        explained,
+        points,
+        grid,
+        block if first.blocks else None,
+        head if first.blocks else None,
+    )
+
+
+def _explained(
+    loaded: LoadedModel, session: Any, encoded: Any, image: str, text: str, bar: float
+) -> Explained:
+    from risam_cli.engine.explain import explain
+    from risam_cli.reports.explain import Explained
+    from risam_cli.types import Expression, Sample
+
+    sample = Sample(image, Path(image), (Expression(f"{image}#0", text),))
+    found = session.ask(encoded, sample, bar)
+    if found.failures:
+        raise ModelError(found.failures[0].message)
+    return Explained(found.predictions[0], explain(session, loaded.tokenizer, encoded, text))

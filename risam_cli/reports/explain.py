@@ -1,0 +1,200 @@
+"""An image with what the network attended to, put together for pictures, page and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from risam_cli import __version__
+from risam_cli.engine.explain import Attention
+from risam_cli.outputs.folder import ExportFolder
+from risam_cli.outputs.naming import slug
+from risam_cli.outputs.png import encode_rgb
+from risam_cli.outputs.records import to_json
+from risam_cli.types import Prediction
+
+Point = tuple[float, float]
+
+PAGE = "explain.html"
+MAPS = "explain.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """One expression: its answer and its attention."""
+
+    prediction: Prediction
+    attention: Attention
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """All that is shown of one image.
+
+    Attributes:
+        image: its name.
+        rgb: (H, W, 3) uint8, upright.
+        model, model_hash, device: what computed it, in words.
+        expressions: at least one.
+        points: (x, y) in pixels of the image, chosen by the user; may be empty.
+        grid: where no point is chosen, so many points along the longer side.
+        block, head: what the picture shows, counted from 0; None is the mean over all.
+    """
+
+    image: str
+    rgb: NDArray[np.uint8]
+    model: str
+    model_hash: str
+    device: str
+    expressions: tuple[Explained, ...]
+    points: tuple[Point, ...] = ()
+    grid: int = 5
+    block: int | None = None
+    head: int | None = None
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What the model has not, and so cannot be shown, a line each."""
+        return self.expressions[0].attention.missing
+
+    @property
+    def shown_points(self) -> tuple[Point, ...]:
+        """The chosen points, or those of the grid, row by row."""
+        if self.points:
+            return self.points
+        height, width = self.rgb.shape[:2]
+        step = max(height, width) / self.grid
+        rows, columns = max(1, round(height / step)), max(1, round(width / step))
+        return tuple(
+            ((column + 0.5) * width / columns, (row + 0.5) * height / rows)
+            for row in range(rows)
+            for column in range(columns)
+        )
+
+
+def chosen_words(block: int | None, head: int | None, attention: Attention) -> str:
+    """What is shown, in words, such as ``mean of 3 blocks, head 2``."""
+    blocks = f"mean of {attention.blocks} blocks" if block is None else f"block {block}"
+    heads = f"mean of {attention.heads} heads" if head is None else f"head {head}"
+    return f"{blocks}, {heads}"
+
+
+def spread(weights: NDArray[np.float32]) -> float:
+    """Over how many regions weights (rows, columns) are spread: 2 to the power of their entropy.
+
+    One region with all the weight gives 1, even weights give their number.
+    """
+    total = float(weights.sum())
+    share = weights[weights > 0].astype(np.float64) / total if total > 0 else np.ones(1)
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def picture_names(explanation: Explanation) -> list[str]:
+    """File names of the pictures, one for each expression."""
+    names = []
+    for number, explained in enumerate(explanation.expressions):
+        words = slug(explained.attention.expression)
+        names.append(f"{number}{'-' if words else ''}{words}.png")
+    return names
+
+
+def write_explanation(
+    explanation: Explanation, output: Path, *, with_json: bool, overwrite: bool
+) -> list[str]:
+    """Writes the pictures, the page and, if wished, the raw maps; each whole or not at all.
+
+    Returns:
+        Names of the files, relative to ``output``.
+
+    Raises:
+        OutputError: the folder has files and ``overwrite`` is not set, or cannot be written.
+    """
+    from risam_cli.reports.explain_page import to_html
+    from risam_cli.reports.explain_picture import draw_explanation
+
+    page = to_html(explanation).encode("utf-8", "backslashreplace")
+    pictures = picture_names(explanation)
+    names = [*pictures, PAGE, *([MAPS] if with_json else [])]
+    folder = ExportFolder(output, "explanation", names, overwrite=overwrite)
+    for name, explained in zip(pictures, explanation.expressions, strict=True):
+        folder.write(name, encode_rgb(draw_explanation(explanation, explained)))
+    folder.write(PAGE, page)
+    if with_json:
+        folder.publish(MAPS, list(json_pieces(explanation)))
+    folder.complete({"files": names})
+    return names
+
+
+# --- raw maps -------------------------------------------------------------------------------------
+
+
+def json_pieces(explanation: Explanation) -> Iterator[str]:
+    """``explain.json`` in pieces, an expression each; its fields are in ``docs/explain.md``."""
+    first = explanation.expressions[0].attention
+    height, width = explanation.rgb.shape[:2]
+    head = {
+        "risam": __version__,
+        "image": explanation.image,
+        "height": height,
+        "width": width,
+        "model": {"name": explanation.model, "hash": explanation.model_hash},
+        "device": explanation.device,
+        "blocks": first.blocks,
+        "heads": first.heads,
+        "grid": list(first.grid),
+        "cells": first.cells,
+        "extent": list(first.extent),
+        "missing": list(explanation.missing),
+        "shown": {"block": explanation.block, "head": explanation.head},
+    }
+    yield json.dumps(head)[:-1] + ', "expressions": [\n'
+    for number, explained in enumerate(explanation.expressions):
+        text = json.dumps(_expression(explanation, explained), allow_nan=False)
+        yield ("" if number == 0 else ",\n") + text
+    yield "\n]}\n"
+
+
+def _expression(explanation: Explanation, explained: Explained) -> dict[str, Any]:
+    attention = explained.attention
+    return {
+        "prediction": json.loads(to_json(explained.prediction)),
+        "tokens": list(attention.tokens),
+        "words": [
+            {
+                "text": word.text,
+                "tokens": list(word.tokens),
+                "special": word.special,
+                "unknown": word.unknown,
+            }
+            for word in attention.words
+        ],
+        "points": _points(explanation, attention),
+        "regions_of_token": _numbers(attention.regions_of_token),
+        "padding": _numbers(attention.padding),
+        "tokens_of_region": _numbers(attention.tokens_of_region),
+    }
+
+
+def _points(explanation: Explanation, attention: Attention) -> list[dict[str, Any]]:
+    weights = attention.words_of_regions(explanation.block, explanation.head)
+    if weights is None:
+        return []
+    points = []
+    for x, y in explanation.shown_points:
+        row, column = attention.region_at(x, y)
+        own = weights[row, column]
+        points.append({"x": x, "y": y, "row": row, "column": column, "words": _numbers(own)})
+    return points
+
+
+def _numbers(weights: NDArray[np.float32] | None) -> Any:
+    """Nested lists; each number in the fewest digits that tell its float32 from all others."""
+    if weights is None:
+        return None
+    return weights.astype("U16").astype(np.float64).tolist()
