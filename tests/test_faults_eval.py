@@ -15,6 +15,7 @@ from power import recorded
 from risam_cli.cli import main
 from risam_cli.commands import eval_flow
 from risam_cli.engine import evaluate as engine
+from risam_cli.engine.answers import AnswerLog
 from risam_cli.locks import FolderLock
 from risam_cli.model.risam import Risam
 
@@ -167,6 +168,25 @@ def test_a_kill_before_the_reports_costs_no_answer(
     assert evaluate(tmp_path / "fresh") == 0
     assert rows(out) == rows(tmp_path / "fresh")
     assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "fresh").iterdir()}
+
+
+def test_a_kill_after_the_reports_leaves_nothing_for_ever(
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def killed(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AnswerLog, "finished", killed)
+        assert evaluate(out) == 130
+    assert (out / "report.json").exists()
+    assert (out / "answers.jsonl").exists()
+    assert evaluate(out) == 1
+    assert evaluate(out, "--resume") == 0
+    assert not (out / "answers.jsonl").exists()
+    assert evaluate(out, "--resume") == 1  # it is finished: nothing to go on with
 
 
 def test_a_second_run_into_the_folder_is_refused(

@@ -162,7 +162,9 @@ class Asked:
                 f"{self.output} holds a run of predict, which has files of the same names",
                 "choose another -o",
             )
-        if (self.output / "report.json").exists() and not self.overwrite:
+        # A run that was cut off between its reports and its end still has its answers.
+        cut_off = self.resume and (self.output / ANSWERS_FILE).exists()
+        if (self.output / "report.json").exists() and not (self.overwrite or cut_off):
             raise OutputError(
                 f"{self.output} holds a report already", "choose another -o or give --overwrite"
             )
