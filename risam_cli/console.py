@@ -12,16 +12,18 @@ import threading
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
-    from rich.progress import Progress as RichProgress
 
 PLAIN_INTERVAL = 5.0
 """Seconds between two plain progress lines."""
+
+STALLED = 30.0
+"""Seconds without progress after which it is said that there is none."""
 
 _RATE_WINDOW = 30.0  # seconds over which the rate is taken, so that it follows a change of load
 _COLORS = {"warning": "\x1b[33m", "error": "\x1b[31m"}
@@ -65,7 +67,11 @@ class Progress(Protocol):
     """A running count. All methods may be called from any thread."""
 
     def advance(self, n: int = 1, **fields: object) -> None:
-        """Count ``n`` more items; ``fields`` are shown beside the rate, as in ``failures=3``."""
+        """Count ``n`` more items; ``fields`` are shown beside the rate, as in ``failures=3``.
+
+        A field that is a mapping from parts to seconds says where the time goes: it is shown as
+        the parts' shares of their sum, as in ``busy: encode 75%, write 25%``.
+        """
 
     def update(self, *, total: int | None = None, **fields: object) -> None:
         """Show ``fields`` from now on; a ``total`` that became known replaces the old one."""
@@ -151,30 +157,31 @@ class Console:
                 yield bar
         else:
             plain = _Plain(self, sanitize(description), total, unit, self._clock, done)
+            ended = threading.Event()
+            threading.Thread(target=plain.watch, args=(ended,), daemon=True).start()
             try:
                 yield plain
             except BaseException:
                 plain.finish(done=False)
                 raise
+            finally:
+                ended.set()
             plain.finish(done=True)
 
     @contextmanager
     def _drawn(
         self, description: str, total: int | None, unit: str, done: int
     ) -> Iterator[Progress]:
-        from rich import progress as rich_progress
         from rich.console import Console as RichConsole
 
-        bar = RichConsole(file=self.stream, no_color=_no_color() or None, highlight=False)
-        columns = (
-            rich_progress.TextColumn("{task.description}", markup=False),
-            rich_progress.BarColumn(bar_width=None),
-            rich_progress.TextColumn("{task.fields[text]}", markup=False),
-        )
-        with rich_progress.Progress(*columns, console=bar, expand=True) as live:
-            self._bar = bar
+        from risam_cli.console_bar import Bar
+
+        counted = Count(total, unit, self._clock, done)
+        screen = RichConsole(file=self.stream, no_color=_no_color() or None, highlight=False)
+        with Bar(counted, sanitize(description), screen) as bar:
+            self._bar = screen
             try:
-                yield _Bar(live, sanitize(description), total, unit, self._clock, done)
+                yield bar
             finally:
                 self._bar = None
 
@@ -208,8 +215,8 @@ class _Silent:
         pass
 
 
-class _Count:
-    """The numbers behind a progress display."""
+class Count:
+    """The numbers behind a progress display; see :meth:`Console.progress` for the arguments."""
 
     def __init__(self, total: int | None, unit: str, clock: Callable[[], float], done: int) -> None:
         self.total, self.unit, self.clock = total, unit, clock
@@ -217,10 +224,12 @@ class _Count:
         self.fields: dict[str, object] = {}
         self.lock = threading.RLock()
         self.started = clock()
+        self.advanced = self.started
         self._recent: deque[tuple[float, int]] = deque([(self.started, done)])
 
-    def add(self, n: int, fields: dict[str, Any]) -> None:
-        now = self.clock()
+    def add(self, n: int, fields: Mapping[str, Any]) -> None:
+        """Count ``n`` more items at this moment."""
+        self.advanced = now = self.clock()
         self.done += n
         self.fields.update(fields)
         self._recent.append((now, self.done))
@@ -240,11 +249,30 @@ class _Count:
             parts.append(f"took {_duration(now - self.started)}")
         elif rate > 0 and self.total is not None:
             parts.append(f"{_duration(max(self.total - self.done, 0) / rate)} left")
-        parts += [f"{name}={_value(value)}" for name, value in self.fields.items()]
+        if not final and now - self.advanced >= STALLED:
+            parts.append(f"nothing for {_duration(now - self.advanced)}")
+        parts += [
+            f"{name}={_value(value)}"
+            for name, value in self.fields.items()
+            if not isinstance(value, Mapping)
+        ]
         return ", ".join(parts)
 
+    def shares(self) -> str:
+        """Where the time goes, as far as it was told; else empty."""
+        told = [
+            f"{name}: {_shares(value)}"
+            for name, value in self.fields.items()
+            if isinstance(value, Mapping) and sum(value.values()) > 0
+        ]
+        return "; ".join(told)
 
-class _Plain(_Count):
+    def line(self, *, final: bool = False) -> str:
+        """All of it."""
+        return "; ".join(filter(None, (self.text(final=final), self.shares())))
+
+
+class _Plain(Count):
     """Lines for a log."""
 
     def __init__(
@@ -264,8 +292,7 @@ class _Plain(_Count):
         with self.lock:
             self.add(n, fields)
             if self.clock() - self._last >= PLAIN_INTERVAL:
-                self._last = self.clock()
-                self._console.info(f"{self._description}: {self.text()}")
+                self._tell()
 
     def update(self, *, total: int | None = None, **fields: object) -> None:
         with self.lock:
@@ -275,35 +302,18 @@ class _Plain(_Count):
     def finish(self, *, done: bool) -> None:
         with self.lock:
             stopped = "" if done else "stopped at "
-            self._console.info(f"{self._description}: {stopped}{self.text(final=True)}")
+            self._console.info(f"{self._description}: {stopped}{self.line(final=True)}")
 
+    def watch(self, ended: threading.Event) -> None:
+        """Says so where nothing comes for long, until ``ended``; in a thread of its own."""
+        while not ended.wait(STALLED):
+            with self.lock:
+                if not ended.is_set() and self.clock() - self._last >= STALLED:
+                    self._tell()
 
-class _Bar(_Count):
-    """A bar on a terminal."""
-
-    def __init__(
-        self,
-        live: RichProgress,
-        description: str,
-        total: int | None,
-        unit: str,
-        clock: Callable[[], float],
-        done: int,
-    ) -> None:
-        super().__init__(total, unit, clock, done)
-        self._live = live
-        self._task = live.add_task(description, total=total, completed=done, text=self.text())
-
-    def advance(self, n: int = 1, **fields: object) -> None:
-        with self.lock:
-            self.add(n, fields)
-            self._live.update(self._task, completed=self.done, text=self.text())
-
-    def update(self, *, total: int | None = None, **fields: object) -> None:
-        with self.lock:
-            self.total = self.total if total is None else total
-            self.fields.update(fields)
-            self._live.update(self._task, total=self.total, text=self.text())
+    def _tell(self) -> None:
+        self._last = self.clock()
+        self._console.info(f"{self._description}: {self.line()}")
 
 
 def _duration(seconds: float) -> str:
@@ -314,6 +324,13 @@ def _duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _shares(seconds: Mapping[str, float]) -> str:
+    """The parts' shares of their sum, the largest first, without those under half a percent."""
+    total = sum(seconds.values())
+    ordered = sorted(seconds.items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {part / total:.0%}" for name, part in ordered if part / total >= 5e-3)
 
 
 def _value(value: object) -> str:

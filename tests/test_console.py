@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console as RichConsole
 
-from risam_cli.console import Console, sanitize
+from risam_cli.console import Console, Count, sanitize
+from risam_cli.console_bar import Bar
 
 
 class Terminal(io.StringIO):
@@ -177,6 +180,43 @@ def test_a_stopped_run_says_where(stream: io.StringIO) -> None:
     with pytest.raises(KeyboardInterrupt):
         stop()
     assert stream.getvalue() == "predict: stopped at 4/10 images, took 0s\n"
+
+
+def test_where_the_time_goes_is_told_in_shares(stream: io.StringIO) -> None:
+    clock = Clock()
+    with Console(stream=stream, clock=clock).progress("predict", 4, "inputs") as progress:
+        clock.now += 6
+        progress.advance(2, failures=0, busy={"read": 1.0, "encode": 7.5, "write": 1.5, "x": 0.01})
+    first, last = stream.getvalue().splitlines()
+    assert first.endswith("6s left, failures=0; busy: encode 75%, write 15%, read 10%")
+    assert last.endswith("took 6s, failures=0; busy: encode 75%, write 15%, read 10%")
+
+
+def test_a_run_that_stalls_says_so(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("risam_cli.console.STALLED", 0.02)
+    with Console(stream=stream).progress("predict", 4, "inputs") as progress:
+        progress.advance()
+        for _ in range(500):
+            if "nothing for" in stream.getvalue():
+                break
+            time.sleep(0.01)
+    assert "predict: 1/4 inputs" in stream.getvalue().splitlines()[0]
+    assert "nothing for 0s" in stream.getvalue()
+    assert "nothing for" not in stream.getvalue().splitlines()[-1]
+
+
+def test_a_bar_goes_on_telling_the_truth_while_nothing_comes(terminal: Terminal) -> None:
+    clock = Clock()
+    count = Count(100, "inputs", clock, 0)
+    with Bar(count, "predict", RichConsole(file=terminal, width=120)) as bar:
+        clock.now += 10
+        bar.advance(50, busy={"encode": 3.0, "write": 1.0})
+        assert bar.text().plain == "50/100 inputs, 5 inputs/s, 10s left"
+        clock.now += 40
+        assert bar.text().plain == "50/100 inputs, 1 inputs/s, 50s left, nothing for 40s"
+        assert bar.shares().plain == "busy: encode 75%, write 25%"
+    assert bar.text().plain == "50/100 inputs, 1 inputs/s, took 50s"
+    assert "busy: encode 75%" in terminal.getvalue()
 
 
 def test_quiet_progress_says_nothing(stream: io.StringIO) -> None:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import signal
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
-from types import FrameType
 from typing import Any, BinaryIO, Protocol
 
 from risam_cli import __version__
@@ -35,6 +31,7 @@ from risam_cli.engine.run_facts import count_lines, peak_memory_mb, versions
 from risam_cli.engine.run_folder import RunFolder
 from risam_cli.engine.shard import Shard
 from risam_cli.engine.stager import Saving, Stager
+from risam_cli.engine.stopping import stopping
 from risam_cli.engine.writer import RunWriter, Tally
 from risam_cli.errors import (
     EXIT_OK,
@@ -47,6 +44,7 @@ from risam_cli.types import Failure, Sample
 
 _SHOWN = 5  # failures told on the console; all are in the file
 _PARTS = ("load", "encode", "decode", "finish")
+_SHOWN_PARTS = ("read images", "encode", "decode masks", "finish masks")
 
 
 class NamedModel(Model, Protocol):
@@ -116,16 +114,18 @@ def run_predict(
     """
     identity = identity_of(plan, loaded)
     kept = prepare(folder, identity)
-    left = None
+    total = left = None
     if plan.inputs.repeatable:
         entries = plan.own_entries()
         check_inputs(folder, kept, entries)
         left = sum(1 for _ in entries)
+        total = kept.lines + left
     run = _Run(plan, loaded, folder, identity, kept)
+    run.tell_settings()
     run.report("running")
     status = "failed"
     try:
-        with get_console().progress("predict", left, "inputs") as progress:
+        with get_console().progress("predict", total, "inputs", done=kept.lines) as progress:
             run.go(progress, stream, left)
         run.page = write_gallery(folder.path)
         status = "complete"
@@ -156,6 +156,7 @@ def identity_of(plan: RunPlan, loaded: NamedModel) -> dict[str, Any]:
         "save": plan.saving.names,
         "shard": [plan.shard.index, plan.shard.count],
         **({} if plan.feature_cache is None else {"features": "half"}),
+        **({"decode": "full"} if settings.full_decode else {}),
     }
 
 
@@ -192,12 +193,18 @@ class _Run:
         def committed(tally: Tally) -> None:
             self._count(tally)
             again = {"again": self.done.again} if self.done.again else {}
-            progress.advance(tally.entries, failures=self.failed, **again)
+            progress.advance(
+                tally.entries,
+                records=self.done.records,
+                failures=self.failed,
+                **again,
+                busy=self._busy(writer.seconds),
+            )
             if self._too_many_failures():
                 stop.set()
 
         with ExitStack() as stack:
-            asked = stack.enter_context(_stopping(stop))
+            asked = stack.enter_context(stopping(stop))
             writer = stack.enter_context(RunWriter(self.folder, stager, committed, stream))
             self.cache = stack.enter_context(
                 cache_for(self.plan.feature_cache, self.loaded, self.plan.settings, images)
@@ -248,6 +255,11 @@ class _Run:
         for part, seconds in result.seconds.items():
             self.spent[part] += seconds
 
+    def _busy(self, writing: float) -> dict[str, float]:
+        """Seconds by part so far, in the words that are shown."""
+        named = zip(_SHOWN_PARTS, _PARTS, strict=True)
+        return {**{name: self.spent[part] for name, part in named}, "write": writing}
+
     def _count(self, tally: Tally) -> None:
         before = self.done
         self.done = Tally(
@@ -266,6 +278,18 @@ class _Run:
 
     # --- what is said of it -----------------------------------------------------------------------
 
+    def tell_settings(self) -> None:
+        """With ``--verbose``: by what the run goes."""
+        console, settings = get_console(), self.plan.settings
+        console.debug(
+            f"model {self.loaded.name} ({self.loaded.hash[:12]}), "
+            f"{describe_device(settings.device)}, {precision_name(settings.precision)}"
+        )
+        for name in ("threshold", "no_target_threshold"):
+            console.debug(f"{name.replace('_', ' ')} {self.identity[name]:.4g}")
+        if self.kept.lines:
+            console.debug(f"{self.kept.lines} inputs were done before")
+
     def tell(self) -> int:
         """The last word on stderr; gives the exit code."""
         records, failed = self._totals()
@@ -275,6 +299,8 @@ class _Run:
             console.info(f"passed over: {number} {reason}")
         rate = f", {self.images / seconds:.3g} images/s" if self.images and seconds else ""
         console.info(f"{records} records in {self.folder.path}{rate}")
+        parts = ", ".join(f"{name} {spent:.2f} s" for name, spent in self._seconds().items())
+        console.debug(f"seconds (parts overlap): {parts}")
         if self.page is not None:
             console.info(f"gallery: {self.page}")
         if not failed:
@@ -350,36 +376,7 @@ def _nothing_to_ask(entry: Entry) -> Sample:
 
 def _tell_failure(failure: Failure, number: int, folder: RunFolder) -> None:
     console = get_console()
-    if number <= _SHOWN:
+    if number <= _SHOWN or console.verbose:
         console.warn(failure.message)
     elif number == _SHOWN + 1:
         console.warn(f"more items failed; all are in {folder.failures}")
-
-
-@contextmanager
-def _stopping(stop: threading.Event) -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C or SIGTERM into ``stop``; a second one ends at once.
-
-    Gives an event that says whether there was one.
-    """
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-        stop.set()
-        # Not through the console: a handler must not wait for a lock that its own thread holds.
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"stopping after this batch\n")
-
-    before = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

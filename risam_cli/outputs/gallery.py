@@ -34,7 +34,6 @@ from risam_cli.errors import OutputError
 from risam_cli.outputs.naming import GALLERY
 from risam_cli.outputs.palette import color
 from risam_cli.outputs.png import write_whole
-from risam_cli.transforms import fit_size, resize_for_encoder
 
 SIDE = 400
 """Pixels of a small picture's longer side; smaller images keep their size."""
@@ -171,7 +170,8 @@ def _data_files(folder: Path) -> Iterator[Path]:
 
 def small_size(height: int, width: int) -> tuple[int, int]:
     """Height and width of an image's small picture."""
-    return fit_size(height, width, min(SIDE, max(height, width)))
+    scale = min(1.0, SIDE / max(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def outline(mask: NDArray[np.bool_]) -> str:
@@ -203,7 +203,10 @@ def encode_item(rgb: NDArray[np.uint8], size: tuple[int, int], outlines: Sequenc
         size: (H, W) of the image.
         outlines: one an expression, as :func:`outline` gives them; empty where there is no mask.
     """
-    small = resize_for_encoder(rgb, min(SIDE, max(size)))
+    height, width = small_size(*size)
+    small = rgb
+    if rgb.shape[:2] != (height, width):
+        small = np.asarray(cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
     done, data = cv2.imencode(
         ".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, _QUALITY]
     )
