@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from risam_cli.model.mutual_aware_attention import MutualAwareAttention
 from risam_cli.model.risam import Risam
 from risam_cli.model.sam_baseline import DeepFeatures, SamMaskDecoder
 from risam_cli.model.text_encoder import TextEncoder
+from risam_cli.plausible import require_plausible
 from risam_cli.settings import OptimizerSettings
 from risam_cli.tokenizer import TextTokenizer
 
@@ -97,18 +98,22 @@ def build_model(settings: ModelSettings, text: TextParts) -> Risam:
             "set image_encoder.stem, or decoder.fine to false",
         )
     baseline = settings.decoder.kind == "sam"
-    return Risam(
-        image_encoder=build_image_encoder(encoder),
-        text_encoder=TextEncoder(
-            text.backbone,
-            text.config.hidden_size,
-            dim,
-            eos_token_id=_end_of_sentence(text),
-            trainable=settings.text_encoder.trainable,
-        ),
-        **(_sam_parts(settings) if baseline else _mutual_aware_parts(settings)),
-        dim=dim,
-    )
+    try:
+        return Risam(
+            image_encoder=build_image_encoder(encoder),
+            text_encoder=TextEncoder(
+                text.backbone,
+                text.config.hidden_size,
+                dim,
+                eos_token_id=_end_of_sentence(text),
+                trainable=settings.text_encoder.trainable,
+            ),
+            **(_sam_parts(settings) if baseline else _mutual_aware_parts(settings)),
+            dim=dim,
+        )
+    except (RuntimeError, MemoryError, OverflowError) as error:  # sizes that no machine has
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(f"cannot build the network: {reason}", "set smaller sizes") from error
 
 
 def _mutual_aware_parts(settings: ModelSettings) -> dict[str, Any]:
@@ -209,8 +214,9 @@ def load_model(
     folder = checkpoints.find_model(source)
     stored = checkpoints.read_model_folder(folder)
     settings = check(ModelSettings, stored.settings, str(folder / checkpoints.CONFIG_FILE))
-    text = TextParts(*text_from_folder(stored, settings.text_encoder.max_tokens))
     needs = frozen.parse_needed(stored.needs, str(folder / checkpoints.CONFIG_FILE))
+    _require_plausible(stored, settings, needs)
+    text = TextParts(*text_from_folder(stored, settings.text_encoder.max_tokens))
     model = build_model(settings, text)
     for needed in needs:
         frozen.fill(model, needed, folder)
@@ -230,6 +236,19 @@ def load_model(
         text_config=stored.text_config,
         needs=needs,
     )
+
+
+def _require_plausible(
+    stored: checkpoints.StoredModel, settings: ModelSettings, needs: Sequence[frozen.Needed]
+) -> None:
+    """Before any memory is taken on the word of config.json; see :mod:`risam_cli.plausible`."""
+    elements, tensors = checkpoints.count_weights(stored.folder / checkpoints.WEIGHTS_FILE)
+    for needed in needs:
+        # A file with this size and hash is there; a weight takes a byte at least.
+        frozen.find(needed, stored.folder)
+        elements, tensors = elements + needed.size, tensors + needed.size
+    where = stored.folder / checkpoints.CONFIG_FILE
+    require_plausible(settings, stored.text_config, elements, tensors, where)
 
 
 def _load_lora(

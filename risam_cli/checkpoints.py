@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from risam_cli.errors import ModelError, OutputError
 
 if TYPE_CHECKING:
+from risam_cli.jsonlines import read_text
     from torch import Tensor, nn
 
 FORMAT, FORMAT_WITH_NEEDS = 1, 2
@@ -39,6 +41,10 @@ NEEDED_FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)
 
 BUNDLED = Path(__file__).parent / "bundled"
 DEFAULT_MODEL = "refshapes-tiny"
+_LONGEST_JSON = 1 << 20  # bytes of config.json and of card.json
+_LONGEST_TOKENIZER = 1 << 27
+_DEEPEST = 32  # levels of config.json and of card.json
+
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,11 @@ def read_model_folder(folder: Path) -> StoredModel:
         if not (folder / name).is_file():
             raise ModelError(f"model folder {folder} lacks {name}", "take the folder anew")
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        tokenizer = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
-    except (OSError, ValueError, RecursionError) as error:
+        config = _read_json(folder / CONFIG_FILE)
+        tokenizer = read_text(folder / TOKENIZER_FILE, _LONGEST_TOKENIZER)
+    except (OSError, ValueError) as error:
         raise ModelError(
-            f"{folder / CONFIG_FILE} cannot be read: {error}", "take it anew"
+            f"{folder / TOKENIZER_FILE} cannot be read: {error}", "take it anew"
         ) from error
     formats = (FORMAT, FORMAT_WITH_NEEDS)
     if not isinstance(config, dict) or config.get("format") not in formats:
@@ -123,6 +129,29 @@ def read_model_folder(folder: Path) -> StoredModel:
 
 def hash_folder(folder: Path) -> str:
     """SHA-256 over the needed files of a model folder, in order."""
+def _read_json(path: Path) -> Any:
+    """A value that is neither long nor deep: what shows it must not be brought down by it.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    try:
+        value = json.loads(read_text(path, _LONGEST_JSON))
+        level = [value]
+        for _ in range(_DEEPEST):
+            level = [
+                inner
+                for outer in level
+                if isinstance(outer, (dict, list))
+                for inner in (outer.values() if isinstance(outer, dict) else outer)
+            ]
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", "take it anew") from error
+    if level:
+        raise ModelError(f"{path} is nested more than {_DEEPEST} deep", "take it anew")
+    return value
+
+
     digest = hashlib.sha256()
     for name in NEEDED_FILES:
         with (folder / name).open("rb") as file:
@@ -166,6 +195,22 @@ def load_weights(
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Reads a safetensors file.
+def count_weights(path: Path) -> tuple[int, int]:
+    """How many values and how many tensors a safetensors file holds, from its header.
+
+    Raises:
+        ModelError: a file that is cut, or whose header lies.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path} is damaged: {error}", "take the folder anew") from error
+    return sum(math.prod(shape) for shape in shapes), len(shapes)
+
+
 
     Raises:
         ModelError: a file that is cut, or whose header lies.
@@ -222,7 +267,9 @@ def write_model_folder(
             temporary.chmod(0o755)
             _replace_folder(temporary, folder)
         finally:
+            sync_tree(temporary)
             shutil.rmtree(temporary, ignore_errors=True)
+            sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by its own
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise OutputError(f"cannot write {folder}: {reason}", "see space and rights") from error
@@ -242,6 +289,7 @@ def write_atomic(path: Path, write: Any) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
         reason = " ".join(str(error).split())[:200]
         raise OutputError(f"cannot write {path}: {reason}", "see space and rights") from error
 
@@ -266,11 +314,7 @@ def inspect_model_folder(folder: Path) -> dict[str, Any]:
                 parts[part] = parts.get(part, 0) + count
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{folder / WEIGHTS_FILE} is damaged: {error}", "take it anew") from error
-    card_path = folder / CARD_FILE
-    try:
-        card = json.loads(card_path.read_text(encoding="utf-8")) if card_path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{card_path} cannot be read: {error}", "take it anew") from error
+    card = _read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
     return {
         "path": str(folder),
         "hash": stored.hash,

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from risam_cli.errors import ConfigError
 from risam_cli.metrics.figures import FIGURES
 from risam_cli.model.presets import PRESETS
+from risam_cli.safe_yaml import load_yaml
 from risam_cli.settings import (
     AveragingSettings,
     EarlyStoppingSettings,
@@ -328,8 +329,8 @@ def apply_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
     if not equals or not key:
         raise ConfigError(f"--set {override!r} has no '='", "write --set section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = load_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"--set {override!r}: value is not YAML", "quote it") from error
     return _set(values, key.split("."), value, override)
 

@@ -109,7 +109,7 @@ def find(needed: Needed, folder: Path) -> Path:
         held = _place(needed.part, str(place))
         if held is None:
             continue
-        if _identity(held) == (needed.size, needed.sha256):
+        if _size(held) == needed.size and _identity(held) == (needed.size, needed.sha256):
             return held
         others.append(str(place))
     want = f"{needed.name} ({needed.size} bytes, SHA-256 {needed.sha256})"
@@ -174,6 +174,17 @@ def _place(part: str, path: str) -> Path | None:
         return Path(snapshot_download(path, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError):
         return None
+
+
+def _size(place: Path) -> int:
+    """Bytes of the weight files at a place; -1 where one is no file: a device has no end."""
+    from risam_cli.sam_weights import weight_files
+
+    try:
+        files = weight_files(place) if place.is_dir() else [place]
+    except ModelError:
+        return -1
+    return sum(f.stat().st_size for f in files) if all(f.is_file() for f in files) else -1
 
 
 def _identity(place: Path) -> tuple[int, str]:

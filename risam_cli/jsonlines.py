@@ -6,6 +6,7 @@ import json
 import os
 import reprlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from risam_cli.errors import DataError
@@ -76,6 +77,20 @@ def _chunks(stream: BinaryIO) -> Iterator[bytes]:
         yield chunk
 
 
+def read_text(path: Path, limit: int) -> str:
+    """A text file of at most ``limit`` bytes, as UTF-8; a device may have no end.
+
+    Raises:
+        ValueError: it is longer, or not UTF-8.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"longer than {limit >> 20} MiB")
+    return data.decode("utf-8-sig")
+
+
 def parse_json(line: bytes, where: str) -> Any:
     """The value that one line of JSON holds.
 
@@ -98,5 +113,8 @@ def brief(value: object) -> str:
     if isinstance(value, bytes):
         text = value[:80].decode("utf-8", "backslashreplace").strip()
         return f"{text}..." if len(value) > 80 else text
-    text = _BRIEF.repr(value)
+    try:
+        text = _BRIEF.repr(value)
+    except ValueError:  # a number of thousands of digits
+        text = f"a huge {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from risam_cli.errors import ConfigError
+from risam_cli.jsonlines import brief
 from risam_cli.settings import Settings
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -39,7 +40,7 @@ def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[
         message, hint = f"{where}: key {key!r} is missing", "add it"
     else:
         text = first["msg"].removeprefix("Value error, ")
-        message = f"{where}: {key} = {_short(first['input'])}: {text}"
+        message = f"{where}: {key} = {brief(first['input'])}: {text}"
         hint = "see risam train --print-config for the keys and their values"
     more = len(problems) - 1
     return message + (f" (and {more} more)" if more else ""), hint
@@ -66,8 +67,3 @@ def _nested(annotation: Any) -> list[type[Settings]]:
 def _tags(kind: type[Settings]) -> list[str]:
     fields = [kind.model_fields.get(name) for name in ("kind", "dataset")]
     return [tag for field in fields if field is not None for tag in get_args(field.annotation)]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

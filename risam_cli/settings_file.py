@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from risam_cli.errors import ConfigError
+from risam_cli.jsonlines import read_text
+from risam_cli.safe_yaml import load_yaml
 
 EXTENDS = "extends"
+TAG = "dataset"
+_LONGEST = 16 << 20  # bytes
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
@@ -40,24 +42,28 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 def _values(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = load_yaml(read_text(path, _LONGEST))
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}", "give the path of a YAML file"
         ) from error
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not YAML: {line}", "mend the file") from error
+    except ValueError as error:  # not UTF-8, or what load_yaml says
+        raise ConfigError(f"{path} is not YAML: {error}", "mend the file") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds no settings at its top level", "write 'key: value' lines")
     return raw
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested update: values of ``over`` win, sections are merged."""
+    """Nested update: values of ``over`` win, sections are merged.
+
+    Data of another ``dataset`` takes the place of the old as a whole: its keys are others.
+    """
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
         both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        if both and value.get(TAG, old.get(TAG)) != old.get(TAG):
+            both = False
         merged[key] = merge(old, value) if both and isinstance(old, Mapping) else value
     return merged

@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from risam_cli.errors import ModelError
-from risam_cli.tokenizer import TextTokenizer, tokenizer_from_words
+from risam_cli.tokenizer import (
+    TextTokenizer,
+    load_tokenizer,
+    panics_told,
+    tokenizer_from_words,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,11 +50,10 @@ def pretrained_text(source: str, max_tokens: int) -> Parts:
     Raises:
         ModelError: a folder or name that cannot be loaded, or a tokenizer without a fast form.
     """
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel, CLIPTextModel
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         config = config.text_config if config.model_type == "clip" else config
         if config.is_encoder_decoder:
             raise ValueError(f"a {config.model_type} is no encoder of its own")
@@ -59,9 +63,9 @@ def pretrained_text(source: str, max_tokens: int) -> Parts:
             # As _backbone builds it again from a model folder.
             backbone = BertModel.from_pretrained(source, config=config, add_pooling_layer=False)
         else:
-            backbone = AutoModel.from_pretrained(source, config=config)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            backbone = AutoModel.from_pretrained(source, config=config, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # transformers passes on whatever a file's bytes lead to
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"cannot load text encoder {source!r}: {reason}",
@@ -90,12 +94,21 @@ def text_from_folder(stored: StoredModel, max_tokens: int) -> Parts:
     Raises:
         ModelError: a text configuration or tokenizer that cannot be read.
     """
-    from tokenizers import Tokenizer
-
     try:
         config = _stored_config(stored.text_config)
-        tokenizer = Tokenizer.from_str(stored.tokenizer)
+        tokenizer = load_tokenizer(stored.tokenizer)
+        # Ids of its own words, and of those that it puts around every text.
+        with panics_told():
+            around = tokenizer.encode("").ids
+        highest = max([*tokenizer.get_vocab().values(), *around], default=0)
+        if highest >= config.vocab_size:
+            raise ValueError(
+                f"its tokenizer gives id {highest}, the encoder knows {config.vocab_size}"
+            )
+        _require_room(config, stored)
         backbone = _backbone(config)
+    except ModelError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
@@ -104,6 +117,24 @@ def text_from_folder(stored: StoredModel, max_tokens: int) -> Parts:
         ) from error
     limit = min(max_tokens, int(config.max_position_embeddings))
     return backbone, config, TextTokenizer(tokenizer, limit, int(config.pad_token_id or 0))
+
+
+def _require_room(config: Any, stored: StoredModel) -> None:
+    """Of a kind whose sizes have names of their own: that its weights can be in the files.
+
+    Raises:
+        ValueError: there are more of them than the files have bytes.
+    """
+    if config.model_type in ("bert", "clip_text_model"):
+        return
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in AutoModel.from_config(config).parameters())
+    elsewhere = sum(int(needed["size"]) for needed in stored.needs)
+    if weights > (stored.folder / "model.safetensors").stat().st_size + elsewhere:
+        raise ValueError(f"it asks for {weights} weights, more than its files have bytes")
 
 
 def _backbone(config: Any) -> Any:
@@ -146,10 +177,15 @@ def _stored_config(values: Mapping[str, Any]) -> Any:
         return PlainConfig(values)
     from transformers import AutoConfig
 
-    rest = dict(values)
+    # How attention is computed is this machine's matter; a name with a slash would be code to
+    # fetch and run.
+    rest = {k: v for k, v in values.items() if k not in _NOT_FROM_FILES}
     return AutoConfig.for_model(rest.pop("model_type"), **rest)
 
 
+_NOT_FROM_FILES = frozenset(
+    {"attn_implementation", "_attn_implementation", "_attn_implementation_internal", "auto_map"}
+)
 _BERT_NUMBERS = (
     "vocab_size",
     "max_position_embeddings",

@@ -2,13 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from risam_cli.errors import ModelError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
+
+
+MAX_CHARACTERS = 10_000
+"""Of one expression; what stands behind is cut before it is taken apart."""
+
+_MOST_GROWTH = 64  # times that a tokenizer may lengthen a text before it takes it apart
+_MOST_STEPS = 64
+
+
+@contextmanager
+def panics_told() -> Iterator[None]:
+    """Turns a panic of the tokenizer's Rust code, which is no Exception, into a ModelError.
+
+    A regular expression without end is such a panic, after ten million steps.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(
+            f"the model's tokenizer.json does not work on an expression: {reason}",
+            "take the model folder anew from where it was made",
+        ) from None
+
+
+def load_tokenizer(text: str) -> Tokenizer:
+    """A tokenizer from its JSON, once it is clear that it does not blow expressions up.
+
+    Raises:
+        ValueError: it is none, or lengthens texts without measure.
+        ModelError: it is one that does not work.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        parts = json.loads(text)
+    except RecursionError:
+        raise ValueError("tokenizer.json is nested too deep") from None
+    if not isinstance(parts, dict):
+        raise ValueError("tokenizer.json holds no object")
+    growth, steps = 1, 0
+    for section in ("normalizer", "pre_tokenizer", "post_processor"):
+        for step in _steps(parts.get(section)):
+            steps += 1
+            added = [step.get(key) for key in ("content", "prepend", "replacement")]
+            growth *= max(1, *(len(one) for one in added if isinstance(one, str)), 1)
+            _check_charsmap(step.get("precompiled_charsmap"))
+            template = step.get("single")
+            growth *= max(1, len(template) // 8) if isinstance(template, list) else 1
+    if growth > _MOST_GROWTH or steps > _MOST_STEPS:
+        raise ValueError(f"tokenizer.json makes texts {growth} times as long in {steps} steps")
+    with panics_told():
+        return Tokenizer.from_str(text)
+
+
+def _check_charsmap(encoded: Any) -> None:
+    """SentencePiece's table: its first four bytes are a length that Rust takes the memory for."""
+    if encoded is None:
+        return
+    table = base64.b64decode(str(encoded), validate=True)
+    if len(table) < 4 or int.from_bytes(table[:4], "little") > len(table) - 4:
+        raise ValueError("the precompiled_charsmap of tokenizer.json is damaged")
+
+
+def _steps(value: Any) -> Iterator[dict[str, Any]]:
+    """The objects with a type at and below a value."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            if "type" in one:
+                yield one
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
 
 
 @dataclass(frozen=True)
@@ -65,7 +147,10 @@ class TextTokenizer:
         """Tokenizes E expressions, E at least 1."""
         import torch
 
-        encoded = [item.ids for item in self.tokenizer.encode_batch(list(texts))]
+        # Longer texts would fill the memory with tokens that no encoder reads.
+        short = [text[:MAX_CHARACTERS] for text in texts]
+        with panics_told():
+            encoded = [item.ids for item in self.tokenizer.encode_batch(short)]
         cut = [
             ids if len(ids) <= self.max_tokens else [*ids[: self.max_tokens - 1], ids[-1]]
             for ids in encoded
@@ -76,12 +161,16 @@ class TextTokenizer:
         for row, ids in enumerate(cut):
             input_ids[row, : len(ids)] = torch.tensor(ids)
             mask[row, : len(ids)] = 1
-        truncated = [len(ids) > self.max_tokens for ids in encoded]
+        truncated = [
+            len(ids) > self.max_tokens or len(text) > MAX_CHARACTERS
+            for ids, text in zip(encoded, texts, strict=True)
+        ]
         return TokenBatch(input_ids, mask, truncated, self.max_tokens)
 
     def words(self, text: str) -> list[str]:
         """The tokens of one expression as text, special ones included, cut as in ``encode``."""
-        tokens: list[str] = self.tokenizer.encode(text).tokens
+        with panics_told():
+            tokens: list[str] = self.tokenizer.encode(text[:MAX_CHARACTERS]).tokens
         return (
             tokens
             if len(tokens) <= self.max_tokens
@@ -94,7 +183,8 @@ class TextTokenizer:
         What counts as a word is the tokenizer's own choice: white space parts words, and mostly
         punctuation marks are words of their own.
         """
-        item = self.tokenizer.encode(text)
+        with panics_told():
+            item = self.tokenizer.encode(text[:MAX_CHARACTERS])
         strange = getattr(self.tokenizer.model, "unk_token", None)
         found = [
             Piece(token, None if special else word, span, not special and token == strange)
@@ -103,9 +193,7 @@ class TextTokenizer:
             )
         ]
         return (
-            found
-            if len(found) <= self.max_tokens
-            else [*found[: self.max_tokens - 1], found[-1]]
+            found if len(found) <= self.max_tokens else [*found[: self.max_tokens - 1], found[-1]]
         )
 
     def to_json(self) -> str:

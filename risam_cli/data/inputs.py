@@ -22,8 +22,13 @@ from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.data.walk import Unreadable, is_image_name, match_pattern, walk_images
 from risam_cli.errors import DataError, UsageError
+from risam_cli.jsonlines import read_text
 from risam_cli.types import Expression, Failure, Sample
 
+MAX_CHARACTERS = 10_000
+"""Of one expression. No text encoder reads so many; a legend, a page or a tokenizer would choke."""
+
+_LONGEST = 1 << 28  # bytes of a file of expressions
 _TELL = "give -e TEXT or --expressions FILE, or a manifest that brings its own"
 
 
@@ -263,6 +268,11 @@ class Inputs:
         place = f"{where}: " if where else ""
         if not text.strip():
             return f"{place}the expression of {name!r} is empty; give words, or leave it out"
+        if len(text) > MAX_CHARACTERS:
+            return (
+                f"{place}the expression of {name!r} has {len(text)} characters, more than "
+                f"{MAX_CHARACTERS}"
+            )
         if not text.isascii() and not _is_text(text):
             return f"{place}the expression of {name!r} is not Unicode text: {text!r}"
         if ids.add(name):
@@ -328,11 +338,13 @@ def read_expressions(path: Path) -> list[str]:
         UsageError: it holds none.
     """
     try:
-        lines = path.read_text("utf-8-sig").split("\n")
+        lines = read_text(path, _LONGEST).split("\n")
     except OSError as error:
         raise DataError(f"--expressions {path}: {error.strerror}", "check the path") from None
     except UnicodeDecodeError:
         raise DataError(f"--expressions {path}: not UTF-8", "save it as UTF-8") from None
+    except ValueError as error:
+        raise DataError(f"--expressions {path}: {error}", "split it") from None
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise UsageError(f"--expressions {path}: holds no expression", "write one a line")

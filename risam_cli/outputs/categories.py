@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
 from risam_cli.console import sanitize
 from risam_cli.errors import DataError
+from risam_cli.jsonlines import brief, read_text
+from risam_cli.safe_yaml import load_yaml
 
+_LONGEST = 1 << 28  # bytes
 OTHERS = "*"
 """The key of a map that stands for every expression not named in it."""
 
@@ -94,12 +95,13 @@ def read_map(path: Path) -> ByMap:
         DataError: the file cannot be read or is something else.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        text = read_text(path, _LONGEST)
+    except (OSError, ValueError) as error:
+        odd = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        reason = error.strerror if isinstance(error, OSError) else odd
         raise DataError(f"category map {path}: {reason}", "name a JSON, YAML or CSV file") from None
     suffix = path.suffix.lower()
-    table = _from_csv(text, suffix) if suffix in {".csv", ".tsv"} else _from_yaml(text, path)
+    table = _from_csv(text, suffix, path) if suffix in {".csv", ".tsv"} else _from_yaml(text, path)
     if not isinstance(table, dict) or not table:
         raise DataError(
             f"category map {path} is not a map", 'write {"expression": "category", ...}'
@@ -107,7 +109,7 @@ def read_map(path: Path) -> ByMap:
     for key, value in table.items():
         if not isinstance(key, str) or not isinstance(value, str) or not value.strip():
             raise DataError(
-                f"category map {path}: {key!r}: {value!r} is not a pair of texts",
+                f"category map {path}: {brief(key)}: {brief(value)} is not a pair of texts",
                 "put both in quotes",
             )
     return ByMap(table, path)
@@ -115,15 +117,18 @@ def read_map(path: Path) -> ByMap:
 
 def _from_yaml(text: str, path: Path) -> Any:
     try:
-        return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        return json.loads(text) if path.suffix.lower() == ".json" else load_yaml(text)
+    except (ValueError, RecursionError) as error:
         reason = sanitize(" ".join(str(error).split()))
         raise DataError(f"category map {path} cannot be read: {reason}") from None
 
 
-def _from_csv(text: str, suffix: str) -> dict[str, str] | None:
+def _from_csv(text: str, suffix: str, path: Path) -> dict[str, str] | None:
     delimiter = "\t" if suffix == ".tsv" else ","
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    if not {"expression", "category"} <= set(rows.fieldnames or ()):
-        return None
-    return {row["expression"] or "": row["category"] or "" for row in rows}
+    try:
+        if not {"expression", "category"} <= set(rows.fieldnames or ()):
+            return None
+        return {row["expression"] or "": row["category"] or "" for row in rows}
+    except csv.Error as error:
+        raise DataError(f"category map {path} cannot be read: {error}") from None
