@@ -19,13 +19,9 @@ import torch
 from torch import Tensor
 
 from risam_cli.errors import ModelError
-from risam_cli.model.image_encoder import (
-    ConvStem,
-    ImageEncoder,
-    resize_pos_embed,
-    resize_rel_pos,
-)
+from risam_cli.model.image_encoder import ConvStem, ImageEncoder
 from risam_cli.model.sam_baseline import SamMaskDecoder
+from risam_cli.model.tables import resize_pos_embed, resize_rel_pos
 
 ENCODER = "image_encoder."
 _SIZES = {(768, 12): "ViT-B", (1024, 24): "ViT-L", (1280, 32): "ViT-H"}

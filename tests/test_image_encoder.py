@@ -10,16 +10,15 @@ import torch
 from networks import encoder, noise, randomize, reference_encoder, relative_error, save_pth
 from torch import Tensor, nn
 
+from risam_cli.model.attention import relative_attention
 from risam_cli.model.image_encoder import (
     ConvStem,
     ImageEncoder,
-    relative_attention,
-    relative_table,
-    resize_pos_embed,
     window_partition,
     window_unpartition,
 )
 from risam_cli.model.presets import PRESETS
+from risam_cli.model.tables import relative_table, resize_pos_embed
 from risam_cli.sam_weights import load_sam_encoder
 
 WITHIN = 1e-5

@@ -1,15 +1,17 @@
 """SAM's ViT image encoder with three taps and adapters.
 
 Module names and arithmetic follow ``segment_anything.modeling.image_encoder`` (Apache-2.0), so
-that its checkpoints load key by key. What differs: attention runs through PyTorch's fused
-kernel, features are tapped at three depths, a block may carry an adapter, and small models may
-start with a stem of convolutions, whose stride-4 features are handed on for sharp mask edges.
+that its checkpoints load key by key. What differs: attention and matrix products run through the
+device's fastest kernels (:mod:`.attention`, :mod:`.linear`), features are tapped at three depths, a
+block may carry an adapter, and small models may start with a stem of convolutions, whose stride-4
+features are handed on for sharp mask edges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +19,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .adapters import Adapter
+from .attention import relative_attention
 from .common import LayerNorm2d
+from .linear import apply_linear, linear
+from .tables import TableCache, relative_table, resize_pos_embed
 
-# Fused kernels want queries, keys and values of one width, so values are padded for them; else
-# PyTorch makes the (h*w)² logits after all. Heads narrower than this gain little by it.
-FUSED_FROM = 64
+HOST_TOKENS = 1024  # that go through a block's parts at a time on a CPU, for each of its threads
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ class ImageEncoder(nn.Module):
         self.patch_size = patch_size
         self.taps = taps
         self.checkpoint_blocks = False
+        self._positions = TableCache(resize_pos_embed)
         grid = image_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, dim) if stem is None else ConvStem(stem, dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))
@@ -167,7 +171,7 @@ class ImageEncoder(nn.Module):
                 position tables are interpolated.
         """
         x, fine = self.patch_embed(pixels)  # (B, h, w, D)
-        x = x + resize_pos_embed(self.pos_embed, x.shape[1], x.shape[2])
+        x = x + self._positions(self.pos_embed, x.shape[1], x.shape[2])
         tapped = []
         for index, block in enumerate(self.blocks):
             if self.checkpoint_blocks and torch.is_grad_enabled():
@@ -176,8 +180,29 @@ class ImageEncoder(nn.Module):
                 x = block(x)
             if index in self.taps[:2]:
                 tapped.append(x.permute(0, 3, 1, 2))
-        deep = self.neck(x.permute(0, 3, 1, 2))
-        return EncoderFeatures(tapped[0], tapped[1], deep, fine)
+        return EncoderFeatures(tapped[0], tapped[1], self._to_deep(x), fine)
+
+    def _to_deep(self, x: Tensor) -> Tensor:
+        """SAM's neck, (B, h, w, D) to (B, C, h, w); a 1×1 convolution is taken as a product."""
+        neck: Any = self.neck
+        narrow, norm, spread, last_norm = neck
+        y = linear(x, narrow.weight.flatten(1)).permute(0, 3, 1, 2)  # (B, C, h, w)
+        if spread.weight.dtype == norm.weight.dtype:
+            return last_norm(spread(norm(y)))
+        y = spread(norm(y.to(norm.weight.dtype)).to(spread.weight.dtype))
+        return last_norm(y.to(norm.weight.dtype))
+
+    def hold_weights_in(self, dtype: torch.dtype) -> None:
+        """Brings the weights of the blocks' and the neck's products to a format, for inference.
+
+        Norms, position tables, the first convolutions and the stream between the blocks stay in
+        float32, so features come out in float32 (ours). Half of the memory goes, and with it the
+        casts that autocast does at every call.
+        """
+        for part in (self.blocks, self.neck):
+            for module in part.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d)):
+                    module.to(dtype)
 
 
 class Block(nn.Module):
@@ -196,19 +221,40 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, h, w, D) to the same shape."""
-        attended = self.norm1(x)
+        if x.device.type == "cpu" and not (
+            torch.is_grad_enabled() or torch.compiler.is_compiling()
+        ):
+            return self._in_parts(x)
+        x = x + self.attn(self.norm1(x), self.window)
+        return x + self._feed_forward(self.norm2(x))
+
+    def _in_parts(self, x: Tensor) -> Tensor:
+        """The same on a CPU, some windows and some rows at a time, for its caches and memory."""
         if self.window:
-            height, width = x.shape[1:3]
-            attended = window_partition(attended, self.window)
-            attended = self.attn(attended)
-            attended = window_unpartition(attended, self.window, height, width)
+            attended = torch.empty_like(x)
+            for part in _parts(x, self.window):
+                torch.add(x[part], self.attn(self.norm1(x[part]), self.window), out=attended[part])
         else:
-            attended = self.attn(attended)
-        x = x + attended
-        y = self.norm2(x)
-        if self.adapter is not None:
-            return x + self.mlp(y) + self.adapter(y)
-        return x + self.mlp(y)
+            attended = x + self.attn(self.norm1(x))
+        for part in _parts(x):
+            attended[part] += self._feed_forward(self.norm2(attended[part]))
+        return attended
+
+    def _feed_forward(self, y: Tensor) -> Tensor:
+        if self.adapter is None:
+            return self.mlp(y)
+        return self.mlp(y) + self.adapter(y)
+
+
+def _parts(x: Tensor, multiple: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Cuts (B, h, w, D) into whole images, or else into rows of one, by a multiple of rows."""
+    batch, height, width = x.shape[:3]
+    limit = HOST_TOKENS * torch.get_num_threads()
+    images = max(1, limit // (height * width))
+    rows = max(1, limit // (width * multiple)) * multiple
+    for first in range(0, batch, images):
+        for top in range(0, height, rows):
+            yield slice(first, first + images), slice(top, top + rows)
 
 
 class MLPBlock(nn.Module):
@@ -221,7 +267,7 @@ class MLPBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., D) to the same shape."""
-        return self.lin2(F.gelu(self.lin1(x)))
+        return apply_linear(self.lin2, apply_linear(self.lin1, x, gelu=True))
 
 
 class Attention(nn.Module):
@@ -234,77 +280,39 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
+        self._table_h, self._table_w = TableCache(relative_table), TableCache(relative_table)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, h, w, D) to the same shape."""
+    def forward(self, x: Tensor, window: int = 0) -> Tensor:
+        """Maps (B, h, w, D) to the same shape; ``window`` patches see each other, or 0 for all."""
         batch, height, width, dim = x.shape
-        qkv = self.qkv(x).view(batch, height * width, 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, h*w, D/heads)
-        rel_h = relative_table(self.rel_pos_h, height).to(q.dtype)
-        rel_w = relative_table(self.rel_pos_w, width).to(q.dtype)
+        qkv = apply_linear(self.qkv, x)  # (B, h, w, 3D)
+        if window:
+            qkv = window_partition(self._padded(qkv, window), window)  # (B·n, window, window, 3D)
+        rows, columns = qkv.shape[1:3]
+        qkv = qkv.reshape(-1, rows * columns, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B or B·n, heads, rows*columns, D/heads)
+        rel_h = self._table_h(self.rel_pos_h, rows).to(q.dtype)
+        rel_w = self._table_w(self.rel_pos_w, columns).to(q.dtype)
         x = relative_attention(q, k, v, rel_h, rel_w)
-        return self.proj(x.transpose(1, 2).reshape(batch, height, width, dim))
+        x = x.transpose(1, 2).reshape(-1, rows, columns, dim)
+        if window:
+            x = window_unpartition(x, window, height, width)
+        return apply_linear(self.proj, x.reshape(batch, height, width, dim))
 
+    def _padded(self, qkv: Tensor, window: int) -> Tensor:
+        """Pads (B, h, w, 3D) to whole windows as SAM does, without computing the padding.
 
-def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
-    """Attention with SAM's bias, q·rel_h[row] + q·rel_w[column], in plain fused attention.
-
-    The bias of query i and key j is ``h_i[row of j] + w_i[column of j]``. Appending h_i and w_i
-    to the query's channels, and one-hot codes of row and column to the key's, makes it part of
-    the inner product, so no (h*w)² tensor is ever made (ours; exact up to rounding).
-
-    Args:
-        q, k, v: (B, heads, h*w, d).
-        rel_h: (h, h, d), by row of query and row of key.
-        rel_w: (w, w, d), by column of query and column of key.
-
-    Returns:
-        (B, heads, h*w, d).
-    """
-    batch, heads, tokens, dim = q.shape
-    height, width = rel_h.shape[0], rel_w.shape[0]
-    grid = q.reshape(batch, heads, height, width, dim)
-    bias_h = torch.einsum("bnhwd,hkd->bnhwk", grid, rel_h).flatten(2, 3)
-    bias_w = torch.einsum("bnhwd,wkd->bnhwk", grid, rel_w).flatten(2, 3)
-
-    index = torch.arange(tokens, device=q.device)
-    rows = F.one_hot(index // width, height).to(q.dtype)
-    columns = F.one_hot(index % width, width).to(q.dtype)
-    code = torch.cat([rows, columns], dim=-1).expand(batch, heads, tokens, height + width)
-
-    query = torch.cat([q * dim**-0.5, bias_h, bias_w], dim=-1)
-    key = torch.cat([k, code], dim=-1)
-    if dim < FUSED_FROM:
-        return F.scaled_dot_product_attention(query, key, v, scale=1.0)
-    v = F.pad(v, (0, height + width))
-    return F.scaled_dot_product_attention(query, key, v, scale=1.0)[..., :dim]
-
-
-def relative_table(rel_pos: Tensor, side: int) -> Tensor:
-    """Spreads a relative-position table (2·side-1, d) to (side, side, d)."""
-    length = 2 * side - 1
-    if rel_pos.shape[0] != length:
-        rel_pos = resize_rel_pos(rel_pos, length)
-    index = torch.arange(side, device=rel_pos.device)
-    return rel_pos[index[:, None] - index[None, :] + side - 1]
-
-
-def resize_rel_pos(rel_pos: Tensor, length: int) -> Tensor:
-    """Interpolates a table (L, d) linearly to (length, d), as segment-anything does."""
-    return (
-        F.interpolate(rel_pos.float().t()[None], size=length, mode="linear")[0]
-        .t()
-        .to(rel_pos.dtype)
-    )
-
-
-def resize_pos_embed(pos_embed: Tensor, height: int, width: int) -> Tensor:
-    """Interpolates (1, h, w, D) position embeddings to another grid, bicubic (ours)."""
-    if pos_embed.shape[1:3] == (height, width):
-        return pos_embed
-    grid = pos_embed.permute(0, 3, 1, 2).float()
-    grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
-    return grid.permute(0, 2, 3, 1).to(pos_embed.dtype)
+        SAM pads with zeros before the projection, so a padded patch's query, key and value are the
+        projection's bias; they take part in attention.
+        """
+        batch, height, width, channels = qkv.shape
+        below, right = -height % window, -width % window
+        if not below and not right:
+            return qkv
+        bias: Tensor = self.qkv.bias.to(qkv.dtype)
+        padded = bias.expand(batch, height + below, width + right, channels).clone()
+        padded[:, :height, :width] = qkv
+        return padded
 
 
 def window_partition(x: Tensor, window: int) -> Tensor:

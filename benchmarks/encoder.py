@@ -1,0 +1,318 @@
+"""The image encoder against its peers: time, memory, and how far the features are apart.
+
+    python benchmarks/run.py encoder [--device cuda]
+    python benchmarks/encoder.py --peak risam-fp32        # one way's peak memory, in this process
+
+The peers are ``segment_anything``'s own encoder and ``transformers``' ``SamVisionModel``, as they
+come, in float32 and with all weights in bfloat16. All hold the same random weights and take the
+same 1024x1024 pixels, in turns; peak memory is that of a process that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from common import Options, Row, Times, in_turns, peak_bytes, ratio, run_child
+from torch import Tensor, nn
+
+from risam_cli.model.image_encoder import ImageEncoder
+from risam_cli.model.linear import linear
+from risam_cli.model.presets import PRESETS
+from risam_cli.model.sam_baseline import segment_anything_modeling
+from risam_cli.sam_weights import from_hugging_face
+
+Encode = Callable[[], Any]
+LIBRARIES = ("segment_anything", "transformers", "risam")
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NAMES = {"vit_b": "ViT-B", "vit_l": "ViT-L", "vit_h": "ViT-H"}
+
+
+def measure(options: Options) -> list[Row]:
+    """All figures of the encoder on one device."""
+    if options.device == "cuda":
+        rows = []
+        for preset in ("vit_b",) if options.quick else ("vit_b", "vit_h"):
+            for batch in (1, 8):
+                rows += speed(preset, options, batch)
+        return rows
+    if options.quick:
+        return speed("vit_b", options, 1, size=512)
+    return [*speed("vit_b", options, 1), *memory("vit_b")]
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+def speed(preset: str, options: Options, batch: int, *, size: int = 1024) -> list[Row]:
+    """Times of all ways in turns, their ratios, and the features' relative errors."""
+    device = torch.device(options.device)
+    weights = random_weights(preset)
+    pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    ways: dict[str, Encode] = {}
+    for precision in FORMATS:
+        for library in LIBRARIES:
+            network = build(library, preset, precision, device, weights, size)
+            taken = pixels.to(device, torch.float32 if library == "risam" else FORMATS[precision])
+            ways[f"{library}-{precision}"] = partial(encode, library, network, taken)
+    on_gpu = device.type == "cuda"
+    with torch.inference_mode():
+        times = in_turns(
+            ways,
+            options.repeats,
+            synchronize=torch.cuda.synchronize if on_gpu else lambda: None,
+        )
+        found = {name: way().float().cpu() for name, way in ways.items()}
+    title = f"{NAMES[preset]}, {size} px" + (f", batch {batch}" if on_gpu else "")
+    return [
+        *time_rows(title, times, "wall" if on_gpu else "cpu", batch),
+        *ceiling_rows(title, preset, times, device, batch, size),
+        *error_rows(title, found),
+    ]
+
+
+def time_rows(title: str, times: Mapping[str, Times], by: str, batch: int) -> list[Row]:
+    """Seconds of each way, and how many times faster the fast ones are."""
+    rows = []
+    for name, taken in times.items():
+        rows.append(taken.row(f"{title}: {name}", by=by))
+        if by == "cpu":
+            rows.append(taken.row(f"{title}: {name}, by the clock", by="wall"))
+        else:
+            rates = [batch / seconds for seconds in taken.wall]
+            rows.append(Row(f"{title}: {name}", sorted(rates)[len(rates) // 2], "images/s", None))
+    bounds = {
+        ("segment_anything-fp32", "risam-fp32"): ">= 1.6",
+        ("transformers-fp32", "risam-fp32"): ">= 1.2",
+        ("segment_anything-fp32", "risam-bf16"): ">= 3",
+        ("transformers-bf16", "risam-bf16"): ">= 1",
+        ("segment_anything-bf16", "risam-bf16"): "",
+    }
+    for (slow, fast), wanted in bounds.items():
+        a, b = (getattr(times[name], by) for name in (slow, fast))
+        rows.append(ratio(f"{title}: {fast} against {slow}", a, b, wanted))
+    return rows
+
+
+def ceiling_rows(
+    title: str,
+    preset: str,
+    times: Mapping[str, Times],
+    device: torch.device,
+    batch: int,
+    size: int,
+) -> list[Row]:
+    """The encoder's own arithmetic over its time, as a share of what one large product reaches."""
+    work = batch * operations(preset, size)
+    rows = []
+    for precision, dtype in FORMATS.items():
+        rate = product_rate(device, dtype)
+        best = min(times[f"risam-{precision}"].wall if device.type == "cuda" else
+                   times[f"risam-{precision}"].cpu)  # fmt: skip
+        note = f"{work / 1e9:.0f} GFLOP; one large product reaches {rate / 1e9:.0f} GFLOP/s"
+        share = work / best / rate
+        rows.append(Row(f"{title}: risam-{precision}, share of the ceiling", share, "", None, note))
+    return rows
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of one large matrix product, the best of five."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    with torch.inference_mode():
+        for _ in range(6):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            wall, cpu = time.perf_counter(), time.process_time()
+            linear(a, b)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                best = min(best, time.perf_counter() - wall)
+            else:
+                best = min(best, time.process_time() - cpu)
+    return 2 * side**3 / best
+
+
+def operations(preset: str, size: int) -> float:
+    """Operations that an encoder cannot do without on one image; norms and GELU not counted."""
+    sizes = PRESETS[preset]["image_encoder"]
+    side = size // sizes["patch_size"]
+    tokens, dim, window = side**2, sizes["dim"], sizes["window"]
+    total = 2.0 * tokens * (3 * sizes["patch_size"] ** 2) * dim
+    for block in range(sizes["depth"]):
+        total += 2 * tokens * dim * dim * (4 + 2 * sizes["mlp_ratio"])
+        keys = tokens if block in sizes["global_blocks"] else window**2
+        total += 2 * tokens * dim * (2 * keys + 2 * (side if keys == tokens else window))
+    return total + 2 * tokens * sizes["out_dim"] * (dim + 9 * sizes["out_dim"])
+
+
+def error_rows(title: str, found: Mapping[str, Tensor]) -> list[Row]:
+    """Root-mean-square difference from segment_anything's float32 features, over their size."""
+    expected = found["segment_anything-fp32"]
+    rows = []
+    for name, features in found.items():
+        if name == "segment_anything-fp32":
+            continue
+        error = float(
+            (features - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        )
+        wanted = {"risam-fp32": "<= 1e-5", "risam-bf16": "<= 0.05"}.get(name, "")
+        rows.append(Row(f"{title}: {name}, relative error", error, "", wanted=wanted))
+    return rows
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def memory(preset: str) -> list[Row]:
+    """Peak memory of the whole process for each way, and ours as a share of the peers'."""
+    peaks: dict[str, float] = {}
+    for precision in FORMATS:
+        for library in LIBRARIES:
+            name = f"{library}-{precision}"
+            child = run_child([sys.executable, __file__, "--peak", name, "--preset", preset])
+            peaks[name] = child.last_json() / 1e9
+    title = f"{NAMES[preset]}, 1024 px: peak memory"
+    rows = [Row(f"{title}, {name}", peak, "GB") for name, peak in peaks.items()]
+    for other, wanted in (("segment_anything-fp32", "<= 0.3334"), ("transformers-fp32", "")):
+        share = peaks["risam-fp32"] / peaks[other]
+        rows.append(Row(f"{title}, risam-fp32 over {other}", share, "", wanted=wanted))
+    return rows
+
+
+def peak(name: str, preset: str) -> None:
+    """Builds one way with random weights, encodes once, and prints the process's peak memory."""
+    library, precision = name.rsplit("-", 1)
+    with torch.inference_mode():
+        network = build(library, preset, precision, torch.device("cpu"), None, 1024)
+        dtype = torch.float32 if library == "risam" else FORMATS[precision]
+        encode(library, network, torch.zeros(1, 3, 1024, 1024, dtype=dtype))
+    print(json.dumps(peak_bytes()))
+
+
+# --- the ways -------------------------------------------------------------------------------------
+
+
+def build(
+    library: str,
+    preset: str,
+    precision: str,
+    device: torch.device,
+    weights: Mapping[str, Tensor] | None,
+    size: int,
+) -> nn.Module:
+    """An encoder of one library, in evaluation mode; ``weights`` go by segment_anything's names."""
+    sizes = PRESETS[preset]["image_encoder"]
+    network: nn.Module
+    if library == "risam":
+        network = ImageEncoder(**{**sizes, "adapter_dim": 0, "taps": tuple(sizes["taps"])})
+        names = {name: name for name in network.state_dict()}
+    elif library == "segment_anything":
+        network = segment_anything_modeling().ImageEncoderViT(
+            img_size=1024,
+            embed_dim=sizes["dim"],
+            depth=sizes["depth"],
+            num_heads=sizes["heads"],
+            out_chans=sizes["out_dim"],
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=sizes["window"],
+            global_attn_indexes=tuple(sizes["global_blocks"]),
+        )
+        names = {name: name for name in network.state_dict()}
+    else:
+        network = _hugging_face(sizes, size)
+        theirs = {f"vision_encoder.{name}": value for name, value in network.state_dict().items()}
+        back = {id(value): name for name, value in theirs.items()}
+        ours = from_hugging_face(theirs)
+        names = {
+            back[id(value)].removeprefix("vision_encoder."): name.removeprefix("image_encoder.")
+            for name, value in ours.items()
+        }
+    if weights is not None:
+        with torch.no_grad():
+            for name, tensor in network.state_dict().items():
+                source = weights[names[name]]
+                if source.shape != tensor.shape:  # positions, which transformers will not resize
+                    source = _positions(source, tensor)
+                tensor.copy_(source)
+            if library == "segment_anything" and size != 1024:
+                network.pos_embed = nn.Parameter(_positions(network.pos_embed, size // 16))
+    if library == "risam" and FORMATS[precision] != torch.float32:
+        network.hold_weights_in(FORMATS[precision])
+    elif library != "risam":
+        network.to(FORMATS[precision])
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _hugging_face(sizes: Mapping[str, Any], size: int) -> nn.Module:
+    from transformers import SamVisionConfig, SamVisionModel
+
+    config = SamVisionConfig(
+        hidden_size=sizes["dim"],
+        num_hidden_layers=sizes["depth"],
+        num_attention_heads=sizes["heads"],
+        output_channels=sizes["out_dim"],
+        image_size=size,
+        window_size=sizes["window"],
+        global_attn_indexes=sizes["global_blocks"],
+    )
+    return SamVisionModel._from_config(config, attn_implementation="sdpa").vision_encoder
+
+
+def encode(library: str, network: nn.Module, pixels: Tensor) -> Tensor:
+    """The last features, (B, C, h, w)."""
+    if library == "risam":
+        deep: Tensor = network(pixels).deep
+        return deep
+    if library == "transformers":
+        last: Tensor = network(pixels).last_hidden_state
+        return last
+    features: Tensor = network(pixels)
+    return features
+
+
+def _positions(source: Tensor, like: Tensor | int) -> Tensor:
+    """Position embeddings or a relative table, interpolated as this project does."""
+    from risam_cli.model.tables import resize_pos_embed, resize_rel_pos
+
+    if source.ndim == 4:
+        side = like if isinstance(like, int) else like.shape[1]
+        return resize_pos_embed(source, side, side)
+    assert isinstance(like, Tensor)
+    return resize_rel_pos(source, like.shape[0])
+
+
+def random_weights(preset: str) -> dict[str, Tensor]:
+    """Matrices about as large as a trained network's, scales near 1, and position tables too."""
+    sizes = PRESETS[preset]["image_encoder"]
+    network = ImageEncoder(**{**sizes, "adapter_dim": 0, "taps": tuple(sizes["taps"])})
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, tensor in network.state_dict().items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        if tensor.ndim > 1:
+            weights[name] = noise * (1.0 / tensor[0].numel()) ** 0.5
+        else:
+            weights[name] = 0.1 * noise + (1.0 if name.endswith("weight") else 0.0)
+    return weights
+
+
+def main() -> None:
+    """Prints one way's peak memory."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--peak", required=True, help="such as risam-fp32")
+    parser.add_argument("--preset", default="vit_b", choices=NAMES)
+    options = parser.parse_args()
+    peak(options.peak, options.preset)
+
+
+if __name__ == "__main__":
+    main()
