@@ -154,7 +154,7 @@ def chain(command: Command, out: Path, wanted: dict[str, str], chance: random.Ra
         if outlived(child):
             command.wrong.append(f"a process outlived {kind.name}")
             os.killpg(child, signal.SIGKILL)
-        if code in command.codes and kind != signal.SIGKILL:
+        if code in command.codes:
             command.too_late += 1  # it was about to end
         elif code in {130, -kind}:
             command.kills[kind.name] += 1

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from risam_cli.durable import sync_folder, sync_tree
 from risam_cli.errors import ModelError, OutputError
 
 if TYPE_CHECKING:
@@ -265,7 +266,9 @@ def write_model_folder(
             (temporary / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8")
             (temporary / README_FILE).write_text(readme, encoding="utf-8")
             temporary.chmod(0o755)
+            sync_tree(temporary)
             _replace_folder(temporary, folder)
+            sync_folder(folder.parent)
         finally:
             sync_tree(temporary)
             shutil.rmtree(temporary, ignore_errors=True)
@@ -287,6 +290,7 @@ def write_atomic(path: Path, write: Any) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
         sync_folder(path.parent)

@@ -127,7 +127,7 @@ def _flock(file: BinaryIO, folder: Path) -> bool:
 def _taken(folder: Path, by: str = "") -> OutputError:
     return OutputError(
         f"{folder}: another run{by} is writing to this folder",
-        "wait for it, or choose another -o",
+        "wait for it, or choose another output folder",
     )
 
 

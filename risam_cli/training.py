@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from risam_cli.console import get_console
 from risam_cli.engine.distributed import Processes
 from risam_cli.engine.training_state import LAST
 from risam_cli.errors import ConfigError, OutputError, RisamError
+from risam_cli.locks import FolderLock
 from risam_cli.reports.training import PAGE, write_page
 
 
@@ -33,11 +34,19 @@ def train(
         command: as it was typed, to be shown in ``training.html``.
 
     Raises:
-        OutputError: the output folder holds another run and ``resume`` is off.
+        OutputError: the output folder holds another run and ``resume`` is off, or another process
+            works in it.
         RisamError: data, weights or settings that do not fit, or a loss that is not finite.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
     """
     processes = processes or Processes()
+    with _alone(Path(settings.output), processes):
+        return _train(settings, resume, processes, command)
+
+
+def _train(
+    settings: TrainSettings, resume: bool, processes: Processes, command: Sequence[str]
+) -> Path:
     console = get_console()
     folder = Path(settings.output)
     resolved = folder / "config.resolved.yaml"
@@ -72,6 +81,28 @@ def train(
         run.run([partial(builder.stage, stage) for stage in settings.stages])
     console.info(f"done: best {run.place.best:.4f}, in {folder / 'best'} ({LAST} in checkpoints/)")
     return folder / "best"
+
+
+@contextmanager
+def _alone(folder: Path, processes: Processes) -> Iterator[None]:
+    """Holds the output folder against other runs; one in which nothing was begun is not left."""
+    if not processes.leads:
+        yield
+        return
+    is_new = not folder.exists()
+    try:
+        lock = FolderLock(folder)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {folder}: {error.strerror}", "see space and rights"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 @contextmanager
