@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 from risam_cli.durable import sync_folder, sync_tree
 from risam_cli.errors import ModelError, OutputError
+from risam_cli.jsonlines import read_text
 
 if TYPE_CHECKING:
-from risam_cli.jsonlines import read_text
     from torch import Tensor, nn
 
 FORMAT, FORMAT_WITH_NEEDS = 1, 2
@@ -40,12 +40,12 @@ CARD_FILE = "card.json"
 README_FILE = "README.md"
 NEEDED_FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE)
 
-BUNDLED = Path(__file__).parent / "bundled"
-DEFAULT_MODEL = "refshapes-tiny"
 _LONGEST_JSON = 1 << 20  # bytes of config.json and of card.json
 _LONGEST_TOKENIZER = 1 << 27
 _DEEPEST = 32  # levels of config.json and of card.json
 
+BUNDLED = Path(__file__).parent / "bundled"
+DEFAULT_MODEL = "refshapes-tiny"
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,6 @@ def read_model_folder(folder: Path) -> StoredModel:
     )
 
 
-def hash_folder(folder: Path) -> str:
-    """SHA-256 over the needed files of a model folder, in order."""
 def _read_json(path: Path) -> Any:
     """A value that is neither long nor deep: what shows it must not be brought down by it.
 
@@ -153,6 +151,8 @@ def _read_json(path: Path) -> Any:
     return value
 
 
+def hash_folder(folder: Path) -> str:
+    """SHA-256 over the needed files of a model folder, in order."""
     digest = hashlib.sha256()
     for name in NEEDED_FILES:
         with (folder / name).open("rb") as file:
@@ -194,8 +194,6 @@ def load_weights(
     model.load_state_dict(weights, strict=False)  # The names were compared above.
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file.
 def count_weights(path: Path) -> tuple[int, int]:
     """How many values and how many tensors a safetensors file holds, from its header.
 
@@ -212,6 +210,8 @@ def count_weights(path: Path) -> tuple[int, int]:
     return sum(math.prod(shape) for shape in shapes), len(shapes)
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file.
 
     Raises:
         ModelError: a file that is cut, or whose header lies.
@@ -270,9 +270,7 @@ def write_model_folder(
             _replace_folder(temporary, folder)
             sync_folder(folder.parent)
         finally:
-            sync_tree(temporary)
             shutil.rmtree(temporary, ignore_errors=True)
-            sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by its own
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise OutputError(f"cannot write {folder}: {reason}", "see space and rights") from error
@@ -293,7 +291,6 @@ def write_atomic(path: Path, write: Any) -> None:
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
         reason = " ".join(str(error).split())[:200]
         raise OutputError(f"cannot write {path}: {reason}", "see space and rights") from error
 
