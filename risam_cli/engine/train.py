@@ -19,7 +19,7 @@ from risam_cli.engine.distributed import Processes
 from risam_cli.engine.optimize import NotFinite, Stepper, autocast
 from risam_cli.engine.plan import DealtBatches, PlannedBatches, begin_worker
 from risam_cli.engine.stage import LoopSettings, SaveModel, Stage
-from risam_cli.engine.stopping import StopRequest
+from risam_cli.engine.stop_request import StopRequest
 from risam_cli.engine.training_log import TrainingLog
 from risam_cli.engine.training_state import (
     Checkpoints,
