@@ -101,7 +101,7 @@ def load(
     place = choose_device(device)
     number = choose_precision(precision, place)
     settings = PredictSettings(place, number, batch_size=batch_size, workers=workers)
-    return Model(load_model(model, device=place), settings)
+    return Model(load_model(model, device=place, precision=number), settings)
 
 
 class Model:

@@ -38,7 +38,7 @@ class LoadedModel:
     """A model ready to predict.
 
     Attributes:
-        model: in evaluation mode, float32, on its device.
+        model: in evaluation mode, on its device, float32 but for what ``load_model`` was told.
         image_size: side S of the encoder's square input.
         threshold, no_target_threshold: the model's own, in 0..1.
         name: its folder's name; hash: SHA-256 over its files.
@@ -198,11 +198,17 @@ def add_lora(backbone: nn.Module, kind: str, settings: TextEncoderSettings) -> N
 
 
 def load_model(
-    source: str | Path | None, *, device: torch.device, keep_lora: bool = False
+    source: str | Path | None,
+    *,
+    device: torch.device,
+    keep_lora: bool = False,
+    precision: torch.dtype = torch.float32,
 ) -> LoadedModel:
     """Loads a model folder by path, a bundled model by name, or the default one.
 
     Args:
+        precision: in which the image encoder holds its matrices, for inference in that format;
+            the rest is float32 and left to autocast.
         keep_lora: leave side paths of the text encoder beside its weights, to train them on;
             by default they are added into the weights, which gives the same answers sooner.
 
@@ -223,6 +229,8 @@ def load_model(
     weights, side = lora.split_lora(checkpoints.read_tensors(folder / checkpoints.WEIGHTS_FILE))
     checkpoints.load_weights(model, stored, weights, lambda name: frozen.covers(needs, name))
     _load_lora(model, side, settings.text_encoder, stored, keep=keep_lora)
+    if precision != torch.float32:
+        model.image_encoder.hold_weights_in(precision)
     model.to(device).eval().requires_grad_(False)
     return LoadedModel(
         model=model,

@@ -36,7 +36,7 @@ def answer_and_score(
     console = get_console()
     device = choose_device(asked.device)
     precision = choose_precision(asked.precision, device)
-    loaded = load_model(asked.model, device=device)
+    loaded = load_model(asked.model, device=device, precision=precision)
     source, absent = drop_missing_images(source, failures)
     skipped = failures.by_stage["decode"]
     threshold = protocol.threshold if asked.threshold is None else asked.threshold

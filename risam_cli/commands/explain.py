@@ -162,7 +162,7 @@ def _look(
         no_target_threshold=no_target_threshold,
     )
     rgb = open_rgb(Path(image))  # a bad image is told before a model is loaded
-    loaded = load_model(model, device=place)
+    loaded = load_model(model, device=place, precision=settings.precision)
     session = Session(loaded, compute_settings(loaded, settings))
     encoded = session.encode(read_for_encoder(Path(image), loaded.image_size))
     bar = loaded.no_target_threshold if no_target_threshold is None else no_target_threshold

@@ -260,7 +260,7 @@ def _run(
         lookahead=512,
     )
     imported = time.perf_counter()
-    loaded = load_model(options.model, device=device)
+    loaded = load_model(options.model, device=device, precision=settings.precision)
     timings = {
         "startup": _since_process_start(started) + loading - started,
         "import_torch": imported - loading,
