@@ -341,6 +341,7 @@ class TrainingRun:
         """Writes a checkpoint, in the midst of a stage with all that belongs to it."""
         if not self.processes.leads:
             return
+        self.log.sync()  # a resumed run does not write again what came before its checkpoint
         self.checkpoints.save(
             self.place,
             self.hashes[stage_of_weights(self.place)],

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from risam_cli.checkpoints import write_atomic
 from risam_cli.console import Console
+from risam_cli.durable import sync_file, sync_folder
 from risam_cli.engine.training_state import Place
 from risam_cli.errors import OutputError
 
@@ -56,6 +57,12 @@ class TrainingLog:
         self.silent = silent
         self.path = folder / METRICS
         self._board: Any = None
+
+    def sync(self) -> None:
+        """Has the system write the rows so far to the disk."""
+        if self.path.exists():
+            sync_file(self.path)
+            sync_folder(self.folder)
 
     def __enter__(self) -> TrainingLog:
         if not self.silent:
