@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "models": ("models", "List, inspect and verify model folders."),
     "refshapes": ("refshapes", "Make the procedural data set RefShapes."),
     "doctor": ("doctor", "Show what this machine can do and what is missing."),
+    "completion": ("completion", "Print the script that completes risam in a shell."),
 }
 """Name -> (module in ``risam_cli.commands`` that defines ``command``, its line in ``--help``).
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from risam_cli.commands import completing
 from risam_cli.commands.options import (
     device_options,
     model_option,
@@ -40,7 +41,7 @@ def _parse_points(
 
 
 @click.command("explain")
-@click.argument("image", metavar="IMAGE")
+@click.argument("image", metavar="IMAGE", shell_complete=completing.files)
 @click.option(
     "-e",
     "--expression",

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from risam_cli.commands import completing
 from risam_cli.commands.options import json_option, verbosity_options
 from risam_cli.console import get_console, sanitize
 from risam_cli.errors import (
@@ -69,7 +70,7 @@ def list_models(folders: tuple[Path, ...], as_json: bool) -> int:
 
 
 @command.command("inspect")
-@click.argument("model", metavar="[NAME|PATH]", required=False)
+@click.argument("model", metavar="[NAME|PATH]", required=False, shell_complete=completing.models)
 @click.option("--tensors", is_flag=True, help="List every tensor with its type and shape.")
 @json_option
 @verbosity_options
@@ -113,7 +114,7 @@ def inspect(model: str | None, tensors: bool, as_json: bool) -> None:
 
 
 @command.command("verify")
-@click.argument("model", metavar="[NAME|PATH]", required=False)
+@click.argument("model", metavar="[NAME|PATH]", required=False, shell_complete=completing.models)
 @json_option
 @verbosity_options
 def verify(model: str | None, as_json: bool) -> int:
@@ -142,7 +143,7 @@ def verify(model: str | None, as_json: bool) -> int:
 
 
 @command.command("export")
-@click.argument("model", metavar="[NAME|PATH]", required=False)
+@click.argument("model", metavar="[NAME|PATH]", required=False, shell_complete=completing.models)
 @click.option(
     "-o",
     "--output",

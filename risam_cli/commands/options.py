@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from risam_cli.commands import completing
 from risam_cli.console import get_console
 from risam_cli.errors import UsageError
 from risam_cli.sizes import parse_size
@@ -75,6 +76,7 @@ def model_option(function: F) -> F:
         "--model",
         metavar="NAME|PATH",
         default=None,
+        shell_complete=completing.models,
         help="A model's name, or a folder written by `risam train`.  [default: the bundled model]",
     )(function)
 
@@ -94,6 +96,7 @@ def device_options(function: F) -> F:
             default="auto",
             show_default=True,
             callback=_check_device,
+            shell_complete=completing.devices,
             help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps.",
         ),
         click.option(

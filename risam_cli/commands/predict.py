@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from risam_cli.commands import completing
 from risam_cli.commands.options import (
     batch_options,
     cache_options,
@@ -52,7 +53,13 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
 
 
 @click.command("predict")
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUTS...")
+@click.argument(
+    "inputs",
+    nargs=-1,
+    required=True,
+    metavar="INPUTS...",
+    shell_complete=completing.files,
+)
 @click.option(
     "-e",
     "--expression",
@@ -81,6 +88,7 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
     default="png",
     show_default=True,
     callback=_parse_save,
+    shell_complete=completing.comma_list(SAVE, alone=("none",)),
     metavar="LIST",
     help="What to write beside the records: png, overlay, html (a gallery), none; comma separated.",
 )

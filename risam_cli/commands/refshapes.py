@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from risam_cli.commands import completing
 from risam_cli.commands.options import json_option, output_option, verbosity_options
 from risam_cli.console import get_console
 from risam_cli.errors import EXIT_OK, OutputError
@@ -41,6 +42,7 @@ def _check_splits(ctx: click.Context, param: click.Parameter, value: str) -> tup
     default="val,testA,testB",
     show_default=True,
     callback=_check_splits,
+    shell_complete=completing.comma_list(("train", "val", "testA", "testB")),
     help="Comma separated: train, val, testA (crowded), testB (unseen shape and colour pairs).",
 )
 @click.option(
