@@ -4,7 +4,7 @@
 
 Each command runs once unbroken. Then come chains: a run is started, killed at a moment drawn evenly
 over the time that an unbroken run takes, started again with the same arguments, killed again, up to
-five times, and at last let end. Of the kills six in ten are SIGKILL, the rest SIGTERM and Ctrl-C to
+eight times, and at last let end. Of the kills six in ten are SIGKILL, the rest SIGTERM and Ctrl-C to
 the whole group. After each chain the output folder must hold the same files as the unbroken run's,
 byte for byte but for clocks: nothing lost, nothing twice, nothing left over; and no process of a
 killed run may outlive it. Everything heavy is imported once; each run is a fork.
@@ -41,7 +41,7 @@ import risam_cli.training  # noqa: F401 - as those before, for all forks
 from risam_cli.build import load_model
 from risam_cli.cli import main
 
-_MOST_IN_CHAIN = 5
+_MOST_IN_CHAIN = 8
 _SIGNALS = (signal.SIGKILL,) * 6 + (signal.SIGTERM,) * 2 + (signal.SIGINT,) * 2
 _TEXTS = ("the red circle", "the small blue square on the left")
 _CLOCKS = {"seconds", "wall_seconds", "time", "timestamp"}
@@ -323,13 +323,13 @@ def commands(folder: Path) -> list[Command]:
     at = ["--set", "output={}"]
     o, resume, over = ["-o", "{}"], ["--resume", "-o", "{}"], ["--overwrite", "-o", "{}"]
     return [
-        Command("predict", predict + o, predict + resume, 0.32, (3,)),
-        Command("predict, 2 workers, overlays", overlay + o, overlay + resume, 0.08, (3,)),
+        Command("predict", predict + o, predict + resume, 0.34, (3,)),
+        Command("predict, 2 workers, overlays", overlay + o, overlay + resume, 0.06, (3,)),
         Command("eval of a model", model + o, model + resume, 0.17, anew=model + over),
         Command("eval of predictions", records + o, records + over, 0.1),
-        Command("train", [*train, *at], [*train, "--resume", *at], 0.09),
-        Command("export-masks to png", png + o, png + over, 0.08),
-        Command("export-masks to coco-polygons", coco + o, coco + over, 0.06),
+        Command("train", [*train, *at], [*train, "--resume", *at], 0.05),
+        Command("export-masks to png", png + o, png + over, 0.1),
+        Command("export-masks to coco-polygons", coco + o, coco + over, 0.08),
         Command("merge", merge + o, merge + over, 0.1),
     ]
 

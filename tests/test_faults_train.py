@@ -13,7 +13,7 @@ from risam_cli.locks import FolderLock
 
 SHORT = {
     "stages": [
-        {"name": "encoder", "kind": "dense", "steps": 2, "images_per_step": 2,
+        {"name": "fusion", "kind": "referring", "steps": 2, "images_per_step": 2,
          "learning_rate": 2.0e-3, "warmup": 1},
     ],
     "checkpoint_every": 1,
@@ -33,7 +33,13 @@ def test_two_runs_do_not_share_a_folder_and_a_checkpoint_survives_a_power_cut(
         training_runs.run(out, **SHORT)
     assert not (out / ".risam").exists()
     disk.after_power_cut(tmp_path / "found")
-    for name in ("checkpoints/last.pt", "config.resolved.yaml", "best/model.safetensors"):
+    kept = (
+        "checkpoints/last.pt",
+        "config.resolved.yaml",
+        "metrics.jsonl",
+        "best/model.safetensors",
+    )
+    for name in kept:
         assert (tmp_path / "found" / name).read_bytes() == (out / name).read_bytes(), name
 
 
