@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from risam_cli import checkpoints
 from risam_cli.errors import ModelError
 from risam_cli.model.image_encoder import ImageEncoder
+from risam_cli.torch_files import load_plain
 
 _PREFIX = "image_encoder."
 
@@ -63,9 +63,11 @@ def _tensors(source: str) -> Mapping[str, Tensor]:
     path = Path(source)
     try:
         if path.is_file():
-            state: Any = torch.load(path, map_location="cpu", weights_only=True)
+            state: Any = load_plain(path)
             model = state.get("model") if isinstance(state, dict) else None
-            if not isinstance(model, dict):
+            if not isinstance(model, dict) or not all(
+                isinstance(value, Tensor) for value in model.values()
+            ):
                 raise ModelError(f"{path} is no checkpoint of risam train", "give its last.pt")
             return model
         folder = checkpoints.find_model(source)
@@ -78,7 +80,6 @@ def _tensors(source: str) -> Mapping[str, Tensor]:
         OSError,
         RuntimeError,
         ValueError,
-        pickle.UnpicklingError,
         EOFError,
         KeyError,
         SafetensorError,

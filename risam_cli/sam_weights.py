@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,11 @@ from risam_cli.errors import ModelError
 from risam_cli.model.image_encoder import ConvStem, ImageEncoder
 from risam_cli.model.sam_baseline import SamMaskDecoder
 from risam_cli.model.tables import resize_pos_embed, resize_rel_pos
+from risam_cli.torch_files import load_plain
 
 ENCODER = "image_encoder."
 _SIZES = {(768, 12): "ViT-B", (1024, 24): "ViT-L", (1280, 32): "ViT-H"}
+_MOST_SIDE = 1024  # of a grid of position embeddings; SAM's is 64
 _WANTED = "give an official SAM .pth file or a Hugging Face SAM folder (facebook/sam-vit-base)"
 _FOLDER_FILES = (
     "model.safetensors.index.json",
@@ -172,17 +173,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         from risam_cli.checkpoints import read_tensors
 
         return read_tensors(path)
-    try:
-        # Mapped, so that a ViT-H's 2.6 GB need not be in memory twice. Old files are not zips.
-        held: Any = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except Exception as error:  # the unpickler raises whatever a file's bytes make it raise
-        reason = " ".join(str(error).split())[:160]
-        raise ModelError(
-            f"{path} cannot be read as plain weights, and nothing in it was run: {reason}",
-            "take the file anew from its publisher",
-        ) from error
+    # Mapped, so that a ViT-H's 2.6 GB need not be in memory twice.
+    held: Any = load_plain(path, mapped=True)
     if not isinstance(held, dict) or not all(isinstance(v, Tensor) for v in held.values()):
         raise ModelError(f"{path} is no plain table of weights by name", _WANTED)
     return {str(name): tensor for name, tensor in held.items()}
@@ -253,7 +245,7 @@ def _check_size(path: Path, weights: Mapping[str, Tensor], encoder: ImageEncoder
     projection = weights.get("patch_embed.proj.weight")
     if projection is None or projection.ndim != 4:
         return  # Missing names and wrong shapes are told one by one.
-    blocks = {int(m[1]) for name in weights if (m := re.match(r"blocks\.(\d+)\.", name))}
+    blocks = {int(m[1]) for name in weights if (m := re.match(r"blocks\.(\d{1,9})\.", name))}
     found = (projection.shape[0], len(blocks))
     own = (encoder.pos_embed.shape[-1], len(encoder.blocks))
     if found != own:
@@ -285,8 +277,11 @@ def _resized(path: Path, weights: Mapping[str, Tensor], encoder: ImageEncoder) -
     """Brings position embeddings and global relative-position tables to the encoder's grid."""
     out = dict(weights)
     positions = weights["pos_embed"]
-    if positions.ndim != 4 or positions.shape[1] != positions.shape[2]:
-        raise ModelError(f"{path}: pos_embed is {tuple(positions.shape)}, no square grid", _WANTED)
+    shape = tuple(positions.shape)
+    # Known before it is resized, which takes a multiple of its memory.
+    fits = len(shape) == 4 and shape[0] == 1 and shape[3] == encoder.pos_embed.shape[3]
+    if not fits or shape[1] != shape[2] or not 0 < shape[1] <= _MOST_SIDE:
+        raise ModelError(f"{path}: pos_embed is {shape}, no square grid", _WANTED)
     theirs, ours = positions.shape[1], encoder.pos_embed.shape[1]
     out["pos_embed"] = resize_pos_embed(positions, ours, ours)
     blocks: Any = encoder.blocks
@@ -297,6 +292,8 @@ def _resized(path: Path, weights: Mapping[str, Tensor], encoder: ImageEncoder) -
         for axis in ("h", "w"):
             name = f"blocks.{index}.attn.rel_pos_{axis}"
             table = weights[name]
+            if table.ndim != 2 or table.shape[1] != getattr(block.attn, f"rel_pos_{axis}").shape[1]:
+                raise ModelError(f"{path}: {name} is {tuple(table.shape)}", _WANTED)
             if table.shape[0] != expected:
                 here = f"windows of {window}" if window else "global attention"
                 raise ModelError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import pickle
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from risam_cli.checkpoints import write_atomic
 from risam_cli.errors import ModelError, RisamError
+from risam_cli.torch_files import load_plain
 
 LAST = "last.pt"
 FORMAT = 2
@@ -253,16 +253,20 @@ def read_state(path: Path, hashes: Sequence[str]) -> dict[str, Any]:
         ModelError: a damaged file, or one of other settings.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"checkpoint {path} cannot be read: {reason}", _way_out(path)) from error
+        state: dict[str, Any] = load_plain(path)
+    except ModelError as error:
+        raise ModelError(f"checkpoint {error.message}", _way_out(path)) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ModelError(f"{path} is no checkpoint of risam train", "start without --resume")
-    place = Place(**state["place"])
-    # At a stage's start, either side of the border is the same state.
-    fitting = {hashes[n] for n in (stage_of_weights(place), place.stage) if n < len(hashes)}
-    if state["settings_hash"] not in fitting:
+    try:
+        place = Place(**state["place"])
+        # At a stage's start, either side of the border is the same state.
+        fitting = {hashes[n] for n in (stage_of_weights(place), place.stage) if n < len(hashes)}
+        belongs = state["settings_hash"] in fitting
+    except (KeyError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(f"checkpoint {path} is damaged: {reason}", _way_out(path)) from error
+    if not belongs:
         raise ModelError(
             f"checkpoint {path} belongs to other settings",
             "resume with the settings it was started with (config.resolved.yaml), or choose "
@@ -287,8 +291,28 @@ def restore(
     """Puts a checkpoint's values back in place.
 
     Raises:
-        ModelError: a checkpoint of another version, whose optimizer is not put together like ours.
+        ModelError: a checkpoint of another version, whose optimizer is not put together like ours,
+            or one whose values fit nothing.
     """
+    try:
+        _restore(state, module, untrained, optimizer, scaler, average)
+    except ModelError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(
+            f"the checkpoint does not fit the model: {reason}", "start without --resume"
+        ) from error
+
+
+def _restore(
+    state: dict[str, Any],
+    module: nn.Module,
+    untrained: Untrained,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    average: MovingAverage | None,
+) -> None:
     untrained.load(state["model"], state["untrained"])
     if state["module"]:
         module.load_state_dict(state["module"])

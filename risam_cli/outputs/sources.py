@@ -242,7 +242,7 @@ def _read_png(path: Path, where: str) -> Rle:
             raise DataError(f"{where}: the mask {path} {size}", "give a PNG, 0 outside the mask")
         data = np.fromfile(path, np.uint8)
         # The header first: OpenCV would take a few bytes' word for gigabytes of pixels.
-        check_header(io.BytesIO(data))
+        check_header(io.BytesIO(data.tobytes()))
         pixels = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: the mask {path} is too large: {error}", "cut it up") from None

@@ -1,0 +1,78 @@
+"""Torch's own files from strangers: plain tensors and containers, no more than the file has.
+
+``weights_only`` keeps code out. It does not keep out zips that unpack to a thousand times their
+size, nor a few bytes that a view of stride 0 spreads over terabytes.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from risam_cli.errors import ModelError
+
+_FIX = "take the file anew from where it was made"
+
+
+def load_plain(path: Path, *, mapped: bool = False) -> Any:
+    """What ``torch.save`` wrote, if it is plain; nothing that the file holds is run.
+
+    Args:
+        mapped: leave the values in the file until they are asked for, where that is possible.
+
+    Raises:
+        ModelError: it cannot be read, holds code, or stands for more than it holds.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path} is no file", _FIX)
+    try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            _require_stored(path)
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipped)
+        tensors = list(_tensors(held))
+    except Exception as error:  # the unpickler raises whatever a file's bytes make it raise
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ModelError(
+            f"{path} cannot be read as plain weights, and nothing in it was run: {reason}", _FIX
+        ) from error
+    for tensor in tensors:
+        if not _is_plain(tensor):
+            raise ModelError(
+                f"{path} holds a tensor {tuple(tensor.shape)} that is no plain block of values",
+                _FIX,
+            )
+    return held
+
+
+def _require_stored(path: Path) -> None:
+    """Torch packs nothing: what is packed is no file of its, and may unpack to anything."""
+    with zipfile.ZipFile(path) as file:
+        members = file.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("it holds packed members, which torch does not write")
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        raise ValueError("its members claim to be longer than the file")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors at and below a value of containers."""
+    waiting, seen = [value], set()
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, (dict, list, tuple, set)) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += [*one, *one.values()] if isinstance(one, dict) else [*one]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
