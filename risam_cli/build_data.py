@@ -110,11 +110,12 @@ class DataBuilder:
         return self._samples(key, data, open_source(key, data), augment)
 
     def _samples(
-        self, key: str, data: OneData, source: SampleSource, augment: Augmentation | None
+        self,
+        key: str,
+        data: CocoData | BenchmarkData,
+        source: SampleSource,
+        augment: Augmentation | None,
     ) -> Examples:
-        limit = data.limit if isinstance(data, (CocoData, BenchmarkData)) else None
-        order = source.order if source.order is not None else tuple(range(len(source.groups)))
-        source = replace(source, order=order[:limit])
         _require_images(key, source)
         samples = PackedSamples(source.iterate())
         if not len(samples):
@@ -171,7 +172,7 @@ class DataBuilder:
         aliases: Mapping[str, str],
     ) -> Examples:
         key = f"train.members.{name}"
-        if source is None:
+        if source is None or isinstance(member, RefShapesData):
             return self._one(key, member)
         kept, dropped = without_images(source, keys, aliases)
         self.console.info(
@@ -213,7 +214,7 @@ def open_source(key: str, data: CocoData | BenchmarkData) -> SampleSource:
     """
     coco = isinstance(data, CocoData)
     try:
-        return open_dataset(
+        source = open_dataset(
             data.dataset,
             Path(data.annotations if isinstance(data, CocoData) else data.root),
             data.split,
@@ -225,11 +226,13 @@ def open_source(key: str, data: CocoData | BenchmarkData) -> SampleSource:
         fix = fix.replace("--split-by takes", f"{key}.split_by takes")
         message = error.message.replace("--root", f"{key}.root")
         raise DataError(f"{key}: {message}", fix) from error
+    order = [number for number in range(len(source.groups)) if data.takes(number)]
+    return replace(source, order=tuple(order[: data.limit]))
 
 
 def _named(data: OneData) -> str:
     if isinstance(data, CocoData):
-        return f"{data.annotations} ({data.split})"
+        return data.annotations + (f" ({data.split})" if data.split != "all" else "")
     return f"{data.dataset} {data.split}"
 
 

@@ -22,6 +22,7 @@ from risam_cli.settings import (
     Settings,
 )
 from risam_cli.settings_check import check as check
+from risam_cli.settings_complete import complete
 from risam_cli.settings_data import AugmentSettings
 from risam_cli.settings_data import CocoData as CocoData
 from risam_cli.settings_data import DataSettings as DataSettings
@@ -316,7 +317,7 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> TrainSettings:
     raw = read_settings_file(path)
     for override in overrides:
         raw = apply_override(raw, override)
-    return check(TrainSettings, raw, str(path))
+    return check(TrainSettings, complete(raw), str(path))
 
 
 def apply_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:

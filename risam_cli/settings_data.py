@@ -38,14 +38,33 @@ class RefShapesData(Settings):
         return iter(())
 
 
-class CocoData(Settings):
+class PartOfFile(Settings):
+    """Which images of a file to take, so that one file can both train and validate."""
+
+    limit: int | None = Field(None, gt=0, description="the first so many images")
+    only_every: int | None = Field(None, gt=1, description="of n images the first alone, as held")
+    leave_out_every: int | None = Field(None, gt=1, description="of n images all but the first")
+
+    @model_validator(mode="after")
+    def _one_part(self) -> PartOfFile:
+        if self.only_every is not None and self.leave_out_every is not None:
+            raise ValueError("give only_every or leave_out_every, not both")
+        return self
+
+    def takes(self, number: int) -> bool:
+        """Whether the image with this number, from 0, belongs to the part."""
+        if self.only_every is not None:
+            return number % self.only_every == 0
+        return self.leave_out_every is None or number % self.leave_out_every > 0
+
+
+class CocoData(PartOfFile):
     """COCO-style JSON of image/expression pairs."""
 
     dataset: Literal["coco"]
-    annotations: str = Field(description="the JSON file")
+    annotations: str = Field(description="the JSON file; in val by default that of train")
     images: str | None = Field(None, description="folder that file names are relative to")
     split: str = Field("all", description="take the records that carry this split; all is all")
-    limit: int | None = Field(None, gt=0, description="the first so many images")
 
     def paths(self) -> Iterator[tuple[str, Path]]:
         """Keys and paths that must be there."""
@@ -54,7 +73,7 @@ class CocoData(Settings):
             yield "images", Path(self.images)
 
 
-class BenchmarkData(Settings):
+class BenchmarkData(PartOfFile):
     """A benchmark in its own files, read as ``risam eval`` reads it."""
 
     dataset: Literal["refcoco", "refcoco+", "refcocog", "refclef", "grefcoco", "phrasecut"]
@@ -62,7 +81,6 @@ class BenchmarkData(Settings):
     images: str | None = Field(None, description="folder of the images; else looked for near root")
     split: str = "train"
     split_by: str | None = Field(None, description="who made the splits: unc, umd, google, …")
-    limit: int | None = Field(None, gt=0, description="the first so many images")
 
     def paths(self) -> Iterator[tuple[str, Path]]:
         """Keys and paths that must be there."""

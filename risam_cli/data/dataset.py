@@ -1,8 +1,7 @@
 """Training examples: one image with all its expressions, as small arrays for the workers' pipe.
 
-A data set of N items whose ``by_epoch`` is true takes any index from 0: index ``epoch * N + item``
-asks for an item as that epoch has it, so that what is drawn anew each epoch follows from the index
-alone.
+A data set of N items takes any index from 0: index ``epoch * N + item`` asks for an item as that
+epoch has it, so that what is drawn anew each epoch follows from the index alone.
 """
 
 from __future__ import annotations
@@ -62,10 +61,6 @@ class DenseExample:
 class Examples(Protocol):
     """A data set of the referring stage; see the module for what an index means."""
 
-    @property
-    def by_epoch(self) -> bool:
-        """Whether epochs differ."""
-
     def __len__(self) -> int:
         """Items of an epoch."""
 
@@ -106,11 +101,6 @@ class ReferringScenes:
 
     def __len__(self) -> int:
         return len(self.scenes)
-
-    @property
-    def by_epoch(self) -> bool:
-        """Whether epochs differ."""
-        return self.augment is not None
 
     def expressions_of(self, index: int) -> int:
         """The same for every scene."""
@@ -158,11 +148,6 @@ class ReferringSamples:
 
     def __len__(self) -> int:
         return len(self.samples)
-
-    @property
-    def by_epoch(self) -> bool:
-        """Whether epochs differ."""
-        return self.augment is not None
 
     def expressions_of(self, index: int) -> int:
         """Those of the image, or as many as are drawn of them."""

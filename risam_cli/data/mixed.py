@@ -39,11 +39,6 @@ class MixedExamples:
         self._starts = np.cumsum([0, *self.shares])
         self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
 
-    @property
-    def by_epoch(self) -> bool:
-        """A member's items run on from epoch to epoch."""
-        return True
-
     def __len__(self) -> int:
         return int(self._starts[-1])
 
