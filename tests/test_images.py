@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, features
+from PIL import Image, ImageFile, features
 
 from risam_cli.commands import predict as command
 from risam_cli.data import images
@@ -191,11 +191,37 @@ def test_the_cheap_way_down_agrees_with_the_plain_one(
         large = large.convert(mode)
     path = tmp_path / f"a.{suffix}"
     large.save(path, quality=95)
-    scaled, own = images.open_for_encoder(path, 48)
-    plain = resize_for_encoder(images.open_rgb(path), 48)
-    assert own == (613, 907)
-    assert scaled.shape == plain.shape
-    assert np.abs(scaled.astype(int) - plain).mean() < 1.0
+    for size in (48, 200) if suffix == "jpg" else (48,):
+        scaled, own = images.open_for_encoder(path, size)
+        plain = resize_for_encoder(images.open_rgb(path), size)
+        assert own == (613, 907)
+        assert scaled.shape == plain.shape
+        assert 0 < np.abs(scaled.astype(int) - plain).mean() < 1.0
+        exact = images.read_for_encoder(path, size, full_decode=True)
+        assert np.array_equal(exact.rgb, plain)
+
+
+def test_a_jpeg_decoder_goes_down_by_itself_to_no_less_than_twice_the_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jpg"
+    Image.fromarray(smooth(600, 800)).save(path)
+    decoded: list[tuple[int, int]] = []
+    load = ImageFile.ImageFile.load
+
+    def seen(self: ImageFile.ImageFile) -> object:
+        decoded.append(self.size)
+        return load(self)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", seen)
+    least = {100: (200, 150), 150: (400, 300), 200: (400, 300), 201: (800, 600), 400: (800, 600)}
+    for size, wanted in least.items():
+        decoded.clear()
+        images.read_for_encoder(path, size)
+        assert set(decoded) == {wanted}
+        decoded.clear()
+        images.read_for_encoder(path, size, full_decode=True)
+        assert set(decoded) == {(800, 600)}
 
 
 def test_hash_and_stamp_are_those_of_the_file(tmp_path: Path) -> None:

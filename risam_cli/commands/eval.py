@@ -11,6 +11,7 @@ import click
 from risam_cli.commands.options import (
     batch_options,
     cache_options,
+    decode_option,
     device_options,
     json_option,
     model_option,
@@ -117,6 +118,7 @@ def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None)
 @device_options
 @batch_options
 @cache_options
+@decode_option
 @run_mode_options
 @json_option
 @verbosity_options

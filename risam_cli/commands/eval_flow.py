@@ -91,6 +91,7 @@ class Asked:
     workers: int | None
     feature_cache: Path | None
     feature_cache_limit: int
+    full_decode: bool
     resume: bool
     overwrite: bool
     as_json: bool

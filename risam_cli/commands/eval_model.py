@@ -39,7 +39,6 @@ def answer_and_score(
     loaded = load_model(asked.model, device=device, precision=precision)
     source, absent = drop_missing_images(source, failures)
     skipped = failures.by_stage["decode"]
-    threshold = protocol.threshold if asked.threshold is None else asked.threshold
     bar = asked.no_target_threshold
     bar = loaded.no_target_threshold if bar is None else bar
     settings = PredictSettings(
@@ -47,9 +46,10 @@ def answer_and_score(
         precision,
         asked.batch_size,
         asked.workers,
-        threshold=threshold,
+        threshold=protocol.threshold if asked.threshold is None else asked.threshold,
         no_target_threshold=bar,
         keep_raw=True,
+        full_decode=asked.full_decode,
     )
     console.info(f"{loaded.name} on {describe_device(device)}, {precision_name(precision)}")
 
@@ -82,16 +82,20 @@ def answer_and_score(
             precision=precision_name(precision),
         ),
         count(done, failed=len(failures) - skipped, skipped=skipped, images_missing=absent),
-        TimingPart(
-            decode=seconds.decode,
-            encode=seconds.encode,
-            decode_mask=seconds.decode_mask,
-            score=done.scored.seconds,
-            total=done.seconds,
-            expressions_per_second=seconds.expressions / done.seconds,
-        ),
+        _timing(seconds, done),
         no_target_fit=fit,
         finish=log.finished,
+    )
+
+
+def _timing(seconds: StageSeconds, done: EvalRun) -> TimingPart:
+    return TimingPart(
+        decode=seconds.decode,
+        encode=seconds.encode,
+        decode_mask=seconds.decode_mask,
+        score=done.scored.seconds,
+        total=done.seconds,
+        expressions_per_second=seconds.expressions / done.seconds,
     )
 
 
@@ -112,6 +116,7 @@ def _identity(
         "no-target threshold": settings.no_target_threshold,
         "precision": precision_name(settings.precision),
         "shuffle": asked.shuffle,
+        "full decode": asked.full_decode,
         "features": "float32" if asked.feature_cache is None else "half (--feature-cache)",
     }
 

@@ -130,6 +130,16 @@ def batch_options(function: F) -> F:
     )(function)
 
 
+def decode_option(function: F) -> F:
+    """``--full-decode``: parameter ``full_decode: bool``."""
+    return click.option(
+        "--full-decode",
+        is_flag=True,
+        help="Decode every pixel of a JPEG of more than four times the encoder's size; else its "
+        "decoder goes down by itself, in half the time.",
+    )(function)
+
+
 def _parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
     try:
         return parse_size(value)

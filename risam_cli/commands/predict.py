@@ -17,6 +17,7 @@ from risam_cli.commands import completing
 from risam_cli.commands.options import (
     batch_options,
     cache_options,
+    decode_option,
     device_options,
     model_option,
     output_option,
@@ -102,6 +103,7 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
 @device_options
 @batch_options
 @cache_options
+@decode_option
 @threshold_options
 @run_mode_options
 @click.option("--retry-failed", is_flag=True, help="As --resume, and do again what failed before.")
@@ -172,6 +174,7 @@ class _Options:
     workers: int | None
     feature_cache: Path | None
     feature_cache_limit: int
+    full_decode: bool
     threshold: float | None
     no_target_threshold: float | None
     resume: bool
@@ -266,6 +269,7 @@ def _run(
         max_pixels=options.max_pixels,
         timeout=options.image_timeout,
         lookahead=512,
+        full_decode=options.full_decode,
     )
     imported = time.perf_counter()
     loaded = load_model(options.model, device=device, precision=settings.precision)

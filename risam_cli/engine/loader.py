@@ -49,12 +49,14 @@ class LoaderSettings:
         workers: loader processes; 0 decodes in threads of this process.
         max_pixels: larger images are refused.
         timeout: seconds for one image.
+        full_decode: decode every pixel before scaling; see :mod:`risam_cli.data.images`.
     """
 
     size: int
     workers: int = 0
     max_pixels: int = MAX_PIXELS
     timeout: float = TIMEOUT
+    full_decode: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +337,9 @@ def load_image(path: Path, settings: LoaderSettings) -> Loaded:
     """Loads one file here and now."""
     started = time.perf_counter()
     try:
-        image = read_for_encoder(path, settings.size, settings.max_pixels)
+        image = read_for_encoder(
+            path, settings.size, settings.max_pixels, full_decode=settings.full_decode
+        )
     except ImageError as error:
         return _failed(path, str(error), time.perf_counter() - started)
     except MemoryError:

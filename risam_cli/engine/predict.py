@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class PredictSettings:
-    """How a run predicts. What changes results: precision and the two thresholds.
+    """How a run predicts. What changes results: precision, thresholds, and ``full_decode``.
 
     Attributes:
         device, precision: see :mod:`risam_cli.engine.device`.
@@ -52,6 +52,7 @@ class PredictSettings:
         timeout: seconds that reading one image may take.
         lookahead: samples read ahead, within which those of one image are put together.
         keep_raw: also give the mask before the no-target rule.
+        full_decode: decode every pixel of a large JPEG before it is scaled down.
     """
 
     device: torch.device
@@ -65,6 +66,7 @@ class PredictSettings:
     timeout: float = TIMEOUT
     lookahead: int = 64
     keep_raw: bool = False
+    full_decode: bool = False
 
 
 def predict_samples(
@@ -97,7 +99,9 @@ def predict_samples(
     workers = settings.workers
     if workers is None:
         workers = default_workers(settings.device.type)
-    loading = LoaderSettings(loaded.image_size, workers, settings.max_pixels, settings.timeout)
+    loading = LoaderSettings(
+        loaded.image_size, workers, settings.max_pixels, settings.timeout, settings.full_decode
+    )
     bar = settings.no_target_threshold
     bar = loaded.no_target_threshold if bar is None else bar
     # A CPU takes images one by one anyway: then each leaves as soon as it is done.

@@ -7,30 +7,29 @@ import platform
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext, suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from risam_cli import __version__
-from risam_cli.config import ModelSettings
 from risam_cli.console import Progress, get_console
-from risam_cli.data.inputs import Entry, Inputs
-from risam_cli.engine.compute import Model
+from risam_cli.data.inputs import Entry
 from risam_cli.engine.device import describe_device, precision_name
-from risam_cli.engine.embeddings import CacheSettings, FeatureCache, cache_for
+from risam_cli.engine.embeddings import FeatureCache, cache_for
 from risam_cli.engine.finish import ImageResult
 from risam_cli.engine.gallery import write_gallery
 from risam_cli.engine.ledger import settings_hash
-from risam_cli.engine.predict import PredictSettings, predict_samples
+from risam_cli.engine.predict import predict_samples
 from risam_cli.engine.resume import Kept, check_inputs, prepare, still_to_do
 from risam_cli.engine.run_facts import count_lines, peak_memory_mb, versions
 from risam_cli.engine.run_folder import RunFolder
-from risam_cli.engine.shard import Shard
-from risam_cli.engine.stager import Saving, Stager
+from risam_cli.engine.run_plan import NamedModel as NamedModel
+from risam_cli.engine.run_plan import RunPlan as RunPlan
+from risam_cli.engine.run_plan import identity_of as identity_of
+from risam_cli.engine.stager import Stager
 from risam_cli.engine.stopping import stopping
 from risam_cli.engine.writer import RunWriter, Tally
 from risam_cli.errors import (
@@ -45,58 +44,6 @@ from risam_cli.types import Failure, Sample
 _SHOWN = 5  # failures told on the console; all are in the file
 _PARTS = ("load", "encode", "decode", "finish")
 _SHOWN_PARTS = ("read images", "encode", "decode masks", "finish masks")
-
-
-class NamedModel(Model, Protocol):
-    """What is needed of :class:`risam_cli.build.LoadedModel`."""
-
-    @property
-    def name(self) -> str:
-        """Its folder's name."""
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 over its files."""
-
-    @property
-    def settings(self) -> ModelSettings:
-        """As its folder says them; asked for where features are kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunPlan:
-    """What a run does.
-
-    Attributes:
-        limit: take only the first so many images.
-        max_failures: stop once more than so many items failed.
-        retry_failed: do again what failed in the earlier run.
-        command: as typed, for ``run.json``.
-        timings: seconds spent before, by part.
-        feature_cache: where the image encoder's features are kept; None keeps none.
-    """
-
-    inputs: Inputs
-    settings: PredictSettings
-    saving: Saving
-    shard: Shard = field(default_factory=Shard)
-    limit: int | None = None
-    max_failures: int | None = None
-    retry_failed: bool = False
-    command: tuple[str, ...] = ()
-    timings: Mapping[str, float] = field(default_factory=dict)
-    feature_cache: CacheSettings | None = None
-
-    def entries(self) -> Iterator[Entry]:
-        """All entries of all shards, as far as the limit goes."""
-        for entry in self.inputs:
-            if self.limit is not None and entry.run >= self.limit:
-                return
-            yield entry
-
-    def own_entries(self) -> Iterator[Entry]:
-        """The entries of this shard."""
-        return (entry for entry in self.entries() if self.shard.has(entry))
 
 
 def run_predict(
@@ -139,25 +86,6 @@ def run_predict(
         with suppress(OutputError) if status != "complete" else nullcontext():
             run.report(status)
     return run.tell()
-
-
-def identity_of(plan: RunPlan, loaded: NamedModel) -> dict[str, Any]:
-    """All that decides the results apart from the inputs; see :mod:`risam_cli.engine.ledger`."""
-    settings = plan.settings
-    own = (loaded.threshold, loaded.no_target_threshold)
-    given = (settings.threshold, settings.no_target_threshold)
-    threshold, bar = (a if b is None else b for a, b in zip(own, given, strict=True))
-    return {
-        "model": loaded.hash,
-        "threshold": threshold,
-        "no_target_threshold": bar,
-        "precision": precision_name(settings.precision),
-        "device": settings.device.type,
-        "save": plan.saving.names,
-        "shard": [plan.shard.index, plan.shard.count],
-        **({} if plan.feature_cache is None else {"features": "half"}),
-        **({"decode": "full"} if settings.full_decode else {}),
-    }
 
 
 class _Run:

@@ -1,0 +1,83 @@
+"""Files from outside: opened once it is known that they can be read, and told from others."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from risam_cli.errors import ImageError
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What a file system says about a file: if none of it changed, the content did not.
+
+    Attributes:
+        size: bytes.
+        mtime_ns, ctime_ns: times of the last change of content and of inode.
+        inode: the file's number.
+    """
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
+def file_stamp(path: Path) -> FileStamp | None:
+    """The stamp of a file; None where there is none to be had."""
+    try:
+        return stamp_of(os.stat(path))
+    except (OSError, ValueError):
+        return None
+
+
+def file_sha256(path: Path) -> str | None:
+    """SHA-256 of a regular file's bytes; None where it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return digest_of(file)
+    except (ImageError, OSError):
+        return None
+
+
+def digest_of(file: BinaryIO) -> str:
+    """SHA-256 of what is left to read of a file."""
+    return hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
+
+
+def stamp_of(status: os.stat_result) -> FileStamp:
+    """The stamp out of what the system says."""
+    return FileStamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """The file, open for reading, once it is known to be a regular one with bytes in it."""
+    try:
+        status = os.stat(path)
+        # A pipe or a device would be waited on for ever.
+        if stat.S_ISDIR(status.st_mode):
+            raise ImageError(f"{path}: is a folder, not an image")
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"{path}: is no regular file")
+        if status.st_size == 0:
+            raise ImageError(f"{path}: the file is empty (0 bytes)", "copy or download it again")
+        file = open(path, "rb")  # noqa: SIM115 - closed below, outside of this try
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file", "check the path and --image-root") from None
+    except PermissionError:
+        raise ImageError(f"{path}: permission denied", "make the file readable") from None
+    except ValueError as error:  # a NUL byte
+        raise ImageError(f"{path}: not a path that a file can have ({error})") from None
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or error}") from None
+    with file:
+        yield file
