@@ -207,8 +207,8 @@ def load_model(
     """Loads a model folder by path, a bundled model by name, or the default one.
 
     Args:
-        precision: in which the image encoder holds its matrices, for inference in that format;
-            the rest is float32 and left to autocast.
+        precision: in which the image encoder holds its matrices and computes, for inference;
+            the rest, a small part of the work, stays in float32.
         keep_lora: leave side paths of the text encoder beside its weights, to train them on;
             by default they are added into the weights, which gives the same answers sooner.
 

@@ -162,7 +162,7 @@ def _network(source: str | None, device_name: str, precision: str) -> Facts:
     device = choose_device(device_name)
     dtype = choose_precision(precision, device)
     loaded = load_model(source, device=device, precision=dtype)
-    with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with torch.inference_mode():
         seconds = _timed_forward(loaded, device)
     return {
         "device": {

@@ -355,7 +355,11 @@ class Compute:
 
     def _autocast(self) -> torch.autocast:
         precision = self.settings.precision
-        lower = precision != torch.float32  # weights stay float32; off leaves all as it is
+        # An encoder that holds its matrices in that format asks for none of this, and the rest, a
+        # small part of the work, stays in float32: the masks are ten times as close to float32's.
+        encoder = getattr(self.loaded.model, "image_encoder", None)
+        held = getattr(encoder, "precision", torch.float32) != torch.float32
+        lower = precision != torch.float32 and not held
         return torch.autocast(
             self.settings.device.type, dtype=precision if lower else None, enabled=lower
         )

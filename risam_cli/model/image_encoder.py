@@ -192,12 +192,19 @@ class ImageEncoder(nn.Module):
         y = spread(norm(y.to(norm.weight.dtype)).to(spread.weight.dtype))
         return last_norm(y.to(norm.weight.dtype))
 
+    @property
+    def precision(self) -> torch.dtype:
+        """The format of its matrices; see :meth:`hold_weights_in`."""
+        weight: Tensor = self.neck[0].weight
+        return weight.dtype
+
     def hold_weights_in(self, dtype: torch.dtype) -> None:
         """Brings the weights of the blocks' and the neck's products to a format, for inference.
 
         Norms, position tables, the first convolutions and the stream between the blocks stay in
         float32, so features come out in float32 (ours). Half of the memory goes, and with it the
-        casts that autocast does at every call.
+        casts that autocast does at every call; no autocast is needed, and results are closer to
+        float32's without.
         """
         for part in (self.blocks, self.neck):
             for module in part.modules():
