@@ -131,7 +131,8 @@ class Result:
         return (
             '<figure style="display:inline-block;margin:4px;max-width:340px;vertical-align:top">'
             f'<img alt="{words}" style="max-width:100%" src="data:image/png;base64,{uri}">'
-            f"<figcaption><b>{words}</b><br>{caption}{notes}</figcaption></figure>"
+            f"<figcaption><b>{words}</b><br>{caption}{notes}<br>"
+            f"<small>{html.escape(self.image)}</small></figcaption></figure>"
         )
 
     def _drawn(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:

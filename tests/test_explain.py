@@ -6,57 +6,30 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import explain_cases as cases
 import numpy as np
 import pytest
 import torch
 from conftest import Cli
-from networks import SMALL, small_model, small_settings
+from networks import SMALL, small_settings
 from PIL import Image
 from test_text_encoder import make_clip
 
-from risam_cli import masks
 from risam_cli.build import build_model, new_text_parts
 from risam_cli.checkpoints import write_model_folder
 from risam_cli.cli import main
 from risam_cli.config import merge
 from risam_cli.data.memory import memory_for_encoder
-from risam_cli.engine.compute import ComputeSettings
-from risam_cli.engine.explain import Attention, Word, explain, words_of
-from risam_cli.engine.session import Session
+from risam_cli.engine.explain import Attention, Word, words_of
 from risam_cli.errors import ModelError, UsageError
 from risam_cli.model.common import sine_positions_1d, sine_positions_2d
-from risam_cli.reports.explain import Explained, Explanation, spread
+from risam_cli.reports.explain import spread
 from risam_cli.reports.explain_page import PAGE_BYTES, chosen_maps
 from risam_cli.reports.explain_picture import draw_explanation, enlarge
 from risam_cli.text_source import pretrained_text
 from risam_cli.tokenizer import Piece, TextTokenizer
-from risam_cli.types import Prediction
-
-TEXT = "the small blue square left of the wobbly star"
-
-
-def _loaded(**changes: Any) -> Any:
-    """What is needed of a loaded model: two blocks of two heads over 4 x 4 regions."""
-    model, tokenizer = small_model(**changes)
-    return SimpleNamespace(model=model, tokenizer=tokenizer, image_size=64, threshold=0.5)
-
-
-def _session(loaded: Any) -> Session:
-    return Session(loaded, ComputeSettings(torch.device("cpu"), torch.float32, 0.5, 1))
-
-
-def _image(height: int = 30, width: int = 60) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def _attention(loaded: Any, image: np.ndarray[Any, Any], text: str = TEXT) -> Attention:
-    session = _session(loaded)
-    encoded = session.encode(memory_for_encoder(image, 64, "it", 10**6))
-    return explain(session, loaded.tokenizer, encoded, text)
-
 
 # --- the maps -------------------------------------------------------------------------------------
 
@@ -64,14 +37,16 @@ def _attention(loaded: Any, image: np.ndarray[Any, Any], text: str = TEXT) -> At
 @torch.no_grad()
 def test_maps_are_the_softmaxes_of_the_first_block() -> None:
     """By hand: A = (F_v W_v)(F_l W_l)ᵀ/√d for each head, over words, and over regions."""
-    loaded = _loaded()
-    found = _attention(loaded, _image())
+    loaded = cases.small_loaded()
+    found = cases.attention_of(loaded, cases.noise_image())
     model = loaded.model
     block: Any = model.attention[0]
-    encoded = _session(loaded).encode(memory_for_encoder(_image(), 64, "it", 10**6))
+    encoded = cases.session_of(loaded).encode(
+        memory_for_encoder(cases.noise_image(), 64, "it", 10**6)
+    )
     visual = encoded.features.visual[0].flatten(1).T  # (16, C)
     position = model.project_position(sine_positions_2d(4, 4, model.dim, torch.device("cpu")))
-    tokens = loaded.tokenizer.encode([TEXT])
+    tokens = loaded.tokenizer.encode([cases.TEXT])
     words = model.encode_text(tokens.input_ids, tokens.attention_mask).words[0]  # (T, C)
     placed = words + sine_positions_1d(len(words), model.dim, torch.device("cpu"))
     query = block.affinity_vision(visual + position).numpy()
@@ -105,7 +80,7 @@ def test_maps_are_the_softmaxes_of_the_first_block() -> None:
 def test_weights_sum_to_one_and_padding_is_apart(
     size: tuple[int, int], grid: tuple[int, int], extent: tuple[float, float]
 ) -> None:
-    found = _attention(_loaded(), _image(*size))
+    found = cases.attention_of(cases.small_loaded(), cases.noise_image(*size))
     assert (found.grid, found.extent, found.cells) == (grid, extent, 16)
     assert found.missing == ()
     count = len(found.words)
@@ -127,7 +102,7 @@ def test_weights_sum_to_one_and_padding_is_apart(
 
 
 def test_means_are_over_blocks_and_heads() -> None:
-    found = _attention(_loaded(), _image())
+    found = cases.attention_of(cases.small_loaded(), cases.noise_image())
     each = [[found.words_of_regions(b, h) for h in range(2)] for b in range(2)]
     whole = np.mean(np.array(each), axis=(0, 1))
     np.testing.assert_allclose(found.words_of_regions(), whole, atol=1e-6)
@@ -136,7 +111,7 @@ def test_means_are_over_blocks_and_heads() -> None:
 
 
 def test_points_lie_in_regions() -> None:
-    found = _attention(_loaded(), _image(30, 60))
+    found = cases.attention_of(cases.small_loaded(), cases.noise_image(30, 60))
     assert found.region_at(0, 0) == (0, 0)
     assert found.region_at(59.5, 29.9) == (1, 3)
     assert found.region_at(14, 15) == (1, 0)
@@ -147,17 +122,17 @@ def test_points_lie_in_regions() -> None:
 
 
 def test_a_network_that_fails_is_a_model_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = _loaded()
+    loaded = cases.small_loaded()
 
     def broken(*_: object) -> None:
         raise RuntimeError("odd\nshapes")
 
     monkeypatch.setattr(loaded.model, "attention_maps", broken)
     with pytest.raises(ModelError, match="the network failed: odd shapes"):
-        _attention(loaded, _image())
+        cases.attention_of(loaded, cases.noise_image())
     monkeypatch.setattr(loaded.model, "encode_image", broken)
     with pytest.raises(ModelError, match="the network failed: odd shapes"):
-        _attention(loaded, _image())
+        cases.attention_of(loaded, cases.noise_image())
 
 
 # --- words ----------------------------------------------------------------------------------------
@@ -197,7 +172,9 @@ def test_word_pieces_become_words() -> None:
 
 
 def test_words_of_the_small_vocabulary_and_of_clip(tmp_path: Path) -> None:
-    words = _attention(_loaded(), _image(), "The RED, wobbly  star").words
+    words = cases.attention_of(
+        cases.small_loaded(), cases.noise_image(), "The RED, wobbly  star"
+    ).words
     shown = [(word.text, word.special, word.unknown) for word in words]
     assert shown == [
         ("[CLS]", True, False),
@@ -218,10 +195,10 @@ def test_words_of_the_small_vocabulary_and_of_clip(tmp_path: Path) -> None:
 
 
 def test_a_long_expression_is_cut_as_the_network_cuts_it() -> None:
-    loaded = _loaded()
+    loaded = cases.small_loaded()
     short = TextTokenizer(loaded.tokenizer.tokenizer, 5, 0)
-    assert [piece.text for piece in short.pieces(TEXT)] == short.words(TEXT)
-    assert [piece.text for piece in short.pieces(TEXT)][-1] == "[SEP]"
+    assert [piece.text for piece in short.pieces(cases.TEXT)] == short.words(cases.TEXT)
+    assert [piece.text for piece in short.pieces(cases.TEXT)][-1] == "[SEP]"
 
 
 # --- what ablated models lack ---------------------------------------------------------------------
@@ -242,30 +219,15 @@ def test_a_long_expression_is_cut_as_the_network_cuts_it() -> None:
 def test_what_a_model_lacks_is_said_and_the_rest_is_shown(
     changes: dict[str, Any], says: str, has: tuple[bool, bool]
 ) -> None:
-    found = _attention(_loaded(**changes), _image())
+    found = cases.attention_of(cases.small_loaded(**changes), cases.noise_image())
     assert [says in line for line in found.missing] == [True]
     assert (found.regions_of_words() is not None, found.words_of_regions() is not None) == has
-    explanation = _explanation(found)
+    explanation = cases.explanation_of(found)
     picture = draw_explanation(explanation, explanation.expressions[0])
-    whole = _explanation(_attention(_loaded(), _image()))
+    whole = cases.explanation_of(cases.attention_of(cases.small_loaded(), cases.noise_image()))
     assert picture.shape[1] == 1200
     taller = draw_explanation(whole, whole.expressions[0]).shape[0]
     assert (picture.shape[0] < taller) == (not has[0])
-
-
-def _explanation(*attention: Attention, **more: Any) -> Explanation:
-    image = _image()
-    mask = np.zeros((30, 60), np.bool_)
-    mask[5:20, 10:30] = True
-    rle = masks.encode(mask)
-    explained = tuple(
-        Explained(
-            Prediction("0", "a.png", one.expression, 30, 60, rle, (0, 0, 1, 1), 300, 0.5, False),
-            one,
-        )
-        for one in attention
-    )
-    return Explanation("a.png", image, "small", "0" * 64, "cpu", explained, **more)
 
 
 # --- pictures and page ----------------------------------------------------------------------------
@@ -292,8 +254,8 @@ def test_spread_counts_regions() -> None:
 
 
 def test_a_large_page_leaves_single_heads_out_and_says_so() -> None:
-    small = _attention(_loaded(), _image())
-    whole, said = chosen_maps(_explanation(small))
+    small = cases.attention_of(cases.small_loaded(), cases.noise_image())
+    whole, said = chosen_maps(cases.explanation_of(small))
     assert (len(whole), said) == (9, "")
     rows = columns = 64
     zeros = np.zeros((3, 8, 20, rows, columns), np.float32)
@@ -301,10 +263,10 @@ def test_a_large_page_leaves_single_heads_out_and_says_so() -> None:
     large = Attention(
         "", ("",) * 20, words, (640, 640), 4096, (64.0, 64.0), zeros, zeros[..., 0, 0], None
     )
-    keys, said = chosen_maps(_explanation(*[large] * 3, block=1, head=5))
+    keys, said = chosen_maps(cases.explanation_of(*[large] * 3, block=1, head=5))
     assert keys == [(1, 5), (None, None), (0, None), (1, None), (2, None)]
     assert "single heads are left out" in said
-    keys, said = chosen_maps(_explanation(*[large] * 30, block=1))
+    keys, said = chosen_maps(cases.explanation_of(*[large] * 30, block=1))
     assert keys == [(1, None), (None, None)]
     assert "single blocks and heads are left out" in said
     assert 2 * rows * columns * 20 * len(keys) * 3 < PAGE_BYTES
@@ -319,7 +281,7 @@ Call = Callable[..., int]
 def run(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     """``risam explain`` in this process, with a small model, into ``out``."""
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(_image()).save("a.png")
+    Image.fromarray(cases.noise_image()).save("a.png")
 
     def call(*arguments: str, model: Path = model_folder) -> int:
         return main(
@@ -332,8 +294,18 @@ def run(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_command_writes_pictures_page_and_maps(
     cli: Cli, model_folder: Path, tmp_path: Path
 ) -> None:
-    Image.fromarray(_image()).save(tmp_path / "a.png")
-    asked = ("a.png", "-e", TEXT, "-e", "the star", "--model", model_folder, "--device", "cpu")
+    Image.fromarray(cases.noise_image()).save(tmp_path / "a.png")
+    asked = (
+        "a.png",
+        "-e",
+        cases.TEXT,
+        "-e",
+        "the star",
+        "--model",
+        model_folder,
+        "--device",
+        "cpu",
+    )
     done = cli("explain", *asked, "--json", "-o", "out", "--point", "50,20", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
@@ -354,10 +326,10 @@ def test_the_command_writes_pictures_page_and_maps(
 def test_raw_maps_are_documented_arrays(run: Call, model_folder: Path, repo: Path) -> None:
     from risam_cli.api import load
 
-    assert run("-e", TEXT, "--json", "--point", "50,20", "--point", "0,0", "--head", "1") == 0
+    assert run("-e", cases.TEXT, "--json", "--point", "50,20", "--point", "0,0", "--head", "1") == 0
     written = json.loads(Path("out/explain.json").read_text())
     (one,) = written["expressions"]
-    found = load(model_folder, device="cpu").encode("a.png").attention(TEXT)
+    found = load(model_folder, device="cpu").encode("a.png").attention(cases.TEXT)
     for name in ("regions_of_token", "padding", "tokens_of_region"):
         stored = np.array(one[name], np.float32)
         assert (stored == getattr(found, name)).all(), name

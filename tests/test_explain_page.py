@@ -10,12 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import explain_cases as cases
 import numpy as np
 import pytest
 from browser import Browser, find_browser
 from PIL import Image
 
 from risam_cli.cli import main
+from risam_cli.reports.explain_page import to_html
 
 HOSTILE = (
     "</script><script>document.title='run'</script><img src=x onerror=alert(1)> {{ 7*7 }} star"
@@ -297,6 +299,26 @@ def test_hostile_text_is_shown_and_not_run(browser: Browser, page: Path) -> None
         browser.run("document.querySelector('#expression option:checked').textContent") == HOSTILE
     )
     assert browser.run("document.querySelector('h1').textContent").endswith(NAME)
+
+
+@needs_browser
+@pytest.mark.parametrize(("vision", "language"), [(False, True), (True, False), (False, False)])
+def test_pages_of_ablated_models_offer_what_there_is(
+    browser: Browser, tmp_path: Path, vision: bool, language: bool
+) -> None:
+    changes = {"fusion": {"vision_guided": vision, "language_guided": language}}
+    attention = cases.attention_of(cases.small_loaded(**changes), cases.noise_image())
+    page = tmp_path / "page.html"
+    page.write_text(to_html(cases.explanation_of(attention, points=((3, 3),))), encoding="utf-8")
+    browser.open(page)
+    assert browser.run("document.querySelector('.cautions').textContent") == attention.missing[0]
+    assert browser.run("document.querySelector('.word').disabled") == (not language)
+    assert browser.run("document.getElementById('stage').tabIndex") == (0 if vision else -1)
+    assert browser.run("document.querySelectorAll('.point').length") == int(vision)
+    browser.point(*browser.middle("#stage"))
+    assert any(_shares(browser)) == vision
+    browser.point(*browser.middle(".word:nth-child(3)"))
+    assert _lit(browser) == language
 
 
 @needs_browser

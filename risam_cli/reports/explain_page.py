@@ -137,13 +137,15 @@ def _ramp() -> str:
 def _data(explanation: Explanation, keys: list[Key], marks: tuple[int, int]) -> dict[str, Any]:
     first = explanation.expressions[0].attention
     height, width = explanation.rgb.shape[:2]
+    points = explanation.points if first.tokens_of_region is not None else ()
     return {
         "grid": list(first.grid),
         "cells": first.cells,
         "extent": list(first.extent),
         "heat": HEAT.tolist(),
         "start": {"block": _name(explanation.block), "head": _name(explanation.head)},
-        "points": [[(x + 0.5) / width, (y + 0.5) / height] for x, y in explanation.points],
+        "looks": first.regions_of_token is not None,
+        "points": [[(x + 0.5) / width, (y + 0.5) / height] for x, y in points],
         "expressions": [_expression(one, keys, marks) for one in explanation.expressions],
     }
 

@@ -196,6 +196,7 @@
       ...one.words.map((told, k) => {
         const button = element("button", told.special ? "word special" : "word");
         button.type = "button";
+        button.disabled = !data.looks;
         button.setAttribute("aria-pressed", "false");
         if (told.special) button.title = "a special token of the text encoder, not a word";
         if (told.unknown) button.title = "not in the model's vocabulary";
