@@ -335,3 +335,21 @@ def to_csv(parts: Mapping[str, Iterable[Row]]) -> str:
                 [part, row.name, row.value, row.unit, low, high, row.wanted, met, row.note]
             )
     return file.getvalue()
+
+
+def from_csv(text: str) -> dict[str, list[Row]]:
+    """What :func:`to_csv` wrote."""
+    parts: dict[str, list[Row]] = {}
+    for line in csv.DictReader(io.StringIO(text)):
+        spread = (float(line["low"]), float(line["high"])) if line["low"] else None
+        parts.setdefault(line["benchmark"], []).append(
+            Row(
+                line["name"],
+                float(line["value"]),
+                line["unit"],
+                spread,
+                line["note"],
+                line["wanted"],
+            )
+        )
+    return parts
