@@ -1,6 +1,6 @@
 """The image encoder against its peers: time, memory, and how far the features are apart.
 
-    python benchmarks/run.py encoder [--device cuda]
+    python benchmarks/run.py encoder footprint [--device cuda]
     python benchmarks/encoder.py --peak risam-fp32        # one way's peak memory, in this process
 
 The peers are ``segment_anything``'s own encoder and ``transformers``' ``SamVisionModel``, as they
@@ -43,8 +43,8 @@ def measure(options: Options) -> list[Row]:
                 rows += speed(preset, options, batch)
         return rows
     if options.quick:
-        return speed("vit_b", options, 1, size=512)
-    return [*speed("vit_b", options, 1), *memory("vit_b")]
+        return speed("vit_b", options, 1, size=256)
+    return speed("vit_b", options, 1)
 
 
 # --- time -----------------------------------------------------------------------------------------
@@ -66,6 +66,7 @@ def speed(preset: str, options: Options, batch: int, *, size: int = 1024) -> lis
         times = in_turns(
             ways,
             options.repeats,
+            warm_up=1 if on_gpu or options.quick else 0,  # nothing to warm in ten seconds of a CPU
             synchronize=torch.cuda.synchronize if on_gpu else lambda: None,
         )
         found = {name: way().float().cpu() for name, way in ways.items()}
@@ -171,15 +172,16 @@ def error_rows(title: str, found: Mapping[str, Tensor]) -> list[Row]:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def memory(preset: str) -> list[Row]:
+def memory(preset: str, size: int) -> list[Row]:
     """Peak memory of the whole process for each way, and ours as a share of the peers'."""
     peaks: dict[str, float] = {}
     for precision in FORMATS:
         for library in LIBRARIES:
             name = f"{library}-{precision}"
-            child = run_child([sys.executable, __file__, "--peak", name, "--preset", preset])
+            command = [sys.executable, __file__, "--peak", name, "--preset", preset]
+            child = run_child([*command, "--size", str(size)], every=0.5)
             peaks[name] = child.last_json() / 1e9
-    title = f"{NAMES[preset]}, 1024 px: peak memory"
+    title = f"{NAMES[preset]}, {size} px: peak memory"
     rows = [Row(f"{title}, {name}", peak, "GB") for name, peak in peaks.items()]
     for other, wanted in (("segment_anything-fp32", "<= 0.3334"), ("transformers-fp32", "")):
         share = peaks["risam-fp32"] / peaks[other]
@@ -187,13 +189,13 @@ def memory(preset: str) -> list[Row]:
     return rows
 
 
-def peak(name: str, preset: str) -> None:
+def peak(name: str, preset: str, size: int) -> None:
     """Builds one way with random weights, encodes once, and prints the process's peak memory."""
     library, precision = name.rsplit("-", 1)
     with torch.inference_mode():
-        network = build(library, preset, precision, torch.device("cpu"), None, 1024)
+        network = build(library, preset, precision, torch.device("cpu"), None, size)
         dtype = torch.float32 if library == "risam" else FORMATS[precision]
-        encode(library, network, torch.zeros(1, 3, 1024, 1024, dtype=dtype))
+        encode(library, network, torch.zeros(1, 3, size, size, dtype=dtype))
     print(json.dumps(peak_bytes()))
 
 
@@ -243,8 +245,8 @@ def build(
                 if source.shape != tensor.shape:  # positions, which transformers will not resize
                     source = _positions(source, tensor)
                 tensor.copy_(source)
-            if library == "segment_anything" and size != 1024:
-                network.pos_embed = nn.Parameter(_positions(network.pos_embed, size // 16))
+    if library == "segment_anything" and size != 1024:
+        network.pos_embed = nn.Parameter(_positions(network.pos_embed, size // 16).clone())
     if library == "risam" and FORMATS[precision] != torch.float32:
         network.hold_weights_in(FORMATS[precision])
     elif library != "risam":
@@ -310,8 +312,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--peak", required=True, help="such as risam-fp32")
     parser.add_argument("--preset", default="vit_b", choices=NAMES)
+    parser.add_argument("--size", type=int, default=1024, help="side of the image in pixels")
     options = parser.parse_args()
-    peak(options.peak, options.preset)
+    peak(options.peak, options.preset, options.size)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from plot import bars
 
 PARTS = {
     "encoder": "ViT-B's image encoder against segment_anything's and transformers'",
+    "footprint": "peak memory of a process with ViT-B's encoder, against the peers'",
     "parity": "the fast path's masks against the plain float32 path's, on real photos",
     "output": "masks to RLE and PNG against pycocotools and Pillow",
     "pipeline": "images a second of `risam predict` against the bare model",
@@ -40,7 +41,6 @@ def main() -> int:
     """Measures the parts asked for; 1 where a figure misses what is wanted of it."""
     options, parts, folder = parse()
     folder.mkdir(parents=True, exist_ok=True)
-    results, machines = load(folder, options.device)
     missed = 0
     for part in parts:
         print(f"\n{part}: {PARTS[part]}", flush=True)
@@ -48,6 +48,7 @@ def main() -> int:
         rows: list[Row] = importlib.import_module(part).measure(options)
         facts["minutes"] = f"{(time.perf_counter() - started) / 60:.1f}"
         facts["command"] = " ".join(["python", "benchmarks/run.py", *sys.argv[1:]])
+        results, machines = load(folder, options.device)  # another run may have written since
         results[part], machines[part] = rows, facts
         missed += sum(row.meets() is False for row in rows)
         print(table(rows), flush=True)
