@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from risam_cli.config import (
     TextEncoderSettings,
     check,
 )
-from risam_cli.errors import ModelError, RisamError
+from risam_cli.errors import ModelError, RisamError, UsageError
 from risam_cli.model.feature_enhancement import FeatureEnhancement
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.model.mask_decoder import MutualAwareMaskDecoder
@@ -203,19 +204,28 @@ def load_model(
     device: torch.device,
     keep_lora: bool = False,
     precision: torch.dtype = torch.float32,
+    compiled: bool = False,
 ) -> LoadedModel:
     """Loads a model folder by path, a bundled model by name, or the default one.
 
     Args:
         precision: in which the image encoder holds its matrices and computes, for inference;
             the rest, a small part of the work, stays in float32.
+        compiled: compile the image encoder's blocks, at the first image of a size.
         keep_lora: leave side paths of the text encoder beside its weights, to train them on;
             by default they are added into the weights, which gives the same answers sooner.
 
     Raises:
         ModelError: a missing or damaged file, or weights that do not fit the settings.
+        UsageError: ``compiled`` on a device where that gains nothing.
     """
     from risam_cli.text_source import text_from_folder
+
+    if compiled and device.type != "cuda":
+        raise UsageError(
+            f"--compile on {device}: compiled blocks are slower there than PyTorch's own kernels",
+            "leave --compile out, or name a CUDA GPU by --device",
+        )
 
     folder = checkpoints.find_model(source)
     stored = checkpoints.read_model_folder(folder)
@@ -232,6 +242,10 @@ def load_model(
     if precision != torch.float32:
         model.image_encoder.hold_weights_in(precision)
     model.to(device).eval().requires_grad_(False)
+    if compiled:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "risam" / "compiled"))
+        model.image_encoder.compile_blocks()
     return LoadedModel(
         model=model,
         tokenizer=text.tokenizer,

@@ -12,6 +12,7 @@ from risam_cli.commands.options import (
     batch_options,
     cache_options,
     decode_option,
+    compile_option,
     device_options,
     json_option,
     model_option,
@@ -116,6 +117,7 @@ def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None)
     help="A model's no-target threshold.  [default: the model's]",
 )
 @device_options
+@compile_option
 @batch_options
 @cache_options
 @decode_option

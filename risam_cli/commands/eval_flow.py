@@ -87,6 +87,7 @@ class Asked:
     no_target_threshold: float | None
     device: str
     precision: str
+    compiled: bool
     batch_size: int
     workers: int | None
     feature_cache: Path | None

@@ -36,7 +36,7 @@ def answer_and_score(
     console = get_console()
     device = choose_device(asked.device)
     precision = choose_precision(asked.precision, device)
-    loaded = load_model(asked.model, device=device, precision=precision)
+    loaded = load_model(asked.model, device=device, precision=precision, compiled=asked.compiled)
     source, absent = drop_missing_images(source, failures)
     skipped = failures.by_stage["decode"]
     bar = asked.no_target_threshold

@@ -109,6 +109,17 @@ def device_options(function: F) -> F:
     )(function)
 
 
+def compile_option(function: F) -> F:
+    """``--compile``: parameter ``compiled: bool``."""
+    return click.option(
+        "--compile",
+        "compiled",
+        is_flag=True,
+        help="Compile the image encoder, on a CUDA GPU: minutes before the first image, kept for "
+        "later runs; for long ones.",
+    )(function)
+
+
 def batch_options(function: F) -> F:
     """``--batch-size`` and ``--workers``: ``batch_size: int``, ``workers: int | None``."""
     return _stack(

@@ -18,6 +18,7 @@ from risam_cli.commands.options import (
     batch_options,
     cache_options,
     decode_option,
+    compile_option,
     device_options,
     model_option,
     output_option,
@@ -101,6 +102,7 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
     help="- also streams the records to stdout, in input order.",
 )
 @device_options
+@compile_option
 @batch_options
 @cache_options
 @decode_option
@@ -170,6 +172,7 @@ class _Options:
     stream: bool
     device: str
     precision: str
+    compiled: bool
     batch_size: int
     workers: int | None
     feature_cache: Path | None
@@ -272,7 +275,9 @@ def _run(
         full_decode=options.full_decode,
     )
     imported = time.perf_counter()
-    loaded = load_model(options.model, device=device, precision=settings.precision)
+    loaded = load_model(
+        options.model, device=device, precision=settings.precision, compiled=options.compiled
+    )
     timings = {
         "startup": _since_process_start(started) + loading - started,
         "import_torch": imported - loading,

@@ -211,6 +211,16 @@ class ImageEncoder(nn.Module):
                 if isinstance(module, (nn.Linear, nn.Conv2d)):
                     module.to(dtype)
 
+    def compile_blocks(self) -> None:
+        """Has PyTorch compile the blocks when they first run, for inference on a GPU.
+
+        Block by block, since blocks of a kind share what is compiled: one for windows and one for
+        global attention, whatever the depth. PyTorch keeps it on disk for later processes, in the
+        folder that ``TORCHINDUCTOR_CACHE_DIR`` names.
+        """
+        for block in self.blocks:
+            block.compile()
+
 
 class Block(nn.Module):
     """A ViT block with global or windowed attention and, where asked, an adapter by its MLP."""
