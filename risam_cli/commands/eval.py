@@ -11,8 +11,8 @@ import click
 from risam_cli.commands.options import (
     batch_options,
     cache_options,
-    decode_option,
     compile_option,
+    decode_option,
     device_options,
     json_option,
     model_option,

@@ -17,8 +17,8 @@ from risam_cli.commands import completing
 from risam_cli.commands.options import (
     batch_options,
     cache_options,
-    decode_option,
     compile_option,
+    decode_option,
     device_options,
     model_option,
     output_option,
