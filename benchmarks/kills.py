@@ -4,7 +4,7 @@
 
 Each command runs once unbroken. Then come chains: a run is started, killed at a moment drawn evenly
 over the time that an unbroken run takes, started again with the same arguments, killed again, up to
-eight times, and at last let end. Of the kills six in ten are SIGKILL, the rest SIGTERM and Ctrl-C to
+eight times, and at last let end. Six kills in ten are SIGKILL, the rest SIGTERM and Ctrl-C to
 the whole group. After each chain the output folder must hold the same files as the unbroken run's,
 byte for byte but for clocks: nothing lost, nothing twice, nothing left over; and no process of a
 killed run may outlive it. Everything heavy is imported once; each run is a fork.
