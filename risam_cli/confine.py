@@ -36,6 +36,16 @@ def require_own(folder: Path, names: Iterable[str]) -> None:
                 raise OutputError(f"{path} is neither a file nor a folder", _FIX)
 
 
+def require_own_tree(folder: Path) -> None:
+    """:func:`require_own` for everything at any depth; for folders that hold one run's files only.
+
+    Raises:
+        OutputError: as :func:`require_own`.
+    """
+    for inside, folders, files in os.walk(folder):
+        require_own(Path(inside), [*folders, *files])
+
+
 class Confined:
     """Makes folders under a root, and notices where a link would lead out of it.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from risam_cli.build_training import TrainingBuilder
 from risam_cli.checkpoints import write_atomic
 from risam_cli.config import TrainSettings, dump
+from risam_cli.confine import require_own_tree
 from risam_cli.console import get_console
 from risam_cli.engine.distributed import Processes
 from risam_cli.engine.training_state import LAST
@@ -55,6 +56,7 @@ def _train(
         raise OutputError(
             f"{folder} holds a training run", "go on with --resume, or --set output=OTHER"
         )
+    require_own_tree(folder)
     check_paths(settings)
     builder = TrainingBuilder(settings, console, processes)
     parameters = sum(p.numel() for p in builder.model.parameters())

@@ -55,8 +55,26 @@ def walk_images(
 
 
 def match_pattern(pattern: str) -> list[str]:
-    """Files and folders that a pattern names, sorted; ``**`` stands for any depth."""
-    return sorted(glob.glob(pattern, recursive=True))
+    """Files and folders that a pattern names, sorted; ``**`` stands for any depth.
+
+    As ``glob.glob(pattern, recursive=True)``, but ``**`` goes through no linked folder: two links
+    to the folder that they are in make 2^40 paths.
+    """
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        return sorted(glob.glob(pattern))
+    at = parts.index("**")
+    rest = parts[at + 1 :] or ["*"]
+    above = os.sep.join(parts[:at])
+    root = above or (os.sep if pattern.startswith(os.sep) else "")
+    found: set[str] = set()
+    for folder in glob.glob(root) if above else [root]:
+        for inside, folders, _ in os.walk(folder or "."):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            own = os.path.join(folder, os.path.relpath(inside, folder or "."))
+            own = "" if own == "." else own.removesuffix(f"{os.sep}.")
+            found.update(match_pattern(os.path.join(glob.escape(own), *rest)))
+    return sorted(found)
 
 
 def is_image_name(name: str) -> bool:

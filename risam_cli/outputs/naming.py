@@ -27,7 +27,10 @@ _WHOLE = 200  # bytes of the image's path, within what every system takes
 _RESERVED = frozenset(
     ["con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))]
 )
-_UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\ud800-\udfff]')
+# Refused by some system, or turning round how a name is shown.
+_UNSAFE = re.compile(
+    r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]'
+)
 _NOT_WORD = re.compile(r"[^a-z0-9]+")
 
 

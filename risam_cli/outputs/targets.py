@@ -14,7 +14,10 @@ import unicodedata
 from collections.abc import Container
 from pathlib import PurePosixPath
 
-_UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\ud800-\udfff]')
+# Refused by some system, or turning round how a name is shown.
+_UNSAFE = re.compile(
+    r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]'
+)
 _FILES = frozenset(
     {".txt", ".json", ".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
 )

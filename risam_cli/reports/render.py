@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic_core import PydanticSerializationError
 
 from risam_cli.reports import svg, text
 from risam_cli.reports.gallery import ANSWER, TRUTH, Picture
@@ -18,7 +19,22 @@ _PLOTTED_CATEGORIES = 20
 
 def to_json(report: Report) -> str:
     """The report as JSON, indented, ending in a newline."""
-    return report.model_dump_json(indent=1) + "\n"
+    try:
+        return report.model_dump_json(indent=1) + "\n"
+    except PydanticSerializationError:  # a half of a character, from someone's JSON or a file name
+        whole = Report.model_validate(_with_escapes(report.model_dump()))
+        return whole.model_dump_json(indent=1) + "\n"
+
+
+def _with_escapes(value: Any) -> Any:
+    """The same value; lone surrogates, which UTF-8 cannot hold, are written as their escapes."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_with_escapes(key): _with_escapes(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_escapes(inner) for inner in value]
+    return value
 
 
 def to_markdown(report: Report) -> str:
