@@ -39,7 +39,8 @@ from risam_cli.engine.given import (
 from risam_cli.engine.predict import PredictSettings, compute_settings, predict_samples
 from risam_cli.engine.session import Encoded, Session
 from risam_cli.errors import ImageError, ModelError, RisamError, UsageError
-from risam_cli.results import Result, Results
+from risam_cli.reports.explain import Explanation, Look, Shown
+from risam_cli.results import Result, Results, source_rgb
 from risam_cli.types import Failure, Sample
 
 if TYPE_CHECKING:
@@ -337,6 +338,38 @@ class EncodedImage:
         model = self._model
         session = model._session(model._settings)
         return explain(session, model._loaded.tokenizer, self._encoded, text)
+
+    def explain(
+        self,
+        expressions: str | Sequence[str],
+        *,
+        points: Sequence[tuple[float, float]] = (),
+        block: int | None = None,
+        head: int | None = None,
+    ) -> Explanation:
+        """What ``risam explain`` shows: a page that a notebook displays, and files to ``save``.
+
+        Args:
+            points: (x, y) in pixels of the image, whose words the picture shows; else a grid.
+            block, head: what the picture shows, counted from 0; None is the mean over all.
+
+        Raises:
+            UsageError: a point that is not in the image, a block or head that there is not.
+            ImageError: the image cannot be read any more. ModelError: the network failed.
+        """
+        model, loaded = self._model, self._model._loaded
+        look = Look(
+            model._session(model._settings),
+            loaded.tokenizer,
+            loaded.name,
+            loaded.hash,
+            loaded.no_target_threshold,
+            self._encoded,
+            self.image,
+            source_rgb(self._source, self.size),
+        )
+        shown = Shown(tuple(points), block=block, head=head)
+        return look.explain(texts_of(expressions), shown)
 
 
 def _error_of(failure: Failure) -> RisamError:

@@ -113,7 +113,7 @@ class Result:
         Raises:
             ImageError: the image cannot be read any more.
         """
-        return self._drawn(_rgb(self._source, self.size))
+        return self._drawn(source_rgb(self._source, self.size))
 
     def __repr__(self) -> str:
         what = "nothing fits" if self.no_target else f"{self.area} pixels"
@@ -163,7 +163,12 @@ class Results(list[Result]):
         return f"<div>{''.join(shown)}</div>"
 
 
-def _rgb(source: Path | Pixels | None, size: tuple[int, int]) -> NDArray[np.uint8]:
+def source_rgb(source: Path | Pixels | None, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The image that was asked about, read again: (H, W, 3).
+
+    Raises:
+        ImageError: it is not at hand, cannot be read, or is of another ``size`` (H, W) now.
+    """
     if source is None:
         raise ImageError("the image is not kept", "give a path, or keep_images=True")
     rgb = open_rgb(source) if isinstance(source, Path) else pixels_to_rgb(source, "the image")
@@ -174,7 +179,7 @@ def _rgb(source: Path | Pixels | None, size: tuple[int, int]) -> NDArray[np.uint
 
 def _rgb_or_gray(source: Path | Pixels | None, size: tuple[int, int]) -> NDArray[np.uint8]:
     try:
-        return _rgb(source, size)
+        return source_rgb(source, size)
     except ImageError:
         return np.full((*size, 3), _GRAY, np.uint8)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from PIL import Image
 import risam_cli
 from risam_cli import masks
 from risam_cli.cli import main
-from risam_cli.errors import ImageError, ModelError, UsageError
+from risam_cli.errors import ImageError, ModelError, OutputError, UsageError
 
 SCENES = REPO / "sample_data" / "images"
 TEXTS = ["the gray square", "the leftmost object", "<b>red</b> & star"]
@@ -339,6 +341,31 @@ def test_attention_comes_with_an_encoded_image(model: risam_cli.Model) -> None:
     assert [word.text for word in found.words if not word.special] == ["the", "red", "star"]
     assert found.words_of_regions() is not None
     assert found.words_of_regions().shape == (2, 4, 5)  # type: ignore[union-attr]
+
+
+def test_an_explanation_is_a_page_in_a_notebook_and_files(
+    model: risam_cli.Model, tmp_path: Path
+) -> None:
+    encoded = model.encode(SCENES / "scene_1.png")
+    why = encoded.explain(TEXTS[:2], points=[(3, 4)], block=0)
+    frame = why._repr_html_()
+    (page,) = re.findall(r'<iframe srcdoc="([^"]*)" sandbox="allow-scripts"', frame)
+    assert html.unescape(page).startswith("<!doctype html>")
+    assert "the gray square" in page
+    names = why.save(tmp_path / "why", with_json=True)
+    assert sorted(names) == [
+        "0-the-gray-square.png",
+        "1-the-leftmost-object.png",
+        "explain.html",
+        "explain.json",
+    ]
+    assert (tmp_path / "why/explain.html").read_text(encoding="utf-8") == html.unescape(page)
+    with pytest.raises(OutputError, match="is not empty"):
+        why.save(tmp_path / "why")
+    with pytest.raises(UsageError, match="block -1: the model 'small' has 1 blocks"):
+        encoded.explain("star", block=-1)
+    with pytest.raises(UsageError, match="is not in the image"):
+        encoded.explain("star", points=[(256, 0)])
 
 
 def test_the_package_itself_is_light() -> None:

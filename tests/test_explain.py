@@ -367,8 +367,8 @@ def test_an_output_that_is_there_is_refused(
         (["-e", "star", "--point", "7"], 2, "'7' is not X,Y in pixels"),
         (["-e", "star", "--point", "nan,7"], 2, "'nan,7' is not X,Y in pixels"),
         (["-e", "star", "--point", "60,7"], 2, "60,7 is not in the image of 60x30 pixels"),
-        (["-e", "star", "--block", "1"], 2, "--block 1: the model 'small' has 1 blocks"),
-        (["-e", "star", "--head", "2"], 2, "--head 2: the model 'small' has 2 heads"),
+        (["-e", "star", "--block", "1"], 2, "block 1: the model 'small' has 1 blocks"),
+        (["-e", "star", "--head", "2"], 2, "head 2: the model 'small' has 2 heads"),
         (["-e", "star", "--grid", "0"], 2, "0 is not in the range"),
     ],
 )

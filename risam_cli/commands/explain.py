@@ -16,11 +16,10 @@ from risam_cli.commands.options import (
     threshold_options,
     verbosity_options,
 )
-from risam_cli.errors import EXIT_OK, ModelError, OutputError, UsageError
+from risam_cli.errors import EXIT_OK, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from risam_cli.build import LoadedModel
-    from risam_cli.reports.explain import Explained, Explanation
+    from risam_cli.reports.explain import Explanation
 
 GRID = 5  # points along the longer side
 
@@ -115,7 +114,6 @@ def _explain(
     if not overwrite and output.is_dir() and any(output.iterdir()):
         raise OutputError(f"{output} is not empty", "choose another -o or give --overwrite")
     from risam_cli.console import get_console
-    from risam_cli.reports.explain import write_explanation
 
     explanation = _look(image, expressions, **options)
     console = get_console()
@@ -129,7 +127,7 @@ def _explain(
             notes.append(f"the model does not know {', '.join(strange)}")
         for note in notes:
             console.warn(f"{attention.expression!r}: {note}")
-    for name in write_explanation(explanation, output, with_json=as_json, overwrite=overwrite):
+    for name in explanation.save(output, with_json=as_json, overwrite=overwrite):
         console.info(str(output / name))
     return EXIT_OK
 
@@ -150,10 +148,10 @@ def _look(
     """Runs the network; torch is imported here and not before."""
     from risam_cli.build import load_model
     from risam_cli.data.images import open_rgb, read_for_encoder
-    from risam_cli.engine.device import choose_device, choose_precision, describe_device
+    from risam_cli.engine.device import choose_device, choose_precision
     from risam_cli.engine.predict import PredictSettings, compute_settings
     from risam_cli.engine.session import Session
-    from risam_cli.reports.explain import Explanation
+    from risam_cli.reports.explain import Look, Shown
 
     place = choose_device(device)
     settings = PredictSettings(
@@ -167,41 +165,5 @@ def _look(
     session = Session(loaded, compute_settings(loaded, settings))
     encoded = session.encode(read_for_encoder(Path(image), loaded.image_size))
     bar = loaded.no_target_threshold if no_target_threshold is None else no_target_threshold
-    explained = tuple(
-        _explained(loaded, session, encoded, image, text, bar) for text in expressions
-    )
-    first = explained[0].attention
-    for name, value, count in (("block", block, first.blocks), ("head", head, first.heads)):
-        if value is not None and count and value >= count:
-            raise UsageError(
-                f"--{name} {value}: the model {loaded.name!r} has {count} {name}s",
-                f"give 0 to {count - 1}",
-            )
-    for x, y in points:
-        first.region_at(x, y)
-    return Explanation(
-        image,
-        rgb,
-        loaded.name,
-        loaded.hash,
-        describe_device(place),
-        explained,
-        points,
-        grid,
-        block if first.blocks else None,
-        head if first.blocks else None,
-    )
-
-
-def _explained(
-    loaded: LoadedModel, session: Any, encoded: Any, image: str, text: str, bar: float
-) -> Explained:
-    from risam_cli.engine.explain import explain
-    from risam_cli.reports.explain import Explained
-    from risam_cli.types import Expression, Sample
-
-    sample = Sample(image, Path(image), (Expression(f"{image}#0", text),))
-    found = session.ask(encoded, sample, bar)
-    if found.failures:
-        raise ModelError(found.failures[0].message)
-    return Explained(found.predictions[0], explain(session, loaded.tokenizer, encoded, text))
+    look = Look(session, loaded.tokenizer, loaded.name, loaded.hash, bar, encoded, image, rgb)
+    return look.explain(expressions, Shown(points, grid, block, head))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli import __version__
-from risam_cli.engine.explain import Attention
+from risam_cli.engine.device import describe_device
+from risam_cli.engine.explain import Attention, explain
+from risam_cli.engine.session import Encoded, Session
+from risam_cli.errors import ModelError, UsageError
 from risam_cli.outputs.folder import ExportFolder
 from risam_cli.outputs.naming import slug
 from risam_cli.outputs.png import encode_rgb
 from risam_cli.outputs.records import to_json
-from risam_cli.types import Prediction
+from risam_cli.tokenizer import TextTokenizer
+from risam_cli.types import Expression, Prediction, Sample
 
 Point = tuple[float, float]
+
+_FRAME = 760  # pixels of a notebook's frame
 
 PAGE = "explain.html"
 MAPS = "explain.json"
@@ -76,6 +83,91 @@ class Explanation:
             for row in range(rows)
             for column in range(columns)
         )
+
+    def save(
+        self, output: str | Path, *, with_json: bool = False, overwrite: bool = False
+    ) -> list[str]:
+        """Writes what ``risam explain`` writes; see :func:`write_explanation`."""
+        return write_explanation(self, Path(output), with_json=with_json, overwrite=overwrite)
+
+    def _repr_html_(self) -> str:
+        """The page, in a frame of its own, for a notebook."""
+        from risam_cli.reports.explain_page import to_html
+
+        page = html.escape(to_html(self))
+        return (
+            f'<iframe srcdoc="{page}" sandbox="allow-scripts" title="what the network looked at" '
+            f'style="width:100%;height:{_FRAME}px;border:0"></iframe>'
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What of an explanation is shown; see :class:`Explanation`."""
+
+    points: tuple[Point, ...] = ()
+    grid: int = 5
+    block: int | None = None
+    head: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A model at an image.
+
+    Attributes:
+        name, hash: the model's.
+        bar: probability of "nothing fits" above which a mask is emptied.
+        image: the image's name; rgb: (H, W, 3) uint8.
+    """
+
+    session: Session
+    tokenizer: TextTokenizer
+    name: str
+    hash: str
+    bar: float
+    encoded: Encoded
+    image: str
+    rgb: NDArray[np.uint8]
+
+    def explain(self, expressions: Sequence[str], shown: Shown) -> Explanation:
+        """What the network looked at for each of the expressions.
+
+        Raises:
+            UsageError: a point that is not in the image, a block or head that there is not.
+            ModelError: the network failed.
+        """
+        explained = tuple(self._one(text, shown) for text in expressions)
+        some = explained[0].attention.blocks > 0
+        return Explanation(
+            self.image,
+            self.rgb,
+            self.name,
+            self.hash,
+            describe_device(self.session.settings.device),
+            explained,
+            shown.points,
+            shown.grid,
+            shown.block if some else None,
+            shown.head if some else None,
+        )
+
+    def _one(self, text: str, shown: Shown) -> Explained:
+        attention = explain(self.session, self.tokenizer, self.encoded, text)
+        blocks, heads = attention.blocks, attention.heads
+        for name, value, count in (("block", shown.block, blocks), ("head", shown.head, heads)):
+            if value is not None and count and not 0 <= value < count:
+                raise UsageError(
+                    f"{name} {value}: the model {self.name!r} has {count} {name}s",
+                    f"give 0 to {count - 1}",
+                )
+        for x, y in shown.points:
+            attention.region_at(x, y)
+        sample = Sample(self.image, Path(self.image), (Expression(f"{self.image}#0", text),))
+        found = self.session.ask(self.encoded, sample, self.bar)
+        if found.failures:
+            raise ModelError(found.failures[0].message)
+        return Explained(found.predictions[0], attention)
 
 
 def chosen_words(block: int | None, head: int | None, attention: Attention) -> str:
