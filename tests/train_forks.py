@@ -47,7 +47,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    told = [tempfile.TemporaryFile() for _ in range(world)]
+    told = [tempfile.TemporaryFile() for _ in range(world)]  # noqa: SIM115
     children = []
     for rank in range(world):
         child = os.fork()

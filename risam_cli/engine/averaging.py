@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,14 +54,12 @@ class KeptWeights:
                 if path not in wanted:
                     path.unlink(missing_ok=True)
 
-    @contextmanager
-    def mean_in(self, module: nn.Module, place: Place) -> Iterator[None]:
-        """The module with the mean of the kept weights; afterwards as it was.
+    def mean(self, place: Place) -> dict[str, torch.Tensor]:
+        """The mean of the kept weights, double precision.
 
         Raises:
             ModelError: kept weights are missing or damaged.
         """
-        trained = _trained(module)
         sums: dict[str, torch.Tensor] = {}
         for step, _ in place.kept:
             try:
@@ -70,23 +68,36 @@ class KeptWeights:
                 raise ModelError(
                     f"{self._path(step)} cannot be read: {error}", "set averaging to null"
                 ) from error
-            if held.keys() != trained.keys():
+            if sums and held.keys() != sums.keys():
                 raise ModelError(f"{self._path(step)} is of another network", "remove it")
             for name, value in held.items():
-                sums[name] = sums.get(name, 0) + value.double()
-        before = {name: p.detach().clone() for name, p in trained.items()}
-        try:
-            with torch.no_grad():
-                for name, parameter in trained.items():
-                    parameter.copy_(sums[name] / len(place.kept))
-            yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in trained.items():
-                    parameter.copy_(before[name])
+                sums[name] = sums.get(name, 0) + value.double() / len(place.kept)
+        return sums
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step{step:08d}.safetensors"
+
+
+@contextmanager
+def weights_in(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """The module with other values of what it trains; afterwards with its own.
+
+    Raises:
+        ModelError: the weights are of another network.
+    """
+    trained = _trained(module)
+    if weights.keys() != trained.keys():
+        raise ModelError("the kept weights are of another network", "set averaging to null")
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    try:
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(weights[name])
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(before[name])
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,6 +63,16 @@ class Processes:
         with self.together():
             dist.all_gather_object(held, own)
         return held
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, in all of them; the others make nothing."""
+        if self.world == 1:
+            return make()
+        held = [make() if self.leads else None]
+        with self.together():
+            dist.broadcast_object_list(held, src=0)
+        made: Any = held[0]
+        return made
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in some process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ class Stepper:
         self.overflows = 0
         self.network: nn.Module = _Loss(task)
         if processes.world > 1:
+            # It remarks on 1x1 convolutions, whose strides may be told in two ways.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
             # Some parts of the network serve no loss in some ablations, or in some batches.
             self.network = DistributedDataParallel(self.network, find_unused_parameters=True)
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from risam_cli.console import Console, Progress
-from risam_cli.engine.averaging import KeptWeights
+from risam_cli.engine.averaging import KeptWeights, weights_in
 from risam_cli.engine.distributed import Processes
 from risam_cli.engine.optimize import NotFinite, Stepper, autocast
 from risam_cli.engine.plan import DealtBatches, PlannedBatches, begin_worker
@@ -81,11 +81,15 @@ class TrainingRun:
 
     def resume(self) -> None:
         """Takes up the last checkpoint, if there is one."""
-        if self.checkpoints.last.is_file():
-            self.state = read_state(self.checkpoints.last, self.hashes)
+        self.state = self.processes.first(self._read)
+        if self.state is not None:
             self.place = Place(**self.state["place"])
             self.console.info(f"resuming at stage {self.place.stage + 1}, step {self.place.step}")
         self.log.drop_rows_after(self.place)
+
+    def _read(self) -> dict[str, Any] | None:
+        last = self.checkpoints.last
+        return read_state(last, self.hashes) if last.is_file() else None
 
     def run(self, stages: Sequence[Callable[[], Stage]]) -> None:
         """Runs all stages that are not yet done; each is built when its turn comes."""
@@ -308,7 +312,8 @@ class TrainingRun:
             self.state = None
         place = self.place
         if stage.answers and place.kept:
-            with self.kept.mean_in(stage.task.module, place):
+            mean = self.processes.first(lambda: self.kept.mean(place))
+            with weights_in(stage.task.module, mean):
                 steps = [step for step, _ in place.kept]
                 told = f"mean of the weights after steps {', '.join(map(str, steps))}"
                 figures = self._figures(stage, told)
