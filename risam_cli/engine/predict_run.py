@@ -18,6 +18,7 @@ from risam_cli import __version__
 from risam_cli.console import Progress, get_console
 from risam_cli.data.inputs import Entry
 from risam_cli.engine.device import describe_device, precision_name
+from risam_cli.engine.earlier import plan_to_go_on, run_settings
 from risam_cli.engine.embeddings import FeatureCache, cache_for
 from risam_cli.engine.finish import ImageResult
 from risam_cli.engine.gallery import write_gallery
@@ -61,6 +62,8 @@ def run_predict(
     """
     identity = identity_of(plan, loaded)
     kept = prepare(folder, identity)
+    if kept.lines:
+        plan = plan_to_go_on(folder.path, plan)
     total = left = None
     if plan.inputs.repeatable:
         entries = plan.own_entries()
@@ -256,7 +259,7 @@ class _Run:
             "model": {"name": self.loaded.name, "hash": self.loaded.hash},
             "settings": self.identity,
             "settings_hash": settings_hash(self.identity),
-            "run_settings": {"batch_size": settings.batch_size, "workers": settings.workers},
+            "run_settings": run_settings(plan),
             "shard": {"index": plan.shard.index, "count": plan.shard.count},
             "inputs": {
                 "arguments": list(plan.inputs.arguments),
