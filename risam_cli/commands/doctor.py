@@ -46,6 +46,8 @@ LIBRARIES = (
     "markupsafe",
     "tensorboard",
     "tqdm",
+    "peft",
+    "huggingface_hub",
 )
 """The package's dependencies, those that predict needs most first."""
 
@@ -65,6 +67,7 @@ EXPRESSIONS = (
     "all the green triangles",
 )
 REPEATS = 5
+SECONDS = 1.0  # for each thing that is timed to advise on settings
 
 Facts = dict[str, Any]
 
@@ -72,14 +75,26 @@ Facts = dict[str, Any]
 @click.command("doctor")
 @model_option
 @device_options
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Versions and image formats only: no model is loaded, nothing is timed.",
+)
 @json_option
 @verbosity_options
-def command(model: str | None, device: str, precision: str, as_json: bool) -> int:
-    """Show what this machine can do, and what is missing.
+def command(model: str | None, device: str, precision: str, quick: bool, as_json: bool) -> int:
+    """Show what this machine can do, what is missing, and which settings suit it.
 
     Prints versions, the device and the precision that would be chosen and why, cores, memory,
     image formats, and the time of a forward pass: one 256x256 image with 4 expressions, the median
-    of 5. Exit code 0 where `risam predict` can run, else 1 with a fix for each problem.
+    of 5. Then reads and encodes for some seconds, and says which precision, batch size and number
+    of workers this machine is best served by. Exit code 0 where `risam predict` can run, else 1
+    with a fix for each problem.
+
+    \b
+    Examples:
+      risam doctor
+      risam doctor --model runs/mine/best --device cuda:0 --json
     """
     problems: list[dict[str, str]] = []
 
@@ -96,7 +111,8 @@ def command(model: str | None, device: str, precision: str, as_json: bool) -> in
         "image_formats": _image_formats(problem),
     }
     try:
-        facts.update(_network(model, device, precision))
+        if not quick:
+            facts.update(_network(model, device, precision))
     except RisamError as error:
         problem(error.message, error.fix)
     except ImportError as error:
@@ -153,10 +169,11 @@ def _image_formats(problem: Callable[[str, str], None]) -> dict[str, bool]:
 
 
 def _network(source: str | None, device_name: str, precision: str) -> Facts:
-    """Device, precision, model and a timed forward pass."""
+    """Device, precision, model, a timed forward pass, and the settings that suit."""
     import torch
 
     from risam_cli.build import load_model
+    from risam_cli.engine import advice
     from risam_cli.engine.device import choose_device, choose_precision, describe_device
 
     device = choose_device(device_name)
@@ -164,6 +181,9 @@ def _network(source: str | None, device_name: str, precision: str) -> Facts:
     loaded = load_model(source, device=device, precision=dtype)
     with torch.inference_mode():
         seconds = _timed_forward(loaded, device)
+    if dtype != torch.float32:
+        loaded = load_model(source, device=device)
+    measured = advice.measure(loaded.model.image_encoder, device, _cores(), SECONDS)
     return {
         "device": {
             "chosen": str(device),
@@ -187,6 +207,12 @@ def _network(source: str | None, device_name: str, precision: str) -> Facts:
             "repeats": REPEATS,
             "seconds": {part: round(value, 5) for part, value in seconds.items()},
         },
+        "measured": {
+            "read_seconds": round(measured.read, 5),
+            "encode_seconds": {kind: round(value, 5) for kind, value in measured.encode.items()},
+            "images_per_second": {str(k): round(rate, 2) for k, rate in measured.rates.items()},
+        },
+        "settings": [setting.as_dict() for setting in advice.advise(measured)],
     }
 
 
@@ -280,8 +306,14 @@ def _report(facts: Facts) -> str:
     if missing:
         lines.append(("cannot read", ", ".join(missing)))
     lines += [(name, version or "missing") for name, version in facts["libraries"].items()]
+    lines += [
+        (f"use {setting['option']}", f"{setting['value']}: {setting['why']}")
+        for setting in facts.get("settings", ())
+    ]
     text = "\n".join(f"{name:<23} {sanitize(value)}" for name, value in lines)
     for entry in facts["problems"]:
         text += f"\nproblem: {sanitize(entry['problem'])}"
         text += f"\n    fix: {sanitize(entry['fix'])}" if entry["fix"] else ""
-    return text + ("\npredict can run" if facts["ok"] else "\npredict cannot run")
+    if not facts["ok"]:
+        return text + "\npredict cannot run"
+    return text + ("\npredict can run" if "forward" in facts else "\nnothing is missing")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .linear import apply_linear
+
 
 class Adapter(nn.Module):
     """A bottleneck beside a block's MLP: down, GELU, up.
@@ -26,4 +28,4 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., dim) to the change that is added to the block's output."""
-        return self.up(nn.functional.gelu(self.down(x)))
+        return apply_linear(self.up, apply_linear(self.down, x, gelu=True))
