@@ -37,6 +37,7 @@ from risam_cli.engine.train import TrainingRun
 from risam_cli.engine.training_state import Place
 from risam_cli.losses import ReferringLoss
 from risam_cli.model.dense_head import DenseHead
+from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.sizes import parse_size
 from risam_cli.tokenizer import TextTokenizer
 
@@ -176,13 +177,13 @@ class TrainingBuilder:
         kept = CacheSettings(Path(asked.folder), parse_size(asked.limit))
         images = len(self.data.train()) + sum(map(len, self.data.held_out().values()))
 
-        def open_cache() -> AbstractContextManager[FeatureCache]:
+        def open_cache(runs: ImageEncoder) -> AbstractContextManager[FeatureCache]:
             device, precision = self.device, self.dtype
             return open_feature_cache(
-                kept, encoder, shape, device=device, precision=precision, images=images
+                kept, runs, shape, device=device, precision=precision, images=images
             )
 
-        return CachedEncoder(encoder, open_cache)
+        return CachedEncoder(encoder, self.dtype, open_cache)
 
     def _encoder_parts(self, settings: ReferringStage) -> list[tuple[nn.Module, float]]:
         encoder = self.model.image_encoder

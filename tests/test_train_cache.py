@@ -99,18 +99,19 @@ def test_a_run_cut_in_its_cached_stage_goes_on_to_the_same_bits(
     assert len([p for p in (tmp_path / "cache").iterdir() if p.is_dir()]) == 1
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_predict_and_eval_read_what_training_kept(
-    tmp_path: Path, encoded: list[int], capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, encoded: list[int], capfd: pytest.CaptureFixture[str], precision: str
 ) -> None:
     data = write_coco(tmp_path / "data")
     stages = [{**STAGES[1], "steps": 2}]
     run(
         tmp_path / "run", **{**cached(tmp_path / "cache"), "stages": stages},
-        train=data, val={"own": data}, validate_every=2, checkpoint_every=2,
+        train=data, val={"own": data}, validate_every=2, checkpoint_every=2, precision=precision,
     )  # fmt: skip
     encoded.clear()
     asked = ["--model", tmp_path / "run" / "best", "--feature-cache", tmp_path / "cache"]
-    asked += ["--device", "cpu", "--precision", "fp32"]
+    asked += ["--device", "cpu", "--precision", precision]
     pictures = ["predict", tmp_path / "data" / "images", "-e", "red square", "-o", tmp_path / "p"]
     assert main([str(word) for word in [*pictures, *asked]]) == 0
     scored = ["eval", "--dataset", "coco", "--root", data["annotations"], "-o", tmp_path / "e"]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from risam_cli.data.collate import ReferringBatch, ReferringCollate
 from risam_cli.data.dataset import ReferringExample
 from risam_cli.engine.embeddings import FeatureCache, image_key
-from risam_cli.model.image_encoder import EncoderFeatures
+from risam_cli.model.image_encoder import EncoderFeatures, ImageEncoder
 from risam_cli.transforms import normalize
 
 _READERS = 8
@@ -41,13 +41,20 @@ class CachedEncoder:
     The cache is opened with the first batch: what a resumed run loads is then in the encoder.
 
     Args:
-        encoder: frozen; open_cache: opens its cache.
+        encoder: frozen. In half precision a copy runs in its place, which holds its weights as
+            predict and eval do, so that features are theirs to the bit.
+        precision: of the training.
+        open_cache: opens the cache of the encoder that runs.
     """
 
     def __init__(
-        self, encoder: nn.Module, open_cache: Callable[[], AbstractContextManager[FeatureCache]]
+        self,
+        encoder: ImageEncoder,
+        precision: torch.dtype,
+        open_cache: Callable[[ImageEncoder], AbstractContextManager[FeatureCache]],
     ) -> None:
         self._encoder = encoder
+        self._precision = precision
         self._open_cache = open_cache
         self._closing = ExitStack()
         self._cache: FeatureCache | None = None
@@ -56,8 +63,7 @@ class CachedEncoder:
     @torch.no_grad()
     def __call__(self, batch: KeyedBatch) -> EncoderFeatures:
         """The taps of B images, on the device of the batch."""
-        if self._cache is None:
-            self._cache = self._closing.enter_context(self._open_cache())
+        cache = self._cache or self._open()
         fitted = batch.fitted.tolist()
 
         def encode(rows: Sequence[int]) -> EncoderFeatures:
@@ -65,8 +71,16 @@ class CachedEncoder:
             features: EncoderFeatures = self._encoder(pixels)
             return features
 
-        found = list(self._readers.map(self._cache.find, batch.keys))
-        return self._cache.features(batch.keys, found, encode)
+        found = list(self._readers.map(cache.find, batch.keys))
+        with torch.autocast(batch.images.device.type, enabled=False):
+            return cache.features(batch.keys, found, encode)
+
+    def _open(self) -> FeatureCache:
+        if self._precision != torch.float32:
+            self._encoder = copy.deepcopy(self._encoder).eval()
+            self._encoder.hold_weights_in(self._precision)
+        self._cache = self._closing.enter_context(self._open_cache(self._encoder))
+        return self._cache
 
     def close(self) -> None:
         """Waits until all is written, and says what the cache did."""
