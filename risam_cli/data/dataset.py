@@ -21,8 +21,19 @@ from risam_cli.data.refshapes.dataset import RefShapes, SceneItem
 from risam_cli.data.refshapes.vocabulary import COLORS, PLURALS, SHAPES, SIZES, STAND_INS
 from risam_cli.errors import DataError
 from risam_cli.transforms import fit_size, resize_for_encoder
+from risam_cli.types import Sample
 
 UNKNOWN_WORD = "thingamajig"
+
+
+class ExampleError(DataError):
+    """One example that cannot be made, told in one line wherever it was made.
+
+    A loader raises a worker's error anew, with the worker's traceback as its message.
+    """
+
+    def __init__(self, message: str, fix: str = "") -> None:
+        super().__init__(message.rstrip().rpartition(f"{type(self).__name__}: ")[2], fix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,18 +171,25 @@ class ReferringSamples:
     def __getitem__(self, index: int) -> ReferringExample:
         epoch, index = divmod(index, len(self))
         sample = self.samples[index]
-        image = open_rgb(sample.path)
-        chosen = tuple(masks.decode(e.target) for e in sample.expressions if e.target is not None)
-        if chosen and chosen[0].shape != image.shape[:2]:
-            raise DataError(
-                f"{sample.path} is {image.shape[:2]} (H, W), its masks are {chosen[0].shape}",
-                "mend height and width in the annotations",
-            )
-        texts = tuple(expression.text for expression in sample.expressions)
-        picture = Picture(image, chosen, texts)
+        try:
+            picture = _picture(sample)
+        except DataError as error:
+            raise ExampleError(error.message, error.fix) from error
         if self.augment is not None:
             picture = self.augment(picture, epoch, index)
         return make_example(picture, self.size, self.target_size)
+
+
+def _picture(sample: Sample) -> Picture:
+    """Decodes the image and the masks. Raises DataError where they do not fit each other."""
+    image = open_rgb(sample.path)
+    chosen = tuple(masks.decode(e.target) for e in sample.expressions if e.target is not None)
+    if chosen and chosen[0].shape != image.shape[:2]:
+        raise DataError(
+            f"{sample.path} is {image.shape[:2]} (H, W), its masks are {chosen[0].shape}",
+            "mend height and width in the annotations",
+        )
+    return Picture(image, chosen, tuple(expression.text for expression in sample.expressions))
 
 
 def _at_most(expressions: int, augment: Augmentation | None) -> int:
