@@ -79,6 +79,7 @@ def load(
     *,
     batch_size: int = 8,
     workers: int | None = None,
+    full_decode: bool = False,
 ) -> Model:
     """Loads a model.
 
@@ -90,6 +91,7 @@ def load(
             ``fp16``.
         batch_size: images encoded at a time; a CPU takes them one by one.
         workers: processes that read image files, 0 for threads; None chooses by the device.
+        full_decode: scale large images down from all of their pixels, whatever that takes.
 
     Raises:
         UsageError: an unknown device or precision, or one that this machine does not have.
@@ -101,7 +103,9 @@ def load(
         )
     place = choose_device(device)
     number = choose_precision(precision, place)
-    settings = PredictSettings(place, number, batch_size=batch_size, workers=workers)
+    settings = PredictSettings(
+        place, number, batch_size=batch_size, workers=workers, full_decode=full_decode
+    )
     return Model(load_model(model, device=place, precision=number), settings)
 
 
@@ -231,7 +235,14 @@ class Model:
         if on_error not in ("raise", "keep"):
             raise UsageError(f"on_error {on_error!r} is unknown", "give 'raise' or 'keep'")
         sources: dict[int, Source | None] = {}
-        samples = samples_of(images, common, self._loaded.image_size, sources, keep_images)
+        samples = samples_of(
+            images,
+            common,
+            self._loaded.image_size,
+            sources,
+            keep=keep_images,
+            full_decode=settings.full_decode,
+        )
         results = self._results(samples, settings, sources, on_error == "raise")
         if not progress:
             return results
@@ -263,12 +274,12 @@ class Model:
         Raises:
             ImageError: it cannot be read. ModelError: the network failed on it.
         """
-        sample, source = sample_of(image, (), self._loaded.image_size, 0)
+        side, whole = self._loaded.image_size, self._settings.full_decode
+        sample, source = sample_of(image, (), side, 0, full_decode=whole)
         if isinstance(sample, ReadySample):
             pixels, why = sample.ready.image, sample.ready.error
         else:
-            pixels = read_for_encoder(sample.path, self._loaded.image_size)
-            why = ""
+            pixels, why = read_for_encoder(sample.path, side, full_decode=whole), ""
         if pixels is None:
             raise ImageError(why)
         return EncodedImage(self, sample.image, pixels, source)

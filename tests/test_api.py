@@ -143,6 +143,19 @@ def test_sixteen_bits_turned_and_large_images_are_what_their_files_are(
         assert _same(model.predict(turned, "star"), model.predict(tmp_path / "turned.jpg", "star"))
 
 
+def test_a_large_jpeg_is_decoded_whole_where_that_is_asked(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    large = np.random.default_rng(7).integers(0, 256, (600, 700, 3), dtype=np.uint8)
+    Image.fromarray(large).save(tmp_path / "large.jpg")
+    model = risam_cli.load(model_folder, device="cpu", full_decode=True)
+    with Image.open(tmp_path / "large.jpg") as picture:
+        pixels = np.array(picture)
+    encoded = [model.encode(given) for given in (tmp_path / "large.jpg", pixels)]
+    assert (encoded[0]._encoded.image.rgb == encoded[1]._encoded.image.rgb).all()
+    assert _same(model.predict(tmp_path / "large.jpg", "star"), model.predict(pixels, "star"))
+
+
 def test_an_array_of_images_is_several(model: risam_cli.Model) -> None:
     batch = np.random.default_rng(5).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
     found = model.predict(batch, "star")

@@ -41,7 +41,9 @@ def pixels_to_rgb(image: Pixels, name: str) -> Rgb:
     return _pillow(Image.fromarray(np.ascontiguousarray(array)), name)
 
 
-def memory_for_encoder(image: Pixels, size: int, name: str, max_pixels: int) -> EncoderImage:
+def memory_for_encoder(
+    image: Pixels, size: int, name: str, max_pixels: int, *, full_decode: bool = False
+) -> EncoderImage:
     """As :func:`risam_cli.data.images.read_for_encoder`, of an image in memory.
 
     ``sha256`` is that of the scaled pixels and the own size, ``stamp`` is empty.
@@ -57,7 +59,8 @@ def memory_for_encoder(image: Pixels, size: int, name: str, max_pixels: int) -> 
             "raise max_pixels if you trust the image",
         )
     # As a PNG file of these pixels would be scaled.
-    fitted, own_size = fit_image(Image.fromarray(pixels_to_rgb(image, name)), size)
+    picture = Image.fromarray(pixels_to_rgb(image, name))
+    fitted, own_size = fit_image(picture, size, full_decode=full_decode)
     digest = hashlib.sha256(f"{own_size[0]}x{own_size[1]} RGB ".encode())
     digest.update(fitted.data)
     return EncoderImage(fitted, own_size, digest.hexdigest(), FileStamp(0, 0, 0, 0))

@@ -32,7 +32,9 @@ def samples_of(
     common: tuple[str, ...] | None,
     size: int,
     sources: dict[int, Source | None],
+    *,
     keep: bool,
+    full_decode: bool,
 ) -> Iterator[Sample]:
     """The samples of what was given.
 
@@ -53,12 +55,14 @@ def samples_of(
                 f"image {number} comes without an expression",
                 "give expressions, or pairs of an image and its expressions",
             )
-        sample, source = sample_of(image, texts, size, number)
+        sample, source = sample_of(image, texts, size, number, full_decode=full_decode)
         sources[number] = source if keep or isinstance(source, Path) else None
         yield sample
 
 
-def sample_of(image: Any, texts: Sequence[str], size: int, number: int) -> tuple[Sample, Source]:
+def sample_of(
+    image: Any, texts: Sequence[str], size: int, number: int, *, full_decode: bool
+) -> tuple[Sample, Source]:
     """The sample of one image, and the image itself.
 
     Raises:
@@ -75,7 +79,8 @@ def sample_of(image: Any, texts: Sequence[str], size: int, number: int) -> tuple
         )
     name = getattr(image, "filename", "") or f"image {number}"
     try:
-        loaded = Loaded(memory_for_encoder(image, size, name, MAX_PIXELS), "", None, 0.0)
+        ready = memory_for_encoder(image, size, name, MAX_PIXELS, full_decode=full_decode)
+        loaded = Loaded(ready, "", None, 0.0)
     except ImageError as error:
         loaded = Loaded(None, str(error), None, 0.0)
     # A path of its own: two images in memory are never the same one.

@@ -123,8 +123,8 @@ def _with_outline(picture: Rgb, mask: NDArray[np.bool_]) -> Rgb:
     inside = (np.asarray(share) >= 0.5).astype(np.uint8)
     if not inside.any():
         return picture.copy()
-    # No colour stands out on every picture; the picture's own colours do, once the rest is dim.
-    drawn = np.where(inside[..., None] > 0, picture, (_GROUND * to_gray(picture)).astype(np.uint8))
+    # No colour stands out on every picture; its own do, once all the rest is dim.
+    drawn = np.where(inside[..., None] > 0, picture, (0.4 * picture).astype(np.uint8))
     rings, _ = cv2.findContours(inside, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(drawn, rings, -1, (0, 0, 0), 4, cv2.LINE_AA)
     cv2.drawContours(drawn, rings, -1, (255, 255, 255), 2, cv2.LINE_AA)

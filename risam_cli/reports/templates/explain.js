@@ -163,7 +163,9 @@
     const lit = [state.held, state.hover].filter(Boolean);
     const word = lit.filter((one) => one.word !== undefined).pop();
     const region = lit.filter((one) => one.cell !== undefined).pop();
-    if (at("overview") && at("overview").checked && !word) overview();
+    const whole = Boolean(at("overview")) && at("overview").checked && !word;
+    if (whole) overview();
+    for (const legend of document.querySelectorAll(".legend")) legend.style.visibility = whole ? "hidden" : "";
     if (word) lightWord(word.word);
     let said = "";
     if (region) said = lightRegion(region.cell);
