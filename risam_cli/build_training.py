@@ -35,6 +35,7 @@ from risam_cli.engine.stage import SaveModel, Stage, hash_settings
 from risam_cli.engine.tasks import DenseTask, ReferringTask
 from risam_cli.engine.train import TrainingRun
 from risam_cli.engine.training_state import Place
+from risam_cli.export_model import NEEDS_TITLE
 from risam_cli.losses import ReferringLoss
 from risam_cli.model.dense_head import DenseHead
 from risam_cli.model.image_encoder import ImageEncoder
@@ -279,9 +280,9 @@ def model_readme(card: Mapping[str, Any], needs: Sequence[frozen.Needed] = ()) -
     """A model folder's README.md out of its card and the frozen parts that it leaves out."""
     lines = [f"# {card['name']}", "", "Written by `risam train`.", ""]
     lines += [f"- {key}: {value}" for key, value in card.items() if key != "figures"]
-    if needs:
-        lines += ["", "Needs beside it, or in a folder that `RISAM_WEIGHTS` names:", ""]
-        lines += [f"- {n.name}, {n.size} bytes, SHA-256 {n.sha256}" for n in needs]
     lines += ["", "| figure on held-out data while training | value |", "| --- | --- |"]
     lines += [f"| {name} | {value:.4f} |" for name, value in card["figures"].items()]
+    if needs:
+        lines += ["", NEEDS_TITLE, ""]
+        lines += [f"- {n.name}, {n.size} bytes, SHA-256 {n.sha256}" for n in needs]
     return "\n".join(lines) + "\n"

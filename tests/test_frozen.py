@@ -343,3 +343,28 @@ def test_merging_is_the_formula() -> None:
     assert set(plain) == {"0.bias"}
     merge_lora(layer, side, 1.5, "here")
     assert torch.allclose(layer[0].weight, before + 1.5 * up @ down)
+
+
+# --- text encoders by their name on the hub -------------------------------------------------------
+
+
+def test_a_text_encoder_of_the_hub_is_found_in_the_local_cache(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name, whatever its place in the cache; never over the network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ModelError, match="no weights at me/mine"):
+        frozen.describe(frozen.TEXT_ENCODER, "me/mine")
+    repository = tmp_path / "cache/models--me--mine"
+    shutil.copytree(made / "text", repository / "snapshots/abc")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc")
+    needed = frozen.describe(frozen.TEXT_ENCODER, "me/mine")
+    assert (needed.name, needed.path) == ("me/mine", "me/mine")
+    assert needed.sha256 == _sha256(made / "text/model.safetensors")
+    assert frozen.find(needed, tmp_path / "model") == repository / "snapshots/abc"
+    # A folder beside the model wins, under the last part of the name.
+    shutil.copytree(made / "text", tmp_path / "mine")
+    assert frozen.find(needed, tmp_path / "model") == tmp_path / "mine"
