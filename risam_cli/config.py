@@ -303,7 +303,9 @@ class TrainSettings(Settings):
     def _check_figure(self, name: str) -> None:
         known = [*FIGURES, *(f"{held_out}.{figure}" for held_out in self.val for figure in FIGURES)]
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, known, n=1) or [
+                one for one in known if one.lower() == name.lower()
+            ]
             hint = f"did you mean {near[0]!r}" if near else f"one of {', '.join(FIGURES)}"
             raise ValueError(f"{name!r} is no figure of the validation; {hint}")
 

@@ -30,7 +30,7 @@ def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[
     problems = error.errors()
     first = problems[0]
     path = [str(part) for part in first["loc"]]
-    key = ".".join(path) or "(top level)"
+    key = ".".join(path)
     if first["type"] == "extra_forbidden":
         known = _fields_at(kind, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1)
@@ -40,7 +40,8 @@ def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[
         message, hint = f"{where}: key {key!r} is missing", "add it"
     else:
         text = first["msg"].removeprefix("Value error, ")
-        message = f"{where}: {key} = {brief(first['input'])}: {text}"
+        # What concerns several keys names them itself.
+        message = f"{where}: {key} = {brief(first['input'])}: {text}" if key else f"{where}: {text}"
         hint = "see risam train --print-config for the keys and their values"
     more = len(problems) - 1
     return message + (f" (and {more} more)" if more else ""), hint
