@@ -88,6 +88,11 @@ def root() -> None:
     \b
     Exit codes: 0 all done; 1 could not start or go on; 2 wrong usage;
     3 finished, but some items failed; 130 interrupted, finished work kept.
+
+    \b
+    Examples:
+      risam predict photos/ -e "the dog" --save png,html -o out
+      risam doctor
     """
 
 

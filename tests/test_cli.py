@@ -17,6 +17,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from conftest import REPO, Cli
+from docs_blocks import calls, wrong_usage
 
 from risam_cli import __version__
 from risam_cli.cli import COMMANDS, main, root
@@ -324,6 +325,29 @@ def test_a_full_disk_under_stdout_is_told() -> None:
         )
     assert done.returncode == 1
     assert done.stderr == "error: No space left on device\n"
+
+
+def _leaves(command: click.Command, path: str) -> list[tuple[str, str]]:
+    """Every command below ``command``, itself too, with its help."""
+    context = click.Context(command, info_name=path)
+    found = [(path, command.get_help(context))]
+    for name in command.list_commands(context) if isinstance(command, click.Group) else ():
+        child = command.get_command(context, name)
+        assert child is not None
+        found += _leaves(child, f"{path} {name}")
+    return found
+
+
+def test_every_help_has_two_worked_examples_that_parse() -> None:
+    for path, text in _leaves(root, "risam"):
+        _, _, examples = text.partition("Examples:\n")
+        lines = [line.strip() for line in examples.partition("\n\n")[0].splitlines()]
+        asked = [call for line in lines for call in calls(line)]
+        assert len(asked) >= 2, path
+        assert all(["risam", *call][: path.count(" ") + 1] == path.split() for call in asked) or (
+            path in {"risam", "risam models"}
+        )
+        assert [wrong_usage(root, call) for call in asked] == [None] * len(asked), path
 
 
 # --- shared options -------------------------------------------------------------------------------

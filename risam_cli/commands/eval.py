@@ -129,6 +129,12 @@ def command(**options: Any) -> int:
 
     Writes report.json, report.md, report.html and per_expression.jsonl to DIR, and prints the
     figures on stderr; with --json also to stdout, as fractions in 0..1.
+
+    \b
+    Examples:
+      risam eval --dataset refshapes --split val -o report
+      risam eval --dataset refcoco --root data --split testA --model runs/mine/best -o report
+      risam eval --dataset grefcoco --root data --split val --predictions out --protocol gres
     """
     from risam_cli.commands.eval_flow import Asked, evaluate
 

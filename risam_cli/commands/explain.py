@@ -94,8 +94,9 @@ def command(**options: Any) -> int:
     mouse, touch and keyboard.
 
     \b
-    risam explain photo.jpg -e "the red circle on the left"
-    risam explain photo.jpg -e "the dog" -e "the cat" --point 120,80 --json -o why
+    Examples:
+      risam explain photo.jpg -e "the red circle on the left"
+      risam explain photo.jpg -e "the dog" -e "the cat" --point 120,80 --json -o why
     """
     return _explain(**options)
 

@@ -152,6 +152,11 @@ def command(
 
     What is lost on the way (holes, overlaps, polygons against masks) is told at the end, and with
     --json on stdout.
+
+    \b
+    Examples:
+      risam export-masks risam-out --to coco -o coco
+      risam export-masks risam-out --to yolo -o yolo --one-class dog --copy-images
     """
     from risam_cli.data.images import open_rgb
     from risam_cli.outputs.export import Settings

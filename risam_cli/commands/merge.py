@@ -32,6 +32,11 @@ def command(folders: tuple[Path, ...], output: Path, overwrite: bool, as_json: b
 
     Refused are shards of different inputs, models or settings, unfinished ones, and sets in which
     one is missing or doubled.
+
+    \b
+    Examples:
+      risam merge part0 part1 part2 -o whole
+      risam merge ranks -o whole --overwrite   # ranks: what torchrun wrote to
     """
     from risam_cli.engine.merge import find_parts, merge_parts
 

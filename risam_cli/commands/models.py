@@ -33,6 +33,11 @@ def command() -> None:
     its tokenizer and a card that says how it was made. Nothing in it is ever executed. One that
     was tuned beside frozen weights names the files it needs, by size and SHA-256; they are looked
     for in the folder, beside it, and in the folders of the variable RISAM_WEIGHTS.
+
+    \b
+    Examples:
+      risam models list --dir runs
+      risam models inspect runs/mine/best
     """
 
 
@@ -51,6 +56,11 @@ def list_models(folders: tuple[Path, ...], as_json: bool) -> int:
     """List the bundled models and those below each --dir.
 
     A folder that looks like a model but cannot be read is listed with the reason (exit code 3).
+
+    \b
+    Examples:
+      risam models list
+      risam models list --dir runs --dir /data/models --json
     """
     from risam_cli import checkpoints
 
@@ -79,6 +89,11 @@ def inspect(model: str | None, tensors: bool, as_json: bool) -> None:
 
     Reads headers only, so it is quick for models of any size. Without an argument: the bundled
     model.
+
+    \b
+    Examples:
+      risam models inspect
+      risam models inspect runs/mine/best --tensors
     """
     from risam_cli import checkpoints
 
@@ -122,6 +137,11 @@ def verify(model: str | None, as_json: bool) -> int:
 
     The weights are loaded just as `risam predict` loads them, and looked through for values that
     are not finite. Exit code 1 where anything is wrong, with one line for each problem.
+
+    \b
+    Examples:
+      risam models verify
+      risam models verify runs/mine/best --json
     """
     from risam_cli import checkpoints
     from risam_cli.build import verify_model_folder
@@ -163,6 +183,11 @@ def export(model: str | None, output: Path, merged: bool) -> None:
 
     A folder that `risam train` wrote beside a frozen SAM file or text encoder holds what was
     trained; with --merged everything is in it, and it can be given away as it is.
+
+    \b
+    Examples:
+      risam models export runs/mine/best --merged -o mine-whole
+      risam models export refshapes-tiny -o copy
     """
     from risam_cli import checkpoints
     from risam_cli.export_model import export_model

@@ -149,13 +149,14 @@ def command(**options: Any) -> int:
     INPUTS are images, folders, patterns, manifests (.jsonl, .csv, .tsv, COCO-style .json) or -
     for JSON Lines on stdin, in any mixture.
 
-    \b
-    risam predict photo.jpg -e "the red circle on the left"
-    risam predict photos/ -e "the dog" -e "the person" -o out
-    risam predict list.jsonl --image-root photos --resume
-
     The output folder gets predictions.jsonl (one record for each image and expression),
-    failures.jsonl, masks/ and run.json.
+    failures.jsonl, masks/ and run.json; with --save html also gallery/index.html, to look at.
+
+    \b
+    Examples:
+      risam predict photos/ -e "the dog" -e "the person" --save png,html -o out
+      risam predict list.jsonl --image-root photos -o out --resume
+      cat asks.jsonl | risam predict - --save none --jsonl - > answers.jsonl
     """
     return _predict(_Options(**options))
 

@@ -109,6 +109,11 @@ def command(
 
     In its benchmark's own format a family goes to DIR/refcoco, DIR/refcoco+, DIR/refcocog or
     DIR/grefcoco; in any other to DIR/FAMILY/FORMAT. `risam eval` reads all of them.
+
+    \b
+    Examples:
+      risam refshapes -o data --family grefshapes --splits val
+      risam refshapes -o data --family refshapes --format coco --scenes 100 --image-format png
     """
     from risam_cli.data.refshapes.writers import Plan, write_family
 
