@@ -88,6 +88,8 @@ def start(arguments: Sequence[str], log: Path) -> int:
     code = 130
     try:
         os.setsid()
+        # What is started in the background is born deaf to Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(descriptor, stream)
@@ -102,17 +104,13 @@ def kill_after(child: int, seconds: float, kind: signal.Signals) -> int | None:
     while time.monotonic() < end:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            return _code(status)
+            return os.waitstatus_to_exitcode(status)
         time.sleep(min(0.002, max(0.0, end - time.monotonic())))
     if kind == signal.SIGINT:  # as a terminal does
         os.killpg(child, kind)
     else:
         os.kill(child, kind)
     return None
-
-
-def _code(status: int) -> int:
-    return os.waitstatus_to_exitcode(status)
 
 
 def outlived(group: int, seconds: float = 20.0) -> bool:
@@ -150,7 +148,7 @@ def chain(command: Command, out: Path, wanted: dict[str, str], chance: random.Ra
             if code not in command.codes:
                 command.wrong.append(f"exit code {code} before the kill: {_last_line(log)}")
             break
-        code = _code(os.waitpid(child, 0)[1])
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if outlived(child):
             command.wrong.append(f"a process outlived {kind.name}")
             os.killpg(child, signal.SIGKILL)
@@ -161,7 +159,9 @@ def chain(command: Command, out: Path, wanted: dict[str, str], chance: random.Ra
         else:
             command.wrong.append(f"exit code {code} after {kind.name}: {_last_line(log)}")
     if not said.startswith("ended"):
-        code = _code(os.waitpid(start(into(after_kill(command, out), out), log), 0)[1])
+        code = os.waitstatus_to_exitcode(
+            os.waitpid(start(into(after_kill(command, out), out), log), 0)[1]
+        )
         if code not in command.codes:
             command.wrong.append(f"the last run ended with {code}: {_last_line(log)}")
     command.chains += 1
@@ -344,7 +344,7 @@ def unbroken(command: Command, folder: Path) -> dict[str, str]:
     began = time.monotonic()
     log = folder / "out.log"
     log.write_bytes(b"")
-    code = _code(os.waitpid(start(into(command.begin, out), log), 0)[1])
+    code = os.waitstatus_to_exitcode(os.waitpid(start(into(command.begin, out), log), 0)[1])
     command.seconds = time.monotonic() - began
     if code not in command.codes:
         raise SystemExit(f"{command.name}: exit code {code}: {_last_line(log)}")
@@ -377,6 +377,7 @@ def run(folder: Path, kills: int, seed: int, only: Sequence[str]) -> int:
             chain(command, own / "out", wanted, chance)
             for wrong in command.wrong[before:]:
                 print(f"  {command.name}: {wrong}", flush=True)
+            print(row(command), file=sys.stderr, flush=True)  # so far
         print(row(command), flush=True)
         done.append(command)
     total, wrong = sum(sum(c.kills.values()) for c in done), sum(len(c.wrong) for c in done)

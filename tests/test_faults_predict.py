@@ -7,7 +7,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -250,3 +252,24 @@ def test_loader_processes_that_are_killed_cost_nothing(
     assert killed
     assert contents(out) == contents(whole[1])
     assert not [p for p in multiprocessing.active_children() if p.name == "risam-loader"]
+
+
+# --- an impatient user ----------------------------------------------------------------------------
+
+
+def test_a_second_ctrl_c_ends_at_once_and_costs_nothing(
+    whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run = Run([whole[0]], out, saving=ALL)
+
+    def twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)  # until the main thread has seen it
+
+    at_image(run, 3, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run.go()
+    assert Run([whole[0]], out, saving=ALL).go() == 3
+    assert contents(out) == contents(whole[1])
