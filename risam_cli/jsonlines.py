@@ -111,7 +111,7 @@ def parse_json(line: bytes, where: str) -> Any:
 def brief(value: object) -> str:
     """A value for a message, on one line and not long."""
     if isinstance(value, bytes):
-        text = value[:80].decode("utf-8", "backslashreplace").strip()
+        text = " ".join(value[:80].decode("utf-8", "backslashreplace").split())
         return f"{text}..." if len(value) > 80 else text
     try:
         text = _BRIEF.repr(value)

@@ -56,6 +56,8 @@ ANNOTATIONS: dict[str, tuple[str, str]] = {
     "list as image_id": (json.dumps(_annotation(image_id=[1])), "image_id"),
     "object as image_id": (json.dumps(_annotation(image_id={"a": 1})), "image_id"),
     "list as category": (json.dumps(_annotation(category_id=[[1]])), "category_id"),
+    "number among categories": (json.dumps(_coco(categories=[5])), "categories[] has no id"),
+    "line among expressions": (json.dumps(_coco(expressions=["a\nb"])), "is no object"),
     "deep": ("[" * 200_000, "nests too deeply"),
     "deep objects": ('{"images":' * 200_000, "nests too deeply"),
     "infinite height": (json.dumps(_image(height=1e999)), "height inf"),

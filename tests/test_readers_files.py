@@ -167,6 +167,15 @@ def test_reading_in_chunks_gives_what_json_gives(
         assert list(iter_json(path)) == _events(value)
 
 
+def test_a_number_may_be_cut_at_every_place(tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "a.json"
+    value = [0.5, -1.25e-05, 1e30, -0.0, 12, {"n": 1.5e300}]
+    path.write_text(json.dumps(value))
+    for chunk in range(1, len(path.read_text())):
+        monkeypatch.setattr(jsonstream, "CHUNK", chunk)
+        assert [record for _, record in iter_json(path)] == value, chunk
+
+
 def test_json_cut_at_every_place_is_said_so(tmp_path: Path) -> None:
     text = json.dumps({"images": [{"id": 12, "n": "aé"}], "n": 3.25, "x": [True, None]})
     path = tmp_path / "instances.json"

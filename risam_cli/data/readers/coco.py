@@ -22,6 +22,7 @@ from risam_cli.data.readers.source import (
     require_some_truth,
 )
 from risam_cli.errors import DataError
+from risam_cli.jsonlines import brief
 from risam_cli.types import Sample
 
 ALL = "all"
@@ -118,7 +119,7 @@ def _of_split(
 def _listed(record: Any, where: str) -> _Spoken:
     """An expression of the top-level list."""
     if not isinstance(record, dict):
-        raise DataError(f"{where} is no object: {str(record)[:60]}")
+        raise DataError(f"{where} is no object: {brief(record)}")
     text = next((record[k] for k in _TEXT_KEYS if isinstance(record.get(k), str)), None)
     if text is None:
         raise DataError(f"{where} has no text", f"give one of {', '.join(_TEXT_KEYS)}")
@@ -128,12 +129,12 @@ def _listed(record: Any, where: str) -> _Spoken:
     if ann_ids is not None and (
         not isinstance(ann_ids, list) or not all(isinstance(a, (int, str)) for a in ann_ids)
     ):
-        raise DataError(f"{where} has ann_ids {str(ann_ids)[:60]}", "give a list of ids")
+        raise DataError(f"{where} has ann_ids {brief(ann_ids)}", "give a list of ids")
     if ann_ids == [-1]:  # gRefCOCO's way of saying that nothing fits
         ann_ids = []
     image_id, given = record.get("image_id"), record.get("id")
     if not isinstance(image_id, (int, str)):
-        raise DataError(f"{where} has the image_id {str(image_id)[:40]}", "give an image's id")
+        raise DataError(f"{where} has the image_id {brief(image_id)}", "give an image's id")
     name = str(given) if isinstance(given, (int, str)) else ""
     parts = None if ann_ids is None else tuple(ann_ids)
     return _Spoken(image_id, name, text, parts, record.get("split"))
@@ -144,7 +145,7 @@ def _captioned(ann_id: Any, annotation: dict[str, Any]) -> Iterator[_Spoken]:
     texts = _annotation_texts(annotation)
     image_id = annotation.get("image_id")
     if texts and not isinstance(image_id, (int, str)):
-        raise DataError(f"annotation {ann_id!r} has the image_id {str(image_id)[:40]}")
+        raise DataError(f"annotation {ann_id!r} has the image_id {brief(image_id)}")
     parts = (ann_id,) if annotation.get("segmentation") else None
     for k, text in enumerate(texts):
         name = str(ann_id) if len(texts) == 1 else f"{ann_id}#{k}"

@@ -152,7 +152,8 @@ def read_instances(
                 if on_annotation is not None:
                     on_annotation(ann_id, record)
         elif key == "categories":
-            result.categories[record_id(record, path, "categories[]")] = str(record.get("name"))
+            category_id = record_id(record, path, "categories[]")
+            result.categories[category_id] = str(record.get("name"))
         elif on_other is not None:
             on_other(key, record)
     return result
@@ -162,7 +163,7 @@ def record_id(record: Any, path: Path, where: str) -> Any:
     """``record["id"]``, hashable. Raises DataError where the record is none or has none."""
     found = record.get("id") if isinstance(record, dict) else None
     if not isinstance(found, (int, str)):
-        raise DataError(f"{path}: a record of {where} has no id: {str(record)[:80]}")
+        raise DataError(f"{path}: a record of {where} has no id: {brief(record)}")
     return found
 
 

@@ -146,8 +146,8 @@ class _Cursor:
                 raise self._broken(reason, error.pos) from error
             except ValueError as error:  # digits beyond what Python turns into a number
                 raise self._broken("a number of thousands of digits") from error
-            # A number at the edge of the buffer may go on in the next chunk.
-            if end < len(self.buffer) or not self._extend():
+            # A number at the edge of the buffer may go on in the next chunk: 1 of 1e+5 is one, too.
+            if end + len("e+") < len(self.buffer) or not self._extend():
                 self.at = end
                 return value
 

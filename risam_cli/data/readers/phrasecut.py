@@ -17,6 +17,7 @@ from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.layout import find_file, find_folder, find_images, missing
 from risam_cli.data.readers.source import Group, Phrase, SampleSource, make_source
 from risam_cli.errors import DataError
+from risam_cli.jsonlines import brief
 from risam_cli.types import Rle, Sample
 
 SPLITS = ("train", "val", "test", "miniv")
@@ -81,10 +82,10 @@ def _images(path: Path) -> dict[int, tuple[tuple[int, int], str]]:
             images[int(record["image_id"])] = (size, str(record.get("split", "")))
         except (TypeError, KeyError, ValueError, OverflowError, AttributeError):
             raise DataError(
-                f"{path}: an image lacks image_id, height or width: {str(record)[:80]}"
+                f"{path}: an image lacks image_id, height or width: {brief(record)}"
             ) from None
         if min(size) < 1 or size[0] * size[1] > masks.MAX_PIXELS:
-            raise DataError(f"{path}: an image is {size[0]} x {size[1]} pixels: {str(record)[:80]}")
+            raise DataError(f"{path}: an image is {size[0]} x {size[1]} pixels: {brief(record)}")
     return images
 
 
@@ -100,7 +101,7 @@ def _tasks(
     for number, (_, task) in enumerate(iter_json(path)):
         where = f"{path}: task {number}"
         if not isinstance(task, dict):
-            raise DataError(f"{where} is no object: {str(task)[:80]}")
+            raise DataError(f"{where} is no object: {brief(task)}")
         for key in ("task_id", "image_id", "phrase", "Polygons"):
             if key not in task:
                 raise DataError(f"{where} has no {key}")
@@ -110,7 +111,7 @@ def _tasks(
                 "take both files from one release",
             )
         if not isinstance(task["phrase"], str) or not isinstance(task["Polygons"], list):
-            raise DataError(f"{where} is malformed: {str(task)[:80]}")
+            raise DataError(f"{where} is malformed: {brief(task)}")
         own = images[task["image_id"]][1]
         if own and own != split:
             left_out[own] += 1
@@ -167,7 +168,7 @@ def _points(polygon: Any, where: str) -> list[tuple[int, int]]:
     try:
         points = [(int(x), int(y)) for x, y in polygon]
     except (TypeError, ValueError, OverflowError):
-        raise DataError(f"{where}: a polygon is no list of points: {str(polygon)[:60]}") from None
+        raise DataError(f"{where}: a polygon is no list of points: {brief(polygon)}") from None
     if any(abs(value) > _FARTHEST for point in points for value in point):
         raise DataError(f"{where}: a polygon's coordinates are out of range")
     return points

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from risam_cli import masks
 from risam_cli.data.readers.source import OnFailure
 from risam_cli.errors import DataError
-from risam_cli.jsonlines import read_lines_at
+from risam_cli.jsonlines import brief, read_lines_at
 from risam_cli.types import Expression, Failure, Rle, Sample
 
 FILE_NAME = "predictions.jsonl"
@@ -233,7 +233,7 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     if isinstance(record.get("id"), (int, str)):
         record["id"] = str(record["id"])
     elif "id" in record and record["id"] is not None:
-        raise DataError(f"{where} has the id {str(record['id'])[:40]}, not a string")
+        raise DataError(f"{where} has the id {brief(record['id'])}, not a string")
     else:
         record.pop("id", None)
     named = isinstance(record.get("image"), str) and isinstance(record.get("expression"), str)

@@ -24,6 +24,7 @@ from risam_cli.data.readers.source import (
     require_some_truth,
 )
 from risam_cli.errors import DataError
+from risam_cli.jsonlines import brief
 from risam_cli.types import Sample
 
 SPLIT_BY: dict[str, tuple[str, ...]] = {
@@ -142,7 +143,7 @@ def _split_refs(path: Path, split: str) -> tuple[list[dict[str, Any]], dict[str,
     chosen = []
     for number, record in enumerate(records):
         if not isinstance(record, dict) or not isinstance(record.get("split"), str):
-            raise DataError(f"{path}: ref {number} has no split: {str(record)[:80]}")
+            raise DataError(f"{path}: ref {number} has no split: {brief(record)}")
         counts[record["split"]] += 1
         if record["split"] == split:
             chosen.append(_checked(record, f"{path}: ref {number}"))
@@ -156,16 +157,16 @@ def _checked(ref: dict[str, Any], where: str) -> dict[str, Any]:
             raise DataError(f"{where} has no {key}", "check that this is the benchmark's own file")
     ann_ids = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
     if not all(isinstance(a, int) for a in ann_ids) or not isinstance(ref["sentences"], list):
-        raise DataError(f"{where} is malformed: {str(ref)[:80]}")
+        raise DataError(f"{where} is malformed: {brief(ref)}")
     if not isinstance(ref["image_id"], (int, str)):
-        raise DataError(f"{where} has the image_id {str(ref['image_id'])[:40]}")
+        raise DataError(f"{where} has the image_id {brief(ref['image_id'])}")
     if len(ann_ids) > 1 and -1 in ann_ids:
         raise DataError(f"{where} mixes 'no target' (-1) with annotations: {ann_ids}")
     sentences = []
     for sentence in ref["sentences"]:
         text = sentence.get("sent") or sentence.get("raw") if isinstance(sentence, dict) else None
         if not isinstance(text, str) or not isinstance(sentence.get("sent_id"), (int, str)):
-            raise DataError(f"{where}: a sentence lacks sent_id or sent: {str(sentence)[:80]}")
+            raise DataError(f"{where}: a sentence lacks sent_id or sent: {brief(sentence)}")
         sentences.append((str(sentence["sent_id"]), text, sentence.get("raw")))
     return {
         "ref_id": ref["ref_id"],
