@@ -56,11 +56,17 @@ def speed(preset: str, options: Options, batch: int, *, size: int = 1024) -> lis
     weights = random_weights(preset)
     pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
     ways: dict[str, Encode] = {}
+    found: dict[str, Tensor] = {}
+
+    def kept(name: str, way: Encode) -> None:
+        found[name] = way()
+
     for precision in FORMATS:
         for library in LIBRARIES:
             network = build(library, preset, precision, device, weights, size)
             taken = pixels.to(device, torch.float32 if library == "risam" else FORMATS[precision])
-            ways[f"{library}-{precision}"] = partial(encode, library, network, taken)
+            name = f"{library}-{precision}"
+            ways[name] = partial(kept, name, partial(encode, library, network, taken))
     on_gpu = device.type == "cuda"
     with torch.inference_mode():
         times = in_turns(
@@ -69,7 +75,7 @@ def speed(preset: str, options: Options, batch: int, *, size: int = 1024) -> lis
             warm_up=1 if on_gpu or options.quick else 0,  # nothing to warm in ten seconds of a CPU
             synchronize=torch.cuda.synchronize if on_gpu else lambda: None,
         )
-        found = {name: way().float().cpu() for name, way in ways.items()}
+    found = {name: features.float().cpu() for name, features in found.items()}
     title = f"{NAMES[preset]}, {size} px" + (f", batch {batch}" if on_gpu else "")
     return [
         *time_rows(title, times, "wall" if on_gpu else "cpu", batch),

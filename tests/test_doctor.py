@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +14,12 @@ import pytest
 
 from risam_cli.cli import main
 from risam_cli.commands import doctor
+from risam_cli.engine.advice import Measured, Setting, advise
+
+
+@pytest.fixture(autouse=True)
+def _briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "SECONDS", 0.01)
 
 
 def test_it_looks_at_every_dependency(repo: Path) -> None:
@@ -32,6 +40,57 @@ def test_a_machine_that_can(model_folder: Path, capsys: pytest.CaptureFixture[st
     assert set(seconds) == {"total", "image", "text", "decode"}
     assert all(0 < value < 60 for value in seconds.values())
     assert facts["image_formats"]["JPEG"]
+    assert facts["measured"]["read_seconds"] > 0
+    assert set(facts["measured"]["encode_seconds"]) == {"fp32", "bf16"}
+    assert facts["measured"]["images_per_second"] == {}
+    options = [setting["option"] for setting in facts["settings"]]
+    assert options == ["--precision", "--batch-size", "--workers", "--compile"]
+
+
+def test_quick_loads_no_model_and_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--quick", "--model", "no such model"]) == 0
+    text = capsys.readouterr().out
+    assert "forward pass" not in text
+    assert text.endswith("nothing is missing\n")
+    script = (
+        "import sys; from risam_cli.cli import main; code = main(['doctor', '--quick']); "
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)), code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1] == "[] 0", done.stderr
+
+
+def _chosen(measured: Measured) -> dict[str, Setting]:
+    return {setting.option: setting for setting in advise(measured)}
+
+
+def test_a_cpu_with_fast_bf16_and_one_without() -> None:
+    fast = _chosen(Measured("cpu", 4, 0.02, {"fp32": 3.0, "bf16": 1.0}, {}))
+    assert fast["--precision"].value == "bf16"
+    assert "3.0 times" in fast["--precision"].why
+    assert fast["--workers"].value == "0"
+    assert fast["--compile"].value == "no"
+    slow = _chosen(Measured("cpu", 4, 0.02, {"fp32": 1.0, "bf16": 4.0}, {}))
+    assert slow["--precision"].value == "fp32"
+
+
+def test_a_small_model_on_a_cpu_wants_processes_that_read() -> None:
+    chosen = _chosen(Measured("cpu", 8, 0.06, {"fp32": 0.02}, {}))
+    assert chosen["--workers"].value == "4"  # three busy ones, and a quarter more
+    few = _chosen(Measured("cpu", 2, 0.06, {"fp32": 0.02}, {}))["--workers"]
+    assert few.value == "1"
+    assert "2 cores cannot read as fast" in few.why
+
+
+def test_a_gpu_gets_the_batch_from_where_more_gains_little() -> None:
+    rates = {1: 30.0, 2: 50.0, 4: 70.0, 8: 72.0}
+    chosen = _chosen(Measured("cuda", 16, 0.05, {"fp32": 0.2, "bf16": 0.03}, rates))
+    assert chosen["--batch-size"].value == "4"
+    assert chosen["--precision"].value == "bf16"
+    assert chosen["--workers"].value == "5"  # 0.05 s each for 72 images a second, and a quarter
+    assert chosen["--compile"].value == "for long runs"
 
 
 def test_the_report_is_readable(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

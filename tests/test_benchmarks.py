@@ -1,0 +1,145 @@
+"""What the benchmarks share: clocks, bounds, tables, files and the plot. No figure is held here."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def benchmarks(repo: Path) -> Iterator[Any]:
+    """``common``, ``plot`` and ``run`` as they import each other, under no name that stays."""
+    folder = str(repo / "benchmarks")
+    before = set(sys.modules)
+    sys.path.insert(0, folder)
+    try:
+        yield importlib.import_module
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - before:
+            if getattr(sys.modules[name], "__file__", None) and folder in str(
+                sys.modules[name].__file__
+            ):
+                del sys.modules[name]
+
+
+def _rows(common: Any) -> dict[str, list[Any]]:
+    return {
+        "encoder": [
+            common.Row("a <b> & c", 7.46, "s", (7.4, 8.22), "one thread"),
+            common.Row("fast against slow", 2.5, "times", (2.4, 2.6), wanted=">= 1.6"),
+            common.Row("share", 0.4, "", None, wanted="<= 0.3334"),
+        ],
+        "parity": [common.Row("mean IoU", 0.9974, "IoU", wanted=">= 0.99")],
+    }
+
+
+def test_a_bound_is_met_missed_or_not_there(benchmarks: Any) -> None:
+    rows = _rows(benchmarks("common"))
+    assert [row.meets() for row in rows["encoder"]] == [None, True, False]
+    assert rows["parity"][0].meets()
+
+
+def test_rows_come_back_from_csv_as_they_were(benchmarks: Any) -> None:
+    common = benchmarks("common")
+    rows = _rows(common)
+    assert common.from_csv(common.to_csv(rows)) == rows
+
+
+def test_the_table_says_what_is_missed_and_keeps_digits_below_one(benchmarks: Any) -> None:
+    common = benchmarks("common")
+    lines = common.table([row for rows in _rows(common).values() for row in rows]).splitlines()
+    assert lines[3].split()[-3:] == [">=", "1.6", "met"]
+    assert lines[4].endswith("MISSED")
+    assert "0.99740" in lines[5]
+    assert [common.short(v) for v in (1234.5, 12.345, 0.0123, 2e-7, 0)] == [
+        "1,234", "12.3", "0.0123", "2e-07", "0",
+    ]  # fmt: skip
+
+
+def test_the_plot_is_a_picture_with_every_figure_that_has_a_unit(benchmarks: Any) -> None:
+    common, plot = benchmarks("common"), benchmarks("plot")
+    picture = ET.fromstring(plot.bars(_rows(common)))
+    texts = [node.text for node in picture.iter() if node.tag.endswith("text")]
+    assert "a <b> & c" in texts
+    assert "mean IoU" in texts
+    assert "share" not in texts
+    classes = [node.get("class") for node in picture.iter() if node.tag.endswith("rect")]
+    assert classes == [None, "bar", "met", "met"]
+
+
+def test_ways_are_timed_in_turns(benchmarks: Any) -> None:
+    common = benchmarks("common")
+    order: list[str] = []
+    times = common.in_turns(
+        {"a": lambda: order.append("a"), "b": lambda: (order.append("b"), time.sleep(0.01))},
+        3,
+        warm_up=1,
+    )
+    assert order == ["a", "b"] * 4
+    assert len(times["a"].wall) == len(times["a"].cpu) == 3
+    assert min(times["b"].wall) >= 0.01
+    row = common.ratio("b against a", [2.0, 4.0, 9.0], [1.0, 1.0, 3.0], ">= 2")
+    assert (row.value, row.spread, row.meets()) == (3.0, (2.0, 4.0), True)
+
+
+def test_the_memory_of_a_process_and_its_children_is_its_own(benchmarks: Any) -> None:
+    common = benchmarks("common")
+    script = (
+        "import multiprocessing as m, time\n"
+        "def hold():\n x = bytearray(b'1') * 60_000_000; time.sleep(1)\n"
+        "if __name__ == '__main__':\n"
+        " p = m.get_context('fork').Process(target=hold); p.start(); hold(); p.join(); print('[7]')"
+    )
+    child = common.run_child([sys.executable, "-c", script], every=0.02)
+    assert child.last_json() == [7]
+    assert child.wall >= 1
+    if Path("/proc/self/smaps_rollup").exists():
+        assert 110e6 < child.peak < 250e6
+    failed = common.run_child([sys.executable, "-c", "raise SystemExit('no such thing')"])
+    with pytest.raises(RuntimeError, match="exit code 1: no such thing"):
+        failed.last_json()
+
+
+def test_every_part_of_the_command_is_there(benchmarks: Any, repo: Path) -> None:
+    run = benchmarks("run")
+    for part in run.PARTS:
+        text = (repo / "benchmarks" / f"{part}.py").read_text(encoding="utf-8")
+        assert "def measure(options: Options) -> list[Row]:" in text, part
+
+
+def test_a_part_is_written_beside_what_earlier_runs_left(
+    benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common, run = benchmarks("common"), benchmarks("run")
+    rows = _rows(common)
+    for part in ("parity", "encoder"):
+        module = type(sys)(part)
+        module.measure = lambda options, part=part: rows[part]  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, part, module)
+        monkeypatch.setattr(sys, "argv", ["run.py", part, "-o", str(tmp_path)])
+        assert run.main() == (1 if part == "encoder" else 0)  # one of its figures is missed
+    found, machines = run.load(tmp_path, "cpu")
+    assert found == rows
+    assert set(machines) == {"encoder", "parity"}
+    assert machines["parity"]["command"].startswith("python benchmarks/run.py parity")
+    assert "MISSED" in (tmp_path / "cpu.md").read_text(encoding="utf-8")
+    assert (tmp_path / "cpu.svg").is_file()
+
+
+def test_figures_of_a_quick_run_do_not_land_among_the_real_ones(
+    benchmarks: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = benchmarks("run")
+    for arguments, message in ((["--quick"], "name a folder"), (["speed"], "no part speed")):
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        with pytest.raises(SystemExit):
+            run.parse()
+        assert message in capsys.readouterr().err
