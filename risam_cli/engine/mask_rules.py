@@ -94,6 +94,11 @@ def to_host(masks: Sequence[Tensor], numbers: Tensor) -> tuple[list[Mask], list[
     """
     if numbers.device.type == "cpu":
         return [one for group in masks for one in group.cpu().numpy()], numbers.tolist()
+    return _through_bits(masks, numbers)
+
+
+def _through_bits(masks: Sequence[Tensor], numbers: Tensor) -> tuple[list[Mask], list[list[float]]]:
+    """:func:`to_host` from a device with memory of its own."""
     parts = [numbers.contiguous().view(torch.uint8).flatten()]
     parts += [pack(group.to(numbers.device)).flatten() for group in masks]
     host = _copied(torch.cat(parts))
