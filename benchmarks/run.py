@@ -26,6 +26,7 @@ from plot import bars
 
 PARTS = {
     "encoder": "ViT-B's image encoder against segment_anything's and transformers'",
+    "attention": "the ways of attention with relative positions, one against the other",
     "footprint": "peak memory of a process with ViT-B's encoder, against the peers'",
     "parity": "the fast path's masks against the plain float32 path's, on real photos",
     "output": "masks to RLE and PNG against pycocotools and Pillow",
@@ -95,7 +96,8 @@ def save(
     machines: Mapping[str, Mapping[str, str]],
 ) -> None:
     """Writes all four files anew."""
-    results = {part: results[part] for part in PARTS if part in results}
+    order = [*(part for part in PARTS if part in results), *(results.keys() - PARTS.keys())]
+    results = {part: results[part] for part in order}
     texts = {
         "csv": to_csv(results),
         "json": json.dumps(machines, indent=1, ensure_ascii=False) + "\n",
@@ -111,7 +113,8 @@ def report(results: Mapping[str, Sequence[Row]], machines: Mapping[str, Mapping[
     lines = ["# Figures", "", "Written by `benchmarks/run.py`; see docs/benchmarks.md.", ""]
     for part, rows in results.items():
         facts = machines[part]
-        lines += [f"## {part}", "", f"{PARTS[part]}.", "", "```text", table(rows), "```", ""]
+        about = f"{PARTS.get(part, part)}."
+        lines += [f"## {part}", "", about, "", "```text", table(rows), "```", ""]
         lines += [", ".join(f"{name}: {value}" for name, value in facts.items()) + ".", ""]
     return "\n".join(lines)
 
