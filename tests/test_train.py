@@ -100,6 +100,7 @@ def test_the_encoder_learns_in_the_first_stage_and_is_frozen_in_the_second(
 # --- cut and resumed ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(unbroken: Path, tmp_path: Path) -> None:
     output, config = tmp_path / "run", tmp_path / "train.yaml"
     config.write_text(yaml.safe_dump({**RAW, "output": str(output)}))

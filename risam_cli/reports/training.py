@@ -186,6 +186,7 @@ def _train_charts(rows: Sequence[Row]) -> list[tuple[str, Markup, list[str]]]:
     high = max(smooth) * 1.15
     raw = svg.Line("as logged", *_thinned(steps, losses), faint=True)
     curve = svg.Line("running mean", *_thinned(steps, smooth))
+    charts: list[tuple[str, Markup, list[str]]]
     charts = [("Loss", svg.lines([raw, curve], "step", "loss", y_high=high), [])]
     parts = [k for k in rows[0] if k not in _NO_CURVE | {"loss", "lr"}]
     series = [svg.Line(k, *_thinned(steps, _smoothed([r[k] for r in rows]))) for k in parts]
