@@ -34,6 +34,7 @@ PARTS = {
     "memory": "peak memory over 100, 1,000 and 5,000 images",
     "expressions": "1, 4, 16 and 64 expressions an image",
     "startup": "`risam --help`, and the way from command to first mask",
+    "training": "expressions a second in training, by how often an image is encoded",
     "cache": "a second `risam eval` from the feature cache",
 }
 
