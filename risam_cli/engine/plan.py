@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing.util
 import signal
 from collections.abc import Callable, Iterator, Sequence
 
@@ -113,3 +115,16 @@ def begin_worker(number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     cv2.setNumThreads(0)
+
+
+def _end_workers() -> None:
+    """Ends workers that are left when the process ends, as after an error with a loader at work.
+
+    They ignore SIGTERM, so multiprocessing, which sends that and waits, would wait for ever.
+    """
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+# After multiprocessing.util was imported, so that it is called before that one's own.
+atexit.register(_end_workers)
