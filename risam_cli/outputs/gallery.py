@@ -42,7 +42,7 @@ PAGE = f"{GALLERY}/index.html"
 PER_FILE = 250  # images in one file of data
 
 _COLORS = 28  # of the palette; then they repeat
-_QUALITY = 80
+_QUALITY = 70
 _SLACK = 0.4  # pixels of the small picture that an outline may move, to save points
 _DATA = re.compile(r"\d{5,}\.js")
 
