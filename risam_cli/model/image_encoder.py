@@ -195,8 +195,9 @@ class ImageEncoder(nn.Module):
     @property
     def precision(self) -> torch.dtype:
         """The format of its matrices; see :meth:`hold_weights_in`."""
-        weight: Tensor = self.neck[0].weight
-        return weight.dtype
+        narrow: Any = self.neck[0]
+        dtype: torch.dtype = narrow.weight.dtype
+        return dtype
 
     def hold_weights_in(self, dtype: torch.dtype) -> None:
         """Brings the weights of the blocks' and the neck's products to a format, for inference.
