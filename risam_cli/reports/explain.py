@@ -289,4 +289,6 @@ def _numbers(weights: NDArray[np.float32] | None) -> Any:
     """Nested lists; each number in the fewest digits that tell its float32 from all others."""
     if weights is None:
         return None
+    if weights.ndim > 2:  # piece by piece: as text a number takes sixteen times its room
+        return [_numbers(one) for one in weights]
     return weights.astype("U16").astype(np.float64).tolist()
