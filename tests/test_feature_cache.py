@@ -177,6 +177,19 @@ def test_other_weights_and_other_precision_are_other_features(
     assert encoded == [1] * 3 * len(pictures)
 
 
+def test_taps_leave_no_trace_in_the_weights_and_count(
+    tmp_path: Path, pictures: list[Path], encoded: list[int]
+) -> None:
+    hashes = set()
+    for taps in ([0, 1, 3], [0, 2, 3], [1, 2, 3], [0, 1, 3]):
+        encoder = {**WITH_STEM["image_encoder"], "depth": 4, "taps": taps}
+        model = loaded(image_encoder=encoder)
+        hashes.add(hash_weights(model.model.image_encoder))
+        predict(model, pictures[:1], tmp_path)
+    assert len(hashes) == 1
+    assert encoded == [1, 1, 1]
+
+
 def test_every_weight_and_table_counts() -> None:
     encoder = loaded().model.image_encoder
     before = hash_weights(encoder)

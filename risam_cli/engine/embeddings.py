@@ -5,8 +5,8 @@ features where there are any), so that all that is trained on top of a frozen en
 It is kept in half precision, and with a cache every run works on that: features that were just
 computed are rounded to half precision too, so results do not depend on what was in the cache.
 
-An entry is found by the encoder's weights, the number format it ran in, and the scaled pixels that
-it saw; so whatever changes the input (another size, an augmentation) is another entry.
+An entry is found by the encoder's weights and settings, the number format it ran in, and the scaled
+pixels that it saw; so whatever changes the input (another size, an augmentation) is another entry.
 """
 
 from __future__ import annotations
@@ -168,6 +168,8 @@ def open_feature_cache(
     """
     about = {
         "encoder": hash_weights(encoder),
+        # Taps leave no trace in the weights.
+        "settings": shape.model_dump(mode="json", exclude={"checkpoint"}),
         "preprocessing": f"longest side {shape.image_size}, padded; mean {PIXEL_MEAN}, "
         f"std {PIXEL_STD}",
         "precision": precision_name(precision),

@@ -273,11 +273,11 @@ class FeatureStore:
             for path, status in _files(encoder):
                 if freed >= wanted:
                     return freed
-                with contextlib.suppress(OSError):
-                    path.unlink()
-                    freed += status.st_size if path.name.endswith(_ENDING) else 0
-            if freed < wanted:
-                shutil.rmtree(encoder, ignore_errors=True)
+                # Not what is being written: that process is told of its room already.
+                if path.name.endswith(_ENDING):
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                        freed += status.st_size
         return freed
 
     @contextlib.contextmanager
