@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from risam_cli.console import Console, get_console, set_console
-from risam_cli.errors import RisamError, UsageError
+from risam_cli.errors import Interrupted, RisamError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -151,7 +151,7 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
         if not processes.speaks_for(error):
             raise Told(error.exit_code) from error
         set_console(told)
-        if processes.leads or isinstance(error, LostProcess):
+        if processes.leads or isinstance(error, (LostProcess, Interrupted)):
             raise
         error.args = (f"process {rank} of {size}: {error}",)
         raise
