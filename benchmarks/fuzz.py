@@ -2,12 +2,11 @@
 
     python benchmarks/fuzz.py --cases 20000               every target, seeded mutations
     python benchmarks/fuzz.py --only image,rle --seed 7
-    python benchmarks/fuzz.py --only coco --atheris 600   by coverage, for so many seconds
 
 Mutations start from sound inputs: bytes are changed, cut, doubled and spliced, and of JSON any
 value becomes an odd one (NaN, 2^64, half a character, a list for a number). A case that raises
 anything but RisamError, takes over ten seconds or runs out of memory is kept in ``--keep`` and
-told. Atheris (``pip install atheris``, Linux) finds what random changes do not reach.
+told.
 """
 
 from __future__ import annotations
@@ -136,29 +135,6 @@ def fuzz(name: str, target: Target, cases: int, seed: int, keep: Path) -> Counte
     return ends
 
 
-def by_coverage(name: str, target: Target, seconds: int, keep: Path) -> None:
-    """Hands a target to atheris; ends the process."""
-    import atheris
-
-    keep.mkdir(parents=True, exist_ok=True)
-    corpus = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
-    for number, seed in enumerate(target.seeds):
-        (corpus / f"seed-{number}").write_bytes(seed)
-    path = corpus.with_name(f"{corpus.name}-input")
-
-    def one(data: bytes) -> None:
-        path.write_bytes(data)
-        try:
-            target.run(path)
-        except RisamError:
-            return
-
-    atheris.instrument_all()
-    prefix = f"-artifact_prefix={keep}/{name}-"
-    atheris.Setup([sys.argv[0], str(corpus), f"-max_total_time={seconds}", prefix], one)
-    atheris.Fuzz()
-
-
 def _slow(signum: int, frame: FrameType | None) -> None:
     raise Slow(f"over {SECONDS:g} s")
 
@@ -170,12 +146,8 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(TARGETS), help="targets, comma separated")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, default=Path("fuzz-found"), help="for what is found")
-    parser.add_argument("--atheris", type=int, metavar="SECONDS", help="by coverage, one target")
     options = parser.parse_args()
     chosen = {name: TARGETS[name] for name in options.only.split(",")}
-    if options.atheris is not None:
-        name, target = next(iter(chosen.items()))
-        by_coverage(name, target, options.atheris, options.keep)
     signal.signal(signal.SIGALRM, _slow)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     found = 0
