@@ -20,6 +20,7 @@ from training_runs import RAW, settings, write_coco
 from risam_cli import masks
 from risam_cli.build_data import DataBuilder
 from risam_cli.commands.refshapes import command as refshapes
+from risam_cli.config import load_settings
 from risam_cli.console import Console
 from risam_cli.data.dataset import ReferringSamples, ReferringScenes
 from risam_cli.data.mixed import MixedExamples, image_key
@@ -444,3 +445,19 @@ def test_scenes_come_back_each_epoch() -> None:
     scenes = ReferringScenes(RefShapes("refshapes", "train", 3, 2, 128), 128, 32, 0.0)
     np.testing.assert_array_equal(scenes[4].image, scenes[1].image)
     assert scenes.name_of(4) == "refshapes train scene 1"
+
+
+def test_photos_are_data_of_ones_own(photos: Path, repo: Path) -> None:
+    annotations = photos.parent / "instances.json"
+    chosen = load_settings(
+        repo / "configs/finetune_own_data.yaml", [f"train.annotations={annotations}"]
+    )
+    builder = DataBuilder(chosen, Console())
+    train, val = builder.train(), builder.held_out()["mine"]
+    assert (len(train), len(val)) == (80, 20)
+    for index in range(0, 3 * len(train), 24):
+        example = train[index]
+        assert max(example.image.shape) == 256
+        assert len(example.targets) == len(example.texts) == train.expressions_of(index)
+        # What nothing fits has no mask, and what something fits keeps one, cut and mirrored.
+        assert (example.targets.max(axis=(1, 2)) > 0).tolist() == (~example.no_target).tolist()
