@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from risam_cli.errors import ModelError
-from risam_cli.lora import is_lora
 
 if TYPE_CHECKING:
     from risam_cli.model.risam import Risam
@@ -90,6 +89,8 @@ def plain(needs: Sequence[Needed]) -> list[dict[str, Any]]:
 
 def covers(needs: Sequence[Needed], name: str) -> bool:
     """Whether a weight of the network is in a needed file and not in the model folder."""
+    from risam_cli.lora import is_lora
+
     return any(
         name.startswith(_PREFIXES[needed.part]) and ".adapter." not in name and not is_lora(name)
         for needed in needs

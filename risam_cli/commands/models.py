@@ -95,10 +95,13 @@ def inspect(model: str | None, tensors: bool, as_json: bool) -> None:
       risam models inspect
       risam models inspect runs/mine/best --tensors
     """
-    from risam_cli import checkpoints
+    from risam_cli import checkpoints, frozen
 
     folder = checkpoints.find_model(model)
     facts = checkpoints.inspect_model_folder(folder)
+    # Nothing of the list is shown before it was looked through.
+    needs = frozen.parse_needed(facts["needs"], str(folder / checkpoints.CONFIG_FILE))
+    facts["needs"] = frozen.plain(needs)
     if tensors:
         facts["tensors"] = _tensors(folder / checkpoints.WEIGHTS_FILE)
     if as_json:
