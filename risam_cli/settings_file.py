@@ -62,8 +62,9 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        both = isinstance(value, Mapping) and isinstance(old, Mapping)
-        if both and value.get(TAG, old.get(TAG)) != old.get(TAG):
-            both = False
-        merged[key] = merge(old, value) if both and isinstance(old, Mapping) else value
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            same = value.get(TAG, old.get(TAG)) == old.get(TAG)
+            merged[key] = merge(old, value) if same else value
+        else:
+            merged[key] = value
     return merged

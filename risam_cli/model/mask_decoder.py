@@ -148,9 +148,8 @@ class NoTargetEvidence(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.head = MLP([dim + 2, dim, 1])
-        last = self.head.layers[-1]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for parameter in self.head.layers[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, mask_logits: Tensor, visual: Tensor) -> Tensor:
         """Logits (E,) out of masks (E, 4h, 4w) and visual features (E, h*w, C)."""
