@@ -113,7 +113,7 @@ def kill_after(child: int, seconds: float, kind: signal.Signals) -> int | None:
     return None
 
 
-def outlived(group: int, seconds: float = 20.0) -> bool:
+def outlived(group: int, seconds: float = 180.0) -> bool:
     """Whether a process of a run is still there so long after it."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

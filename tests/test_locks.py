@@ -146,3 +146,28 @@ def test_a_folder_taken_away_while_it_is_opened_is_made_again(
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
     FolderLock(tmp_path).release()
+
+
+def test_what_a_run_leaves_is_deleted_while_its_lock_still_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the next run would begin, and find its own files deleted."""
+    from risam_cli.engine import run_folder
+
+    rmtree = run_folder.shutil.rmtree
+    refused = 0
+
+    def deleting(path: Path, **more: bool) -> None:
+        nonlocal refused
+        with pytest.raises(OutputError, match="another run"):
+            FolderLock(tmp_path)
+        refused += 1
+        rmtree(path, **more)
+        with pytest.raises(OutputError, match="another run"):
+            FolderLock(tmp_path)
+
+    folder = run_folder.RunFolder(tmp_path)
+    monkeypatch.setattr(run_folder.shutil, "rmtree", deleting)
+    folder.close()
+    assert refused
+    assert list(tmp_path.iterdir()) == []

@@ -75,12 +75,17 @@ class RunFolder:
                 self.finish_splice()
                 self.clear_staging()
         else:
-            shutil.rmtree(self.private, ignore_errors=True)
-            if self._is_new:
-                with suppress(OSError):
-                    self.path.rmdir()
+            # Not the lock itself: whoever finds it gone may begin while we are still at it.
+            for name in (self.staging, self.incoming):
+                shutil.rmtree(name, ignore_errors=True)
+            for path in (self.redo, *map(self.spliced, _SPLICED)):
+                path.unlink(missing_ok=True)
+        begun = self.holds_run()
         self._lock.release()
         self._lock = None
+        if self._is_new and not begun:
+            with suppress(OSError):
+                self.path.rmdir()
 
     @property
     def predictions(self) -> Path:
@@ -124,6 +129,7 @@ class RunFolder:
         remove_pages(self.path)
         for name in (MASKS, OVERLAYS, GALLERY):
             remove_empty_folders(self.path / name)
+        self.confined = Confined(self.path)  # that of before believes the folders to be there
 
     def require_known(self) -> None:
         """Makes sure that it is known what an earlier run wrote here.
