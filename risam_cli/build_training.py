@@ -105,6 +105,7 @@ class TrainingBuilder:
             encoder.stem[1] if encoder.stem else 0,
             (len(SHAPES), len(COLORS), len(SIZES)),
         ).to(self.device)
+        self.model.requires_grad_(False)
         self.model.image_encoder.requires_grad_(True)
         task = DenseTask(self.model.image_encoder, head, settings.background_weight)
         groups = parameter_groups([(task.module, settings.learning_rate)], self.settings.optimizer)

@@ -282,10 +282,9 @@ class TrainingRun:
         with autocast(self.loop.device, self.loop.dtype), self.processes.together():
             figures = stage.validate(self._stop_between)
         # All of them are in the log; one line has room for the foremost.
-        foremost = [k for k in figures if k.endswith(".miou")] or [
-            k for k in figures if "." not in k
-        ]
-        shown = ", ".join(f"{k} {figures[k]:.3f}" for k in [*foremost, "best"] if k != "watched")
+        plain = [k for k in figures if k not in ("best", "watched")]
+        foremost = [k for k in plain if k.endswith(".miou")] or plain
+        shown = ", ".join(f"{k} {figures[k]:.3f}" for k in [*foremost, "best"])
         self.console.info(f"stage {stage.name}, {of or f'step {self.place.step}'}: {shown}")
         return figures
 
