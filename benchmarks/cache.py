@@ -112,7 +112,10 @@ def training(folder: Path, preset: str, images: int, steps: int, options: Option
     each = 2 if preset == "vit_b" else 6
     scenes = {"dataset": "refshapes", "family": "mixed", "expressions_per_scene": each}
     settings: dict[str, Any] = {
-        "name": "cache", "device": options.device, "precision": "fp32", "workers": 0,
+        "name": "cache",
+        "device": options.device,
+        "precision": "fp32",
+        "workers": 0,
         "model": {
             "preset": preset,
             "image_encoder": {"adapter_dim": 0},
@@ -122,11 +125,18 @@ def training(folder: Path, preset: str, images: int, steps: int, options: Option
         "val": {"val": {**scenes, "split": "val", "scenes": 1}},
         "stages": [
             {
-                "name": "fusion", "kind": "referring", "learning_rate": 1e-4, "warmup": 1,
-                "steps": steps, "images_per_step": min(images, 8),
+                "name": "fusion",
+                "kind": "referring",
+                "learning_rate": 1e-4,
+                "warmup": 1,
+                "steps": steps,
+                "images_per_step": min(images, 8),
             }
         ],
-        "log_every": 1, "validate_every": steps, "checkpoint_every": steps, "pictures": 0,
+        "log_every": 1,
+        "validate_every": steps,
+        "checkpoint_every": steps,
+        "pictures": 0,
     }
     kept = {"feature_cache": {"folder": str(folder / "cache")}}
     rates: dict[str, list[float]] = {}

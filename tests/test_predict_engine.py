@@ -428,18 +428,18 @@ def test_the_sink_gets_every_mask(pictures: list[Path]) -> None:
 def test_a_mask_that_cannot_be_written_fails_its_item(
     pictures: list[Path], at_finish: bool
 ) -> None:
-    sink = Sink(OSError(errno.EIO, "Input/output error", "x.png"), at_finish)
+    sink = Sink(OSError(errno.ENAMETOOLONG, "File name too long", "x.png"), at_finish)
     asked = [sample(pictures[0], "x", "bad")]
     (result,) = predict_samples(asked, FakeModel(), SETTINGS, sink=sink)
     assert len(result.failures) == (2 if at_finish else 1)
     assert len(result.predictions) == 2 - len(result.failures)
     assert result.failures[-1].stage == "write"
-    assert "Input/output error" in result.failures[-1].message
+    assert "File name too long" in result.failures[-1].message
 
 
 @pytest.mark.parametrize("at_finish", [False, True])
 def test_a_full_disk_ends_the_run(pictures: list[Path], at_finish: bool) -> None:
     sink = Sink(OSError(errno.ENOSPC, "No space left on device", "x.png"), at_finish)
     asked = [sample(path, "bad") for path in pictures]
-    with pytest.raises(OutputError, match=r"x\.png: No space left on device; make room"):
+    with pytest.raises(OutputError, match=r"x\.png: No space left on device; .*make room"):
         list(predict_samples(asked, FakeModel(), SETTINGS, sink=sink))

@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from pydantic_core import PydanticSerializationError
 
 from risam_cli.reports import svg, text
 from risam_cli.reports.gallery import ANSWER, TRUTH, Picture
@@ -21,7 +20,7 @@ def to_json(report: Report) -> str:
     """The report as JSON, indented, ending in a newline."""
     try:
         return report.model_dump_json(indent=1) + "\n"
-    except PydanticSerializationError:  # a half of a character, from someone's JSON or a file name
+    except ValueError:  # a half of a character, from someone's JSON or a file name
         whole = Report.model_validate(_with_escapes(report.model_dump()))
         return whole.model_dump_json(indent=1) + "\n"
 
