@@ -284,7 +284,10 @@ def write_atomic(path: Path, write: Any) -> None:
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask grants; safetensors grants the owner only
         write(temporary)
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

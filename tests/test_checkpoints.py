@@ -284,3 +284,12 @@ def test_write_atomic_replaces_whole_or_leaves_the_old_file(tmp_path: Path) -> N
         write_atomic(path, fail)
     assert path.read_text() == "one"
     assert os.listdir(tmp_path) == ["state.pt"]
+
+
+def test_whoever_may_read_new_files_may_read_the_weights(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "model.safetensors", lambda t: save_file({"x": torch.ones(1)}, t))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
