@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,8 @@ from risam_cli.build_training import TrainingBuilder
 from risam_cli.config import load_settings
 from risam_cli.console import get_console
 from risam_cli.engine import optimize
-from risam_cli.engine.optimize import Schedule
+from risam_cli.engine.optimize import Schedule, Stepper
 from risam_cli.engine.plan import PlannedBatches
-from risam_cli.engine.train import TrainingRun
 from risam_cli.engine.training_state import MovingAverage
 from risam_cli.errors import ModelError, OutputError, RisamError
 
@@ -127,6 +127,19 @@ def test_a_killed_run_goes_on_to_the_same_bits(unbroken: Path, tmp_path: Path) -
     _assert_same_run(output, unbroken)
 
 
+def _cut(patch: pytest.MonkeyPatch, here: Callable[[int, int], bool]) -> None:
+    """Interrupts a run before the step of a stage that ``here`` says."""
+    step = Stepper.__call__
+
+    def cut_here(self: Stepper, parts: Any, rate: float, seed: int) -> Any:
+        # A step's seed says which one it is.
+        if here(*divmod(seed - RAW["seed"] * 1_000_003, 100_003)):
+            raise KeyboardInterrupt
+        return step(self, parts, rate, seed)
+
+    patch.setattr(Stepper, "__call__", cut_here)
+
+
 @pytest.mark.parametrize(
     "cut",
     [(0, 2), (0, 5), (1, 0), (1, 9)],
@@ -135,15 +148,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(unbroken: Path, tmp_path: Path) -
 def test_wherever_it_is_cut_it_goes_on_to_the_same_bits(
     unbroken: Path, tmp_path: Path, cut: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = TrainingRun._step
-
-    def cut_here(self: TrainingRun, *arguments: Any) -> Any:
-        if (self.place.stage, self.place.step) == cut:
-            raise KeyboardInterrupt
-        return step(self, *arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "_step", cut_here)
+        _cut(patch, lambda *place: place == cut)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
     run(tmp_path, resume=True)
@@ -165,15 +171,8 @@ def test_two_dense_stages_do_not_depend_on_a_cut_between_them(
     dense = {**RAW["stages"][0], "steps": 2}
     stages = [dense, {**dense, "name": "again"}]
     run(tmp_path / "whole", stages=stages)
-    step = TrainingRun._step
-
-    def cut_here(self: TrainingRun, *arguments: Any) -> Any:
-        if self.place.stage == 1:
-            raise KeyboardInterrupt
-        return step(self, *arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "_step", cut_here)
+        _cut(patch, lambda stage, step: stage == 1)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "cut", stages=stages)
     run(tmp_path / "cut", resume=True, stages=stages)
@@ -184,15 +183,8 @@ def test_two_dense_stages_do_not_depend_on_a_cut_between_them(
 def test_other_settings_are_refused_and_leave_the_run_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = TrainingRun._step
-
-    def cut_here(self: TrainingRun, *arguments: Any) -> Any:
-        if (self.place.stage, self.place.step) == (0, 5):
-            raise KeyboardInterrupt
-        return step(self, *arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "_step", cut_here)
+        _cut(patch, lambda stage, step: (stage, step) == (0, 5))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
     files = {p: p.read_bytes() for p in tmp_path.rglob("*.*") if "tensorboard" not in p.parts}
