@@ -19,6 +19,8 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+from risam_cli.console import Console, set_console
+
 REPO = Path(__file__).resolve().parent.parent
 
 # A loaded machine must not fail a property test for its time.
@@ -35,6 +37,12 @@ class Cli(Protocol):
         cwd: Path | None = None,
         timeout: float = 300,
     ) -> subprocess.CompletedProcess[str]: ...
+
+
+@pytest.fixture(autouse=True)
+def console_of_its_own() -> None:
+    """What one test made of ``--quiet`` or ``--verbose`` must not silence the next."""
+    set_console(Console())
 
 
 @pytest.fixture(scope="session")

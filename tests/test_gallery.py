@@ -292,7 +292,10 @@ def test_filters_and_hostile_text_in_a_browser(browser: str, profile: Path, tmp_
         )
     page = gallery.finish().as_uri()
     dom, console = shown(
-        browser, f"{page}#text=script+ALERT&low=50&sort=low", profile, until="<image"
+        browser,
+        f"{page}#text=script+ALERT&low=50&sort=low",
+        profile,
+        until='<path class="mask" d="M2,2',
     )
     assert console == ""
     assert "1–1 of 1 images" in dom

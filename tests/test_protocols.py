@@ -21,7 +21,7 @@ from risam_cli.engine.evaluate import (
     resize_nearest,
     warp_through_letterbox,
 )
-from risam_cli.engine.protocol_predict import masks_by_protocol
+from risam_cli.engine.protocol_predict import mask_rule
 from risam_cli.errors import UsageError
 from risam_cli.metrics import PROTOCOLS, ExpressionScore, get_protocol, summarize
 from risam_cli.types import Expression, Sample
@@ -216,7 +216,7 @@ def _logits(probability: float) -> torch.Tensor:
 def test_thresholds_are_applied_to_probabilities(protocol: str) -> None:
     rule = get_protocol(protocol)
     for probability in (0.34, 0.36, 0.49, 0.51):
-        made = masks_by_protocol(_logits(probability), (60, 64), 64, rule, rule.threshold)
+        made = mask_rule(rule)(_logits(probability), (60, 64), 64, rule.threshold).numpy()
         assert len(made) == 2
         inner = made[0][8:-8, 8:-8]  # bicubic ringing at the canvas's edge is CRIS's own
         assert inner.all() == (probability > rule.threshold)
@@ -228,6 +228,6 @@ def test_thresholds_are_applied_to_probabilities(protocol: str) -> None:
 def test_logits_go_to_the_canvas_without_the_images_size_between() -> None:
     """A boundary between two pixels of a tiny image still has 480 columns' precision."""
     logits = torch.linspace(3, -3, 16).expand(1, 16, 16)
-    made = masks_by_protocol(logits, (4, 4), 64, get_protocol("lavt"), 0.5)
+    made = mask_rule(get_protocol("lavt"))(logits, (4, 4), 64, 0.5).numpy()
     assert 0.48 < made[0].mean() < 0.52
     assert len(np.unique(made[0].sum(axis=1))) == 1
