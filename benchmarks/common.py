@@ -241,7 +241,7 @@ def machine(device: str = "cpu") -> dict[str, str]:
 
     facts = {
         "measured": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "machine": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "machine": f"{platform.system()}, {platform.machine()}",
         "processor": _processor(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
