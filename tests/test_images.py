@@ -342,3 +342,16 @@ def test_damaged_files_raise_nothing_but_image_errors(
 def test_the_command_says_the_same_limits_as_the_modules() -> None:
     assert command.MAX_PIXELS == images.MAX_PIXELS
     assert command.TIMEOUT == loader.TIMEOUT
+
+
+def test_a_png_with_spoilt_pixel_data_is_no_black_image(tmp_path: Path) -> None:
+    path = tmp_path / "spoilt.png"
+    Image.new("RGB", (48, 48), (200, 10, 10)).save(path)
+    whole = bytearray(path.read_bytes())
+    start = whole.index(b"IDAT") + 4
+    whole[start : start + 4] = b"\xff\xff\xff\xff"  # no stream that zlib knows
+    path.write_bytes(bytes(whole))
+    with pytest.raises(ImageError, match=r"spoilt\.png"):
+        images.open_rgb(path)
+    with pytest.raises(ImageError, match=r"spoilt\.png"):
+        images.open_for_encoder(path, 32)

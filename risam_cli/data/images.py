@@ -250,6 +250,8 @@ def _what_else(head: bytes) -> str:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1..8; 1 where there is none or it cannot be read."""
+    if image.format == "PNG" and "exif" not in image.info:
+        image.load()  # getexif() would, to look behind the pixels; damage there must be told
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # whatever is wrong with EXIF, the pixels are still good
