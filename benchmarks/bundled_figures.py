@@ -17,13 +17,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from risam_cli.checkpoints import CARD_FILE, CONFIG_FILE, README_FILE
 from risam_cli.data.refshapes.dataset import FAMILIES
 
 SPLITS = ("val", "testA", "testB")
 # The first half of the bundled model's training, as its own card told.
 FIRST_SECONDS, FIRST_ITEMS = 5387.0, 326_400
 SHOWN = ("miou", "oiou", "pr@0.5", "pr@0.9", "n_acc", "t_acc")
-CARD_FILE, README_FILE = "card.json", "README.md"
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
         "rows": rows,
     }
     (options.model / CARD_FILE).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    config = json.loads((options.model / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((options.model / CONFIG_FILE).read_text(encoding="utf-8"))
     threshold = config["model"]["no_target_threshold"]
     (options.model / README_FILE).write_text(readme(card, threshold), encoding="utf-8")
     print(table(rows))

@@ -18,6 +18,7 @@ from risam_cli import masks
 from risam_cli.data.images import open_rgb
 from risam_cli.data.memory import Pixels, pixels_to_rgb
 from risam_cli.errors import ImageError
+from risam_cli.outputs.drawing import no_larger
 from risam_cli.outputs.overlay import draw_overlay
 from risam_cli.outputs.png import encode_rgb, write_mask
 from risam_cli.outputs.records import to_json
@@ -120,7 +121,9 @@ class Result:
         return f"<Result {self.expression!r} in {self.image!r}: {what}, score {self.score:.3f}>"
 
     def _repr_png_(self) -> bytes:
-        return encode_rgb(self._drawn(_small(_rgb_or_gray(self._source, self.size))))
+        return encode_rgb(
+            self._drawn(no_larger(_rgb_or_gray(self._source, self.size), _SHOWN_SIDE))
+        )
 
     def _repr_html_(self) -> str:
         uri = base64.b64encode(self._repr_png_()).decode("ascii")
@@ -182,11 +185,3 @@ def _rgb_or_gray(source: Path | Pixels | None, size: tuple[int, int]) -> NDArray
         return source_rgb(source, size)
     except ImageError:
         return np.full((*size, 3), _GRAY, np.uint8)
-
-
-def _small(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    scale = _SHOWN_SIDE / max(rgb.shape[:2])
-    if scale >= 1:
-        return rgb
-    size = max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale))
-    return np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8)

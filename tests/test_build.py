@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from made_parts import sam_file
 from networks import (
     TEXTS,
     noise,
     randomize,
-    reference_encoder,
     relative_error,
-    save_pth,
     small_model,
     small_settings,
 )
@@ -32,7 +31,7 @@ from risam_cli.config import OptimizerSettings
 from risam_cli.console import Console
 from risam_cli.errors import ConfigError, ModelError
 from risam_cli.model.risam import Risam
-from risam_cli.model.sam_baseline import SamMaskDecoder, segment_anything_modeling
+from risam_cli.model.sam_baseline import SamMaskDecoder
 
 FUSION = RAW["stages"][1]
 PATCHES: dict[str, Any] = {"stem": None, "adapter_dim": 4}
@@ -179,29 +178,11 @@ def test_init_from_another_network_is_refused(
         _builder(tmp_path, init_from=str(folder), model=model)
 
 
-def _sam_file(tmp_path: Path) -> Path:
-    """A SAM of the small network's encoder, with a decoder as large as SAM's own."""
-    reference = reference_encoder(
-        grid=8, window=4, dim=32, heads=2, depth=3, global_blocks=(2,), out_dim=256
-    )
-    sam: Any = segment_anything_modeling()
-    decoder = sam.MaskDecoder(
-        transformer_dim=256,
-        transformer=sam.TwoWayTransformer(depth=2, embedding_dim=256, num_heads=8, mlp_dim=2048),
-    )
-    prompt = sam.PromptEncoder(
-        embed_dim=256, image_embedding_size=(8, 8), input_image_size=(128, 128), mask_in_chans=16
-    )
-    return save_pth(
-        tmp_path / "sam.pth", reference, mask_decoder=randomize(decoder), prompt_encoder=prompt
-    )
-
-
 @pytest.mark.parametrize("size", ["SAM's", "another"])
 def test_a_sam_checkpoint_fills_the_encoder_and_the_baselines_decoder(
     tmp_path: Path, size: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = _sam_file(tmp_path)
+    path = sam_file(tmp_path / "sam.pth")
     decoder = {"kind": "sam", "heads": 8, "layers": 2, "ffn_dim": 2048 if size == "SAM's" else 64}
     builder = _builder(
         tmp_path,

@@ -124,10 +124,11 @@ def open_rgb(path: Path, max_pixels: int = MAX_PIXELS) -> Rgb:
 
 
 def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(H, W) of the upright image, read from the header alone.
+    """(H, W) of the upright image, read from the header alone where that suffices.
 
     Raises:
-        ImageError: as :func:`open_rgb`, but damage behind the header is not seen.
+        ImageError: as :func:`open_rgb`, but damage behind the header is not seen (save in a PNG,
+            whose EXIF may stand behind its pixels).
     """
     with open_regular(path) as file, decoding(path):
         return _upright_size(_open_image(file, path, max_pixels))

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from risam_cli import __version__
 from risam_cli.confine import Confined
 from risam_cli.errors import OutputError
+from risam_cli.outputs.drawing import svg_path
 from risam_cli.outputs.naming import GALLERY
 from risam_cli.outputs.palette import color
 from risam_cli.outputs.png import write_whole
@@ -43,7 +44,6 @@ PER_FILE = 250  # images in one file of data
 
 _COLORS = 28  # of the palette; then they repeat
 _QUALITY = 70
-_SLACK = 0.4  # pixels of the small picture that an outline may move, to save points
 _DATA = re.compile(r"\d{5,}\.js")
 
 
@@ -183,16 +183,7 @@ def outline(mask: NDArray[np.bool_]) -> str:
     found = gray >= 128
     if not found.any():  # a mask of a few pixels must not vanish
         found = gray > 0
-    contours, _ = cv2.findContours(found.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    return "".join(_ring(np.asarray(contour, np.int32)) for contour in contours)
-
-
-def _ring(contour: NDArray[np.int32]) -> str:
-    points = np.asarray(cv2.approxPolyDP(contour, _SLACK, closed=True)).reshape(-1, 2)
-    if len(points) < 3:  # a dot or a line: give it an area, or nothing would be drawn
-        (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0) + 1
-        points = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
-    return "M" + " ".join(f"{x},{y}" for x, y in points.tolist()) + "Z"
+    return svg_path(found)
 
 
 def encode_item(rgb: NDArray[np.uint8], size: tuple[int, int], outlines: Sequence[str]) -> bytes:

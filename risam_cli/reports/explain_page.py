@@ -13,7 +13,6 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-import cv2
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
@@ -21,6 +20,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from risam_cli.engine.explain import Attention
+from risam_cli.outputs.drawing import no_larger
 from risam_cli.reports.explain import Explained, Explanation, spread
 from risam_cli.reports.explain_picture import HEAT, word_colors
 from risam_cli.reports.gallery import outline, webp_uri
@@ -41,7 +41,7 @@ def to_html(explanation: Explanation) -> str:
     keys, left_out = chosen_maps(explanation)
     script = _script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    picture = _picture(explanation.rgb)
+    picture = no_larger(explanation.rgb, _SIDE)
     height, width = picture.shape[:2]
     marks = _marks(width, height)
     padding = [e.attention.padding for e in explanation.expressions]
@@ -108,14 +108,6 @@ def _environment() -> Environment:
 @cache
 def _script() -> str:
     return files("risam_cli.reports").joinpath("templates/explain.js").read_text(encoding="utf-8")
-
-
-def _picture(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    scale = _SIDE / max(rgb.shape[:2])
-    if scale >= 1:
-        return rgb
-    size = max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale))
-    return np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _marks(width: int, height: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from risam_cli import masks
 from risam_cli.data.images import open_rgb
 from risam_cli.engine.evaluate import Case
 from risam_cli.errors import ImageError
+from risam_cli.outputs.drawing import svg_path
 from risam_cli.types import Rle
 
 TRUTH = (86, 180, 233)
@@ -27,7 +28,6 @@ ANSWER = (230, 159, 0)
 _SIDE = 320
 _QUALITY = 75
 _PLAIN = 96  # gray of the ground where the image is not at hand
-_SLACK = 0.4  # pixels that an outline may move, to save points
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +81,7 @@ def outline(rle: Rle, size: tuple[int, int]) -> str:
     # A target of a few pixels must not vanish.
     found = resized >= 0.5
     found = found if found.any() or not dense.any() else resized > 0
-    contours, _ = cv2.findContours(found.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    return "".join(_ring(np.asarray(contour, np.int32)) for contour in contours)
-
-
-def _ring(contour: NDArray[np.int32]) -> str:
-    points = np.asarray(cv2.approxPolyDP(contour, _SLACK, closed=True)).reshape(-1, 2)
-    if len(points) < 3:  # a dot or a line: give it an area, or nothing would be drawn
-        (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0) + 1
-        points = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
-    return "M" + " ".join(f"{x},{y}" for x, y in points) + "Z"
+    return svg_path(found)
 
 
 def webp_uri(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> str:
