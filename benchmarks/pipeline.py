@@ -1,14 +1,17 @@
 """Images a second of ``risam predict`` against the bare model on tensors in memory.
 
-Both run with the same number of the model's threads, in turns. On a machine of two cores, one
-thread leaves a core to what surrounds the network, and two leave none: both are measured. The
-start-up of a process is left out of both, for it does not grow with the images; what is written,
-RLE, PNG and the records synced to the disk, is in.
+Both are given the same number of torch's threads (``OMP_NUM_THREADS``), in turns: first one, which
+leaves the other cores to what surrounds the network, then all. The bare model is torch as it comes,
+all threads on one image after another; where there are several, also as many bare models side by
+side as predict runs, which is what nothing that reads and writes as well can reach. The start-up of
+a process is left out of all, for it does not grow with the images; what is written, RLE, PNG and
+the records synced to the disk, is in.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -18,8 +21,13 @@ from typing import Any
 from common import Options, Row, ratio, run_child
 from models import checked, draw, model_folder, risam
 
+from risam_cli.engine.cores import share_cores
+
+SIDE = 512
+"""Of the bundled model's square input, in pixels."""
+
 _BARE = """
-import json, sys, time
+import json, sys, threading, time
 import torch
 from pathlib import Path
 from risam_cli.build import load_model
@@ -43,18 +51,28 @@ def step(pixels):
 def wait():
     if device.type == "cuda":
         torch.cuda.synchronize()
+lanes = int(sys.argv[7])
+if lanes > 1:
+    torch.set_num_threads(max(1, torch.get_num_threads() // lanes))
+def work(first):
+    torch.get_num_threads()  # a new thread takes the number when it is first asked for it
+    with torch.inference_mode():
+        for number in range(first, count // batch, lanes):
+            step(ready[number % len(ready)])
 with torch.inference_mode():
     for pixels in ready[:2]:
         step(pixels)
-    wait()
-    wall, cpu = time.perf_counter(), time.process_time()
-    done = 0
-    while done < count:
-        pixels = ready[done // batch % len(ready)]
-        step(pixels)
-        done += len(pixels)
-    wait()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+wait()
+wall, cpu = time.perf_counter(), time.process_time()
+others = [threading.Thread(target=work, args=(first,)) for first in range(1, lanes)]
+for one in others:
+    one.start()
+work(0)
+for one in others:
+    one.join()
+wait()
+wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+done = count // batch * batch
 print(json.dumps({"wall": wall / done, "cpu": cpu / done}))
 """
 
@@ -67,38 +85,46 @@ def measure(options: Options) -> list[Row]:
     with tempfile.TemporaryDirectory() as made:
         folder = draw(Path(made, "pictures"), count, 480, 640)
         model = model_folder(Path(made, "model"), "vit_b") if gpu else None
-        for threads in (1,) if gpu else (1, 2):
-            rows += compare(Path(made), folder, model, count, threads, options)
+        for cores in (1,) if gpu else sorted({1, os.cpu_count() or 1}):
+            rows += compare(Path(made), folder, model, count, cores, options)
     return rows
 
 
 def compare(
-    made: Path, folder: Path, model: Path | None, count: int, threads: int, options: Options
+    made: Path, folder: Path, model: Path | None, count: int, cores: int, options: Options
 ) -> list[Row]:
-    """One number of threads."""
-    batch = 8 if options.device == "cuda" else 1
+    """One number of cores."""
     asked = "the red circle"
+    batch = 8 if options.device == "cuda" else 1
+    lanes = share_cores(options.device, SIDE, cores).lanes
     bare: list[dict[str, float]] = []
+    beside: list[dict[str, float]] = []
     whole: list[dict[str, Any]] = []
     for turn in range(1 if options.quick else options.repeats):
         command = [sys.executable, "-c", _BARE, str(model or "-"), options.device]
         command += [str(count), str(batch), str(folder), asked]
-        bare.append(run_child(command, env={"OMP_NUM_THREADS": str(threads)}).last_json())
-        output = made / f"o{threads}-{turn}"
+        env = {"OMP_NUM_THREADS": str(cores)}
+        bare.append(run_child([*command, "1"], env=env).last_json())
+        if lanes > 1:
+            beside.append(run_child([*command, str(lanes)], env=env).last_json())
+        output = made / f"o{cores}-{turn}"
         words = ["predict", folder, "-e", asked, "-o", output, "--device", options.device]
         words += ["--batch-size", batch, *(["--model", model] if model else [])]
-        child = checked(risam(*words, threads=threads))
+        child = checked(risam(*words, threads=cores))
         seconds = json.loads((output / "run.json").read_text())["seconds"]
         parts = ("startup", "import_torch", "load_model")
         wall = seconds["total"] - sum(seconds[part] for part in parts)
         whole.append({"wall": wall / count, "cpu": child.cpu / count, "parts": seconds})
-    name = f"{count} images, {threads} threads of the model"
-    rates = [1 / one["wall"] for one in bare], [1 / one["wall"] for one in whole]
+    name = f"{count} images, {cores} thread{'s' * (cores > 1)}"
+    rates = [[1 / one["wall"] for one in way] for way in (bare, whole, beside)]
     rows = [
         _rate(f"{name}: bare model", rates[0]),
         _rate(f"{name}: risam predict", rates[1]),
         ratio(f"{name}: predict / bare", rates[1], rates[0], ">= 0.9"),
     ]
+    if beside:
+        rows.append(_rate(f"{name}: {lanes} bare models side by side", rates[2]))
+        rows.append(ratio(f"{name}: predict / side by side", rates[1], rates[2]))
     for part in ("load_images", "encode", "decode_masks", "finish_masks", "write"):
         spent = [1000 * one["parts"][part] / count for one in whole]
         rows.append(

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from risam_cli.cli import main
+from risam_cli.engine.cores import threads_of
 
 SIZES = [(30, 90), (64, 64), (200, 31), (12, 12), (65, 64), (128, 96), (40, 41), (7, 300), (64, 64)]
 Predict = Callable[..., Path]
@@ -69,6 +70,19 @@ def test_neither_batches_nor_workers_nor_a_rerun_change_a_byte(
 ) -> None:
     again = predict("--batch-size", str(batch), "--workers", str(workers))
     assert contents(again) == contents(whole)
+
+
+@pytest.mark.parametrize("cores", [2, 5])
+def test_the_number_of_cores_changes_no_byte_of_small_images(
+    predict: Predict, whole: Path, cores: int
+) -> None:
+    with threads_of(cores):
+        beside = predict()
+    assert contents(beside) == contents(whole)
+    threads = [
+        json.loads((run / "run.json").read_text())["run_settings"] for run in (whole, beside)
+    ]
+    assert [one["threads"] for one in threads] == [1, 1]
 
 
 @pytest.mark.parametrize("count", [2, 5])

@@ -17,13 +17,23 @@ from predict_fakes import SIZE, FakeModel, FakeNetwork
 
 from risam_cli import masks
 from risam_cli.data.images import read_for_encoder
-from risam_cli.engine.compute import Answer, Compute, ComputeSettings, Job
+from risam_cli.engine.compute import Compute, ComputeSettings
+from risam_cli.engine.cores import threads_of
+from risam_cli.engine.jobs import Answer, Job
 from risam_cli.engine.predict import ImageResult, PredictSettings, predict_samples
 from risam_cli.errors import DataError, ModelError, OutputError
+from risam_cli.transforms import to_pixels
 from risam_cli.types import Expression, Prediction, Sample
 
 CPU = torch.device("cpu")
 SETTINGS = PredictSettings(CPU)
+
+
+@pytest.fixture(autouse=True, params=[1, 3], ids=lambda lanes: f"{lanes} lanes")
+def _lanes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Images one after another, and three side by side."""
+    with threads_of(request.param):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +154,15 @@ def test_a_source_that_breaks_gives_what_came_before_it(pictures: list[Path]) ->
 def test_stopping_ends_after_what_was_begun(pictures: list[Path]) -> None:
     stop = threading.Event()
     asked = [sample(path, "x") for path in pictures * 4]
+    network = FakeNetwork()
+
+    def hold(pixels: torch.Tensor) -> None:
+        assert len(network.encoded) < 2 or stop.wait(60), "nobody stopped it"
+
+    network.before_encode = hold
+    settings = PredictSettings(CPU, batch_size=2)
     got = []
-    for result in predict_samples(
-        asked, FakeModel(), PredictSettings(CPU, batch_size=2), stop=stop
-    ):
+    for result in predict_samples(asked, FakeModel(network), settings, stop=stop):
         got.append(result.index)
         stop.set()
     assert got == list(range(len(got)))
@@ -163,6 +178,73 @@ def test_leaving_early_leaves_no_thread(pictures: list[Path]) -> None:
     while set(threading.enumerate()) - before and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not set(threading.enumerate()) - before
+
+
+# --- side by side ---------------------------------------------------------------------------------
+
+
+def test_a_cpu_takes_images_side_by_side_and_each_once(pictures: list[Path]) -> None:
+    meeting = threading.Barrier(3)
+    network = FakeNetwork(before_encode=lambda pixels: meeting.wait(60) and None)
+    asked = [sample(path, "bright", "x") for path in pictures[:6]]
+    results = predict(asked, FakeModel(network), cores=3)
+    assert network.encoded == [1] * 6
+    assert told(results) == told(predict(asked, cores=1))
+
+
+def test_a_device_that_fails_in_one_lane_ends_the_run_after_what_came_before(
+    pictures: list[Path],
+) -> None:
+    """The first image takes its time, the second breaks the device, the others would go on."""
+    broken = threading.Event()
+
+    def encode(pixels: torch.Tensor) -> None:
+        wide = int((pixels[0, 0] > 0).sum(1).amax())  # of the bright part: less, image by image
+        if wide == first:
+            assert broken.wait(60)
+        elif wide == second:
+            broken.set()
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    first, second = (
+        int((to_pixels([read_for_encoder(path, SIZE).rgb], SIZE, CPU)[0, 0] > 0).sum(1).amax())
+        for path in pictures[:2]
+    )
+    assert first != second
+    results = predict_samples(
+        [sample(path, "x") for path in pictures],
+        FakeModel(FakeNetwork(before_encode=encode)),
+        PredictSettings(CPU, cores=3),
+    )
+    assert next(results).index == 0
+    with pytest.raises(ModelError, match="illegal memory access"):
+        next(results)
+
+
+def test_out_of_memory_side_by_side_is_none_alone(
+    pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock, inside = threading.Lock(), []
+    both = threading.Event()
+
+    def check(batch: torch.Tensor) -> None:
+        with lock:
+            inside.append(batch)
+            crowded = len(inside) > 1
+        try:
+            if crowded:
+                both.set()
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+            assert both.wait(60), "no second image came"
+        finally:
+            with lock:
+                inside.pop()
+
+    asked = [sample(path, "bright", "x") for path in pictures]
+    results = predict(asked, FakeModel(FakeNetwork(before_encode=check)), cores=2)
+    assert not any(result.failures for result in results)
+    assert told(results) == told(predict(asked, cores=1))
+    assert "2 images side by side; going on with 1" in capsys.readouterr().err
 
 
 # --- failures -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ On a CPU images go through one by one, and expressions in chunks that never reac
 that asks them. Batching more gains little there, and so the arithmetic of a sample never depends on
 its neighbours (the last bits of a batched matrix product do). Elsewhere images are encoded in
 batches and expressions decoded in chunks across images. Where memory runs out, first the batch,
-then the chunk is halved, for the rest of the run.
+then the chunk is halved, for the rest of the run; on a CPU, then the images side by side.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from risam_cli.console import get_console
-from risam_cli.data.images import EncoderImage
-from risam_cli.engine.ahead import Ahead, Preparer, batch_pixels
+from risam_cli.engine.ahead import Preparer, batch_pixels
+from risam_cli.engine.cores import Room
 from risam_cli.engine.device import is_device_lost, is_out_of_memory, release_memory
 from risam_cli.engine.embeddings import FeatureCache
-from risam_cli.engine.mask_rules import Mask, MaskRule, at_image_size, to_host
+from risam_cli.engine.jobs import Answer, Asked, Batch, Job, flattened
+from risam_cli.engine.mask_rules import MaskRule, at_image_size, to_host
 from risam_cli.errors import ModelError
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class ComputeSettings:
         images: images encoded at a time; a CPU takes one.
         expressions: expressions decoded at a time.
         mask_bytes: memory for full-size logits of a chunk.
+        threads: that a CPU is to work on an image with, for whoever starts them; 0 leaves that
+            to torch.
     """
 
     device: torch.device
@@ -86,44 +89,7 @@ class ComputeSettings:
     images: int
     expressions: int = 64
     mask_bytes: int = 256 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One image with the texts that are asked of it.
-
-    Attributes:
-        groups: how many of the texts belong to each sample, in order; empty for one sample.
-        ahead: what its loader got ready of the image; None where nobody has.
-    """
-
-    image: EncoderImage
-    texts: Sequence[str]
-    groups: Sequence[int] = ()
-    ahead: Ahead | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the network says of one expression.
-
-    Attributes:
-        job, text: which one: index of the job, index of its text.
-        mask: as the mask rule made it, before any no-target rule; None where it failed.
-        iou: predicted IoU of the mask, 0..1.
-        no_target: probability that nothing fits, 0..1.
-        cut_to: tokens that the expression was cut to, or 0.
-        error: one line, where it failed; else empty.
-    """
-
-    job: int
-    text: int
-    mask: Mask | None
-    iou: float = 0.0
-    no_target: float = 0.0
-    cut_to: int = 0
-    error: str = ""
-    error_kind: str = "ModelError"
+    threads: int = 0
 
 
 @dataclass(slots=True)
@@ -132,27 +98,6 @@ class Clock:
 
     encode: float = 0.0
     decode_mask: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """One expression on its way through the decoder."""
-
-    number: int  # of its job
-    position: int  # among the job's texts
-    row: int  # of the job's image among the features
-    group: tuple[int, int]  # its job, and the sample in it
-    job: Job
-
-    @property
-    def words(self) -> str:
-        return self.job.texts[self.position]
-
-    def failed(self, kind: str, error: str) -> Answer:
-        return Answer(self.number, self.position, None, error=error, error_kind=kind)
-
-
-_Batch = Sequence[tuple[int, Job]]
 
 
 @dataclass(slots=True)
@@ -169,6 +114,7 @@ class Compute:
         settings: where and how.
         rule: makes masks of logits.
         cache: of the model's image encoder, if features are kept.
+        room: shared with those that run the same model side by side.
 
     Attributes:
         prepare: gets an image ready for a :class:`Job`, in any thread.
@@ -182,12 +128,14 @@ class Compute:
         settings: ComputeSettings,
         rule: MaskRule = at_image_size,
         cache: FeatureCache | None = None,
+        room: Room | None = None,
     ) -> None:
         self.loaded = loaded
         self.settings = settings
         self.prepare = Preparer(settings.device, cache)
         self._rule = rule
         self._cache = cache
+        self._room = room or Room()
         self.clock = Clock()
         self._by_sample = settings.device.type == "cpu"
         self.images_at_once = 1 if self._by_sample else max(1, settings.images)
@@ -208,59 +156,63 @@ class Compute:
             batch, left = left[: self.images_at_once], left[self.images_at_once :]
             yield from self._run(batch)
 
-    def _run(self, batch: _Batch) -> Iterator[Answer]:
+    def _run(self, batch: Batch) -> Iterator[Answer]:
         """One batch; cut in pieces where it fails as a whole."""
-        why = None
+        why, size = None, 1
         try:
-            features = self._encode([job for _, job in batch])
+            with self._room:
+                features = self._encode([job for _, job in batch])
         except Exception as error:
             full = is_out_of_memory(error)
-            if len(batch) == 1 or is_device_lost(error):
+            if full and self._made_room():
+                size = len(batch)
+            elif len(batch) == 1 or is_device_lost(error):
                 why = _explained(error)
             elif full:
-                self.images_at_once = self._halved("images a batch", len(batch))
+                size = self.images_at_once = self._halved("images a batch", len(batch))
         else:
             yield from self._decode_all(features, batch)
             return
         if why is not None:
-            yield from (one.failed(*why) for one in _asked(batch))
+            yield from (one.failed(*why) for one in flattened(batch))
             return
         # Out of the handler: an exception in hand keeps the memory of its frames. Unless memory was
         # short, one image may be at fault: each goes alone, so that the others go on.
-        size = self.images_at_once if full else 1
         for start in range(0, len(batch), size):
             yield from self._run(batch[start : start + size])
 
-    def _decode_all(self, features: ImageFeatures, batch: _Batch) -> Iterator[Answer]:
+    def _decode_all(self, features: ImageFeatures, batch: Batch) -> Iterator[Answer]:
         """Decodes the expressions of an encoded batch, chunk by chunk."""
-        left = _asked(batch)
+        left = flattened(batch)
         while left:
             chunk = left[: self._fitting(left)]
             left = left[len(chunk) :]
             yield from self._decode_chunk(features, chunk)
 
-    def _decode_chunk(self, features: ImageFeatures, chunk: Sequence[_Asked]) -> Iterator[Answer]:
+    def _decode_chunk(self, features: ImageFeatures, chunk: Sequence[Asked]) -> Iterator[Answer]:
         """One chunk; cut in pieces where it fails as a whole."""
+        answers: list[Answer] = []
+        size = 1
         try:
-            answers = self._decode(features, chunk)
+            with self._room:
+                answers = self._decode(features, chunk)
         except Exception as error:
             full = is_out_of_memory(error)
-            if len(chunk) == 1 or is_device_lost(error):
+            if full and self._made_room():
+                size = len(chunk)
+            elif len(chunk) == 1 or is_device_lost(error):
                 why = _explained(error)
                 answers = [one.failed(*why) for one in chunk]
-            else:
-                answers = []
-                if full:
-                    self.expressions_at_once = self._halved("expressions a chunk", len(chunk))
+            elif full:
+                size = self.expressions_at_once = self._halved("expressions a chunk", len(chunk))
         if answers:
             yield from answers
             return
         # Out of the handler, as in _run. Unless memory was short, one expression may be at fault.
-        size = self.expressions_at_once if full else 1
         for start in range(0, len(chunk), size):
             yield from self._decode_chunk(features, chunk[start : start + size])
 
-    def _fitting(self, asked: Sequence[_Asked]) -> int:
+    def _fitting(self, asked: Sequence[Asked]) -> int:
         """How many expressions go together: as the full-size logits allow, at least one."""
         room = self.settings.mask_bytes
         for count, one in enumerate(asked[: self.expressions_at_once]):
@@ -269,6 +221,13 @@ class Compute:
             if count and (room < 0 or (self._by_sample and one.group != asked[0].group)):
                 return count
         return min(len(asked), self.expressions_at_once)
+
+    def _made_room(self) -> bool:
+        """Whether others were in the network too; from now on there are half as many."""
+        was = self._room.halve()
+        if was > 1:
+            self._halved("images side by side", was)
+        return was > 1
 
     def _halved(self, what: str, was: int) -> int:
         release_memory(self.settings.device)
@@ -300,7 +259,7 @@ class Compute:
         return features
 
     @torch.inference_mode()
-    def _decode(self, features: ImageFeatures, chunk: Sequence[_Asked]) -> list[Answer]:
+    def _decode(self, features: ImageFeatures, chunk: Sequence[Asked]) -> list[Answer]:
         started = time.perf_counter()
         texts = self._text_features(tuple(one.words for one in chunk))
         rows = torch.tensor([one.row for one in chunk], device=self.settings.device)
@@ -324,7 +283,7 @@ class Compute:
             )
         ]
 
-    def _masks(self, logits: Tensor, chunk: Sequence[_Asked]) -> list[Tensor]:
+    def _masks(self, logits: Tensor, chunk: Sequence[Asked]) -> list[Tensor]:
         """Masks on the device, (e, h, w) bool for each image of the chunk."""
         masks = []
         start = 0
@@ -363,18 +322,6 @@ class Compute:
         return torch.autocast(
             self.settings.device.type, dtype=precision if lower else None, enabled=lower
         )
-
-
-def _asked(batch: _Batch) -> list[_Asked]:
-    """The expressions of a batch in order."""
-    asked = []
-    for row, (number, job) in enumerate(batch):
-        position = 0
-        for group, size in enumerate(job.groups or [len(job.texts)]):
-            for _ in range(size):
-                asked.append(_Asked(number, position, row, (number, group), job))
-                position += 1
-    return asked
 
 
 def _explained(error: Exception) -> tuple[str, str]:

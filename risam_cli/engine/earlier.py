@@ -7,27 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from risam_cli import __version__
 from risam_cli.console import get_console
+from risam_cli.engine.cores import share_cores
 from risam_cli.engine.run_facts import versions
 from risam_cli.engine.run_folder import RUN
-from risam_cli.engine.run_plan import RunPlan
+from risam_cli.engine.run_plan import NamedModel, RunPlan
 
 
-def run_settings(plan: RunPlan) -> dict[str, Any]:
+def run_settings(plan: RunPlan, loaded: NamedModel) -> dict[str, Any]:
     """What a run goes by and its results should not depend on, for ``run.json``."""
     settings = plan.settings
     return {
         "batch_size": settings.batch_size,
         "workers": settings.workers,
-        "threads": torch.get_num_threads(),
+        "threads": _threads(plan, loaded),
         **_limits(plan),
     }
 
 
-def plan_to_go_on(folder: Path, plan: RunPlan) -> RunPlan:
+def plan_to_go_on(folder: Path, plan: RunPlan, loaded: NamedModel) -> RunPlan:
     """The plan with what failed before done again, if it failed by other limits than today's.
 
     Warns where the earlier part was computed by another version or with other threads: the last
@@ -41,7 +40,7 @@ def plan_to_go_on(folder: Path, plan: RunPlan) -> RunPlan:
         return plan
     if plan.settings.device.type == "cpu":
         before["threads"] = ran_by.get("threads")
-    now = {**versions(), "risam": __version__, "threads": torch.get_num_threads()}
+    now = {**versions(), "risam": __version__, "threads": _threads(plan, loaded)}
     changed = _changes(before, now)
     if changed:
         get_console().warn(
@@ -53,6 +52,12 @@ def plan_to_go_on(folder: Path, plan: RunPlan) -> RunPlan:
         return plan
     get_console().info(f"other limits than before ({changed}): what failed is tried again")
     return replace(plan, retry_failed=True)
+
+
+def _threads(plan: RunPlan, loaded: NamedModel) -> int | None:
+    """That work on one image; None where torch's own number, which may change, does."""
+    settings = plan.settings
+    return share_cores(settings.device.type, loaded.image_size, settings.cores).threads or None
 
 
 def _limits(plan: RunPlan) -> dict[str, Any]:

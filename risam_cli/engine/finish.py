@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from risam_cli import masks
 from risam_cli.data.images import FileStamp
-from risam_cli.engine.compute import Answer
+from risam_cli.engine.jobs import Answer
 from risam_cli.engine.loader import Loaded
 from risam_cli.engine.mask_rules import unpacked
 from risam_cli.errors import ImageError, OutputError, RisamError

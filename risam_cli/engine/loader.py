@@ -49,6 +49,7 @@ class LoaderSettings:
         max_pixels: larger images are refused.
         timeout: seconds for one image.
         full_decode: decode every pixel before scaling; see :mod:`risam_cli.data.images`.
+        threads: that decode where there are no processes.
     """
 
     size: int
@@ -56,6 +57,7 @@ class LoaderSettings:
     max_pixels: int = MAX_PIXELS
     timeout: float = TIMEOUT
     full_decode: bool = False
+    threads: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class ImageLoader:
         self._lock = threading.Lock()
         self._lanes: list[_Lane] = []
         self._context = _process_context() if settings.workers else None
-        for _ in range(settings.workers or 2):
+        for _ in range(settings.workers or settings.threads):
             self._open_lane()
 
     @property

@@ -3,8 +3,9 @@
 ::
 
     samples ──▶ feeder ──▶ loader (threads or processes) ──▶ network ──▶ finishers ──▶ results
-               (reads ahead,  decode and scale              (Compute)    RLE, PNG      in order
-                groups by image)
+               (reads ahead,  decode and scale              (Compute,    RLE, PNG      in order
+                groups by image)                         on a CPU several
+                                                          side by side)
 
 Everything between two arrows is bounded, so memory does not grow with the number of images.
 """
@@ -18,10 +19,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from risam_cli.data.images import MAX_PIXELS
-from risam_cli.engine.compute import Compute, ComputeSettings, Job, Model
+from risam_cli.engine.compute import Compute, ComputeSettings, Model
+from risam_cli.engine.cores import Room, share_cores, threads_of
 from risam_cli.engine.embeddings import FeatureCache
 from risam_cli.engine.feeder import Feeder, ImageJob
 from risam_cli.engine.finish import Finishers, ImageResult, MaskSink, Raw
+from risam_cli.engine.jobs import Job
 from risam_cli.engine.loader import TIMEOUT, ImageLoader, LoaderSettings, default_workers
 from risam_cli.engine.mask_rules import MaskRule, at_image_size
 from risam_cli.types import Sample
@@ -53,6 +56,7 @@ class PredictSettings:
         lookahead: samples read ahead, within which those of one image are put together.
         keep_raw: also give the mask before the no-target rule.
         full_decode: decode every pixel of a large JPEG before it is scaled down.
+        cores: of a CPU, for the network; None takes as many as torch's threads.
     """
 
     device: torch.device
@@ -67,6 +71,7 @@ class PredictSettings:
     lookahead: int = 64
     keep_raw: bool = False
     full_decode: bool = False
+    cores: int | None = None
 
 
 def predict_samples(
@@ -96,23 +101,21 @@ def predict_samples(
     Raises:
         RisamError: what the source or the sink raised, or a device that failed for good.
     """
-    workers = settings.workers
-    if workers is None:
-        workers = default_workers(settings.device.type)
-    loading = LoaderSettings(
-        loaded.image_size, workers, settings.max_pixels, settings.timeout, settings.full_decode
-    )
     bar = settings.no_target_threshold
     bar = loaded.no_target_threshold if bar is None else bar
+    on_host = settings.device.type == "cpu"
+    lanes = share_cores(settings.device.type, loaded.image_size, settings.cores).lanes
     # A CPU takes images one by one anyway: then each leaves as soon as it is done.
-    batch = 1 if settings.device.type == "cpu" else settings.batch_size
-    compute = Compute(loaded, compute_settings(loaded, settings), rule, cache)
+    batch = 1 if on_host else settings.batch_size
+    room, computing = Room(lanes), compute_settings(loaded, settings)
+    runs = [Compute(loaded, computing, rule, cache, room) for _ in range(lanes)]
     with (
-        ImageLoader(loading, prepare=compute.prepare) as loader,
+        threads_of(0),  # the lanes set it for themselves, and for whatever thread is new
+        ImageLoader(_loading(loaded, settings, lanes), prepare=runs[0].prepare) as loader,
         Finishers(bar, settings.keep_raw, sink) as finishers,
     ):
-        feeder = Feeder(samples, loader, settings.lookahead, 2 * batch + loader.lanes)
-        network = _Network(feeder, finishers, compute, batch, stop)
+        feeder = Feeder(samples, loader, settings.lookahead, 2 * batch * lanes + loader.lanes)
+        network = _Network(feeder, finishers, runs, batch, stop)
         feeder.start()
         network.start()
         try:
@@ -124,6 +127,21 @@ def predict_samples(
             network.join()
 
 
+def _loading(loaded: Model, settings: PredictSettings, lanes: int) -> LoaderSettings:
+    """How images are loaded for so many lanes of the network."""
+    workers = settings.workers
+    if workers is None:
+        workers = default_workers(settings.device.type)
+    return LoaderSettings(
+        loaded.image_size,
+        workers,
+        settings.max_pixels,
+        settings.timeout,
+        settings.full_decode,
+        threads=max(2, lanes),
+    )
+
+
 def compute_settings(loaded: Model, settings: PredictSettings) -> ComputeSettings:
     """The part of the settings that the network runs by."""
     return ComputeSettings(
@@ -132,35 +150,61 @@ def compute_settings(loaded: Model, settings: PredictSettings) -> ComputeSetting
         loaded.threshold if settings.threshold is None else settings.threshold,
         settings.batch_size,
         settings.expressions,
+        threads=share_cores(settings.device.type, loaded.image_size, settings.cores).threads,
     )
 
 
-class _Network(threading.Thread):
-    """Takes batch after batch through the network, while results leave in another thread."""
+class _Network:
+    """Takes batch after batch through the network, while results leave in another thread.
+
+    Args:
+        runs: one a lane; each lane has a thread of its own.
+    """
 
     def __init__(
         self,
         feeder: Feeder,
         finishers: Finishers,
-        compute: Compute,
+        runs: Sequence[Compute],
         batch: int,
         stop: threading.Event | None,
     ) -> None:
-        super().__init__(daemon=True, name="risam-network")
         self._feeder = feeder
         self._finishers = finishers
-        self._compute = compute
         self._batch = batch
         self._stop_asked = stop
+        self._lock = threading.Lock()
+        self._running = len(runs)
+        self._error: BaseException | None = None
+        self._lanes = [
+            threading.Thread(target=self._run, args=(run,), daemon=True, name="risam-network")
+            for run in runs
+        ]
 
-    def run(self) -> None:
+    def start(self) -> None:
+        for lane in self._lanes:
+            lane.start()
+
+    def join(self) -> None:
+        for lane in self._lanes:
+            lane.join()
+
+    def _run(self, compute: Compute) -> None:
+        """One lane."""
         error: BaseException | None = None
         try:
-            while jobs := self._feeder.take(self._batch, self._stop_asked):
-                _run_batch(jobs, self._compute, self._finishers)
+            with threads_of(compute.settings.threads):
+                while jobs := self._feeder.take(self._batch, self._stop_asked):
+                    _run_batch(jobs, compute, self._finishers)
         except BaseException as caught:  # raised again where the results leave
             error = caught
-        self._finishers.end(error)
+            self._feeder.stop()  # the other lanes end with what they have in hand
+        with self._lock:
+            self._error = self._error or error
+            self._running -= 1
+            last = not self._running
+        if last:
+            self._finishers.end(self._error)
 
 
 def _run_batch(jobs: Sequence[ImageJob], compute: Compute, finishers: Finishers) -> None:

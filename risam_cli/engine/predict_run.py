@@ -63,7 +63,7 @@ def run_predict(
     identity = identity_of(plan, loaded)
     kept = prepare(folder, identity)
     if kept.lines:
-        plan = plan_to_go_on(folder.path, plan)
+        plan = plan_to_go_on(folder.path, plan, loaded)
     total = left = None
     if plan.inputs.repeatable:
         entries = plan.own_entries()
@@ -259,7 +259,7 @@ class _Run:
             "model": {"name": self.loaded.name, "hash": self.loaded.hash},
             "settings": self.identity,
             "settings_hash": settings_hash(self.identity),
-            "run_settings": run_settings(plan),
+            "run_settings": run_settings(plan, self.loaded),
             "shard": {"index": plan.shard.index, "count": plan.shard.count},
             "inputs": {
                 "arguments": list(plan.inputs.arguments),

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from risam_cli.data.images import EncoderImage
-from risam_cli.engine.compute import Compute, Job
+from risam_cli.engine.compute import Compute
+from risam_cli.engine.cores import threads_of
 from risam_cli.engine.device import is_out_of_memory
 from risam_cli.engine.finish import Finishers, ImageResult
+from risam_cli.engine.jobs import Job
 from risam_cli.engine.loader import Loaded
 from risam_cli.errors import ModelError
 from risam_cli.model.mutual_aware_attention import AttentionMaps
@@ -36,7 +38,8 @@ class Session(Compute):
             ModelError: the network failed on it.
         """
         try:
-            return Encoded(image, self._encode([Job(image, ())]))
+            with threads_of(self.settings.threads):
+                return Encoded(image, self._encode([Job(image, ())]))
         except Exception as error:
             raise _explained(error) from error
 
@@ -47,7 +50,7 @@ class Session(Compute):
             bar: probability of "nothing fits" above which the mask is emptied.
         """
         texts = [expression.text for expression in sample.expressions]
-        with Finishers(bar, False, None) as finishers:
+        with threads_of(self.settings.threads), Finishers(bar, False, None) as finishers:
             finishers.begin(0, sample, Loaded(encoded.image, "", None, 0.0))
             job = Job(encoded.image, texts, [len(texts)])
             for answer in self._decode_all(encoded.features, [(0, job)]):
@@ -69,7 +72,7 @@ class Session(Compute):
         rows = torch.zeros(len(texts), dtype=torch.long, device=self.settings.device)
         try:
             features = self._text_features(tuple(texts)).features
-            with self._autocast():
+            with threads_of(self.settings.threads), self._autocast():
                 return self.loaded.model.attention_maps(encoded.features, features, rows)
         except Exception as error:
             raise _explained(error) from error

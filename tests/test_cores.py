@@ -1,0 +1,63 @@
+"""How the cores of a CPU are shared out, and that results do not depend on it."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from risam_cli.engine.cores import MOST_LANES, Cores, share_cores, threads_of
+
+SIDES = st.sampled_from([128, 512, 768, 1024])
+
+
+@pytest.mark.parametrize(
+    ("side", "cores", "shared"),
+    [
+        (512, 1, Cores(1, 1)),
+        (512, 2, Cores(2, 1)),
+        (512, 64, Cores(8, 1)),
+        (1024, 1, Cores(1, 1)),
+        (1024, 2, Cores(2, 1)),
+        (1024, 4, Cores(2, 2)),
+        (1024, 16, Cores(4, 4)),
+        (1024, 64, Cores(8, 4)),
+    ],
+)
+def test_small_images_go_side_by_side_and_large_ones_get_more_threads(
+    side: int, cores: int, shared: Cores
+) -> None:
+    assert share_cores("cpu", side, cores) == shared
+
+
+@given(SIDES, st.integers(1, 256))
+def test_no_more_cores_are_used_than_there_are(side: int, cores: int) -> None:
+    shared = share_cores("cpu", side, cores)
+    assert 1 <= shared.lanes <= MOST_LANES
+    assert shared.threads >= 1
+    assert shared.lanes * shared.threads <= cores
+
+
+def test_cores_are_those_that_torch_was_given() -> None:
+    with threads_of(6):
+        assert share_cores("cpu", 512) == Cores(6, 1)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_other_devices_leave_torch_alone(device: str) -> None:
+    assert share_cores(device, 1024, 16) == Cores(1, 0)
+
+
+def test_threads_are_as_before_afterwards_in_new_threads_too() -> None:
+    before = torch.get_num_threads()
+    with threads_of(before + 2):
+        assert torch.get_num_threads() == before + 2
+    assert torch.get_num_threads() == before
+    seen: list[int] = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert seen == [before]
