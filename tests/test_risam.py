@@ -40,6 +40,13 @@ OF_ONE_TOKEN = [
 OWNER = [1, 0, 1, 1]
 
 
+@pytest.fixture(autouse=True, params=["as inference goes on a CPU", "in one batch"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expression after expression, and all in one ragged batch as on a GPU."""
+    if request.param == "in one batch":
+        monkeypatch.setattr(Risam, "_goes_by_expression", lambda self, visual: False)
+
+
 def _tokens(tokenizer: TextTokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
     batch = tokenizer.encode(texts)
     return batch.input_ids, batch.attention_mask

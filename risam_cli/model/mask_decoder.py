@@ -60,7 +60,7 @@ class MutualAwareMaskDecoder(nn.Module):
         super().__init__()
         self.query_token = nn.Parameter(torch.randn(dim) * 0.02) if query_token else None
         self.project_sentence = nn.Linear(dim, dim)
-        self.layers = nn.ModuleList(_DecoderLayer(dim, heads, ffn_dim) for _ in range(layers))
+        self.layers = nn.ModuleList(DecoderLayer(dim, heads, ffn_dim) for _ in range(layers))
         self.final_attention = CrossAttention(dim, heads)
         self.final_norm = nn.LayerNorm(dim)
         self.up1 = nn.ConvTranspose2d(dim, dim // 2, kernel_size=2, stride=2)
@@ -163,8 +163,12 @@ class NoTargetEvidence(nn.Module):
         return self.head(torch.cat([pooled, figures.to(pooled.dtype)], dim=1))[:, 0]
 
 
-class _DecoderLayer(nn.Module):
-    """One layer of two-way attention, after SAM's TwoWayAttentionBlock."""
+class DecoderLayer(nn.Module):
+    """One layer of two-way attention, after SAM's TwoWayAttentionBlock.
+
+    Args:
+        dim: width; heads; ffn_dim: hidden width of the token MLP.
+    """
 
     def __init__(self, dim: int, heads: int, ffn_dim: int) -> None:
         super().__init__()
@@ -180,6 +184,7 @@ class _DecoderLayer(nn.Module):
     def forward(
         self, tokens: Tensor, visual: Tensor, position: Tensor, token_valid: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Maps tokens (E, m, C) and regions (E, N, C) to the same shapes."""
         mask = token_valid[:, None, None, :]
         tokens = self.norm1(tokens + self.self_attention(tokens, tokens, tokens, mask))
         placed = visual + position

@@ -58,8 +58,8 @@ class MutualAwareAttention(nn.Module):
         self.scale = (dim // heads) ** -0.5
         self.affinity_vision = nn.Linear(dim, dim)
         self.affinity_language = nn.Linear(dim, dim)
-        self.vision_guided = _Branch(dim, ffn_dim) if vision_guided else None
-        self.language_guided = _Branch(dim, ffn_dim) if language_guided else None
+        self.vision_guided = Branch(dim, ffn_dim) if vision_guided else None
+        self.language_guided = Branch(dim, ffn_dim) if language_guided else None
 
     def forward(
         self,
@@ -117,8 +117,12 @@ class MutualAwareAttention(nn.Module):
         return x.transpose(1, 2).flatten(2)  # (E, heads, n, d) -> (E, n, C)
 
 
-class _Branch(nn.Module):
-    """Value projection, output projection, and residual + norm + FFN of one stream."""
+class Branch(nn.Module):
+    """Value projection, output projection, and residual + norm + FFN of one stream.
+
+    Args:
+        dim: width of the stream; ffn_dim: hidden width of the FFN.
+    """
 
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
@@ -129,6 +133,7 @@ class _Branch(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(self, stream: Tensor, change: Tensor) -> Tensor:
+        """Maps a stream (E, n, C) and what attention gathered for it to the same shape."""
         stream = self.norm1(stream + self.output(change))
         return self.norm2(stream + self.ffn(stream))
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 
+from .by_expression import Regions, decode_one
 from .common import sine_positions_1d, sine_positions_2d
 from .feature_enhancement import FeatureEnhancement
 from .image_encoder import ImageEncoder
@@ -87,6 +90,8 @@ class Risam(nn.Module):
         Args:
             image_index: (E,) integers in 0..B-1, the image of each expression.
         """
+        if self._goes_by_expression(image.visual):
+            return self._decode_by_expression(image, text, image_index)
         visual, words, owner, _ = self._attend(image, text, image_index, with_maps=False)
         if owner is not None:
             # Without Vision-Guided Attention the visual stream is still one per image.
@@ -103,6 +108,55 @@ class Risam(nn.Module):
             (height, width),
         )
         return decoded
+
+    def _goes_by_expression(self, visual: Tensor) -> bool:
+        """Whether this is inference on a CPU, in the weights' own format."""
+        return (
+            visual.device.type == "cpu"
+            and isinstance(self.mask_decoder, MutualAwareMaskDecoder)
+            and visual.dtype == self.project_position.weight.dtype
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+        )
+
+    def _decode_by_expression(
+        self, image: ImageFeatures, text: TextFeatures, image_index: Tensor
+    ) -> Decoded:
+        """:meth:`decode` where batching gains nothing; see :mod:`.by_expression`."""
+        height, width = image.visual.shape[-2:]
+        visual = image.visual.flatten(2).transpose(1, 2).contiguous()  # (B, h*w, C)
+        position = self._visual_position(height, width, visual)
+        places = sine_positions_1d(text.words.shape[1], self.dim).to(visual.dtype)
+        images = {row: Regions.of(visual[row], position) for row in set(image_index.tolist())}
+        fine = None if image.fine is None else image.fine.permute(0, 2, 3, 1).contiguous()
+        room = None
+        found = []
+        for expression, row in enumerate(image_index.tolist()):
+            valid = text.valid[expression]
+            room = room or images[row].like()
+            found.append(
+                decode_one(
+                    self.attention,
+                    cast(MutualAwareMaskDecoder, self.mask_decoder),
+                    images[row],
+                    room,
+                    position,
+                    text.words[expression, valid],
+                    places[valid],
+                    text.sentence[expression],
+                    None if fine is None else fine[row],
+                    (height, width),
+                )
+            )
+        if not found:
+            none = visual.new_zeros(0)
+            return Decoded(visual.new_zeros(0, 4 * height, 4 * width), none, none)
+        return Decoded(
+            torch.cat([one.mask_logits for one in found]),
+            torch.cat([one.iou for one in found]),
+            torch.cat([one.no_target_logits for one in found]),
+        )
 
     def attention_maps(
         self, image: ImageFeatures, text: TextFeatures, image_index: Tensor
