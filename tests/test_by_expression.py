@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from networks import WITH_STEM, in_double, noise, relative_error, small_model
 from torch import Tensor
 
-from risam_cli.model import by_expression
+from risam_cli.model import by_expression, risam
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.risam import ImageFeatures, Risam
 from risam_cli.model.text_encoder import TextFeatures
@@ -27,6 +28,14 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "one layer": {"decoder": {"layers": 1}},
 }
 DIM, MASK_DIM = 16, 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_grids_too() -> Iterator[None]:
+    before = risam.BATCHED_BELOW
+    risam.BATCHED_BELOW = 0
+    yield
+    risam.BATCHED_BELOW = before
 
 
 def features(
@@ -49,10 +58,10 @@ def both(
 ) -> tuple[Decoded, Decoded]:
     """By expression, and in one batch."""
     index = torch.tensor(owner)
-    assert not model._goes_by_expression(image.visual)  # gradients are wanted
+    assert not model._goes_by_expression(image.visual, len(owner))  # gradients are wanted
     batched = model.decode(image, text, index)
     with torch.inference_mode():
-        assert model._goes_by_expression(image.visual)
+        assert model._goes_by_expression(image.visual, len(owner))
         return model.decode(image, text, index), batched
 
 
@@ -131,3 +140,18 @@ def test_no_expression_at_all() -> None:
         found = model.decode(image, none, torch.tensor([], dtype=torch.long))
     assert found.mask_logits.shape == (0, 16, 16)
     assert found.iou.shape == found.no_target_logits.shape == (0,)
+
+
+def test_small_grids_go_in_batches_and_single_expressions_never(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(risam, "BATCHED_BELOW", 512)
+    model, _ = small_model()
+    with torch.inference_mode():
+        small, large = noise(1, DIM, 16, 16), noise(1, DIM, 32, 16)
+        assert not model._goes_by_expression(small, 2)
+        assert model._goes_by_expression(small, 1)
+        assert model._goes_by_expression(large, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not model._goes_by_expression(large, 2)
+    assert not model._goes_by_expression(large, 2)  # gradients are wanted

@@ -15,6 +15,7 @@ import pytest
 from risam_cli.cli import main
 from risam_cli.commands import doctor
 from risam_cli.engine.advice import Measured, Setting, advise
+from risam_cli.engine.cores import threads_of
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +85,14 @@ def test_a_small_model_on_a_cpu_wants_processes_that_read() -> None:
     assert "2 cores cannot read as fast" in few.why
 
 
+def test_images_side_by_side_want_images_sooner_and_have_more_threads_that_read() -> None:
+    beside = _chosen(Measured("cpu", 4, 0.02, {"fp32": 0.1}, {}, lanes=4))["--workers"]
+    assert beside.value == "0"
+    assert "every 25 ms (4 side by side)" in beside.why
+    behind = _chosen(Measured("cpu", 8, 0.15, {"fp32": 0.1}, {}, lanes=4))["--workers"]
+    assert behind.value == "7"  # six busy ones, a quarter more, but a core for the network
+
+
 def test_a_gpu_gets_the_batch_from_where_more_gains_little() -> None:
     rates = {1: 30.0, 2: 50.0, 4: 70.0, 8: 72.0}
     chosen = _chosen(Measured("cuda", 16, 0.05, {"fp32": 0.2, "bf16": 0.03}, rates))
@@ -94,9 +103,11 @@ def test_a_gpu_gets_the_batch_from_where_more_gains_little() -> None:
 
 
 def test_the_report_is_readable(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--model", str(model_folder)]) == 0
+    with threads_of(1):
+        assert main(["doctor", "--model", str(model_folder), "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("risam ")
+    assert any(re.match(r"torch threads +1: 1 image at a time, 1 thread each$", x) for x in lines)
     assert any(re.match(r"forward pass +[\d.]+ ms for one 256x256 image and 4", x) for x in lines)
     assert lines[-1] == "predict can run"
 

@@ -9,6 +9,7 @@ import torch
 from networks import TEXTS, WITH_STEM, in_double, noise, relative_error, small_model
 from torch import Tensor
 
+from risam_cli.model import risam
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.risam import Risam
 from risam_cli.tokenizer import TextTokenizer
@@ -40,11 +41,12 @@ OF_ONE_TOKEN = [
 OWNER = [1, 0, 1, 1]
 
 
-@pytest.fixture(autouse=True, params=["as inference goes on a CPU", "in one batch"])
+@pytest.fixture(autouse=True, params=["by expression", "in one batch"])
 def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Expression after expression, and all in one ragged batch as on a GPU."""
+    """Expression after expression, as on large grids, and all in one ragged batch."""
+    monkeypatch.setattr(risam, "BATCHED_BELOW", 0)
     if request.param == "in one batch":
-        monkeypatch.setattr(Risam, "_goes_by_expression", lambda self, visual: False)
+        monkeypatch.setattr(Risam, "_goes_by_expression", lambda *unused: False)
 
 
 def _tokens(tokenizer: TextTokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,6 +175,7 @@ def _network(source: str | None, device_name: str, precision: str) -> Facts:
 
     from risam_cli.build import load_model
     from risam_cli.engine import advice
+    from risam_cli.engine.cores import share_cores
     from risam_cli.engine.device import choose_device, choose_precision, describe_device
 
     device = choose_device(device_name)
@@ -195,6 +197,7 @@ def _network(source: str | None, device_name: str, precision: str) -> Facts:
             "why": _why_precision(precision, device),
         },
         "torch_threads": torch.get_num_threads(),
+        "side_by_side": asdict(share_cores(device.type, loaded.image_size)),
         "model": {
             "name": loaded.name,
             "hash": loaded.hash,
@@ -275,6 +278,18 @@ def _why_precision(asked: str, device: torch.device) -> str:
     return "bfloat16 where the device computes it natively, else float32"
 
 
+def _shared(cores: Facts) -> str:
+    """How a CPU's cores are shared out; nothing on other devices."""
+    lanes, threads = cores["lanes"], cores["threads"]
+    if not threads:
+        return ""
+    return f": {_number(lanes, 'image')} at a time, {_number(threads, 'thread')} each"
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def _report(facts: Facts) -> str:
     """The facts as text, one a line."""
     memory = facts["memory_gib"]
@@ -292,7 +307,7 @@ def _report(facts: Facts) -> str:
         model, seconds = facts["model"], facts["forward"]["seconds"]
         parts = ", ".join(f"{k} {v * 1e3:.1f} ms" for k, v in seconds.items() if k != "total")
         lines += [
-            ("torch threads", str(facts["torch_threads"])),
+            ("torch threads", str(facts["torch_threads"]) + _shared(facts["side_by_side"])),
             ("model", f"{model['name']}, {model['parameters']:,} parameters, {model['hash'][:12]}"),
             (
                 "forward pass",

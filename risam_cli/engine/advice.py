@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from risam_cli.data.images import read_for_encoder
+from risam_cli.engine.cores import share_cores, threads_of
 from risam_cli.engine.device import is_out_of_memory, precision_name, release_memory
 from risam_cli.engine.loader import default_workers
 
@@ -36,6 +37,7 @@ class Measured:
         read: seconds in which one thread decodes and shrinks a photo of 1280x960.
         encode: seconds to encode one image, by precision.
         rates: images encoded a second, by batch size, in the fastest precision; GPUs only.
+        lanes: images that go through the network side by side.
     """
 
     device_type: str
@@ -43,6 +45,7 @@ class Measured:
     read: float
     encode: Mapping[str, float]
     rates: Mapping[int, float]
+    lanes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ def measure(encoder: ImageEncoder, device: torch.device, cores: int, seconds: fl
     Args:
         encoder: in float32, on the device; is left as it is.
     """
+    shared = share_cores(device.type, encoder.image_size)
     kinds = [torch.float32]
     if device.type != "mps":
         kinds.append(torch.bfloat16)
@@ -74,12 +78,14 @@ def measure(encoder: ImageEncoder, device: torch.device, cores: int, seconds: fl
         if kind != torch.float32:
             held = copy.deepcopy(encoder)
             held.hold_weights_in(kind)
-        took = _shortest(_encoding(held, device, 1), device, seconds)
+        with threads_of(shared.threads):
+            took = _shortest(_encoding(held, device, 1), device, seconds)
         encode[precision_name(kind)] = took
         if took < best:
             fastest, best = held, took
     rates = {} if device.type == "cpu" else _rates(fastest, device, seconds)
-    return Measured(device.type, cores, _read_seconds(encoder.image_size, seconds), encode, rates)
+    read = _read_seconds(encoder.image_size, seconds)
+    return Measured(device.type, cores, read, encode, rates, shared.lanes)
 
 
 def advise(measured: Measured) -> list[Setting]:
@@ -113,12 +119,17 @@ def _batch_size(measured: Measured) -> Setting:
 
 
 def _workers(measured: Measured) -> Setting:
-    rate = max([1 / min(measured.encode.values()), *measured.rates.values()])
+    rate = max([measured.lanes / min(measured.encode.values()), *measured.rates.values()])
     needed = measured.read * rate  # processes that are busy reading while the network never waits
     default = default_workers(measured.device_type)
-    told = f"reading a photo takes {measured.read * 1e3:.0f} ms, encoding one {1e3 / rate:.0f} ms"
-    if measured.device_type == "cpu" and needed <= 1:
-        return Setting("--workers", str(default), f"the default: {told}, and a thread keeps up")
+    told = (
+        f"reading a photo takes {measured.read * 1e3:.0f} ms, one is encoded every "
+        f"{1e3 / rate:.0f} ms"
+    )
+    if measured.lanes > 1:
+        told += f" ({measured.lanes} side by side)"
+    if measured.device_type == "cpu" and needed <= measured.lanes:
+        return Setting("--workers", str(default), f"the default: {told}, and threads keep up")
     wanted = max(1, min(math.ceil(needed * 1.25), measured.cores - 1))
     short = f"; {measured.cores} cores cannot read as fast" if wanted < needed else ""
     return Setting("--workers", str(wanted), told + short)

@@ -23,6 +23,9 @@ from .linear import apply_linear, linear
 from .mask_decoder import CrossAttention, Decoded, DecoderLayer, MutualAwareMaskDecoder
 from .mutual_aware_attention import Branch, MutualAwareAttention
 
+BATCHED_BELOW = 512
+"""Regions below which several expressions go in a batch after all: each step is too short alone."""
+
 ROWS = 1024
 """Regions that go through a chain of layers at a time."""
 

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .by_expression import Regions, decode_one
+from .by_expression import BATCHED_BELOW, Regions, decode_one
 from .common import sine_positions_1d, sine_positions_2d
 from .feature_enhancement import FeatureEnhancement
 from .image_encoder import ImageEncoder
@@ -90,7 +90,7 @@ class Risam(nn.Module):
         Args:
             image_index: (E,) integers in 0..B-1, the image of each expression.
         """
-        if self._goes_by_expression(image.visual):
+        if self._goes_by_expression(image.visual, len(image_index)):
             return self._decode_by_expression(image, text, image_index)
         visual, words, owner, _ = self._attend(image, text, image_index, with_maps=False)
         if owner is not None:
@@ -109,10 +109,12 @@ class Risam(nn.Module):
         )
         return decoded
 
-    def _goes_by_expression(self, visual: Tensor) -> bool:
-        """Whether this is inference on a CPU, in the weights' own format."""
+    def _goes_by_expression(self, visual: Tensor, expressions: int) -> bool:
+        """Whether this is inference on a CPU, in the weights' own format, and gains by it."""
+        regions = visual.shape[-2] * visual.shape[-1]
         return (
-            visual.device.type == "cpu"
+            (regions >= BATCHED_BELOW or expressions == 1)
+            and visual.device.type == "cpu"
             and isinstance(self.mask_decoder, MutualAwareMaskDecoder)
             and visual.dtype == self.project_position.weight.dtype
             and not torch.is_grad_enabled()
