@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def measure(options: Options) -> list[Row]:
         for count in counts:
             words = ["predict", folder, "-e", "the red circle", "-e", "every blue shape"]
             words += ["--limit", count, "--device", options.device, "-o", Path(made, f"o{count}")]
-            child = checked(risam(*words, threads=1))
+            child = checked(risam(*words, threads=os.cpu_count()))
             peaks.append(child.peak)
             note = f"96x128 JPEG, 2 expressions each, PNG masks; {count / child.wall:.1f} images/s"
             rows.append(Row(f"{count} images: peak", child.peak / _MB, "MB", None, note))

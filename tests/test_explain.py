@@ -323,6 +323,27 @@ def test_the_command_writes_pictures_page_and_maps(
         assert {**record, "id": 0} == {**one["prediction"], "id": 0}
 
 
+def test_a_large_photo_is_decoded_as_asked(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is that of predict with the same option, and the option changes it."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (800, 1000, 3), dtype=np.uint8)
+    Image.fromarray(noise).save("large.jpg")
+    asked = ["large.jpg", "-e", "the star", "--model", str(model_folder), "--device", "cpu"]
+    answers = []
+    for number, more in enumerate(([], ["--full-decode"])):
+        explained, predicted = Path(f"explained{number}"), Path(f"predicted{number}")
+        assert main(["explain", *asked, *more, "--json", "-o", str(explained)]) == 0
+        assert main(["predict", *asked, *more, "--save", "none", "-o", str(predicted)]) == 0
+        (one,) = json.loads((explained / "explain.json").read_text())["expressions"]
+        record = json.loads((predicted / "predictions.jsonl").read_text())
+        assert {**record, "id": 0} == {**one["prediction"], "id": 0}
+        answers.append(record)
+    assert answers[0] != answers[1]
+
+
 def test_raw_maps_are_documented_arrays(run: Call, model_folder: Path, repo: Path) -> None:
     from risam_cli.api import load
 

@@ -10,6 +10,7 @@ import click
 
 from risam_cli.commands import completing
 from risam_cli.commands.options import (
+    decode_option,
     device_options,
     model_option,
     output_option,
@@ -84,6 +85,7 @@ def _parse_points(
 @click.option("--overwrite", is_flag=True, help="Replace an earlier explanation in the folder.")
 @threshold_options
 @device_options
+@decode_option
 @verbosity_options
 def command(**options: Any) -> int:
     """Show what the network looked at, after Figure 1 of the paper.
@@ -145,6 +147,7 @@ def _look(
     precision: str,
     threshold: float | None,
     no_target_threshold: float | None,
+    full_decode: bool,
 ) -> Explanation:
     """Runs the network; torch is imported here and not before."""
     from risam_cli.build import load_model
@@ -164,7 +167,8 @@ def _look(
     rgb = open_rgb(Path(image))  # a bad image is told before a model is loaded
     loaded = load_model(model, device=place, precision=settings.precision)
     session = Session(loaded, compute_settings(loaded, settings))
-    encoded = session.encode(read_for_encoder(Path(image), loaded.image_size))
+    scaled = read_for_encoder(Path(image), loaded.image_size, full_decode=full_decode)
+    encoded = session.encode(scaled)
     bar = loaded.no_target_threshold if no_target_threshold is None else no_target_threshold
     look = Look(session, loaded.tokenizer, loaded.name, loaded.hash, bar, encoded, image, rgb)
     return look.explain(expressions, Shown(points, grid, block, head))
