@@ -72,6 +72,9 @@ class Command:
     wrong: list[str] = field(default_factory=list)
 
 
+CORES = 2
+"""For each run, so that images go side by side."""
+
 # --- one run --------------------------------------------------------------------------------------
 
 
@@ -93,6 +96,7 @@ def start(arguments: Sequence[str], log: Path) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(descriptor, stream)
+        torch.set_num_threads(CORES)
         code = main(list(arguments))
     finally:
         os._exit(code)
@@ -361,6 +365,8 @@ def row(command: Command) -> str:
 def run(folder: Path, kills: int, seed: int, only: Sequence[str]) -> int:
     """Every command in turn; gives the exit code."""
     chance = random.Random(seed)
+    # A fork of a process whose threads have worked waits for them for ever.
+    torch.set_num_threads(1)
     make_inputs(folder)
     load_model(None, device=torch.device("cpu"))  # imports what a load imports
     head = ("kills", "SIGKILL", "SIGTERM", "SIGINT", "chains", "too late", "wrong")
