@@ -72,9 +72,6 @@ class Command:
     wrong: list[str] = field(default_factory=list)
 
 
-CORES = 2
-"""For each run, so that images go side by side."""
-
 # --- one run --------------------------------------------------------------------------------------
 
 
@@ -96,7 +93,7 @@ def start(arguments: Sequence[str], log: Path) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(descriptor, stream)
-        torch.set_num_threads(CORES)
+        torch.set_num_threads(2)  # so that images go side by side
         code = main(list(arguments))
     finally:
         os._exit(code)
@@ -110,10 +107,8 @@ def kill_after(child: int, seconds: float, kind: signal.Signals) -> int | None:
         if ended:
             return os.waitstatus_to_exitcode(status)
         time.sleep(min(0.002, max(0.0, end - time.monotonic())))
-    if kind == signal.SIGINT:  # as a terminal does
-        os.killpg(child, kind)
-    else:
-        os.kill(child, kind)
+    send = os.killpg if kind == signal.SIGINT else os.kill  # Ctrl-C goes to all, as a terminal does
+    send(child, kind)
     return None
 
 
@@ -365,8 +360,7 @@ def row(command: Command) -> str:
 def run(folder: Path, kills: int, seed: int, only: Sequence[str]) -> int:
     """Every command in turn; gives the exit code."""
     chance = random.Random(seed)
-    # A fork of a process whose threads have worked waits for them for ever.
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # else a fork waits for threads that worked before it, for ever
     make_inputs(folder)
     load_model(None, device=torch.device("cpu"))  # imports what a load imports
     head = ("kills", "SIGKILL", "SIGTERM", "SIGINT", "chains", "too late", "wrong")
