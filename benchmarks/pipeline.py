@@ -21,17 +21,13 @@ from typing import Any
 from common import Options, Row, ratio, run_child
 from models import checked, draw, model_folder, risam
 
-from risam_cli.engine.cores import share_cores
-
-SIDE = 512
-"""Of the bundled model's square input, in pixels."""
-
 _BARE = """
 import json, sys, threading, time
 import torch
 from pathlib import Path
 from risam_cli.build import load_model
 from risam_cli.data.images import read_for_encoder
+from risam_cli.engine.cores import share_cores
 from risam_cli.transforms import to_pixels
 device, count, batch = torch.device(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 bf16 = device.type == "cuda"
@@ -51,9 +47,11 @@ def step(pixels):
 def wait():
     if device.type == "cuda":
         torch.cuda.synchronize()
-lanes = int(sys.argv[7])
-if lanes > 1:
-    torch.set_num_threads(max(1, torch.get_num_threads() // lanes))
+lanes = 1
+if sys.argv[7] == "beside":
+    shared = share_cores(device.type, loaded.image_size)
+    lanes = shared.lanes
+    torch.set_num_threads(shared.threads)
 def work(first):
     torch.get_num_threads()  # a new thread takes the number when it is first asked for it
     with torch.inference_mode():
@@ -73,7 +71,7 @@ for one in others:
 wait()
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 done = count // batch * batch
-print(json.dumps({"wall": wall / done, "cpu": cpu / done}))
+print(json.dumps({"wall": wall / done, "cpu": cpu / done, "lanes": lanes}))
 """
 
 
@@ -96,7 +94,6 @@ def compare(
     """One number of cores."""
     asked = "the red circle"
     batch = 8 if options.device == "cuda" else 1
-    lanes = share_cores(options.device, SIDE, cores).lanes
     bare: list[dict[str, float]] = []
     beside: list[dict[str, float]] = []
     whole: list[dict[str, Any]] = []
@@ -104,9 +101,9 @@ def compare(
         command = [sys.executable, "-c", _BARE, str(model or "-"), options.device]
         command += [str(count), str(batch), str(folder), asked]
         env = {"OMP_NUM_THREADS": str(cores)}
-        bare.append(run_child([*command, "1"], env=env).last_json())
-        if lanes > 1:
-            beside.append(run_child([*command, str(lanes)], env=env).last_json())
+        bare.append(run_child([*command, "alone"], env=env).last_json())
+        if cores > 1:
+            beside.append(run_child([*command, "beside"], env=env).last_json())
         output = made / f"o{cores}-{turn}"
         words = ["predict", folder, "-e", asked, "-o", output, "--device", options.device]
         words += ["--batch-size", batch, *(["--model", model] if model else [])]
@@ -123,6 +120,7 @@ def compare(
         ratio(f"{name}: predict / bare", rates[1], rates[0], ">= 0.9"),
     ]
     if beside:
+        lanes = int(beside[0]["lanes"])
         rows.append(_rate(f"{name}: {lanes} bare models side by side", rates[2]))
         rows.append(ratio(f"{name}: predict / side by side", rates[1], rates[2]))
     for part in ("load_images", "encode", "decode_masks", "finish_masks", "write"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from risam_cli.console import get_console
 from risam_cli.engine.ahead import Preparer, batch_pixels
-from risam_cli.engine.cores import Room
+from risam_cli.engine.cores import Cores, Room
 from risam_cli.engine.device import is_device_lost, is_out_of_memory, release_memory
 from risam_cli.engine.embeddings import FeatureCache
 from risam_cli.engine.jobs import Answer, Asked, Batch, Job, flattened
@@ -79,8 +79,7 @@ class ComputeSettings:
         images: images encoded at a time; a CPU takes one.
         expressions: expressions decoded at a time.
         mask_bytes: memory for full-size logits of a chunk.
-        threads: that a CPU is to work on an image with, for whoever starts them; 0 leaves that
-            to torch.
+        cores: how a CPU's are shared out, for whoever starts the threads.
     """
 
     device: torch.device
@@ -89,7 +88,7 @@ class ComputeSettings:
     images: int
     expressions: int = 64
     mask_bytes: int = 256 << 20
-    threads: int = 0
+    cores: Cores = field(default_factory=Cores)
 
 
 @dataclass(slots=True)

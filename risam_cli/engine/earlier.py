@@ -9,7 +9,7 @@ from typing import Any
 
 from risam_cli import __version__
 from risam_cli.console import get_console
-from risam_cli.engine.cores import share_cores
+from risam_cli.engine.predict import compute_settings
 from risam_cli.engine.run_facts import versions
 from risam_cli.engine.run_folder import RUN
 from risam_cli.engine.run_plan import NamedModel, RunPlan
@@ -56,8 +56,7 @@ def plan_to_go_on(folder: Path, plan: RunPlan, loaded: NamedModel) -> RunPlan:
 
 def _threads(plan: RunPlan, loaded: NamedModel) -> int | None:
     """That work on one image; None where torch's own number, which may change, does."""
-    settings = plan.settings
-    return share_cores(settings.device.type, loaded.image_size, settings.cores).threads or None
+    return compute_settings(loaded, plan.settings).cores.threads or None
 
 
 def _limits(plan: RunPlan) -> dict[str, Any]:

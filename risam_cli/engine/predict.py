@@ -103,11 +103,11 @@ def predict_samples(
     """
     bar = settings.no_target_threshold
     bar = loaded.no_target_threshold if bar is None else bar
-    on_host = settings.device.type == "cpu"
-    lanes = share_cores(settings.device.type, loaded.image_size, settings.cores).lanes
     # A CPU takes images one by one anyway: then each leaves as soon as it is done.
-    batch = 1 if on_host else settings.batch_size
-    room, computing = Room(lanes), compute_settings(loaded, settings)
+    batch = 1 if settings.device.type == "cpu" else settings.batch_size
+    computing = compute_settings(loaded, settings)
+    lanes = computing.cores.lanes
+    room = Room(lanes)
     runs = [Compute(loaded, computing, rule, cache, room) for _ in range(lanes)]
     with (
         threads_of(0),  # the lanes set it for themselves, and for whatever thread is new
@@ -150,7 +150,7 @@ def compute_settings(loaded: Model, settings: PredictSettings) -> ComputeSetting
         loaded.threshold if settings.threshold is None else settings.threshold,
         settings.batch_size,
         settings.expressions,
-        threads=share_cores(settings.device.type, loaded.image_size, settings.cores).threads,
+        cores=share_cores(settings.device.type, loaded.image_size, settings.cores),
     )
 
 
@@ -193,7 +193,7 @@ class _Network:
         """One lane."""
         error: BaseException | None = None
         try:
-            with threads_of(compute.settings.threads):
+            with threads_of(compute.settings.cores.threads):
                 while jobs := self._feeder.take(self._batch, self._stop_asked):
                     _run_batch(jobs, compute, self._finishers)
         except BaseException as caught:  # raised again where the results leave

@@ -38,7 +38,7 @@ class Session(Compute):
             ModelError: the network failed on it.
         """
         try:
-            with threads_of(self.settings.threads):
+            with threads_of(self.settings.cores.threads):
                 return Encoded(image, self._encode([Job(image, ())]))
         except Exception as error:
             raise _explained(error) from error
@@ -50,7 +50,7 @@ class Session(Compute):
             bar: probability of "nothing fits" above which the mask is emptied.
         """
         texts = [expression.text for expression in sample.expressions]
-        with threads_of(self.settings.threads), Finishers(bar, False, None) as finishers:
+        with threads_of(self.settings.cores.threads), Finishers(bar, False, None) as finishers:
             finishers.begin(0, sample, Loaded(encoded.image, "", None, 0.0))
             job = Job(encoded.image, texts, [len(texts)])
             for answer in self._decode_all(encoded.features, [(0, job)]):
@@ -71,8 +71,8 @@ class Session(Compute):
         """
         rows = torch.zeros(len(texts), dtype=torch.long, device=self.settings.device)
         try:
-            features = self._text_features(tuple(texts)).features
-            with threads_of(self.settings.threads), self._autocast():
+            with threads_of(self.settings.cores.threads), self._autocast():
+                features = self._text_features(tuple(texts)).features
                 return self.loaded.model.attention_maps(encoded.features, features, rows)
         except Exception as error:
             raise _explained(error) from error

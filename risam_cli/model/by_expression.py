@@ -11,8 +11,9 @@ time, so that it stays in the caches. Padded words are left out rather than mask
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -118,12 +119,8 @@ def _attend_regions(
 ) -> None:
     """Vision-Guided Attention: writes the new regions, which may be the old ones' memory."""
     branch = cast(Branch, block.vision_guided)
-    weights = affinity.softmax(dim=1).flatten(0, 1).t()  # (N, heads*L)
     change = _folded_out(branch.output, apply_linear(branch.value, words), block.heads)
-    for part in _parts(position):
-        x = regions.visual[part] + linear(weights[part], *change)
-        new.visual[part] = _finish(branch, x)
-        torch.add(new.visual[part], position[part], out=new.placed[part])
+    _spread(affinity, change, partial(_finish, branch), regions, new, position)
 
 
 def _exchange(
@@ -137,13 +134,28 @@ def _exchange(
     cross = layer.pixels_to_tokens
     key = apply_linear(cross.key, tokens) * _scale(cross)
     logits = _logits(cross.query, key, cross.heads, regions.placed)
-    weights = logits.softmax(dim=1).flatten(0, 1).t()  # (N, heads*m)
     change = _folded_out(cross.output, apply_linear(cross.value, tokens), cross.heads)
-    for part in _parts(position):
-        x = regions.visual[part] + linear(weights[part], *change)
-        new.visual[part] = layer.norm4(x)
-        torch.add(new.visual[part], position[part], out=new.placed[part])
+    _spread(logits, change, layer.norm4, regions, new, position)
     return tokens
+
+
+def _spread(
+    logits: Tensor,
+    change: tuple[Tensor, Tensor],
+    finish: Callable[[Tensor], Tensor],
+    regions: Regions,
+    new: Regions,
+    position: Tensor,
+) -> None:
+    """Each region takes what its words tell it: softmax over words, residual, and ``finish``.
+
+    Args:
+        logits: (heads, m, N); change: from :func:`_folded_out`.
+    """
+    weights = logits.softmax(dim=1).flatten(0, 1).t()  # (N, heads*m)
+    for part in _parts(position):
+        new.visual[part] = finish(regions.visual[part] + linear(weights[part], *change))
+        torch.add(new.visual[part], position[part], out=new.placed[part])
 
 
 def _answer(
