@@ -278,7 +278,7 @@ def _load() -> str:
 
 
 def _revision() -> str:
-    from risam_cli import __version__
+    from risam_cli.version import __version__
 
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"],

@@ -15,14 +15,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from risam_cli.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from risam_cli.api import EncodedImage as EncodedImage
     from risam_cli.api import Model as Model
     from risam_cli.api import Result as Result
     from risam_cli.api import Results as Results
     from risam_cli.api import load as load
-
-__version__ = "0.1.0"
 
 _API = ("EncodedImage", "Model", "Result", "Results", "load")
 

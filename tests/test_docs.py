@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from risam_cli import __version__
+from risam_cli.version import __version__
 
 FLAG = r"(?<![\w-])--?[a-z][\w-]*"
 QUOTED = r"'[^']*'|\"[^\"]*\""

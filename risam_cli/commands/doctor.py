@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from risam_cli import __version__
+from risam_cli.version import __version__
 from risam_cli.commands.options import (
     device_options,
     json_option,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .linear import apply_linear
+from risam_cli.model.linear import apply_linear
 
 
 class Adapter(nn.Module):

@@ -20,9 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .linear import apply_linear, linear
-from .mask_decoder import CrossAttention, Decoded, DecoderLayer, MutualAwareMaskDecoder
-from .mutual_aware_attention import Branch, MutualAwareAttention
+from risam_cli.model.linear import apply_linear, linear
+from risam_cli.model.mask_decoder import (
+    CrossAttention,
+    Decoded,
+    DecoderLayer,
+    MutualAwareMaskDecoder,
+)
+from risam_cli.model.mutual_aware_attention import Branch, MutualAwareAttention
 
 BATCHED_BELOW = 512
 """Regions below which several expressions go in a batch after all: each step is too short alone."""

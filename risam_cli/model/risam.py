@@ -8,14 +8,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .by_expression import BATCHED_BELOW, Regions, decode_one
-from .common import sine_positions_1d, sine_positions_2d
-from .feature_enhancement import FeatureEnhancement
-from .image_encoder import ImageEncoder
-from .mask_decoder import Decoded, MutualAwareMaskDecoder
-from .mutual_aware_attention import AttentionMaps, MutualAwareAttention
-from .sam_baseline import DeepFeatures, SamMaskDecoder
-from .text_encoder import TextEncoder, TextFeatures
+from risam_cli.model.by_expression import BATCHED_BELOW, Regions, decode_one
+from risam_cli.model.common import sine_positions_1d, sine_positions_2d
+from risam_cli.model.feature_enhancement import FeatureEnhancement
+from risam_cli.model.image_encoder import ImageEncoder
+from risam_cli.model.mask_decoder import Decoded, MutualAwareMaskDecoder
+from risam_cli.model.mutual_aware_attention import AttentionMaps, MutualAwareAttention
+from risam_cli.model.sam_baseline import DeepFeatures, SamMaskDecoder
+from risam_cli.model.text_encoder import TextEncoder, TextFeatures
 
 
 @dataclass(frozen=True)

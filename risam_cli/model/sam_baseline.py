@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .common import MLP
-from .mask_decoder import Decoded
+from risam_cli.model.common import MLP
+from risam_cli.model.mask_decoder import Decoded
 
 _PRIVATE_NAME = "_risam_segment_anything_modeling"
 

@@ -28,7 +28,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli import __version__
+from risam_cli.version import __version__
 from risam_cli.confine import Confined
 from risam_cli.errors import OutputError
 from risam_cli.outputs.drawing import svg_path

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from risam_cli import __version__
+from risam_cli.version import __version__
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.durable import replace_durably
 from risam_cli.engine.evaluate import Scored, pick_cases

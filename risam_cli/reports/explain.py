@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli import __version__
+from risam_cli.version import __version__
 from risam_cli.engine.device import describe_device
 from risam_cli.engine.explain import Attention, explain
 from risam_cli.engine.session import Encoded, Session
