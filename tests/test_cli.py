@@ -19,11 +19,11 @@ from click.testing import CliRunner
 from conftest import REPO, Cli
 from docs_blocks import calls, wrong_usage
 
-from risam_cli.version import __version__
 from risam_cli.cli import COMMANDS, main, root
 from risam_cli.commands import options
 from risam_cli.console import Console, get_console, set_console
 from risam_cli.errors import DataError, Interrupted, OutputError, UsageError
+from risam_cli.version import __version__
 
 HEAVY = {"torch", "transformers", "cv2", "numpy", "rich", "pydantic", "PIL", "tensorboard"}
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from risam_cli.version import __version__
 from risam_cli.commands.options import (
     device_options,
     json_option,
@@ -25,6 +24,7 @@ from risam_cli.commands.options import (
 )
 from risam_cli.console import sanitize
 from risam_cli.errors import EXIT_ERROR, EXIT_OK, RisamError
+from risam_cli.version import __version__
 
 if TYPE_CHECKING:
     import torch

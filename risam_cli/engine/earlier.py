@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from risam_cli.version import __version__
 from risam_cli.console import get_console
 from risam_cli.engine.predict import compute_settings
 from risam_cli.engine.run_facts import versions
 from risam_cli.engine.run_folder import RUN
 from risam_cli.engine.run_plan import NamedModel, RunPlan
+from risam_cli.version import __version__
 
 
 def run_settings(plan: RunPlan, loaded: NamedModel) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from risam_cli.version import __version__
 from risam_cli.console import Progress, get_console
 from risam_cli.data.inputs import Entry
 from risam_cli.engine.device import describe_device, precision_name
@@ -31,7 +30,6 @@ from risam_cli.engine.run_plan import NamedModel as NamedModel
 from risam_cli.engine.run_plan import RunPlan as RunPlan
 from risam_cli.engine.run_plan import identity_of as identity_of
 from risam_cli.engine.stager import Stager
-from risam_cli.engine.stopping import stopping
 from risam_cli.engine.writer import RunWriter, Tally
 from risam_cli.errors import (
     EXIT_OK,
@@ -40,7 +38,9 @@ from risam_cli.errors import (
     OutputError,
     RisamError,
 )
+from risam_cli.interrupts import stopping
 from risam_cli.types import Failure, Sample
+from risam_cli.version import __version__
 
 _SHOWN = 5  # failures told on the console; all are in the file
 _PARTS = ("load", "encode", "decode", "finish")

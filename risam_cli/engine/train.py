@@ -19,7 +19,6 @@ from risam_cli.engine.distributed import Processes
 from risam_cli.engine.optimize import NotFinite, Stepper, autocast
 from risam_cli.engine.plan import DealtBatches, PlannedBatches, begin_worker
 from risam_cli.engine.stage import LoopSettings, SaveModel, Stage
-from risam_cli.engine.stop_request import StopRequest
 from risam_cli.engine.training_log import TrainingLog
 from risam_cli.engine.training_state import (
     Checkpoints,
@@ -31,6 +30,7 @@ from risam_cli.engine.training_state import (
     stage_of_weights,
 )
 from risam_cli.errors import ConfigError, Interrupted, RisamError
+from risam_cli.interrupts import StopRequest
 from risam_cli.model.risam import Risam
 
 _NAMED = 8  # images of a bad batch that a message names

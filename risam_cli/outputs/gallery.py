@@ -28,13 +28,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.version import __version__
 from risam_cli.confine import Confined
 from risam_cli.errors import OutputError
 from risam_cli.outputs.drawing import svg_path
 from risam_cli.outputs.naming import GALLERY
 from risam_cli.outputs.palette import color
 from risam_cli.outputs.png import write_whole
+from risam_cli.version import __version__
 
 SIDE = 400
 """Pixels of a small picture's longer side; smaller images keep their size."""

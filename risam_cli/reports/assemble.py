@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from risam_cli.version import __version__
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.durable import replace_durably
 from risam_cli.engine.evaluate import Scored, pick_cases
@@ -32,6 +31,7 @@ from risam_cli.reports.schema import (
     Report,
     TimingPart,
 )
+from risam_cli.version import __version__
 
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"

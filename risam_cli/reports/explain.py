@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.version import __version__
 from risam_cli.engine.device import describe_device
 from risam_cli.engine.explain import Attention, explain
 from risam_cli.engine.session import Encoded, Session
@@ -23,6 +22,7 @@ from risam_cli.outputs.png import encode_rgb
 from risam_cli.outputs.records import to_json
 from risam_cli.tokenizer import TextTokenizer
 from risam_cli.types import Expression, Prediction, Sample
+from risam_cli.version import __version__
 
 Point = tuple[float, float]
 
