@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 from risam_cli.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from risam_cli.api import EncodedImage as EncodedImage
-    from risam_cli.api import Model as Model
-    from risam_cli.api import Result as Result
-    from risam_cli.api import Results as Results
-    from risam_cli.api import load as load
+    from risam_cli.api.model import EncodedImage as EncodedImage
+    from risam_cli.api.model import Model as Model
+    from risam_cli.api.model import Result as Result
+    from risam_cli.api.model import Results as Results
+    from risam_cli.api.model import load as load
 
 _API = ("EncodedImage", "Model", "Result", "Results", "load")
 
@@ -30,7 +30,7 @@ _API = ("EncodedImage", "Model", "Result", "Results", "load")
 def __getattr__(name: str) -> object:
     """Imports the Python API when it is first asked for."""
     if name in _API:
-        return getattr(importlib.import_module("risam_cli.api"), name)
+        return getattr(importlib.import_module("risam_cli.api.model"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

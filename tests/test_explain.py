@@ -345,7 +345,7 @@ def test_a_large_photo_is_decoded_as_asked(
 
 
 def test_raw_maps_are_documented_arrays(run: Call, model_folder: Path, repo: Path) -> None:
-    from risam_cli.api import load
+    from risam_cli.api.model import load
 
     assert run("-e", cases.TEXT, "--json", "--point", "50,20", "--point", "0,0", "--head", "1") == 0
     written = json.loads(Path("out/explain.json").read_text())

@@ -179,7 +179,7 @@ def test_words_light_regions_and_regions_light_words(browser: Browser, page: Pat
 
 @needs_browser
 def test_shares_are_those_of_the_maps(browser: Browser, page: Path, model_folder: Path) -> None:
-    from risam_cli.api import load
+    from risam_cli.api.model import load
 
     image = page.parent.parent / NAME
     attention = load(model_folder, device="cpu").encode(image).attention("the red star")

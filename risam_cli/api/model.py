@@ -21,12 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, cast, overload
 
-from risam_cli.build import LoadedModel, load_model
-from risam_cli.data.images import EncoderImage, read_for_encoder
-from risam_cli.engine.device import choose_device, choose_precision, precision_name
-from risam_cli.engine.explain import Attention, explain
-from risam_cli.engine.feeder import ReadySample
-from risam_cli.engine.given import (
+from risam_cli.api.given import (
     ImageLike,
     Item,
     Source,
@@ -36,11 +31,16 @@ from risam_cli.engine.given import (
     samples_of,
     texts_of,
 )
+from risam_cli.api.results import Result, Results, source_rgb
+from risam_cli.build import LoadedModel, load_model
+from risam_cli.data.images import EncoderImage, read_for_encoder
+from risam_cli.engine.device import choose_device, choose_precision, precision_name
+from risam_cli.engine.explain import Attention, explain
+from risam_cli.engine.feeder import ReadySample
 from risam_cli.engine.predict import PredictSettings, compute_settings, predict_samples
 from risam_cli.engine.session import Encoded, Session
 from risam_cli.errors import ImageError, ModelError, RisamError, UsageError
 from risam_cli.reports.explain import Explanation, Look, Shown
-from risam_cli.results import Result, Results, source_rgb
 from risam_cli.types import Failure, Sample
 
 if TYPE_CHECKING:
