@@ -17,7 +17,7 @@ from common import Options, Row, Times, in_turns, ratio
 
 from risam_cli.build_training import TrainingBuilder
 from risam_cli.config import TrainSettings, check
-from risam_cli.console import Console
+from risam_cli.console.console import Console
 from risam_cli.data.collate import ReferringBatch
 from risam_cli.engine.optimize import Stepper, to_device
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from risam_cli.config import TrainSettings
-from risam_cli.console import Console
+from risam_cli.console.console import Console
 from risam_cli.data.augment import Augmentation
 from risam_cli.data.dataset import Examples, ReferringSamples, ReferringScenes
 from risam_cli.data.mixed import MixedExamples, image_key, image_keys, without_images

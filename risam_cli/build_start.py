@@ -17,7 +17,7 @@ from risam_cli.build import (
     new_text_parts,
 )
 from risam_cli.config import ModelSettings, TextEncoderSettings, TrainSettings
-from risam_cli.console import Console
+from risam_cli.console.console import Console
 from risam_cli.encoder_start import start_encoder
 from risam_cli.errors import ConfigError
 from risam_cli.model.risam import Risam

@@ -23,7 +23,7 @@ from risam_cli.build_loop import (
 )
 from risam_cli.build_start import start_model, train_text_encoder
 from risam_cli.config import DenseStage, ReferringStage, TrainSettings
-from risam_cli.console import Console
+from risam_cli.console.console import Console
 from risam_cli.data.collate import ReferringCollate, collate_dense
 from risam_cli.data.dataset import DenseScenes
 from risam_cli.data.refshapes.vocabulary import COLORS, SHAPES, SIZES

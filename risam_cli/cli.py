@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from risam_cli.commands.options import verbosity_options
-from risam_cli.console import Console, get_console, set_console
+from risam_cli.console.console import Console, get_console, set_console
 from risam_cli.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, Interrupted, RisamError
 from risam_cli.version import __version__
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from risam_cli.console import Console, set_console
+from risam_cli.console.console import Console, set_console
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -28,7 +28,7 @@ from risam_cli.build import (
 from risam_cli.build_training import TrainingBuilder, stage_hashes
 from risam_cli.checkpoints import hash_folder
 from risam_cli.config import OptimizerSettings
-from risam_cli.console import Console
+from risam_cli.console.console import Console
 from risam_cli.errors import ConfigError, ModelError
 from risam_cli.model.risam import Risam
 from risam_cli.model.sam_baseline import SamMaskDecoder

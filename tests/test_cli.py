@@ -21,7 +21,7 @@ from docs_blocks import calls, wrong_usage
 
 from risam_cli.cli import COMMANDS, main, root
 from risam_cli.commands import options
-from risam_cli.console import Console, get_console, set_console
+from risam_cli.console.console import Console, get_console, set_console
 from risam_cli.errors import DataError, Interrupted, OutputError, UsageError
 from risam_cli.version import __version__
 

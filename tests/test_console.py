@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console as RichConsole
 
-from risam_cli.console import Console, Count, sanitize
-from risam_cli.console_bar import Bar
+from risam_cli.console.bar import Bar
+from risam_cli.console.console import Console
+from risam_cli.console.count import Count
+from risam_cli.console.text import sanitize
 
 
 class Terminal(io.StringIO):
@@ -193,7 +195,7 @@ def test_where_the_time_goes_is_told_in_shares(stream: io.StringIO) -> None:
 
 
 def test_a_run_that_stalls_says_so(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("risam_cli.console.STALLED", 0.02)
+    monkeypatch.setattr("risam_cli.console.count.STALLED", 0.02)
     with Console(stream=stream).progress("predict", 4, "inputs") as progress:
         progress.advance()
         for _ in range(500):

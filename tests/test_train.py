@@ -21,7 +21,7 @@ from training_runs import RAW, last_weights, rows, run, settings, write_coco
 from risam_cli.build import load_model
 from risam_cli.build_training import TrainingBuilder
 from risam_cli.config import load_settings
-from risam_cli.console import get_console
+from risam_cli.console.console import get_console
 from risam_cli.engine import optimize
 from risam_cli.engine.optimize import Schedule, Stepper
 from risam_cli.engine.plan import PlannedBatches

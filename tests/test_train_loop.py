@@ -15,7 +15,7 @@ from torch import nn
 from risam_cli.build import parameter_groups
 from risam_cli.build_loop import training_precision
 from risam_cli.config import TrainSettings, check
-from risam_cli.console import Console
+from risam_cli.console.console import Console
 from risam_cli.data.collate import DenseBatch, ReferringBatch
 from risam_cli.engine.averaging import KeptWeights, weights_in
 from risam_cli.engine.distributed import Processes

@@ -21,7 +21,7 @@ from risam_cli import masks
 from risam_cli.build_data import DataBuilder
 from risam_cli.commands.refshapes import command as refshapes
 from risam_cli.config import load_settings
-from risam_cli.console import Console
+from risam_cli.console.console import Console
 from risam_cli.data.dataset import ReferringSamples, ReferringScenes
 from risam_cli.data.mixed import MixedExamples, image_key
 from risam_cli.data.packed import PackedSamples

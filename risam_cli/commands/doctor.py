@@ -22,7 +22,7 @@ from risam_cli.commands.options import (
     model_option,
     verbosity_options,
 )
-from risam_cli.console import sanitize
+from risam_cli.console.text import sanitize
 from risam_cli.errors import EXIT_ERROR, EXIT_OK, RisamError
 from risam_cli.version import __version__
 

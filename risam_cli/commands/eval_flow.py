@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from risam_cli.confine import require_own
-from risam_cli.console import get_console
+from risam_cli.console.console import get_console
 from risam_cli.data.readers.catalog import count_differences, open_dataset
 from risam_cli.data.readers.predictions import PredictionIndex
 from risam_cli.data.readers.refshapes import BENCHMARKS, open_refshapes, open_refshapes_files

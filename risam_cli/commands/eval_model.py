@@ -9,7 +9,7 @@ from pathlib import Path
 from risam_cli import checkpoints
 from risam_cli.build import LoadedModel, load_model
 from risam_cli.commands.eval_flow import Asked, Done, count
-from risam_cli.console import get_console
+from risam_cli.console.console import get_console
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.engine.answers import AnswerLog, StageSeconds, answers_from_model
 from risam_cli.engine.device import (

@@ -116,7 +116,7 @@ def _explain(
             raise UsageError("an expression is empty", "give words after -e")
     if not overwrite and output.is_dir() and any(output.iterdir()):
         raise OutputError(f"{output} is not empty", "choose another -o or give --overwrite")
-    from risam_cli.console import get_console
+    from risam_cli.console.console import get_console
 
     explanation = _look(image, expressions, **options)
     console = get_console()

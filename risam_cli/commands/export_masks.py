@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from risam_cli.commands.options import json_option, output_option, verbosity_options
-from risam_cli.console import get_console
+from risam_cli.console.console import get_console
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from risam_cli.commands.options import json_option, output_option, verbosity_options
-from risam_cli.console import get_console
+from risam_cli.console.console import get_console
 
 
 @click.command(name="merge")

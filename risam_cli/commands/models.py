@@ -11,7 +11,8 @@ import click
 
 from risam_cli.commands import completing
 from risam_cli.commands.options import json_option, verbosity_options
-from risam_cli.console import get_console, sanitize
+from risam_cli.console.console import get_console
+from risam_cli.console.text import sanitize
 from risam_cli.errors import (
     EXIT_ERROR,
     EXIT_OK,

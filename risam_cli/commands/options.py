@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from risam_cli.commands import completing
-from risam_cli.console import get_console
+from risam_cli.console.console import get_console
 from risam_cli.errors import UsageError
 from risam_cli.sizes import parse_size
 
@@ -52,7 +52,7 @@ def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool) -> N
 def verbosity_options(function: F) -> F:
     """``-q/--quiet``, ``-v/--verbose`` and ``--debug``; at the root and after every command.
 
-    They act on :func:`risam_cli.console.get_console`; the function gets no parameter.
+    They act on :func:`risam_cli.console.console.get_console`; the function gets no parameter.
     """
     common: dict[str, Any] = {
         "is_flag": True,

@@ -9,7 +9,7 @@ import click
 
 from risam_cli.commands import completing
 from risam_cli.commands.options import json_option, output_option, verbosity_options
-from risam_cli.console import get_console
+from risam_cli.console.console import get_console
 from risam_cli.errors import EXIT_OK, OutputError
 
 # Said here again, and held to the data set's own by a test, so that --help imports little.

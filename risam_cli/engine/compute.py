@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from risam_cli.console import get_console
+from risam_cli.console.console import get_console
 from risam_cli.engine.ahead import Preparer, batch_pixels
 from risam_cli.engine.cores import Cores, Room
 from risam_cli.engine.device import is_device_lost, is_out_of_memory, release_memory

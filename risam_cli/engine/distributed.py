@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from risam_cli.console import Console, get_console, set_console
+from risam_cli.console.console import Console, get_console, set_console
 from risam_cli.errors import Interrupted, RisamError, UsageError
 
 if TYPE_CHECKING:

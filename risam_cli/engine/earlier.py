@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from risam_cli.console import get_console
+from risam_cli.console.console import get_console
 from risam_cli.engine.predict import compute_settings
 from risam_cli.engine.run_facts import versions
 from risam_cli.engine.run_folder import RUN

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from risam_cli.console import get_console
+from risam_cli.console.console import get_console
 from risam_cli.engine.device import precision_name
 from risam_cli.engine.feature_store import Bytes, Entry, FeatureStore, Stored
 from risam_cli.model.image_encoder import EncoderFeatures

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-from risam_cli.console import Console
+from risam_cli.console.console import Console
 from risam_cli.data.readers.layout import is_file
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.durable import replace_durably

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.console import get_console
+from risam_cli.console.console import get_console
 from risam_cli.errors import OutputError
 from risam_cli.sizes import show_size
 

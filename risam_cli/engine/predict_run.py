@@ -14,7 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from risam_cli.console import Progress, get_console
+from risam_cli.console.console import Progress, get_console
 from risam_cli.data.inputs import Entry
 from risam_cli.engine.device import describe_device, precision_name
 from risam_cli.engine.earlier import plan_to_go_on, run_settings

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from risam_cli.console import Console, Progress
+from risam_cli.console.console import Console, Progress
 from risam_cli.engine.averaging import KeptWeights, weights_in
 from risam_cli.engine.distributed import Processes
 from risam_cli.engine.optimize import NotFinite, Stepper, autocast

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.checkpoints import write_atomic
-from risam_cli.console import Console
+from risam_cli.console.console import Console
 from risam_cli.durable import sync_file, sync_folder
 from risam_cli.engine.training_state import Place
 from risam_cli.errors import OutputError

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from risam_cli.console import sanitize
+from risam_cli.console.text import sanitize
 from risam_cli.errors import DataError
 from risam_cli.jsonlines import brief, read_text
 from risam_cli.safe_yaml import load_yaml

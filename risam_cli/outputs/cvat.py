@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape, quoteattr
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.console import sanitize
+from risam_cli.console.text import sanitize
 from risam_cli.outputs.export import Context, Labeled, LabeledImage, back_from, points_text
 from risam_cli.outputs.outlines import EDGE
 from risam_cli.outputs.yolo import copy_image

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from risam_cli.console import sanitize
+from risam_cli.console.text import sanitize
 
 Alpha = NDArray[np.uint8]
 

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Column
 from rich.text import Text
 
-from risam_cli.console import Count
+from risam_cli.console.count import Count
 
 
 class Bar:
@@ -35,13 +35,13 @@ class Bar:
         self._live.stop()
 
     def advance(self, n: int = 1, **fields: object) -> None:
-        """See :class:`risam_cli.console.Progress`."""
+        """See :class:`risam_cli.console.console.Progress`."""
         with self._count.lock:
             self._count.add(n, fields)
             self._live.update(self._task, completed=self._count.done)
 
     def update(self, *, total: int | None = None, **fields: object) -> None:
-        """See :class:`risam_cli.console.Progress`."""
+        """See :class:`risam_cli.console.console.Progress`."""
         with self._count.lock:
             self._count.total = self._count.total if total is None else total
             self._count.fields.update(fields)

@@ -1,0 +1,43 @@
+"""Text from outside, made safe to show on a terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+def sanitize(text: str, *, keep_newlines: bool = False) -> str:
+    r"""Text that is safe to show: control, format and surrogate characters as escapes.
+
+    File names and expressions come from others; a terminal must not obey what is in them, and one
+    message stays on one line. A byte of a file name that is no UTF-8 shows as ``\xNN``.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char
+        if char == "\n" and keep_newlines
+        else _escape(char)
+        if unicodedata.category(char) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
+        else char
+        for char in text
+    )
+
+
+def _escape(char: str) -> str:
+    named = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    if char in named:
+        return named[char]
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps an undecodable byte
+        code -= 0xDC00
+    return (
+        f"\\x{code:02x}"
+        if code < 0x100
+        else f"\\u{code:04x}"
+        if code < 0x10000
+        else f"\\U{code:08x}"
+    )
