@@ -26,9 +26,9 @@ import json, sys, threading, time
 import torch
 from pathlib import Path
 from risam_cli.build import load_model
-from risam_cli.data.images import read_for_encoder
+from risam_cli.data.images.images import read_for_encoder
 from risam_cli.engine.cores import share_cores
-from risam_cli.transforms import to_pixels
+from risam_cli.data.images.transforms import to_pixels
 device, count, batch = torch.device(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 bf16 = device.type == "cuda"
 precision = torch.bfloat16 if bf16 else torch.float32

@@ -27,7 +27,7 @@ if sys.argv[1] == "transformers":
     marks.append(("import transformers", cpu()))
 loaded = risam_cli.build.load_model(None, device=torch.device("cpu"))
 marks.append(("load the model", cpu()))
-from risam_cli.data.images import read_for_encoder
+from risam_cli.data.images.images import read_for_encoder
 from risam_cli.engine.compute import Compute, ComputeSettings
 from risam_cli.engine.jobs import Job
 from pathlib import Path

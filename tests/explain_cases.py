@@ -10,7 +10,7 @@ import torch
 from networks import small_model
 
 from risam_cli import masks
-from risam_cli.data.memory import memory_for_encoder
+from risam_cli.data.images.memory import memory_for_encoder
 from risam_cli.engine.compute import ComputeSettings
 from risam_cli.engine.explain import Attention, explain
 from risam_cli.engine.session import Session

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from predict_fakes import FakeModel
 
-from risam_cli.data.images import MAX_PIXELS
+from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.data.inputs import Inputs
 from risam_cli.engine.ledger import LEDGER
 from risam_cli.engine.predict import PredictSettings

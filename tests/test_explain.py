@@ -21,7 +21,7 @@ from risam_cli.build import build_model, new_text_parts
 from risam_cli.checkpoints import write_model_folder
 from risam_cli.cli import main
 from risam_cli.config import merge
-from risam_cli.data.memory import memory_for_encoder
+from risam_cli.data.images.memory import memory_for_encoder
 from risam_cli.engine.explain import Attention, Word, words_of
 from risam_cli.errors import ModelError, UsageError
 from risam_cli.model.common import sine_positions_1d, sine_positions_2d

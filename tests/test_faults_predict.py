@@ -20,7 +20,7 @@ import torch
 from power import recorded
 from predict_runs import CPU, Killed, Run, contents, draw, draw_pictures, kill_at, run_json
 
-from risam_cli.data.images import MAX_PIXELS
+from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.engine import stager
 from risam_cli.engine.predict import PredictSettings
 from risam_cli.engine.stager import Saving

@@ -15,7 +15,7 @@ from PIL import Image
 
 from risam_cli import masks
 from risam_cli.cli import main
-from risam_cli.data.images import read_for_encoder
+from risam_cli.data.images.images import read_for_encoder
 from risam_cli.engine.embeddings import (
     CacheSettings,
     FeatureCache,

@@ -17,7 +17,7 @@ from PIL import Image
 from predict_fakes import FakeModel
 from predict_runs import Killed, Run, contents, draw_pictures, kill_at
 
-from risam_cli.data.images import MAX_PIXELS
+from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.engine.gallery import write_gallery
 from risam_cli.engine.merge import find_parts, merge_parts
 from risam_cli.engine.run_folder import RunFolder

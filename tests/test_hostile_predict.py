@@ -14,7 +14,7 @@ import pytest
 from conftest import Cli
 
 from risam_cli import cli as entry
-from risam_cli.data.images import open_rgb
+from risam_cli.data.images.images import open_rgb
 from risam_cli.data.inputs import MAX_CHARACTERS
 from risam_cli.data.walk import match_pattern
 from risam_cli.errors import ImageError, OutputError

@@ -13,7 +13,7 @@ from PIL import Image
 from predict_fakes import SIZE, FakeModel
 
 from risam_cli import masks
-from risam_cli.data.images import read_for_encoder
+from risam_cli.data.images.images import read_for_encoder
 from risam_cli.engine.ahead import Ahead, batch_pixels
 from risam_cli.engine.compute import Compute, ComputeSettings
 from risam_cli.engine.jobs import Job

@@ -33,7 +33,7 @@ from predict_runs import (
 )
 
 from risam_cli import masks
-from risam_cli.data.images import MAX_PIXELS
+from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.engine.ledger import LEDGER, read_lines
 from risam_cli.engine.merge import find_parts, merge_parts
 from risam_cli.engine.predict import PredictSettings

@@ -12,7 +12,7 @@ import pytest
 
 from risam_cli import cli, masks
 from risam_cli.commands import refshapes as command
-from risam_cli.data.images import open_rgb
+from risam_cli.data.images.images import open_rgb
 from risam_cli.data.readers.catalog import open_dataset
 from risam_cli.data.refshapes import FAMILIES, SPLIT_SCENES, Referring, RefShapes
 from risam_cli.data.refshapes.formats import annotation_id, image_id, phrase_structure

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from risam_cli import masks
-from risam_cli.data.images import open_rgb
+from risam_cli.data.images.images import open_rgb
 from risam_cli.data.inputs import Inputs
 from risam_cli.data.readers.catalog import open_dataset
 from risam_cli.data.readers.pickle import load_plain_pickle

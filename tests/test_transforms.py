@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from risam_cli.data.dataset import soft_target
-from risam_cli.transforms import (
+from risam_cli.data.images.transforms import (
     PIXEL_MEAN,
     PIXEL_STD,
     fit_size,

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from risam_cli.data.images import MAX_PIXELS
-from risam_cli.data.memory import Pixels, memory_for_encoder
+from risam_cli.data.images.images import MAX_PIXELS
+from risam_cli.data.images.memory import Pixels, memory_for_encoder
 from risam_cli.engine.feeder import ReadySample
 from risam_cli.engine.loader import Loaded
 from risam_cli.errors import ImageError, UsageError
 from risam_cli.types import Expression, Sample
 
 ImageLike = str | os.PathLike[str] | Pixels
-"""A path, an image of Pillow's, or an array: see :func:`risam_cli.data.memory.pixels_to_rgb`."""
+"""A path, an image of Pillow's, or an array: see :func:`risam_cli.data.images.memory.pixels_to_rgb`."""
 
 Item = ImageLike | tuple[ImageLike, str | Sequence[str]]
 """An image, or an image with what is asked of it."""

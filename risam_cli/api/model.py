@@ -33,7 +33,7 @@ from risam_cli.api.given import (
 )
 from risam_cli.api.results import Result, Results, source_rgb
 from risam_cli.build import LoadedModel, load_model
-from risam_cli.data.images import EncoderImage, read_for_encoder
+from risam_cli.data.images.images import EncoderImage, read_for_encoder
 from risam_cli.engine.device import choose_device, choose_precision, precision_name
 from risam_cli.engine.explain import Attention, explain
 from risam_cli.engine.feeder import ReadySample

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli import masks
-from risam_cli.data.images import open_rgb
-from risam_cli.data.memory import Pixels, pixels_to_rgb
+from risam_cli.data.images.images import open_rgb
+from risam_cli.data.images.memory import Pixels, pixels_to_rgb
 from risam_cli.errors import ImageError
 from risam_cli.outputs.drawing import no_larger
 from risam_cli.outputs.overlay import draw_overlay

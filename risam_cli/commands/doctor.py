@@ -224,7 +224,7 @@ def _timed_forward(loaded: Any, device: torch.device) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from risam_cli.transforms import resize_for_encoder, to_pixels
+    from risam_cli.data.images.transforms import resize_for_encoder, to_pixels
 
     rgb = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     pixels = to_pixels([resize_for_encoder(rgb, loaded.image_size)], loaded.image_size, device)

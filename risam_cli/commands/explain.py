@@ -151,7 +151,7 @@ def _look(
 ) -> Explanation:
     """Runs the network; torch is imported here and not before."""
     from risam_cli.build import load_model
-    from risam_cli.data.images import open_rgb, read_for_encoder
+    from risam_cli.data.images.images import open_rgb, read_for_encoder
     from risam_cli.engine.device import choose_device, choose_precision
     from risam_cli.engine.predict import PredictSettings, compute_settings
     from risam_cli.engine.session import Session

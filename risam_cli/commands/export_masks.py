@@ -158,7 +158,7 @@ def command(
       risam export-masks risam-out --to coco -o coco
       risam export-masks risam-out --to yolo -o yolo --one-class dog --copy-images
     """
-    from risam_cli.data.images import open_rgb
+    from risam_cli.data.images.images import open_rgb
     from risam_cli.outputs.export import Settings
     from risam_cli.outputs.run_export import Request, run_export
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from risam_cli.engine.shard import Shard
 
 SAVE = ("png", "overlay", "html")
-MAX_PIXELS = 178_956_970  # said here again, and held to risam_cli.data.images by a test
+MAX_PIXELS = 178_956_970  # said here again, and held to risam_cli.data.images.images by a test
 TIMEOUT = 120.0  # likewise, to risam_cli.engine.loader
 
 

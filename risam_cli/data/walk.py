@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from risam_cli.data.images import SUFFIXES
+from risam_cli.data.images.images import SUFFIXES
 from risam_cli.locks import PRIVATE
 
 RUN_MARKER = PRIVATE

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from risam_cli.data.images import read_for_encoder
+from risam_cli.data.images.images import read_for_encoder
 from risam_cli.engine.cores import share_cores, threads_of
 from risam_cli.engine.device import is_out_of_memory, precision_name, release_memory
 from risam_cli.engine.loader import default_workers

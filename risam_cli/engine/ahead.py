@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from risam_cli.data.images import EncoderImage
+from risam_cli.data.images.images import EncoderImage
+from risam_cli.data.images.transforms import normalize, to_pixels
 from risam_cli.engine.device import is_out_of_memory
 from risam_cli.engine.embeddings import FeatureCache, HalfFeatures, image_key
-from risam_cli.transforms import normalize, to_pixels
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TextIO
 
-from risam_cli.data.images import file_sha256
+from risam_cli.data.images.images import file_sha256
 from risam_cli.data.readers.predictions import Answer, PredictionIndex
 from risam_cli.data.readers.source import OnFailure, SampleSource
 from risam_cli.durable import sync_file, sync_folder

@@ -12,9 +12,9 @@ import torch
 
 from risam_cli.data.collate import ReferringBatch, ReferringCollate
 from risam_cli.data.dataset import ReferringExample
+from risam_cli.data.images.transforms import normalize
 from risam_cli.engine.embeddings import FeatureCache, image_key
 from risam_cli.model.image_encoder import EncoderFeatures, ImageEncoder
-from risam_cli.transforms import normalize
 
 _READERS = 8
 

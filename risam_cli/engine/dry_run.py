@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from risam_cli.console.text import sanitize
-from risam_cli.data.images import image_size
+from risam_cli.data.images.images import image_size
 from risam_cli.data.inputs import Entry
 from risam_cli.errors import ImageError
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli import masks
-from risam_cli.data.images import FileStamp
+from risam_cli.data.images.images import FileStamp
 from risam_cli.engine.jobs import Answer
 from risam_cli.engine.loader import Loaded
 from risam_cli.engine.mask_rules import unpacked

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from risam_cli.data.images import EncoderImage
+from risam_cli.data.images.images import EncoderImage
 from risam_cli.engine.ahead import Ahead
 from risam_cli.engine.mask_rules import Mask
 

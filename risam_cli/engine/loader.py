@@ -21,7 +21,7 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from risam_cli.data.images import (
+from risam_cli.data.images.images import (
     MAX_PIXELS,
     EncoderImage,
     FileStamp,
@@ -48,7 +48,7 @@ class LoaderSettings:
         workers: loader processes; 0 decodes in threads of this process.
         max_pixels: larger images are refused.
         timeout: seconds for one image.
-        full_decode: decode every pixel before scaling; see :mod:`risam_cli.data.images`.
+        full_decode: decode every pixel before scaling; see :mod:`risam_cli.data.images.images`.
         threads: that decode where there are no processes.
     """
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from risam_cli.transforms import fit_size, logits_to_size
+from risam_cli.data.images.transforms import fit_size, logits_to_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from risam_cli.data.images import MAX_PIXELS
+from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.engine.compute import Compute, ComputeSettings, Model
 from risam_cli.engine.cores import Room, share_cores, threads_of
 from risam_cli.engine.embeddings import FeatureCache

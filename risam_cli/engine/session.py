@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from risam_cli.data.images import EncoderImage
+from risam_cli.data.images.images import EncoderImage
 from risam_cli.engine.compute import Compute
 from risam_cli.engine.cores import threads_of
 from risam_cli.engine.device import is_out_of_memory

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli import masks
-from risam_cli.data.images import Rgb, open_for_encoder, open_rgb
+from risam_cli.data.images.images import Rgb, open_for_encoder, open_rgb
 from risam_cli.engine.ledger import FileMark
 from risam_cli.engine.loader import TIMEOUT, timed_out
 from risam_cli.engine.patience import within

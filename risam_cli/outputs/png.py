@@ -24,7 +24,7 @@ _OPTIONS = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRIT
 if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # from OpenCV 4.12; four times faster on masks
     _OPTIONS += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
 
-# Formats whose decoders are safe on files from strangers, as in risam_cli.data.images.
+# Formats whose decoders are safe on files from strangers, as in risam_cli.data.images.images.
 _KINDS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 _counter = itertools.count()
 

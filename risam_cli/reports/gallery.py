@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli import masks
-from risam_cli.data.images import open_rgb
+from risam_cli.data.images.images import open_rgb
 from risam_cli.engine.evaluate import Case
 from risam_cli.errors import ImageError
 from risam_cli.outputs.drawing import svg_path

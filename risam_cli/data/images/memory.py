@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from risam_cli.data.images import EncoderImage, FileStamp, Rgb, decoding, fit_image, to_rgb
+from risam_cli.data.images.images import EncoderImage, FileStamp, Rgb, decoding, fit_image, to_rgb
 from risam_cli.errors import ImageError
 
 Pixels = Image.Image | NDArray[np.generic]
@@ -44,7 +44,7 @@ def pixels_to_rgb(image: Pixels, name: str) -> Rgb:
 def memory_for_encoder(
     image: Pixels, size: int, name: str, max_pixels: int, *, full_decode: bool = False
 ) -> EncoderImage:
-    """As :func:`risam_cli.data.images.read_for_encoder`, of an image in memory.
+    """As :func:`risam_cli.data.images.images.read_for_encoder`, of an image in memory.
 
     ``sha256`` is that of the scaled pixels and the own size, ``stamp`` is empty.
 
