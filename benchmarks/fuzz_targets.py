@@ -17,8 +17,8 @@ from PIL import Image
 
 from risam_cli import masks
 from risam_cli.config import load_settings
-from risam_cli.data import manifest
 from risam_cli.data.images.images import open_rgb
+from risam_cli.data.inputs import manifest
 from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.phrasecut import open_phrasecut
 from risam_cli.data.readers.pickle import load_plain_pickle

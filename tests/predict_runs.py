@@ -14,7 +14,7 @@ from PIL import Image
 from predict_fakes import FakeModel
 
 from risam_cli.data.images.images import MAX_PIXELS
-from risam_cli.data.inputs import Inputs
+from risam_cli.data.inputs.inputs import Inputs
 from risam_cli.engine.ledger import LEDGER
 from risam_cli.engine.predict import PredictSettings
 from risam_cli.engine.predict_run import RunPlan, run_predict

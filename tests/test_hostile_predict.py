@@ -15,8 +15,8 @@ from conftest import Cli
 
 from risam_cli import cli as entry
 from risam_cli.data.images.images import open_rgb
-from risam_cli.data.inputs import MAX_CHARACTERS
-from risam_cli.data.walk import match_pattern
+from risam_cli.data.inputs.inputs import MAX_CHARACTERS
+from risam_cli.data.inputs.walk import match_pattern
 from risam_cli.errors import ImageError, OutputError
 
 ESCAPES = "\x1b]0;owned\x07\x1b[31m\x1b[2J"

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from risam_cli.data.counting import NameCounts
-from risam_cli.data.inputs import Entry, Inputs, count_entries, read_expressions
-from risam_cli.data.manifest import MAX_LINE
+from risam_cli.data.inputs.counting import NameCounts
+from risam_cli.data.inputs.inputs import Entry, Inputs, count_entries, read_expressions
+from risam_cli.data.inputs.manifest import MAX_LINE
 from risam_cli.engine.shard import Shard, parse_shard, shard_of_environment
 from risam_cli.errors import DataError, UsageError
 

@@ -10,7 +10,7 @@ import pytest
 
 from risam_cli import masks
 from risam_cli.data.images.images import open_rgb
-from risam_cli.data.inputs import Inputs
+from risam_cli.data.inputs.inputs import Inputs
 from risam_cli.data.readers.catalog import open_dataset
 from risam_cli.data.readers.pickle import load_plain_pickle
 from risam_cli.data.refshapes import VOCABULARY

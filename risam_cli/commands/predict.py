@@ -29,7 +29,7 @@ from risam_cli.commands.options import (
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from risam_cli.data.inputs import Inputs
+    from risam_cli.data.inputs.inputs import Inputs
     from risam_cli.engine.run_folder import RunFolder
     from risam_cli.engine.shard import Shard
 
@@ -217,7 +217,7 @@ def _predict(options: _Options) -> int:
 
 
 def _inputs(options: _Options, output: Path) -> Inputs:
-    from risam_cli.data.inputs import Inputs, read_expressions
+    from risam_cli.data.inputs.inputs import Inputs, read_expressions
 
     expressions = list(options.given)
     if options.expressions_file is not None:

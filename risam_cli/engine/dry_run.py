@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from risam_cli.console.text import sanitize
 from risam_cli.data.images.images import image_size
-from risam_cli.data.inputs import Entry
+from risam_cli.data.inputs.inputs import Entry
 from risam_cli.errors import ImageError
 
 _FIRST = 5  # entries that are listed

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from risam_cli.console.console import Progress, get_console
-from risam_cli.data.inputs import Entry
+from risam_cli.data.inputs.inputs import Entry
 from risam_cli.engine.device import describe_device, precision_name
 from risam_cli.engine.earlier import plan_to_go_on, run_settings
 from risam_cli.engine.embeddings import FeatureCache, cache_for

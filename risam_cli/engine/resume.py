@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from risam_cli.console.console import get_console
 from risam_cli.data.images.images import file_sha256, file_stamp
-from risam_cli.data.inputs import Entry
+from risam_cli.data.inputs.inputs import Entry
 from risam_cli.durable import sync_file, sync_folder
 from risam_cli.engine.ledger import (
     LedgerLine,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from risam_cli.data.inputs import Entry, Inputs
+from risam_cli.data.inputs.inputs import Entry, Inputs
 from risam_cli.engine.compute import Model
 from risam_cli.engine.device import precision_name
 from risam_cli.engine.embeddings import CacheSettings

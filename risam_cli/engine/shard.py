@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from risam_cli.data.inputs import Entry
+from risam_cli.data.inputs.inputs import Entry
 from risam_cli.errors import UsageError
 
 

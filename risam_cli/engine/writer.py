@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from risam_cli.data.inputs import Entry
+from risam_cli.data.inputs.inputs import Entry
 from risam_cli.durable import sync_folders
 from risam_cli.engine.finish import ImageResult
 from risam_cli.engine.ledger import LedgerLine, Redone, Span

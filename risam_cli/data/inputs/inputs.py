@@ -16,11 +16,11 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 
-from risam_cli.data import manifest
-from risam_cli.data.counting import NameCounts
+from risam_cli.data.inputs import manifest
+from risam_cli.data.inputs.counting import NameCounts
+from risam_cli.data.inputs.walk import Unreadable, is_image_name, match_pattern, walk_images
 from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.data.walk import Unreadable, is_image_name, match_pattern, walk_images
 from risam_cli.errors import DataError, UsageError
 from risam_cli.jsonlines import read_text
 from risam_cli.types import Expression, Failure, Sample
