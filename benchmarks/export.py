@@ -29,7 +29,7 @@ from PIL import Image
 
 from risam_cli import masks
 from risam_cli.commands.export_masks import FORMATS
-from risam_cli.outputs.png import encode_mask
+from risam_cli.drawing.png import encode_mask
 
 HEIGHT, WIDTH = 480, 640
 PER_IMAGE = 5

@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from risam_cli import masks
-from risam_cli.outputs.png import encode_mask
+from risam_cli.drawing.png import encode_mask
 
 SIDE = 1024
 Mask = NDArray[np.bool_]

@@ -15,6 +15,7 @@ from risam_cli.config import TrainSettings
 from risam_cli.data.collate import DenseBatch, ReferringCollate, collate_dense
 from risam_cli.data.dataset import DenseScenes, Examples, ReferringExample
 from risam_cli.data.refshapes.dataset import RefShapes
+from risam_cli.drawing.overlay import draw_overlay
 from risam_cli.engine.device import choose_precision
 from risam_cli.engine.distributed import Processes
 from risam_cli.engine.optimize import Schedule, to_device
@@ -23,7 +24,6 @@ from risam_cli.engine.tasks import DenseTask, ReferringTask
 from risam_cli.engine.training_log import Example
 from risam_cli.engine.validate import validate_referring
 from risam_cli.errors import ConfigError
-from risam_cli.outputs.overlay import draw_overlay
 
 DENSE_VALIDATION_SCENES = 128
 _SHOWN = ("miou", "oiou", "giou", "pr@0.5", "pr@0.9", "n_acc", "t_acc")

@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from risam_cli.outputs import overlay
-from risam_cli.outputs.overlay import draw_overlay
-from risam_cli.outputs.palette import OKABE_ITO, color, indexed_palette, ink
-from risam_cli.outputs.text import fit_text, text_mask
+from risam_cli.drawing import overlay
+from risam_cli.drawing.overlay import draw_overlay
+from risam_cli.drawing.palette import OKABE_ITO, color, indexed_palette, ink
+from risam_cli.drawing.text import fit_text, text_mask
 
 
 def scene(count, size=(480, 640)):

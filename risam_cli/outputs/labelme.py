@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from risam_cli import masks
+from risam_cli.drawing.png import encode_mask
 from risam_cli.outputs.export import Context, Labeled, LabeledImage
 from risam_cli.outputs.outlines import EDGE
-from risam_cli.outputs.png import encode_mask
 from risam_cli.outputs.targets import replace_suffix
 from risam_cli.outputs.yolo import copy_image
 

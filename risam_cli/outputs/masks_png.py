@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from risam_cli.drawing.palette import color, indexed_palette
+from risam_cli.drawing.png import encode_mask
 from risam_cli.errors import DataError
 from risam_cli.outputs.export import Context, Format, Labeled, LabeledImage
 from risam_cli.outputs.naming import mask_name
-from risam_cli.outputs.palette import color, indexed_palette
-from risam_cli.outputs.png import encode_mask
 from risam_cli.outputs.targets import replace_suffix
 from risam_cli.types import Prediction
 

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from risam_cli import masks
+from risam_cli.drawing.png import check_header
 from risam_cli.errors import DataError
 from risam_cli.outputs.export import Context, Labeled, LabeledImage
 from risam_cli.outputs.outlines import CENTER
-from risam_cli.outputs.png import check_header
 from risam_cli.outputs.targets import replace_suffix
 
 

@@ -19,11 +19,10 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from risam_cli.drawing.drawing import no_larger, outline, webp_uri
 from risam_cli.engine.explain import Attention
-from risam_cli.outputs.drawing import no_larger
 from risam_cli.reports.explain import Explained, Explanation, spread
 from risam_cli.reports.explain_picture import HEAT, word_colors
-from risam_cli.reports.gallery import outline, webp_uri
 
 PAGE_BYTES = 6 << 20
 """Bytes of maps that a page may hold before it leaves some out."""

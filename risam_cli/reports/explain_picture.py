@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli import masks
+from risam_cli.drawing.palette import Color, color, ink
+from risam_cli.drawing.text import fit_text, text_mask
 from risam_cli.engine.explain import Attention, Word
-from risam_cli.outputs.palette import Color, color, ink
-from risam_cli.outputs.text import fit_text, text_mask
 from risam_cli.reports.explain import Explained, Explanation, chosen_words, spread
 
 Rgb = NDArray[np.uint8]

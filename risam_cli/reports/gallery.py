@@ -5,20 +5,16 @@ Outlines are vector paths, so that they stay sharp and keep their colours at any
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-from risam_cli import masks
 from risam_cli.data.images.images import open_rgb
+from risam_cli.drawing.drawing import outline, webp_uri
 from risam_cli.engine.evaluate import Case
 from risam_cli.errors import ImageError
-from risam_cli.outputs.drawing import svg_path
-from risam_cli.types import Rle
 
 TRUTH = (86, 180, 233)
 """Sky blue of Okabe and Ito's palette, told apart from the other by every kind of eye."""
@@ -26,7 +22,6 @@ ANSWER = (230, 159, 0)
 """Orange of the same palette."""
 
 _SIDE = 320
-_QUALITY = 75
 _PLAIN = 96  # gray of the ground where the image is not at hand
 
 
@@ -71,22 +66,3 @@ def _draw(case: Case) -> Picture:
     canvas = np.asarray(cv2.resize(rgb, small, interpolation=how), np.uint8)
     answer = "" if case.answered_none else outline(case.prediction, small)
     return Picture(case, webp_uri(canvas), *small, outline(case.target, small), answer, note)
-
-
-def outline(rle: Rle, size: tuple[int, int]) -> str:
-    """The outline of a mask, holes too, at (width, height), as SVG path data."""
-    dense = masks.decode(rle).astype(np.float32)
-    how = cv2.INTER_AREA if dense.shape[1] > size[0] else cv2.INTER_LINEAR
-    resized = np.asarray(cv2.resize(dense, size, interpolation=how))
-    # A target of a few pixels must not vanish.
-    found = resized >= 0.5
-    found = found if found.any() or not dense.any() else resized > 0
-    return svg_path(found)
-
-
-def webp_uri(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> str:
-    """An image (H, W, 3) as a ``data:`` address of a WebP file."""
-    done, data = cv2.imencode(".webp", rgb[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, quality])
-    if not done:
-        raise RuntimeError("OpenCV was built without WebP")
-    return f"data:image/webp;base64,{base64.b64encode(data.tobytes()).decode('ascii')}"

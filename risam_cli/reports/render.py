@@ -9,7 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from risam_cli.reports import svg, text
+from risam_cli.drawing import svg
+from risam_cli.reports import text
 from risam_cli.reports.gallery import ANSWER, TRUTH, Picture
 from risam_cli.reports.schema import Report, SlicePart
 

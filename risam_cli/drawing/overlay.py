@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.outputs.palette import color, ink
-from risam_cli.outputs.text import Alpha, fit_text, text_mask
+from risam_cli.drawing.palette import color, ink
+from risam_cli.drawing.text import Alpha, fit_text, text_mask
 
 Rgb = NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1; the last two exclusive

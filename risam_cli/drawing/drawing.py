@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from risam_cli import masks
+
+pass
+from risam_cli.types import Rle
 
 _SLACK = 0.4  # pixels that an outline may move, to save points
 
@@ -30,3 +37,25 @@ def _ring(contour: NDArray[np.int32]) -> str:
         (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0) + 1
         points = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
     return "M" + " ".join(f"{x},{y}" for x, y in points.tolist()) + "Z"
+
+
+_QUALITY = 75
+
+
+def outline(rle: Rle, size: tuple[int, int]) -> str:
+    """The outline of a mask, holes too, at (width, height), as SVG path data."""
+    dense = masks.decode(rle).astype(np.float32)
+    how = cv2.INTER_AREA if dense.shape[1] > size[0] else cv2.INTER_LINEAR
+    resized = np.asarray(cv2.resize(dense, size, interpolation=how))
+    # A target of a few pixels must not vanish.
+    found = resized >= 0.5
+    found = found if found.any() or not dense.any() else resized > 0
+    return svg_path(found)
+
+
+def webp_uri(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> str:
+    """An image (H, W, 3) as a ``data:`` address of a WebP file."""
+    done, data = cv2.imencode(".webp", rgb[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, quality])
+    if not done:
+        raise RuntimeError("OpenCV was built without WebP")
+    return f"data:image/webp;base64,{base64.b64encode(data.tobytes()).decode('ascii')}"
