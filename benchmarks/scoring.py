@@ -171,7 +171,7 @@ def evaluate(folder: Path) -> None:
 def score_stream(number: int) -> None:
     """In the child: score this many expressions that come and go, and print peak memory."""
     from risam_cli.data.readers.predictions import Answer
-    from risam_cli.engine.evaluate import Answered, Scorer
+    from risam_cli.evaluation.scoring import Answered, Scorer
     from risam_cli.metrics import get_protocol
     from risam_cli.types import Expression, Sample
 

@@ -35,8 +35,8 @@ def main() -> None:
     """Serve until killed."""
     import risam_cli.build
     import risam_cli.cli
-    import risam_cli.engine.eval_run
     import risam_cli.engine.predict_run
+    import risam_cli.evaluation.run
     import risam_cli.outputs.run_export
     import risam_cli.reports.build
 

@@ -13,9 +13,9 @@ from eval_files import box, image_file
 from power import recorded
 
 from risam_cli.cli import main
-from risam_cli.commands import eval_flow
-from risam_cli.engine import evaluate as engine
-from risam_cli.engine.answers import AnswerLog
+from risam_cli.evaluation import flow
+from risam_cli.evaluation import scoring as engine
+from risam_cli.evaluation.answers import AnswerLog
 from risam_cli.locks import FolderLock
 from risam_cli.model.risam import Risam
 
@@ -160,7 +160,7 @@ def test_a_kill_before_the_reports_costs_no_answer(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(eval_flow, "write_reports", killed)
+        patched.setattr(flow, "write_reports", killed)
         assert evaluate(out) == 130
     seen.clear()
     assert evaluate(out, "--resume") == 0

@@ -14,15 +14,15 @@ from PIL import Image
 
 from risam_cli import masks
 from risam_cli.data.readers.predictions import Answer
-from risam_cli.engine.evaluate import (
+from risam_cli.errors import UsageError
+from risam_cli.evaluation.protocol import mask_rule
+from risam_cli.evaluation.scoring import (
     Answered,
     Scored,
     Scorer,
     resize_nearest,
     warp_through_letterbox,
 )
-from risam_cli.engine.protocol_predict import mask_rule
-from risam_cli.errors import UsageError
 from risam_cli.metrics import PROTOCOLS, ExpressionScore, get_protocol, summarize
 from risam_cli.types import Expression, Sample
 

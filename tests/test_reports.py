@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from risam_cli import masks
 from risam_cli.data.readers.predictions import Answer
 from risam_cli.drawing import svg
-from risam_cli.engine.evaluate import Answered, Case, Scored, Scorer, pick_cases
+from risam_cli.evaluation.scoring import Answered, Case, Scored, Scorer, pick_cases
 from risam_cli.metrics.protocols import get_protocol
 from risam_cli.reports import text
 from risam_cli.reports.assemble import RunFacts, assemble, gallery, write_reports

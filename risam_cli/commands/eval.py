@@ -136,6 +136,7 @@ def command(**options: Any) -> int:
       risam eval --dataset refcoco --root data --split testA --model runs/mine/best -o report
       risam eval --dataset grefcoco --root data --split val --predictions out --protocol gres
     """
-    from risam_cli.commands.eval_flow import Asked, evaluate
+    from risam_cli.evaluation.flow import evaluate
+    from risam_cli.evaluation.request import Asked
 
     return evaluate(Asked(**options))

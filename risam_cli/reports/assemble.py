@@ -14,8 +14,8 @@ import numpy as np
 
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.durable import replace_durably
-from risam_cli.engine.evaluate import Scored, pick_cases
 from risam_cli.errors import OutputError
+from risam_cli.evaluation.scoring import Scored, pick_cases
 from risam_cli.metrics.protocols import Protocol
 from risam_cli.reports.build import curves_part, figure_parts, interval_part, protocol_part
 from risam_cli.reports.compare import REPORT_FILE, Other, comparison_part

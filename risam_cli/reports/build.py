@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.engine.evaluate import Scored
+from risam_cli.evaluation.scoring import Scored
 from risam_cli.metrics.curves import no_target_curve, risk_coverage
 from risam_cli.metrics.figures import Terms, figures, outcome, terms
 from risam_cli.metrics.intervals import LEVEL, REPLICATES, intervals, masked

@@ -13,8 +13,8 @@ import numpy as np
 
 from risam_cli.data.images.images import open_rgb
 from risam_cli.drawing.drawing import outline, webp_uri
-from risam_cli.engine.evaluate import Case
 from risam_cli.errors import ImageError
+from risam_cli.evaluation.scoring import Case
 
 TRUTH = (86, 180, 233)
 """Sky blue of Okabe and Ito's palette, told apart from the other by every kind of eye."""

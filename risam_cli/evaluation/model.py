@@ -8,10 +8,8 @@ from pathlib import Path
 
 from risam_cli import checkpoints
 from risam_cli.build import LoadedModel, load_model
-from risam_cli.commands.eval_flow import Asked, Done, count
 from risam_cli.console.console import get_console
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.engine.answers import AnswerLog, StageSeconds, answers_from_model
 from risam_cli.engine.device import (
     choose_device,
     choose_precision,
@@ -19,10 +17,12 @@ from risam_cli.engine.device import (
     precision_name,
 )
 from risam_cli.engine.embeddings import cache_for
-from risam_cli.engine.eval_run import EvalRun, FailureLog, drop_missing_images, run_evaluation
 from risam_cli.engine.predict import ImageResult, PredictSettings
-from risam_cli.engine.protocol_predict import predict_by_protocol
 from risam_cli.errors import DataError, OutputError
+from risam_cli.evaluation.answers import AnswerLog, StageSeconds, answers_from_model
+from risam_cli.evaluation.protocol import predict_by_protocol
+from risam_cli.evaluation.request import Asked, Done, count
+from risam_cli.evaluation.run import EvalRun, FailureLog, drop_missing_images, run_evaluation
 from risam_cli.metrics.curves import fit_no_target
 from risam_cli.metrics.protocols import Protocol
 from risam_cli.reports.schema import AnswersPart, NoTargetFitPart, TimingPart

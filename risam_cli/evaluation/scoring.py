@@ -1,5 +1,5 @@
 """Scoring a split: answers in, table, rows and cases out. Torch-free; a model's answers come from
-:mod:`risam_cli.engine.answers`.
+:mod:`risam_cli.evaluation.answers`.
 
 Memory holds the table's columns, one block of rows and a bounded number of cases; masks go by one
 image at a time.

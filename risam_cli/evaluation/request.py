@@ -1,66 +1,50 @@
-"""What ``risam eval`` does, step by step; torch is loaded only where a model answers."""
+"""What an evaluation is asked for, and what it has done."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from risam_cli.confine import require_own
 from risam_cli.console.console import get_console
 from risam_cli.data.readers.catalog import count_differences, open_dataset
-from risam_cli.data.readers.predictions import PredictionIndex
 from risam_cli.data.readers.refshapes import BENCHMARKS, open_refshapes, open_refshapes_files
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.engine.eval_run import (
+from risam_cli.engine.ledger import LEDGER
+from risam_cli.errors import OutputError, UsageError
+from risam_cli.evaluation.run import (
     ANSWERS_FILE,
     FAILURES_FILE,
     ROWS_FILE,
     EvalRun,
-    FailureLog,
-    count_missing_images,
-    run_evaluation,
 )
-from risam_cli.engine.evaluate import answers_from_predictions
-from risam_cli.engine.ledger import LEDGER
-from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, OutputError, UsageError
-from risam_cli.locks import PRIVATE, FolderLock
-from risam_cli.metrics.protocols import Protocol, get_protocol
 from risam_cli.reports.assemble import (
     HTML_FILE,
     MARKDOWN_FILE,
-    RunFacts,
-    assemble,
-    dataset_part,
-    file_note,
-    gallery,
-    write_reports,
 )
 from risam_cli.reports.compare import REPORT_FILE, Other, read_other
 from risam_cli.reports.schema import (
     AnswersPart,
     CountsPart,
     NoTargetFitPart,
-    Report,
     TimingPart,
 )
-from risam_cli.reports.text import console_table
 
 if TYPE_CHECKING:
     from risam_cli.engine.embeddings import CacheSettings
 
+
 SURPLUS_FILE = "surplus.jsonl"
+
+
 _WRITTEN = (
     *(REPORT_FILE, MARKDOWN_FILE, HTML_FILE),
     *(ROWS_FILE, FAILURES_FILE, SURPLUS_FILE, ANSWERS_FILE),
 )
+
+
 DEFAULT_FAMILY = next(iter(BENCHMARKS))
 
 
@@ -197,119 +181,6 @@ class Done:
     finish: Callable[[], None] = lambda: None
 
 
-def evaluate(asked: Asked) -> int:
-    """Evaluate as asked, write the reports, and give the exit code."""
-    asked.check()
-    console = get_console()
-    protocol = get_protocol(asked.protocol_name)
-    # Within the output folder, so that what a killed run leaves is found by the next one.
-    scratch = asked.output / PRIVATE / "scratch"
-    source = asked.open_source(scratch)
-    other = asked.open_other()
-    asked.prepare_output()
-    with FolderLock(asked.output), _emptied(scratch):
-        with FailureLog(asked.output, console) as failures:
-            if asked.predictions is not None:
-                done = _from_predictions(asked, source, protocol, failures)
-            else:
-                done = _from_model(asked, source, protocol, failures)
-        report = _report(asked, source, protocol, done, other)
-        write_reports(asked.output, report, gallery(done.run.scored))
-        done.finish()
-    console.block(console_table(report))
-    console.info(f"reports are in {asked.output}")
-    if asked.as_json:
-        click.echo(json.dumps({name: f.value for name, f in report.figures.items()}))
-    return _exit_code(report, asked.skip_missing)
-
-
-@contextmanager
-def _emptied(folder: Path) -> Iterator[None]:
-    """A folder that is empty at first and gone afterwards."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _from_predictions(
-    asked: Asked, source: SampleSource, protocol: Protocol, failures: FailureLog
-) -> Done:
-    """Score records. Images serve the pictures only, so they are counted but stop nothing."""
-    assert asked.predictions is not None
-    console = get_console()
-    with PredictionIndex(asked.predictions, failures) as index:
-        absent, wanted = count_missing_images(source)
-        if absent:
-            console.warn(f"{absent} of {wanted} images are missing; pictures show masks only")
-        answers = answers_from_predictions(source, index, failures)
-        run = run_evaluation(source, answers, protocol, asked.output, console)
-        surplus = _tell_surplus(index, source, asked.output)
-        answered = AnswersPart(
-            kind="predictions",
-            name=_predictions_name(asked.predictions),
-            sha256=None if str(index.path) == "-" else file_note(index.path).sha256,
-            records=len(index),
-        )
-        counts = count(
-            run,
-            failed=failures.by_stage["read"] - index.broken,
-            surplus=surplus,
-            doubled=index.doubled,
-            malformed=index.broken,
-            # No folder of images at all is a way to work; a hole in it is a fault.
-            images_missing=0 if absent == wanted else absent,
-        )
-    timing = TimingPart(
-        score=run.scored.seconds,
-        total=run.seconds,
-        expressions_per_second=len(run.scored.table) / run.seconds,
-    )
-    return Done(run, answered, counts, timing)
-
-
-def _from_model(
-    asked: Asked, source: SampleSource, protocol: Protocol, failures: FailureLog
-) -> Done:
-    """Have a model answer. Torch is loaded here."""
-    from risam_cli.commands.eval_model import answer_and_score
-
-    return answer_and_score(asked, source, protocol, failures)
-
-
-def _tell_surplus(index: PredictionIndex, source: SampleSource, folder: Path) -> int:
-    """Count records that no expression asked for, and name them in ``surplus.jsonl``.
-
-    They are no failures: a file may hold predictions of several splits.
-    """
-    path = folder / SURPLUS_FILE
-    path.unlink(missing_ok=True)
-    if not index.unused:
-        return 0
-    if source.limit is not None:
-        get_console().info(f"{index.unused} predictions were not looked at (--limit)")
-        return 0
-    first = ""
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-        for name, image, text in index.surplus():
-            first = first or name or f"{image}: {text}"
-            row = {"id": name, "image": image, "expression": text}
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-    get_console().warn(
-        f"{index.unused} predictions belong to no expression of {source.dataset} {source.split} "
-        f"(the first is {first}); all are in {path}"
-    )
-    return index.unused
-
-
-def _predictions_name(path: Path) -> str:
-    if str(path) == "-":
-        return "stdin"
-    return path.parent.resolve().name if path.name == "predictions.jsonl" else path.name
-
-
 def count(run: EvalRun, **more: int) -> CountsPart:
     """What the figures of a run stand on; ``more`` are fields of the schema."""
     table = run.scored.table
@@ -321,34 +192,3 @@ def count(run: EvalRun, **more: int) -> CountsPart:
         unscored=run.scored.unscored,
         **more,
     )
-
-
-def _report(
-    asked: Asked, source: SampleSource, protocol: Protocol, done: Done, other: Other | None
-) -> Report:
-    data = dataset_part(
-        source,
-        count_differences(source, asked.split_by),
-        split_by=asked.split_by,
-        family=(asked.family or DEFAULT_FAMILY) if asked.dataset == "refshapes" else None,
-        limit=asked.limit,
-        shuffle=asked.shuffle,
-    )
-    facts = RunFacts(
-        command=["risam", *sys.argv[1:]],
-        dataset=data,
-        answers=done.answers,
-        counts=done.counts,
-        timing=done.timing,
-        threshold=asked.threshold,
-        no_target_fit=done.no_target_fit,
-    )
-    return assemble(facts, done.run.scored, protocol, done.run.rows, other)
-
-
-def _exit_code(report: Report, skip_missing: bool) -> int:
-    counts = report.counts
-    failed = counts.failed + counts.missing + counts.doubled + counts.malformed
-    if counts.images_missing and not skip_missing:
-        return EXIT_SOME_FAILED
-    return EXIT_SOME_FAILED if failed else EXIT_OK

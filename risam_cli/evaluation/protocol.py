@@ -16,9 +16,9 @@ from torch import Tensor
 from risam_cli.data.images.transforms import fit_size, logits_to_size
 from risam_cli.engine.compute import Model
 from risam_cli.engine.embeddings import FeatureCache
-from risam_cli.engine.evaluate import warp_through_letterbox
 from risam_cli.engine.mask_rules import MaskRule, at_image_size
 from risam_cli.engine.predict import ImageResult, PredictSettings, predict_samples
+from risam_cli.evaluation.scoring import warp_through_letterbox
 from risam_cli.metrics.protocols import Protocol
 from risam_cli.types import Sample
 
