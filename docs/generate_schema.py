@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from risam_cli.reports.schema import Report
+from risam_cli.evaluation.report.schema import Report
 
 
 def generate() -> str:

@@ -36,9 +36,9 @@ def main() -> None:
     import risam_cli.build
     import risam_cli.cli
     import risam_cli.engine.predict_run
+    import risam_cli.evaluation.report.parts
     import risam_cli.evaluation.run
     import risam_cli.outputs.run_export
-    import risam_cli.reports.build
 
     for name, (module, _) in risam_cli.cli.COMMANDS.items():
         assert name

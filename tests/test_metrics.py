@@ -73,9 +73,7 @@ def test_undefined_figures_are_nan_not_zero() -> None:
 
 
 def test_metrics_load_no_torch() -> None:
-    code = (
-        "import sys, risam_cli.metrics, risam_cli.reports.render; sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys, risam_cli.metrics, risam_cli.evaluation.report.render; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

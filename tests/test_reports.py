@@ -22,13 +22,11 @@ from pydantic import ValidationError
 from risam_cli import masks
 from risam_cli.data.readers.predictions import Answer
 from risam_cli.drawing import svg
-from risam_cli.evaluation.scoring import Answered, Case, Scored, Scorer, pick_cases
-from risam_cli.metrics.protocols import get_protocol
-from risam_cli.reports import text
-from risam_cli.reports.assemble import RunFacts, assemble, gallery, write_reports
-from risam_cli.reports.gallery import ANSWER, TRUTH, draw_cases
-from risam_cli.reports.render import to_html, to_json, to_markdown
-from risam_cli.reports.schema import (
+from risam_cli.evaluation.report import text
+from risam_cli.evaluation.report.assemble import RunFacts, assemble, gallery, write_reports
+from risam_cli.evaluation.report.gallery import ANSWER, TRUTH, draw_cases
+from risam_cli.evaluation.report.render import to_html, to_json, to_markdown
+from risam_cli.evaluation.report.schema import (
     AnswersPart,
     ChangedExpression,
     ChangePart,
@@ -39,6 +37,8 @@ from risam_cli.reports.schema import (
     Report,
     TimingPart,
 )
+from risam_cli.evaluation.scoring import Answered, Case, Scored, Scorer, pick_cases
+from risam_cli.metrics.protocols import get_protocol
 from risam_cli.types import Expression, Sample
 
 HOSTILE = "<script>alert(1)</script> <img src=x onerror=alert(2)> | `x` {{ 7*7 }} \" ' & \u202e"

@@ -17,6 +17,17 @@ from risam_cli.data.readers.catalog import count_differences
 from risam_cli.data.readers.predictions import PredictionIndex
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED
+from risam_cli.evaluation.report.assemble import (
+    RunFacts,
+    assemble,
+    dataset_part,
+    file_note,
+    gallery,
+    write_reports,
+)
+from risam_cli.evaluation.report.compare import Other
+from risam_cli.evaluation.report.schema import AnswersPart, Report, TimingPart
+from risam_cli.evaluation.report.text import console_table
 from risam_cli.evaluation.request import DEFAULT_FAMILY, SURPLUS_FILE, Asked, Done, count
 from risam_cli.evaluation.run import (
     FailureLog,
@@ -26,21 +37,6 @@ from risam_cli.evaluation.run import (
 from risam_cli.evaluation.scoring import answers_from_predictions
 from risam_cli.locks import PRIVATE, FolderLock
 from risam_cli.metrics.protocols import Protocol, get_protocol
-from risam_cli.reports.assemble import (
-    RunFacts,
-    assemble,
-    dataset_part,
-    file_note,
-    gallery,
-    write_reports,
-)
-from risam_cli.reports.compare import Other
-from risam_cli.reports.schema import (
-    AnswersPart,
-    Report,
-    TimingPart,
-)
-from risam_cli.reports.text import console_table
 
 if TYPE_CHECKING:
     pass

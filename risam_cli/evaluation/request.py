@@ -14,22 +14,14 @@ from risam_cli.data.readers.refshapes import BENCHMARKS, open_refshapes, open_re
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.engine.ledger import LEDGER
 from risam_cli.errors import OutputError, UsageError
+from risam_cli.evaluation.report.assemble import HTML_FILE, MARKDOWN_FILE
+from risam_cli.evaluation.report.compare import REPORT_FILE, Other, read_other
+from risam_cli.evaluation.report.schema import AnswersPart, CountsPart, NoTargetFitPart, TimingPart
 from risam_cli.evaluation.run import (
     ANSWERS_FILE,
     FAILURES_FILE,
     ROWS_FILE,
     EvalRun,
-)
-from risam_cli.reports.assemble import (
-    HTML_FILE,
-    MARKDOWN_FILE,
-)
-from risam_cli.reports.compare import REPORT_FILE, Other, read_other
-from risam_cli.reports.schema import (
-    AnswersPart,
-    CountsPart,
-    NoTargetFitPart,
-    TimingPart,
 )
 
 if TYPE_CHECKING:

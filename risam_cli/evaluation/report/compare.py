@@ -12,12 +12,12 @@ import numpy as np
 from pydantic import ValidationError
 
 from risam_cli.errors import DataError
+from risam_cli.evaluation.report.parts import SEED, value
+from risam_cli.evaluation.report.schema import ChangedExpression, ChangePart, ComparisonPart, Report
 from risam_cli.metrics.figures import outcome, terms
 from risam_cli.metrics.intervals import compare
 from risam_cli.metrics.protocols import Protocol
 from risam_cli.metrics.table import ExpressionScore, ScoreTable, Tally
-from risam_cli.reports.build import SEED, value
-from risam_cli.reports.schema import ChangedExpression, ChangePart, ComparisonPart, Report
 
 REPORT_FILE = "report.json"
 ROWS_FILE = "per_expression.jsonl"

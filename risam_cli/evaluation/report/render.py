@@ -10,9 +10,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from risam_cli.drawing import svg
-from risam_cli.reports import text
-from risam_cli.reports.gallery import ANSWER, TRUTH, Picture
-from risam_cli.reports.schema import Report, SlicePart
+from risam_cli.evaluation.report import text
+from risam_cli.evaluation.report.gallery import ANSWER, TRUTH, Picture
+from risam_cli.evaluation.report.schema import Report, SlicePart
 
 _PLOTTED_CATEGORIES = 20
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from risam_cli.reports.schema import ChangePart, Figure, Report
+from risam_cli.evaluation.report.schema import ChangePart, Figure, Report
 
 NAMES = {
     "oiou": "oIoU",

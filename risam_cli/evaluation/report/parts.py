@@ -1,4 +1,4 @@
-"""From a scored run to a :class:`~risam_cli.reports.schema.Report`."""
+"""From a scored run to a :class:`~risam_cli.evaluation.report.schema.Report`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.evaluation.scoring import Scored
-from risam_cli.metrics.curves import no_target_curve, risk_coverage
-from risam_cli.metrics.figures import Terms, figures, outcome, terms
-from risam_cli.metrics.intervals import LEVEL, REPLICATES, intervals, masked
-from risam_cli.metrics.protocols import Protocol
-from risam_cli.metrics.slices import CATEGORY, Slice
-from risam_cli.metrics.table import Flags, ScoreTable
-from risam_cli.reports.schema import (
+from risam_cli.evaluation.report.schema import (
     CurvesPart,
     Figure,
     IntervalPart,
@@ -25,6 +18,13 @@ from risam_cli.reports.schema import (
     RiskCoveragePart,
     SlicePart,
 )
+from risam_cli.evaluation.scoring import Scored
+from risam_cli.metrics.curves import no_target_curve, risk_coverage
+from risam_cli.metrics.figures import Terms, figures, outcome, terms
+from risam_cli.metrics.intervals import LEVEL, REPLICATES, intervals, masked
+from risam_cli.metrics.protocols import Protocol
+from risam_cli.metrics.slices import CATEGORY, Slice
+from risam_cli.metrics.table import Flags, ScoreTable
 
 SLICE_FIGURES = ("miou", "oiou", "pr@0.5", "giou")
 SEED = 0

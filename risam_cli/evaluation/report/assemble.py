@@ -15,13 +15,16 @@ import numpy as np
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.durable import replace_durably
 from risam_cli.errors import OutputError
-from risam_cli.evaluation.scoring import Scored, pick_cases
-from risam_cli.metrics.protocols import Protocol
-from risam_cli.reports.build import curves_part, figure_parts, interval_part, protocol_part
-from risam_cli.reports.compare import REPORT_FILE, Other, comparison_part
-from risam_cli.reports.gallery import Picture, draw_cases
-from risam_cli.reports.render import to_html, to_json, to_markdown
-from risam_cli.reports.schema import (
+from risam_cli.evaluation.report.compare import REPORT_FILE, Other, comparison_part
+from risam_cli.evaluation.report.gallery import Picture, draw_cases
+from risam_cli.evaluation.report.parts import (
+    curves_part,
+    figure_parts,
+    interval_part,
+    protocol_part,
+)
+from risam_cli.evaluation.report.render import to_html, to_json, to_markdown
+from risam_cli.evaluation.report.schema import (
     AnswersPart,
     CountsPart,
     DatasetPart,
@@ -31,6 +34,8 @@ from risam_cli.reports.schema import (
     Report,
     TimingPart,
 )
+from risam_cli.evaluation.scoring import Scored, pick_cases
+from risam_cli.metrics.protocols import Protocol
 from risam_cli.version import __version__
 
 MARKDOWN_FILE = "report.md"
