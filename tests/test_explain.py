@@ -22,12 +22,12 @@ from risam_cli.checkpoints import write_model_folder
 from risam_cli.cli import main
 from risam_cli.config import merge
 from risam_cli.data.images.memory import memory_for_encoder
-from risam_cli.engine.explain import Attention, Word, words_of
 from risam_cli.errors import ModelError, UsageError
+from risam_cli.explain.attention import Attention, Word, words_of
+from risam_cli.explain.explanation import spread
+from risam_cli.explain.page import PAGE_BYTES, chosen_maps
+from risam_cli.explain.picture import draw_explanation, enlarge
 from risam_cli.model.common import sine_positions_1d, sine_positions_2d
-from risam_cli.reports.explain import spread
-from risam_cli.reports.explain_page import PAGE_BYTES, chosen_maps
-from risam_cli.reports.explain_picture import draw_explanation, enlarge
 from risam_cli.text_source import pretrained_text
 from risam_cli.tokenizer import Piece, TextTokenizer
 

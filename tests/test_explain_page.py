@@ -17,7 +17,7 @@ from browser import Browser, find_browser
 from PIL import Image
 
 from risam_cli.cli import main
-from risam_cli.reports.explain_page import to_html
+from risam_cli.explain.page import to_html
 
 HOSTILE = (
     "</script><script>document.title='run'</script><img src=x onerror=alert(1)> {{ 7*7 }} star"

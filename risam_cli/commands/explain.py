@@ -20,7 +20,7 @@ from risam_cli.commands.options import (
 from risam_cli.errors import EXIT_OK, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from risam_cli.reports.explain import Explanation
+    from risam_cli.explain.explanation import Explanation
 
 GRID = 5  # points along the longer side
 
@@ -155,7 +155,8 @@ def _look(
     from risam_cli.engine.device import choose_device, choose_precision
     from risam_cli.engine.predict import PredictSettings, compute_settings
     from risam_cli.engine.session import Session
-    from risam_cli.reports.explain import Look, Shown
+    from risam_cli.explain.explanation import Shown
+    from risam_cli.explain.look import Look
 
     place = choose_device(device)
     settings = PredictSettings(

@@ -20,9 +20,9 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from risam_cli.drawing.drawing import no_larger, outline, webp_uri
-from risam_cli.engine.explain import Attention
-from risam_cli.reports.explain import Explained, Explanation, spread
-from risam_cli.reports.explain_picture import HEAT, word_colors
+from risam_cli.explain.attention import Attention
+from risam_cli.explain.explanation import Explained, Explanation, spread
+from risam_cli.explain.picture import HEAT, word_colors
 
 PAGE_BYTES = 6 << 20
 """Bytes of maps that a page may hold before it leaves some out."""
