@@ -26,12 +26,12 @@ from risam_cli.data.readers.predictions import PredictionIndex
 from risam_cli.data.readers.refer import open_refer
 from risam_cli.engine.ledger import read_header, read_lines
 from risam_cli.errors import DataError
+from risam_cli.export.categories import read_map
+from risam_cli.export.coco_results import Names, spool_results
+from risam_cli.export.targets import target_name
 from risam_cli.jsonlines import parse_json
-from risam_cli.outputs.categories import read_map
-from risam_cli.outputs.coco_results import Names, spool_results
 from risam_cli.outputs.naming import mask_name
 from risam_cli.outputs.records import from_json
-from risam_cli.outputs.targets import target_name
 from risam_cli.types import Expression, Sample
 
 REPO = Path(__file__).resolve().parent.parent

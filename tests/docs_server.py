@@ -38,7 +38,7 @@ def main() -> None:
     import risam_cli.engine.predict_run
     import risam_cli.evaluation.report.parts
     import risam_cli.evaluation.run
-    import risam_cli.outputs.run_export
+    import risam_cli.export.run_export
 
     for name, (module, _) in risam_cli.cli.COMMANDS.items():
         assert name

@@ -19,10 +19,10 @@ from pycocotools import mask as coco_mask
 from risam_cli import masks
 from risam_cli.commands import export_masks
 from risam_cli.errors import OutputError
-from risam_cli.outputs.export import formats
-from risam_cli.outputs.folder import ExportFolder
-from risam_cli.outputs.sources import Source
-from risam_cli.outputs.targets import meeting_key, target_name
+from risam_cli.export.folder import ExportFolder
+from risam_cli.export.registry import formats
+from risam_cli.export.sources import Source
+from risam_cli.export.targets import meeting_key, target_name
 
 SHAPES = shapes()
 BLOCK, RING = SHAPES["block"], SHAPES["ring"]

@@ -16,8 +16,8 @@ from risam_cli import cli, jsonlines, masks
 from risam_cli.data.readers import jsonstream
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.errors import DataError
-from risam_cli.outputs.coco_results import Names, spool_results
-from risam_cli.outputs.targets import target_name
+from risam_cli.export.coco_results import Names, spool_results
+from risam_cli.export.targets import target_name
 
 DIGITS = "9" * 5000
 RECORD: dict[str, Any] = {
@@ -193,7 +193,7 @@ def test_a_value_is_written_no_longer_than_it_is_shown() -> None:
 
 def test_a_record_without_end_is_not_held(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(jsonstream, "MAX_RECORD", 1 << 20)
-    monkeypatch.setattr("risam_cli.outputs.coco_results.MAX_LINE", 1 << 20)
+    monkeypatch.setattr("risam_cli.export.coco_results.MAX_LINE", 1 << 20)
     path = tmp_path / "long.json"
     path.write_text('[{"a": "' + "x" * (16 << 20))
     tracemalloc.start()

@@ -14,8 +14,8 @@ from risam_cli.console.console import get_console
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 
 if TYPE_CHECKING:
-    from risam_cli.outputs.categories import Naming
-    from risam_cli.outputs.run_export import Outcome
+    from risam_cli.export.categories import Naming
+    from risam_cli.export.run_export import Outcome
 
 FORMATS = ("coco", "coco-polygons", "yolo", "labelme", "cvat", "png", "overlay", "html", "cutout")
 
@@ -159,8 +159,8 @@ def command(
       risam export-masks risam-out --to yolo -o yolo --one-class dog --copy-images
     """
     from risam_cli.data.images.images import open_rgb
-    from risam_cli.outputs.export import Settings
-    from risam_cli.outputs.run_export import Request, run_export
+    from risam_cli.export.format import Settings
+    from risam_cli.export.run_export import Request, run_export
 
     request = Request(
         predictions=predictions,
@@ -191,7 +191,7 @@ def command(
 
 
 def _naming(category_map: Path | None, one_class: str | None) -> Naming:
-    from risam_cli.outputs.categories import ByExpression, OneClass, read_map
+    from risam_cli.export.categories import ByExpression, OneClass, read_map
 
     if category_map is not None and one_class is not None:
         raise UsageError("--category-map and --one-class contradict each other", "give one of them")

@@ -17,7 +17,7 @@ from risam_cli.engine.session import Encoded, Session
 from risam_cli.errors import ModelError, UsageError
 from risam_cli.explain.attention import Attention, explain
 from risam_cli.explain.explanation import Explained, Explanation, Shown
-from risam_cli.outputs.folder import ExportFolder
+from risam_cli.export.folder import ExportFolder
 from risam_cli.outputs.naming import slug
 from risam_cli.outputs.records import to_json
 from risam_cli.tokenizer import TextTokenizer

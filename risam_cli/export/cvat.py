@@ -14,9 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.console.text import sanitize
-from risam_cli.outputs.export import Context, Labeled, LabeledImage, back_from, points_text
+from risam_cli.export.format import (
+    Context,
+    Labeled,
+    LabeledImage,
+    back_from,
+    copy_image,
+    points_text,
+)
 from risam_cli.outputs.outlines import EDGE
-from risam_cli.outputs.yolo import copy_image
 
 LONGEST_LABEL = 64
 """Characters that CVAT takes for a label's name."""

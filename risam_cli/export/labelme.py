@@ -18,10 +18,9 @@ from PIL import Image, ImageDraw
 
 from risam_cli import masks
 from risam_cli.drawing.png import encode_mask
-from risam_cli.outputs.export import Context, Labeled, LabeledImage
+from risam_cli.export.format import Context, Labeled, LabeledImage, copy_image
+from risam_cli.export.targets import replace_suffix
 from risam_cli.outputs.outlines import EDGE
-from risam_cli.outputs.targets import replace_suffix
-from risam_cli.outputs.yolo import copy_image
 
 _VERSION = "5.5.0"  # the first whose loader knows all that is written here
 

@@ -14,9 +14,9 @@ from PIL import Image
 from risam_cli.drawing.palette import color, indexed_palette
 from risam_cli.drawing.png import encode_mask
 from risam_cli.errors import DataError
-from risam_cli.outputs.export import Context, Format, Labeled, LabeledImage
+from risam_cli.export.format import Context, Format, Labeled, LabeledImage
+from risam_cli.export.targets import replace_suffix
 from risam_cli.outputs.naming import mask_name
-from risam_cli.outputs.targets import replace_suffix
 from risam_cli.types import Prediction
 
 OWNS = ("masks", "manifest.jsonl", "legend.jsonl", "categories.json")

@@ -11,14 +11,11 @@ import cv2
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from PIL import Image
 
 from risam_cli import masks
-from risam_cli.drawing.png import check_header
-from risam_cli.errors import DataError
-from risam_cli.outputs.export import Context, Labeled, LabeledImage
+from risam_cli.export.format import Context, Labeled, LabeledImage, copy_image
+from risam_cli.export.targets import replace_suffix
 from risam_cli.outputs.outlines import CENTER
-from risam_cli.outputs.targets import replace_suffix
 
 
 class Yolo:
@@ -73,25 +70,3 @@ def _filled(texts: list[str], size: tuple[int, int]) -> NDArray[np.bool_]:
         points = np.round(shares * np.array([size[1], size[0]], np.float32)).astype(np.int32)
         cv2.fillPoly(out, [points], 1)
     return out.view(np.bool_)
-
-
-def copy_image(context: Context, image: LabeledImage, folder: str) -> None:
-    """Put the image's file beside its labels, where the user wants that.
-
-    Raises:
-        DataError: the image is gone, or none; a label without its image would be of no use.
-    """
-    if not context.copy_images:
-        return
-    if not image.path.is_file():
-        raise DataError(
-            f"image {image.path} is not there to be copied", "give --image-root DIR where it is"
-        )
-    try:
-        # Records name what they like: only what is an image leaves its place.
-        check_header(image.path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"image {image.path} cannot be copied: {error}", "copy it yourself"
-        ) from error
-    context.folder.copy(image.path, f"{folder}/{image.target}")

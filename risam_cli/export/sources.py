@@ -29,10 +29,10 @@ from PIL import Image, UnidentifiedImageError
 from risam_cli import masks
 from risam_cli.drawing.png import check_header
 from risam_cli.errors import DataError
+from risam_cli.export.coco_results import Names, spool_results
+from risam_cli.export.targets import meeting_key
 from risam_cli.jsonlines import brief, parse_json, read_lines_at
-from risam_cli.outputs.coco_results import Names, spool_results
 from risam_cli.outputs.records import MAX_LINE, PREDICTIONS, from_json
-from risam_cli.outputs.targets import meeting_key
 from risam_cli.types import Failure, Prediction, Rle
 
 OnFailure = Callable[[Failure], None]
@@ -66,7 +66,7 @@ class Source:
     """Records of a file, grouped by image. Use as a context manager.
 
     Attributes:
-        meeting: for :func:`risam_cli.outputs.targets.target_name`.
+        meeting: for :func:`risam_cli.export.targets.target_name`.
         broken: records that could not be used so far.
 
     Args:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from risam_cli.errors import DataError
-from risam_cli.outputs.categories import Categories, Naming
-from risam_cli.outputs.export import (
+from risam_cli.export.categories import Categories, Naming
+from risam_cli.export.folder import ExportFolder
+from risam_cli.export.format import (
     Context,
     Format,
     Labeled,
@@ -17,13 +18,11 @@ from risam_cli.outputs.export import (
     OpenImage,
     Settings,
     Tally,
-    check_options,
-    formats,
 )
-from risam_cli.outputs.folder import ExportFolder
+from risam_cli.export.registry import check_options, formats
+from risam_cli.export.sources import MAX_PIXELS, ImageGroup, OnFailure, Source
+from risam_cli.export.targets import target_name
 from risam_cli.outputs.records import FAILURES, failure_to_json
-from risam_cli.outputs.sources import MAX_PIXELS, ImageGroup, OnFailure, Source
-from risam_cli.outputs.targets import target_name
 from risam_cli.types import Failure, Prediction
 
 
@@ -32,8 +31,8 @@ class Request:
     """What is to be exported, and how.
 
     Attributes:
-        predictions: see :class:`risam_cli.outputs.sources.Source`.
-        kind: a name in :func:`risam_cli.outputs.export.formats`.
+        predictions: see :class:`risam_cli.export.sources.Source`.
+        kind: a name in :func:`risam_cli.export.registry.formats`.
         image_root: where relative image paths begin.
         min_score, min_area: masks below are left out (they count as filtered).
     """

@@ -11,7 +11,7 @@ import json
 from contextlib import ExitStack
 from typing import Any
 
-from risam_cli.outputs.export import Context, Labeled, LabeledImage, back_from
+from risam_cli.export.format import Context, Labeled, LabeledImage, back_from
 from risam_cli.outputs.outlines import EDGE
 from risam_cli.types import Prediction
 

@@ -10,11 +10,11 @@ import numpy as np
 from risam_cli.drawing.overlay import draw_overlay
 from risam_cli.drawing.png import encode_rgb
 from risam_cli.errors import OutputError
-from risam_cli.outputs.export import Context, Decoded, LabeledImage
+from risam_cli.export.format import Context, Decoded, LabeledImage
+from risam_cli.export.targets import replace_suffix
 from risam_cli.outputs.gallery import Gallery, Row, encode_item, outline
 from risam_cli.outputs.naming import GALLERY, MASKS, mask_name
 from risam_cli.outputs.records import to_json
-from risam_cli.outputs.targets import replace_suffix
 
 
 class _Pictures:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from risam_cli import masks
+from risam_cli.drawing.png import check_header
+from risam_cli.errors import DataError
+
+pass
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, overload
 
-import numpy as np
-from numpy.typing import NDArray
-
-from risam_cli import masks
-from risam_cli.errors import DataError, UsageError
-from risam_cli.outputs.categories import Categories
-from risam_cli.outputs.folder import ExportFolder
-from risam_cli.outputs.naming import GALLERY
+from risam_cli.export.categories import Categories
+from risam_cli.export.folder import ExportFolder
 from risam_cli.outputs.outlines import CENTER, EDGE, Outlines, Vertices, outlines
 from risam_cli.types import Prediction, Rle
 
@@ -217,70 +219,6 @@ class Format(Protocol):
         """Write what needs all images."""
 
 
-@dataclass(frozen=True, slots=True)
-class FormatInfo:
-    """How a format is opened, and what it can do.
-
-    Attributes:
-        owns: names that it writes directly in the output folder.
-        options: settings that mean something to it, beside those that all formats share.
-        needs_image: whether it draws on the image.
-        copies: whether ``--copy-images`` means something to it.
-    """
-
-    open: Callable[[Context], AbstractContextManager[Format]]
-    owns: tuple[str, ...]
-    options: frozenset[str] = frozenset()
-    needs_image: bool = False
-    copies: bool = False
-
-
-def formats() -> dict[str, FormatInfo]:
-    """All formats by name."""
-    from risam_cli.outputs import coco, cvat, labelme, masks_png, pictures, yolo
-
-    outline = frozenset({"simplify", "holes", "vertices"})
-    shapes = outline | {"shapes"}
-    return {
-        "coco": FormatInfo(coco.CocoMasks, ("instances.json", "results.json")),
-        "coco-polygons": FormatInfo(coco.CocoPolygons, ("instances.json",), outline),
-        "yolo": FormatInfo(
-            yolo.Yolo, ("labels", "images", "data.yaml"), outline | {"parts"}, copies=True
-        ),
-        "labelme": FormatInfo(labelme.Labelme, ("labelme",), shapes, copies=True),
-        "cvat": FormatInfo(cvat.Cvat, ("annotations.xml", "images"), shapes, copies=True),
-        "png": FormatInfo(masks_png.open_png, masks_png.OWNS, frozenset({"style"})),
-        "overlay": FormatInfo(pictures.Overlays, ("overlays",), needs_image=True),
-        "html": FormatInfo(pictures.GalleryPages, (GALLERY,), needs_image=True),
-        "cutout": FormatInfo(
-            pictures.Cutouts, ("cutouts",), frozenset({"padding"}), needs_image=True
-        ),
-    }
-
-
-def check_options(kind: str, info: FormatInfo, settings: Settings, *, copy_images: bool) -> None:
-    """Refuse options that the format would ignore.
-
-    Raises:
-        UsageError: one was set.
-    """
-    usual = Settings()
-    for name in Settings.__dataclass_fields__:
-        if name not in info.options and getattr(settings, name) != getattr(usual, name):
-            users = [other for other, one in formats().items() if name in one.options]
-            raise UsageError(
-                f"--{name} means nothing to --to {kind}", f"it goes with {', '.join(users)}"
-            )
-    if copy_images and not info.copies:
-        raise UsageError(
-            f"--copy-images means nothing to --to {kind}", "it goes with yolo, labelme, cvat"
-        )
-    if settings.shapes == "mask" and (settings.simplify or settings.vertices):
-        raise UsageError(
-            "--shapes mask is exact", "leave out --simplify and --vertices, or write polygons"
-        )
-
-
 def points_text(ring: NDArray[np.float64]) -> Iterator[tuple[str, str]]:
     """A ring's coordinates with two digits behind the point, no more of them than needed."""
     for x, y in ring.tolist():
@@ -290,3 +228,25 @@ def points_text(ring: NDArray[np.float64]) -> Iterator[tuple[str, str]]:
 def back_from(rings: list[list[float]], size: tuple[int, int]) -> Rle:
     """What pycocotools makes of rings as they were written."""
     return masks.from_polygons(rings, size)
+
+
+def copy_image(context: Context, image: LabeledImage, folder: str) -> None:
+    """Put the image's file beside its labels, where the user wants that.
+
+    Raises:
+        DataError: the image is gone, or none; a label without its image would be of no use.
+    """
+    if not context.copy_images:
+        return
+    if not image.path.is_file():
+        raise DataError(
+            f"image {image.path} is not there to be copied", "give --image-root DIR where it is"
+        )
+    try:
+        # Records name what they like: only what is an image leaves its place.
+        check_header(image.path)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"image {image.path} cannot be copied: {error}", "copy it yourself"
+        ) from error
+    context.folder.copy(image.path, f"{folder}/{image.target}")

@@ -1,0 +1,75 @@
+"""The formats by name, with the options that each takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from risam_cli.errors import UsageError
+from risam_cli.export.format import Context, Format, Settings
+from risam_cli.outputs.naming import GALLERY
+
+
+@dataclass(frozen=True, slots=True)
+class FormatInfo:
+    """How a format is opened, and what it can do.
+
+    Attributes:
+        owns: names that it writes directly in the output folder.
+        options: settings that mean something to it, beside those that all formats share.
+        needs_image: whether it draws on the image.
+        copies: whether ``--copy-images`` means something to it.
+    """
+
+    open: Callable[[Context], AbstractContextManager[Format]]
+    owns: tuple[str, ...]
+    options: frozenset[str] = frozenset()
+    needs_image: bool = False
+    copies: bool = False
+
+
+def formats() -> dict[str, FormatInfo]:
+    """All formats by name."""
+    from risam_cli.export import coco, cvat, labelme, masks_png, pictures, yolo
+
+    outline = frozenset({"simplify", "holes", "vertices"})
+    shapes = outline | {"shapes"}
+    return {
+        "coco": FormatInfo(coco.CocoMasks, ("instances.json", "results.json")),
+        "coco-polygons": FormatInfo(coco.CocoPolygons, ("instances.json",), outline),
+        "yolo": FormatInfo(
+            yolo.Yolo, ("labels", "images", "data.yaml"), outline | {"parts"}, copies=True
+        ),
+        "labelme": FormatInfo(labelme.Labelme, ("labelme",), shapes, copies=True),
+        "cvat": FormatInfo(cvat.Cvat, ("annotations.xml", "images"), shapes, copies=True),
+        "png": FormatInfo(masks_png.open_png, masks_png.OWNS, frozenset({"style"})),
+        "overlay": FormatInfo(pictures.Overlays, ("overlays",), needs_image=True),
+        "html": FormatInfo(pictures.GalleryPages, (GALLERY,), needs_image=True),
+        "cutout": FormatInfo(
+            pictures.Cutouts, ("cutouts",), frozenset({"padding"}), needs_image=True
+        ),
+    }
+
+
+def check_options(kind: str, info: FormatInfo, settings: Settings, *, copy_images: bool) -> None:
+    """Refuse options that the format would ignore.
+
+    Raises:
+        UsageError: one was set.
+    """
+    usual = Settings()
+    for name in Settings.__dataclass_fields__:
+        if name not in info.options and getattr(settings, name) != getattr(usual, name):
+            users = [other for other, one in formats().items() if name in one.options]
+            raise UsageError(
+                f"--{name} means nothing to --to {kind}", f"it goes with {', '.join(users)}"
+            )
+    if copy_images and not info.copies:
+        raise UsageError(
+            f"--copy-images means nothing to --to {kind}", "it goes with yolo, labelme, cvat"
+        )
+    if settings.shapes == "mask" and (settings.simplify or settings.vertices):
+        raise UsageError(
+            "--shapes mask is exact", "leave out --simplify and --vertices, or write polygons"
+        )
