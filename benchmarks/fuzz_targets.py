@@ -29,7 +29,7 @@ from risam_cli.errors import DataError
 from risam_cli.export.categories import read_map
 from risam_cli.export.coco_results import Names, spool_results
 from risam_cli.export.targets import target_name
-from risam_cli.jsonlines import parse_json
+from risam_cli.files.jsonlines import parse_json
 from risam_cli.outputs.naming import mask_name
 from risam_cli.outputs.records import from_json
 from risam_cli.types import Expression, Sample

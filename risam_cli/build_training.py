@@ -36,10 +36,10 @@ from risam_cli.engine.tasks import DenseTask, ReferringTask
 from risam_cli.engine.train import TrainingRun
 from risam_cli.engine.training_state import Place
 from risam_cli.export_model import NEEDS_TITLE
+from risam_cli.files.sizes import parse_size
 from risam_cli.losses import ReferringLoss
 from risam_cli.model.dense_head import DenseHead
 from risam_cli.model.image_encoder import ImageEncoder
-from risam_cli.sizes import parse_size
 from risam_cli.tokenizer import TextTokenizer
 
 

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from risam_cli.durable import sync_folder, sync_tree
 from risam_cli.errors import ModelError, OutputError
-from risam_cli.jsonlines import read_text
+from risam_cli.files.durable import sync_folder, sync_tree
+from risam_cli.files.jsonlines import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -274,28 +274,6 @@ def write_model_folder(
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by its own
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise OutputError(f"cannot write {folder}: {reason}", "see space and rights") from error
-
-
-def write_atomic(path: Path, write: Any) -> None:
-    """Calls ``write(temporary path)``, syncs the file, and moves it to ``path``.
-
-    Raises:
-        OutputError: where it cannot be written; an older file at ``path`` survives.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the umask grants; safetensors grants the owner only
-        write(temporary)
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = " ".join(str(error).split())[:200]
-        raise OutputError(f"cannot write {path}: {reason}", "see space and rights") from error
 
 
 def inspect_model_folder(folder: Path) -> dict[str, Any]:

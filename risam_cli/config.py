@@ -11,9 +11,9 @@ import yaml
 from pydantic import Field, model_validator
 
 from risam_cli.errors import ConfigError
+from risam_cli.files.safe_yaml import load_yaml
 from risam_cli.metrics.figures import FIGURES
 from risam_cli.model.presets import PRESETS
-from risam_cli.safe_yaml import load_yaml
 from risam_cli.settings import (
     AveragingSettings,
     EarlyStoppingSettings,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from risam_cli.sizes import parse_size
+from risam_cli.files.sizes import parse_size
 
 
 class Settings(BaseModel):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from risam_cli.errors import ConfigError
-from risam_cli.jsonlines import brief
+from risam_cli.files.jsonlines import brief
 from risam_cli.settings import Settings
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from risam_cli.errors import ConfigError
-from risam_cli.jsonlines import read_text
-from risam_cli.safe_yaml import load_yaml
+from risam_cli.files.jsonlines import read_text
+from risam_cli.files.safe_yaml import load_yaml
 
 EXTENDS = "extends"
 TAG = "dataset"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from risam_cli import durable
+from risam_cli.files import durable
 
 
 class Disk:

@@ -25,10 +25,10 @@ from risam_cli.checkpoints import (
     hash_folder,
     inspect_model_folder,
     read_model_folder,
-    write_atomic,
     write_model_folder,
 )
 from risam_cli.errors import ModelError, OutputError, RisamError
+from risam_cli.files.write import write_atomic
 
 CPU = torch.device("cpu")
 

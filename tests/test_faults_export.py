@@ -16,7 +16,7 @@ from risam_cli.cli import main
 from risam_cli.engine import ledger
 from risam_cli.export import folder as export_folder
 from risam_cli.export.folder import ExportFolder
-from risam_cli.locks import FolderLock
+from risam_cli.files.locks import FolderLock
 
 KINDS = ["coco", "yolo", "labelme", "cvat", "png"]
 

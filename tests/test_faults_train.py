@@ -9,7 +9,7 @@ import training_runs
 from power import recorded
 
 from risam_cli.errors import ConfigError, OutputError
-from risam_cli.locks import FolderLock
+from risam_cli.files.locks import FolderLock
 
 SHORT = {
     "stages": [

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from risam_cli.engine import feature_store
 from risam_cli.errors import OutputError
-from risam_cli.sizes import parse_size, show_size
+from risam_cli.files.sizes import parse_size, show_size
 
 
 def files(folder: Path) -> list[Path]:

@@ -183,7 +183,7 @@ def test_a_sparse_file_is_not_read_whole(head: bytes, tmp_path: Path) -> None:
 
 
 def test_an_output_that_training_would_follow_is_refused(tmp_path: Path) -> None:
-    from risam_cli.confine import require_own_tree
+    from risam_cli.files.confine import require_own_tree
 
     run = tmp_path / "run"
     (run / "checkpoints/kept").mkdir(parents=True)

@@ -10,7 +10,7 @@ import pytest
 
 from risam_cli import cli
 from risam_cli.errors import ConfigError
-from risam_cli.safe_yaml import load_yaml
+from risam_cli.files.safe_yaml import load_yaml
 
 
 def _bomb(levels: int) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from risam_cli import locks
 from risam_cli.errors import OutputError
-from risam_cli.locks import LEASE_SECONDS, FolderLock
+from risam_cli.files import locks
+from risam_cli.files.locks import LEASE_SECONDS, FolderLock
 
 REPO = Path(__file__).resolve().parent.parent
 HOLD = """

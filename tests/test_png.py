@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from risam_cli.drawing.png import encode_mask, encode_rgb, write_mask, write_whole
+from risam_cli.drawing.png import encode_mask, encode_rgb, write_mask
 from risam_cli.errors import OutputError
+from risam_cli.files.write import write_whole
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (37, 53), (300, 200)])

@@ -13,7 +13,7 @@ import click
 from risam_cli.commands import completing
 from risam_cli.console.console import get_console
 from risam_cli.errors import UsageError
-from risam_cli.sizes import parse_size
+from risam_cli.files.sizes import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
 

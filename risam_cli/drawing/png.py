@@ -8,8 +8,6 @@ against 1.5 ms and 8 kB as a 1-bit PNG, and 7.4 ms by Pillow.
 from __future__ import annotations
 
 import itertools
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from risam_cli.errors import OutputError
+from risam_cli.files.write import write_whole
 
 _OPTIONS = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
 if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # from OpenCV 4.12; four times faster on masks
@@ -67,21 +66,3 @@ def write_mask(path: Path, mask: NDArray[np.bool_]) -> None:
         OutputError: the file cannot be written.
     """
     write_whole(path, encode_mask(mask))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file, whole or not at all, by way of a temporary one beside it.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    temporary = path.with_name(f".{os.getpid()}-{next(_counter)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise OutputError(f"{path}: {error.strerror or error}", "choose another place") from error

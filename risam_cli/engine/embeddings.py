@@ -29,8 +29,8 @@ from risam_cli.console.console import get_console
 from risam_cli.data.images.transforms import PIXEL_MEAN, PIXEL_STD
 from risam_cli.engine.device import precision_name
 from risam_cli.engine.feature_store import Bytes, Entry, FeatureStore, Stored
+from risam_cli.files.sizes import parse_size, show_size
 from risam_cli.model.image_encoder import EncoderFeatures
-from risam_cli.sizes import parse_size, show_size
 
 if TYPE_CHECKING:
     from risam_cli.config import ImageEncoderSettings, ModelSettings

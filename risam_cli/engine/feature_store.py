@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from risam_cli.console.console import get_console
 from risam_cli.errors import OutputError
-from risam_cli.sizes import show_size
+from risam_cli.files.sizes import show_size
 
 try:
     import fcntl

@@ -7,11 +7,11 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from risam_cli.confine import Confined, require_own
-from risam_cli.durable import replace_durably, sync_file, sync_folder, sync_folders, sync_tree
 from risam_cli.engine.ledger import LEDGER, LedgerLine, read_lines, read_redone
 from risam_cli.errors import OutputError
-from risam_cli.locks import PRIVATE, FolderLock
+from risam_cli.files.confine import Confined, require_own
+from risam_cli.files.durable import replace_durably, sync_file, sync_folder, sync_folders, sync_tree
+from risam_cli.files.locks import PRIVATE, FolderLock
 from risam_cli.outputs.gallery import remove_pages
 from risam_cli.outputs.naming import GALLERY, MASKS, OVERLAYS
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
@@ -24,7 +24,7 @@ _SPLICED = (PREDICTIONS, FAILURES, LEDGER, RUN)  # in the order in which they ar
 class RunFolder:
     """An output folder, locked for this process; a context manager.
 
-    The lock ends with the process, however it ends; see :mod:`risam_cli.locks`.
+    The lock ends with the process, however it ends; see :mod:`risam_cli.files.locks`.
 
     Args:
         path: made if it is not there.

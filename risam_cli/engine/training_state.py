@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from risam_cli.checkpoints import write_atomic
 from risam_cli.errors import ModelError, RisamError
+from risam_cli.files.write import write_atomic
 from risam_cli.torch_files import load_plain
 
 LAST = "last.pt"

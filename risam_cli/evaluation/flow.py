@@ -35,7 +35,7 @@ from risam_cli.evaluation.run import (
     run_evaluation,
 )
 from risam_cli.evaluation.scoring import answers_from_predictions
-from risam_cli.locks import PRIVATE, FolderLock
+from risam_cli.files.locks import PRIVATE, FolderLock
 from risam_cli.metrics.protocols import Protocol, get_protocol
 
 if TYPE_CHECKING:

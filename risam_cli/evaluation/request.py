@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from risam_cli.confine import require_own
 from risam_cli.console.console import get_console
 from risam_cli.data.readers.catalog import count_differences, open_dataset
 from risam_cli.data.readers.refshapes import BENCHMARKS, open_refshapes, open_refshapes_files
@@ -23,6 +22,7 @@ from risam_cli.evaluation.run import (
     ROWS_FILE,
     EvalRun,
 )
+from risam_cli.files.confine import require_own
 
 if TYPE_CHECKING:
     from risam_cli.engine.embeddings import CacheSettings

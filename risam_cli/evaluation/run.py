@@ -14,9 +14,9 @@ from typing import TextIO
 from risam_cli.console.console import Console
 from risam_cli.data.readers.layout import is_file
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.durable import replace_durably
 from risam_cli.errors import DataError, OutputError
 from risam_cli.evaluation.scoring import Answered, Scored, Scorer
+from risam_cli.files.durable import replace_durably
 from risam_cli.metrics.protocols import Protocol
 from risam_cli.types import Failure
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from risam_cli.console.text import sanitize
 from risam_cli.errors import DataError
-from risam_cli.jsonlines import brief, read_text
-from risam_cli.safe_yaml import load_yaml
+from risam_cli.files.jsonlines import brief, read_text
+from risam_cli.files.safe_yaml import load_yaml
 
 _LONGEST = 1 << 28  # bytes
 OTHERS = "*"

@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from risam_cli.confine import Confined, require_own
-from risam_cli.durable import sync_file, sync_folder, sync_tree
 from risam_cli.errors import OutputError
-from risam_cli.locks import PRIVATE, FolderLock
+from risam_cli.files.confine import Confined, require_own
+from risam_cli.files.durable import sync_file, sync_folder, sync_tree
+from risam_cli.files.locks import PRIVATE, FolderLock
 
 SUMMARY = "export.json"
 LEDGER = "ledger.jsonl"

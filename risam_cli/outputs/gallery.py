@@ -28,11 +28,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.confine import Confined
 from risam_cli.drawing.drawing import svg_path
 from risam_cli.drawing.palette import color
-from risam_cli.drawing.png import write_whole
 from risam_cli.errors import OutputError
+from risam_cli.files.confine import Confined
+from risam_cli.files.write import write_whole
 from risam_cli.outputs.naming import GALLERY
 from risam_cli.version import __version__
 

@@ -13,9 +13,9 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from risam_cli.checkpoints import write_atomic
 from risam_cli.drawing import svg
 from risam_cli.engine.training_log import INDEX, METRICS, PICTURES
+from risam_cli.files.write import write_atomic
 from risam_cli.version import __version__
 
 PAGE = "training.html"

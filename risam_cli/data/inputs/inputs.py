@@ -22,7 +22,7 @@ from risam_cli.data.inputs.walk import Unreadable, is_image_name, match_pattern,
 from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.errors import DataError, UsageError
-from risam_cli.jsonlines import read_text
+from risam_cli.files.jsonlines import read_text
 from risam_cli.types import Expression, Failure, Sample
 
 MAX_CHARACTERS = 10_000

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from risam_cli.errors import DataError
-from risam_cli.jsonlines import brief, parse_json, read_lines
+from risam_cli.files.jsonlines import brief, parse_json, read_lines
 
 MAX_LINE = 16 << 20
 """Bytes of one line over which it is refused."""

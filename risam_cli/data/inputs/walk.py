@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from risam_cli.data.images.images import SUFFIXES
-from risam_cli.locks import PRIVATE
+from risam_cli.files.locks import PRIVATE
 
 RUN_MARKER = PRIVATE
 """A folder that every output folder holds; one with it is results, not input."""

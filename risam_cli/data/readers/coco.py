@@ -22,7 +22,7 @@ from risam_cli.data.readers.source import (
     require_some_truth,
 )
 from risam_cli.errors import DataError
-from risam_cli.jsonlines import brief
+from risam_cli.files.jsonlines import brief
 from risam_cli.types import Sample
 
 ALL = "all"

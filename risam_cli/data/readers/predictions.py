@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from risam_cli import masks
 from risam_cli.data.readers.source import OnFailure
 from risam_cli.errors import DataError
-from risam_cli.jsonlines import brief, read_lines_at
+from risam_cli.files.jsonlines import brief, read_lines_at
 from risam_cli.types import Expression, Failure, Rle, Sample
 
 FILE_NAME = "predictions.jsonl"

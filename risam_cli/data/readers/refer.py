@@ -24,7 +24,7 @@ from risam_cli.data.readers.source import (
     require_some_truth,
 )
 from risam_cli.errors import DataError
-from risam_cli.jsonlines import brief
+from risam_cli.files.jsonlines import brief
 from risam_cli.types import Sample
 
 SPLIT_BY: dict[str, tuple[str, ...]] = {

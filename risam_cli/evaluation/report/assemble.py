@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.durable import replace_durably
 from risam_cli.errors import OutputError
 from risam_cli.evaluation.report.compare import REPORT_FILE, Other, comparison_part
 from risam_cli.evaluation.report.gallery import Picture, draw_cases
@@ -35,6 +34,7 @@ from risam_cli.evaluation.report.schema import (
     TimingPart,
 )
 from risam_cli.evaluation.scoring import Scored, pick_cases
+from risam_cli.files.durable import replace_durably
 from risam_cli.metrics.protocols import Protocol
 from risam_cli.version import __version__
 

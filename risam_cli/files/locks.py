@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from risam_cli.confine import require_own
 from risam_cli.errors import OutputError
+from risam_cli.files.confine import require_own
 
 try:
     import fcntl
