@@ -20,8 +20,8 @@ from common import in_turns, peak_bytes
 from models import texts
 from risam_cli.build import load_model
 from risam_cli.data.images.images import read_for_encoder
-from risam_cli.engine.compute import Compute, ComputeSettings
-from risam_cli.engine.jobs import Job
+from risam_cli.inference.compute import Compute, ComputeSettings
+from risam_cli.inference.jobs import Job
 source, photo, device = sys.argv[2], Path(sys.argv[3]), torch.device(sys.argv[4])
 counts, repeats = json.loads(sys.argv[5]), int(sys.argv[6])
 gpu = device.type == "cuda"

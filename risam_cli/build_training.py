@@ -14,13 +14,6 @@ from torch import nn
 from risam_cli import checkpoints, frozen
 from risam_cli.build import parameter_groups
 from risam_cli.build_data import DataBuilder
-from risam_cli.build_loop import (
-    Validation,
-    card_of,
-    loop_settings,
-    training_precision,
-    validate_dense,
-)
 from risam_cli.build_start import start_model, train_text_encoder
 from risam_cli.config import DenseStage, ReferringStage, TrainSettings
 from risam_cli.console.console import Console
@@ -28,15 +21,22 @@ from risam_cli.data.collate import ReferringCollate, collate_dense
 from risam_cli.data.dataset import DenseScenes
 from risam_cli.data.refshapes.vocabulary import COLORS, SHAPES, SIZES
 from risam_cli.engine.cached_training import CachedEncoder, KeyedCollate
-from risam_cli.engine.device import choose_device
 from risam_cli.engine.distributed import Processes
-from risam_cli.engine.embeddings import CacheSettings, FeatureCache, open_feature_cache
 from risam_cli.engine.stage import SaveModel, Stage, hash_settings
 from risam_cli.engine.tasks import DenseTask, ReferringTask
 from risam_cli.engine.train import TrainingRun
 from risam_cli.engine.training_state import Place
 from risam_cli.export_model import NEEDS_TITLE
 from risam_cli.files.sizes import parse_size
+from risam_cli.inference.device import (
+    Validation,
+    card_of,
+    choose_device,
+    loop_settings,
+    training_precision,
+    validate_dense,
+)
+from risam_cli.inference.feature_cache import CacheSettings, FeatureCache, open_feature_cache
 from risam_cli.losses import ReferringLoss
 from risam_cli.model.dense_head import DenseHead
 from risam_cli.model.image_encoder import ImageEncoder

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from risam_cli.engine.feature_store import Entry, FeatureStore, Stored
+from risam_cli.inference.feature_store import Entry, FeatureStore, Stored
 
 KEYS = [f"{number:032x}"[::-1] for number in range(1, 40)]
 LARGE = 1 << 30

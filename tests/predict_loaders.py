@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from risam_cli.engine.loader import Loaded, LoaderSettings, load_image
+from risam_cli.inference.loader import Loaded, LoaderSettings, load_image
 
 
 def load_or_die(path: Path, settings: LoaderSettings) -> Loaded:

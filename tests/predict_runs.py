@@ -16,10 +16,10 @@ from predict_fakes import FakeModel
 from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.data.inputs.inputs import Inputs
 from risam_cli.engine.ledger import LEDGER
-from risam_cli.engine.predict import PredictSettings
 from risam_cli.engine.predict_run import RunPlan, run_predict
 from risam_cli.engine.run_folder import RunFolder
 from risam_cli.engine.stager import Saving
+from risam_cli.inference.pipeline import PredictSettings
 
 CPU = torch.device("cpu")
 FILES = ("predictions.jsonl", "failures.jsonl")

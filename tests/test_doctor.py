@@ -14,8 +14,8 @@ import pytest
 
 from risam_cli.cli import main
 from risam_cli.commands import doctor
-from risam_cli.engine.advice import Measured, Setting, advise
-from risam_cli.engine.cores import threads_of
+from risam_cli.inference.advice import Measured, Setting, advise
+from risam_cli.inference.cores import threads_of
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,8 @@ from risam_cli.cli import main
 from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.refshapes import open_refshapes, open_refshapes_files
 from risam_cli.data.refshapes import RefShapes
-from risam_cli.engine.predict import PredictSettings, predict_samples
 from risam_cli.evaluation import scoring as engine
+from risam_cli.inference.pipeline import PredictSettings, predict_samples
 from risam_cli.model.risam import Risam
 
 SIZES = [(40, 60), (64, 64), (90, 50), (33, 70)]

@@ -22,9 +22,9 @@ from predict_runs import CPU, Killed, Run, contents, draw, draw_pictures, kill_a
 
 from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.engine import stager
-from risam_cli.engine.predict import PredictSettings
 from risam_cli.engine.stager import Saving
 from risam_cli.errors import OutputError
+from risam_cli.inference.pipeline import PredictSettings
 
 ALL = Saving(True, True, MAX_PIXELS)
 

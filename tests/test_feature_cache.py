@@ -16,7 +16,7 @@ from PIL import Image
 from risam_cli import masks
 from risam_cli.cli import main
 from risam_cli.data.images.images import read_for_encoder
-from risam_cli.engine.embeddings import (
+from risam_cli.inference.feature_cache import (
     CacheSettings,
     FeatureCache,
     bytes_an_image,
@@ -24,7 +24,7 @@ from risam_cli.engine.embeddings import (
     image_key,
     open_feature_cache,
 )
-from risam_cli.engine.predict import ImageResult, PredictSettings, predict_samples
+from risam_cli.inference.pipeline import ImageResult, PredictSettings, predict_samples
 from risam_cli.model.image_encoder import EncoderFeatures
 from risam_cli.model.risam import Risam
 from risam_cli.types import Expression, Sample

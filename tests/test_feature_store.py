@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from risam_cli.engine import feature_store
 from risam_cli.errors import OutputError
 from risam_cli.files.sizes import parse_size, show_size
+from risam_cli.inference import feature_store
 
 
 def files(folder: Path) -> list[Path]:

@@ -16,8 +16,8 @@ from PIL import Image, ImageFile, features
 from risam_cli.commands import predict as command
 from risam_cli.data.images import images
 from risam_cli.data.images.transforms import fit_size, resize_for_encoder
-from risam_cli.engine import loader
 from risam_cli.errors import ImageError
+from risam_cli.inference import loader
 
 RNG = np.random.default_rng(7)
 

@@ -14,10 +14,10 @@ from predict_fakes import SIZE, FakeModel
 
 from risam_cli import masks
 from risam_cli.data.images.images import read_for_encoder
-from risam_cli.engine.ahead import Ahead, batch_pixels
-from risam_cli.engine.compute import Compute, ComputeSettings
-from risam_cli.engine.jobs import Job
-from risam_cli.engine.mask_rules import (
+from risam_cli.inference.ahead import Ahead, batch_pixels
+from risam_cli.inference.compute import Compute, ComputeSettings
+from risam_cli.inference.jobs import Job
+from risam_cli.inference.mask_rules import (
     PackedMask,
     _through_bits,
     at_image_size,
@@ -26,7 +26,7 @@ from risam_cli.engine.mask_rules import (
     to_host,
     unpacked,
 )
-from risam_cli.engine.predict import PredictSettings, predict_samples
+from risam_cli.inference.pipeline import PredictSettings, predict_samples
 from risam_cli.types import Expression, Sample
 
 CPU = torch.device("cpu")
@@ -107,7 +107,7 @@ def test_a_packed_answer_is_written_as_any_other(
     sample = Sample("a", picture, texts)
     settings = PredictSettings(CPU, keep_raw=True)
     plain = list(predict_samples([sample], FakeModel(), settings))
-    monkeypatch.setattr("risam_cli.engine.compute.to_host", _through_bits)
+    monkeypatch.setattr("risam_cli.inference.compute.to_host", _through_bits)
     packed = list(predict_samples([sample], FakeModel(), settings))
     assert [one.predictions for one in packed] == [one.predictions for one in plain]
     assert [one.raw for one in packed] == [one.raw for one in plain]

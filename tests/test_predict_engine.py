@@ -18,11 +18,11 @@ from predict_fakes import SIZE, FakeModel, FakeNetwork
 from risam_cli import masks
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.data.images.transforms import to_pixels
-from risam_cli.engine.compute import Compute, ComputeSettings
-from risam_cli.engine.cores import threads_of
-from risam_cli.engine.jobs import Answer, Job
-from risam_cli.engine.predict import ImageResult, PredictSettings, predict_samples
 from risam_cli.errors import DataError, ModelError, OutputError
+from risam_cli.inference.compute import Compute, ComputeSettings
+from risam_cli.inference.cores import threads_of
+from risam_cli.inference.jobs import Answer, Job
+from risam_cli.inference.pipeline import ImageResult, PredictSettings, predict_samples
 from risam_cli.types import Expression, Prediction, Sample
 
 CPU = torch.device("cpu")

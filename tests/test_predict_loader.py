@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from predict_loaders import load_or_die, load_or_die_once, load_or_raise, load_or_stall
 
-from risam_cli.engine.loader import ImageLoader, LoaderSettings, default_workers
+from risam_cli.inference.loader import ImageLoader, LoaderSettings, default_workers
 
 
 def picture(path: Path) -> Path:

@@ -36,11 +36,11 @@ from risam_cli import masks
 from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.engine.ledger import LEDGER, read_lines
 from risam_cli.engine.merge import find_parts, merge_parts
-from risam_cli.engine.predict import PredictSettings
 from risam_cli.engine.run_folder import RunFolder
 from risam_cli.engine.shard import Shard
 from risam_cli.engine.stager import Saving
 from risam_cli.errors import Interrupted, OutputError, RisamError
+from risam_cli.inference.pipeline import PredictSettings
 from risam_cli.outputs.records import read_records
 
 

@@ -13,7 +13,6 @@ from networks import TEXTS, WITH_STEM, small_model
 from torch import nn
 
 from risam_cli.build import parameter_groups
-from risam_cli.build_loop import training_precision
 from risam_cli.config import TrainSettings, check
 from risam_cli.console.console import Console
 from risam_cli.data.collate import DenseBatch, ReferringBatch
@@ -24,6 +23,7 @@ from risam_cli.engine.tasks import DenseTask, ReferringTask
 from risam_cli.engine.training_log import Example, TrainingLog
 from risam_cli.engine.training_state import Checkpoints, Place, Untrained
 from risam_cli.errors import ConfigError, RisamError
+from risam_cli.inference.device import training_precision
 from risam_cli.losses import ReferringLoss
 from risam_cli.model.dense_head import DenseHead
 from risam_cli.reports.training import read_rows, to_html

@@ -12,9 +12,9 @@ from PIL import Image
 
 from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.data.images.memory import Pixels, memory_for_encoder
-from risam_cli.engine.feeder import ReadySample
-from risam_cli.engine.loader import Loaded
 from risam_cli.errors import ImageError, UsageError
+from risam_cli.inference.feeder import ReadySample
+from risam_cli.inference.loader import Loaded
 from risam_cli.types import Expression, Sample
 
 ImageLike = str | os.PathLike[str] | Pixels

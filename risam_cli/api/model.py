@@ -34,14 +34,14 @@ from risam_cli.api.given import (
 from risam_cli.api.results import Result, Results, source_rgb
 from risam_cli.build import LoadedModel, load_model
 from risam_cli.data.images.images import EncoderImage, read_for_encoder
-from risam_cli.engine.device import choose_device, choose_precision, precision_name
-from risam_cli.engine.feeder import ReadySample
-from risam_cli.engine.predict import PredictSettings, compute_settings, predict_samples
-from risam_cli.engine.session import Encoded, Session
 from risam_cli.errors import ImageError, ModelError, RisamError, UsageError
 from risam_cli.explain.attention import Attention, explain
 from risam_cli.explain.explanation import Explanation, Shown
 from risam_cli.explain.look import Look
+from risam_cli.inference.device import choose_device, choose_precision, precision_name
+from risam_cli.inference.feeder import ReadySample
+from risam_cli.inference.pipeline import PredictSettings, compute_settings, predict_samples
+from risam_cli.inference.session import Encoded, Session
 from risam_cli.types import Failure, Sample
 
 if TYPE_CHECKING:

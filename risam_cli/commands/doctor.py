@@ -174,9 +174,9 @@ def _network(source: str | None, device_name: str, precision: str) -> Facts:
     import torch
 
     from risam_cli.build import load_model
-    from risam_cli.engine import advice
-    from risam_cli.engine.cores import share_cores
-    from risam_cli.engine.device import choose_device, choose_precision, describe_device
+    from risam_cli.inference import advice
+    from risam_cli.inference.cores import share_cores
+    from risam_cli.inference.device import choose_device, choose_precision, describe_device
 
     device = choose_device(device_name)
     dtype = choose_precision(precision, device)

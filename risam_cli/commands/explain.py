@@ -152,11 +152,11 @@ def _look(
     """Runs the network; torch is imported here and not before."""
     from risam_cli.build import load_model
     from risam_cli.data.images.images import open_rgb, read_for_encoder
-    from risam_cli.engine.device import choose_device, choose_precision
-    from risam_cli.engine.predict import PredictSettings, compute_settings
-    from risam_cli.engine.session import Session
     from risam_cli.explain.explanation import Shown
     from risam_cli.explain.look import Look
+    from risam_cli.inference.device import choose_device, choose_precision
+    from risam_cli.inference.pipeline import PredictSettings, compute_settings
+    from risam_cli.inference.session import Session
 
     place = choose_device(device)
     settings = PredictSettings(

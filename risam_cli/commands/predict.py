@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 SAVE = ("png", "overlay", "html")
 MAX_PIXELS = 178_956_970  # said here again, and held to risam_cli.data.images.images by a test
-TIMEOUT = 120.0  # likewise, to risam_cli.engine.loader
+TIMEOUT = 120.0  # likewise, to risam_cli.inference.loader
 
 
 def _parse_save(ctx: click.Context, param: click.Parameter, value: str) -> frozenset[str]:
@@ -256,11 +256,11 @@ def _run(
     """Loads the model and runs; torch is imported here and not before."""
     loading = time.perf_counter()
     from risam_cli.build import load_model
-    from risam_cli.engine.device import choose_device, choose_precision
-    from risam_cli.engine.embeddings import CacheSettings
-    from risam_cli.engine.predict import PredictSettings
     from risam_cli.engine.predict_run import RunPlan, run_predict
     from risam_cli.engine.stager import Saving
+    from risam_cli.inference.device import choose_device, choose_precision
+    from risam_cli.inference.feature_cache import CacheSettings
+    from risam_cli.inference.pipeline import PredictSettings
 
     device = choose_device(options.device)
     settings = PredictSettings(

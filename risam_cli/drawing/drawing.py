@@ -9,8 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli import masks
-
-pass
 from risam_cli.types import Rle
 
 _SLACK = 0.4  # pixels that an outline may move, to save points

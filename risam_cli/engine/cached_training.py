@@ -13,7 +13,7 @@ import torch
 from risam_cli.data.collate import ReferringBatch, ReferringCollate
 from risam_cli.data.dataset import ReferringExample
 from risam_cli.data.images.transforms import normalize
-from risam_cli.engine.embeddings import FeatureCache, image_key
+from risam_cli.inference.feature_cache import FeatureCache, image_key
 from risam_cli.model.image_encoder import EncoderFeatures, ImageEncoder
 
 _READERS = 8
@@ -21,7 +21,7 @@ _READERS = 8
 
 @dataclass(frozen=True)
 class KeyedBatch(ReferringBatch):
-    """A batch with the key of each image; see :func:`risam_cli.engine.embeddings.image_key`."""
+    """A batch with the key of each image; see :func:`risam_cli.inference.feature_cache.image_key`."""
 
     keys: tuple[str, ...] = ()
 

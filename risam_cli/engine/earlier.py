@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from risam_cli.console.console import get_console
-from risam_cli.engine.predict import compute_settings
 from risam_cli.engine.run_facts import versions
 from risam_cli.engine.run_folder import RUN
 from risam_cli.engine.run_plan import NamedModel, RunPlan
+from risam_cli.inference.pipeline import compute_settings
 from risam_cli.version import __version__
 
 

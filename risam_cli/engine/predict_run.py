@@ -16,13 +16,9 @@ from typing import Any, BinaryIO
 
 from risam_cli.console.console import Progress, get_console
 from risam_cli.data.inputs.inputs import Entry
-from risam_cli.engine.device import describe_device, precision_name
 from risam_cli.engine.earlier import plan_to_go_on, run_settings
-from risam_cli.engine.embeddings import FeatureCache, cache_for
-from risam_cli.engine.finish import ImageResult
 from risam_cli.engine.gallery import write_gallery
 from risam_cli.engine.ledger import settings_hash
-from risam_cli.engine.predict import predict_samples
 from risam_cli.engine.resume import Kept, check_inputs, prepare, still_to_do
 from risam_cli.engine.run_facts import count_lines, peak_memory_mb, versions
 from risam_cli.engine.run_folder import RunFolder
@@ -38,6 +34,10 @@ from risam_cli.errors import (
     OutputError,
     RisamError,
 )
+from risam_cli.inference.device import describe_device, precision_name
+from risam_cli.inference.feature_cache import FeatureCache, cache_for
+from risam_cli.inference.finish import ImageResult
+from risam_cli.inference.pipeline import predict_samples
 from risam_cli.interrupts import stopping
 from risam_cli.types import Failure, Sample
 from risam_cli.version import __version__

@@ -29,11 +29,11 @@ from risam_cli.engine.ledger import (
     read_redone,
     read_span,
 )
-from risam_cli.engine.loader import TIMEOUT, timed_out
 from risam_cli.engine.run_folder import RunFolder
 from risam_cli.errors import OutputError
 from risam_cli.files.durable import sync_file, sync_folder
 from risam_cli.files.patience import within
+from risam_cli.inference.loader import TIMEOUT, timed_out
 
 _ANEW = "start anew with --overwrite, or choose another -o"
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from risam_cli.data.inputs.inputs import Entry, Inputs
-from risam_cli.engine.compute import Model
-from risam_cli.engine.device import precision_name
-from risam_cli.engine.embeddings import CacheSettings
-from risam_cli.engine.predict import PredictSettings
 from risam_cli.engine.shard import Shard
 from risam_cli.engine.stager import Saving
+from risam_cli.inference.compute import Model
+from risam_cli.inference.device import precision_name
+from risam_cli.inference.feature_cache import CacheSettings
+from risam_cli.inference.pipeline import PredictSettings
 
 if TYPE_CHECKING:
     from risam_cli.config import ModelSettings

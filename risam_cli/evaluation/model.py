@@ -10,20 +10,20 @@ from risam_cli import checkpoints
 from risam_cli.build import LoadedModel, load_model
 from risam_cli.console.console import get_console
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.engine.device import (
-    choose_device,
-    choose_precision,
-    describe_device,
-    precision_name,
-)
-from risam_cli.engine.embeddings import cache_for
-from risam_cli.engine.predict import ImageResult, PredictSettings
 from risam_cli.errors import DataError, OutputError
 from risam_cli.evaluation.answers import AnswerLog, StageSeconds, answers_from_model
 from risam_cli.evaluation.protocol import predict_by_protocol
 from risam_cli.evaluation.report.schema import AnswersPart, NoTargetFitPart, TimingPart
 from risam_cli.evaluation.request import Asked, Done, count
 from risam_cli.evaluation.run import EvalRun, FailureLog, drop_missing_images, run_evaluation
+from risam_cli.inference.device import (
+    choose_device,
+    choose_precision,
+    describe_device,
+    precision_name,
+)
+from risam_cli.inference.feature_cache import cache_for
+from risam_cli.inference.pipeline import ImageResult, PredictSettings
 from risam_cli.metrics.curves import fit_no_target
 from risam_cli.metrics.protocols import Protocol
 from risam_cli.types import Sample

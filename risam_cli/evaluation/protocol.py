@@ -1,6 +1,6 @@
 """Predicting for protocols that compare masks elsewhere than at the image's size.
 
-The engine is that of :mod:`risam_cli.engine.predict`; only the rule that makes masks of logits is
+The engine is that of :mod:`risam_cli.inference.pipeline`; only the rule that makes masks of logits is
 the protocol's own.
 """
 
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from risam_cli.data.images.transforms import fit_size, logits_to_size
-from risam_cli.engine.compute import Model
-from risam_cli.engine.embeddings import FeatureCache
-from risam_cli.engine.mask_rules import MaskRule, at_image_size
-from risam_cli.engine.predict import ImageResult, PredictSettings, predict_samples
 from risam_cli.evaluation.scoring import warp_through_letterbox
+from risam_cli.inference.compute import Model
+from risam_cli.inference.feature_cache import FeatureCache
+from risam_cli.inference.mask_rules import MaskRule, at_image_size
+from risam_cli.inference.pipeline import ImageResult, PredictSettings, predict_samples
 from risam_cli.metrics.protocols import Protocol
 from risam_cli.types import Sample
 
 
 def mask_rule(protocol: Protocol) -> MaskRule:
-    """The rule of a protocol; see :class:`risam_cli.engine.mask_rules.MaskRule`."""
+    """The rule of a protocol; see :class:`risam_cli.inference.mask_rules.MaskRule`."""
     if protocol.resolution == "stretch":
         return partial(_stretched, protocol.canvas)
     if protocol.resolution == "letterbox":

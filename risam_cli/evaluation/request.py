@@ -25,7 +25,7 @@ from risam_cli.evaluation.run import (
 from risam_cli.files.confine import require_own
 
 if TYPE_CHECKING:
-    from risam_cli.engine.embeddings import CacheSettings
+    from risam_cli.inference.feature_cache import CacheSettings
 
 
 SURPLUS_FILE = "surplus.jsonl"
@@ -100,7 +100,7 @@ class Asked:
 
     def kept_features(self) -> CacheSettings | None:
         """Where the image encoder's features are kept, if they are."""
-        from risam_cli.engine.embeddings import CacheSettings
+        from risam_cli.inference.feature_cache import CacheSettings
 
         if self.feature_cache is None:
             return None

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from risam_cli.data.images.transforms import fit_size
-from risam_cli.engine.session import Encoded, Session
 from risam_cli.errors import UsageError
+from risam_cli.inference.session import Encoded, Session
 from risam_cli.model.mutual_aware_attention import AttentionMaps
 from risam_cli.tokenizer import Piece, TextTokenizer
 

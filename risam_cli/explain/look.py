@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.drawing.png import encode_rgb
-from risam_cli.engine.device import describe_device
-from risam_cli.engine.session import Encoded, Session
 from risam_cli.errors import ModelError, UsageError
 from risam_cli.explain.attention import Attention, explain
 from risam_cli.explain.explanation import Explained, Explanation, Shown
 from risam_cli.export.folder import ExportFolder
+from risam_cli.inference.device import describe_device
+from risam_cli.inference.session import Encoded, Session
 from risam_cli.outputs.naming import slug
 from risam_cli.outputs.records import to_json
 from risam_cli.tokenizer import TextTokenizer

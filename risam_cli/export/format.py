@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, overload
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -9,13 +14,6 @@ from PIL import Image
 from risam_cli import masks
 from risam_cli.drawing.png import check_header
 from risam_cli.errors import DataError
-
-pass
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol, overload
-
 from risam_cli.export.categories import Categories
 from risam_cli.export.folder import ExportFolder
 from risam_cli.outputs.outlines import CENTER, EDGE, Outlines, Vertices, outlines

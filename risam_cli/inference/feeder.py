@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from risam_cli.engine.loader import ImageLoader, Loaded
+from risam_cli.inference.loader import ImageLoader, Loaded
 from risam_cli.types import Sample
 
 _IDLE = 0.01  # seconds of waiting for the source after which it counts as idle

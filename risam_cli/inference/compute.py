@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from risam_cli.console.console import get_console
-from risam_cli.engine.ahead import Preparer, batch_pixels
-from risam_cli.engine.cores import Cores, Room
-from risam_cli.engine.device import is_device_lost, is_out_of_memory, release_memory
-from risam_cli.engine.embeddings import FeatureCache
-from risam_cli.engine.jobs import Answer, Asked, Batch, Job, flattened
-from risam_cli.engine.mask_rules import MaskRule, at_image_size, to_host
 from risam_cli.errors import ModelError
+from risam_cli.inference.ahead import Preparer, batch_pixels
+from risam_cli.inference.cores import Cores, Room
+from risam_cli.inference.device import is_device_lost, is_out_of_memory, release_memory
+from risam_cli.inference.feature_cache import FeatureCache
+from risam_cli.inference.jobs import Answer, Asked, Batch, Job, flattened
+from risam_cli.inference.mask_rules import MaskRule, at_image_size, to_host
 
 if TYPE_CHECKING:
     from risam_cli.model.image_encoder import EncoderFeatures

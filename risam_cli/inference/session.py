@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from risam_cli.data.images.images import EncoderImage
-from risam_cli.engine.compute import Compute
-from risam_cli.engine.cores import threads_of
-from risam_cli.engine.device import is_out_of_memory
-from risam_cli.engine.finish import Finishers, ImageResult
-from risam_cli.engine.jobs import Job
-from risam_cli.engine.loader import Loaded
 from risam_cli.errors import ModelError
+from risam_cli.inference.compute import Compute
+from risam_cli.inference.cores import threads_of
+from risam_cli.inference.device import is_out_of_memory
+from risam_cli.inference.finish import Finishers, ImageResult
+from risam_cli.inference.jobs import Job
+from risam_cli.inference.loader import Loaded
 from risam_cli.model.mutual_aware_attention import AttentionMaps
 from risam_cli.model.risam import ImageFeatures
 from risam_cli.types import Sample

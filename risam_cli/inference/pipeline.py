@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from risam_cli.data.images.images import MAX_PIXELS
-from risam_cli.engine.compute import Compute, ComputeSettings, Model
-from risam_cli.engine.cores import Room, share_cores, threads_of
-from risam_cli.engine.embeddings import FeatureCache
-from risam_cli.engine.feeder import Feeder, ImageJob
-from risam_cli.engine.finish import Finishers, ImageResult, MaskSink, Raw
-from risam_cli.engine.jobs import Job
-from risam_cli.engine.loader import TIMEOUT, ImageLoader, LoaderSettings, default_workers
-from risam_cli.engine.mask_rules import MaskRule, at_image_size
+from risam_cli.inference.compute import Compute, ComputeSettings, Model
+from risam_cli.inference.cores import Room, share_cores, threads_of
+from risam_cli.inference.feature_cache import FeatureCache
+from risam_cli.inference.feeder import Feeder, ImageJob
+from risam_cli.inference.finish import Finishers, ImageResult, MaskSink, Raw
+from risam_cli.inference.jobs import Job
+from risam_cli.inference.loader import TIMEOUT, ImageLoader, LoaderSettings, default_workers
+from risam_cli.inference.mask_rules import MaskRule, at_image_size
 from risam_cli.types import Sample
 
 __all__ = [
@@ -44,7 +44,7 @@ class PredictSettings:
     """How a run predicts. What changes results: precision, thresholds, and ``full_decode``.
 
     Attributes:
-        device, precision: see :mod:`risam_cli.engine.device`.
+        device, precision: see :mod:`risam_cli.inference.device`.
         batch_size: images encoded at a time; a CPU takes them one by one.
         workers: loader processes, 0 for threads; None chooses by the device.
         threshold: a pixel is in the mask where its probability is greater; None is the model's.

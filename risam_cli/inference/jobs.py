@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from risam_cli.data.images.images import EncoderImage
-from risam_cli.engine.ahead import Ahead
-from risam_cli.engine.mask_rules import Mask
+from risam_cli.inference.ahead import Ahead
+from risam_cli.inference.mask_rules import Mask
 
 
 @dataclass(frozen=True, slots=True)

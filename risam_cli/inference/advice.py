@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from risam_cli.data.images.images import read_for_encoder
-from risam_cli.engine.cores import share_cores, threads_of
-from risam_cli.engine.device import is_out_of_memory, precision_name, release_memory
-from risam_cli.engine.loader import default_workers
+from risam_cli.inference.cores import share_cores, threads_of
+from risam_cli.inference.device import is_out_of_memory, precision_name, release_memory
+from risam_cli.inference.loader import default_workers
 
 if TYPE_CHECKING:
     from risam_cli.model.image_encoder import ImageEncoder

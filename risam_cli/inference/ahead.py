@@ -16,8 +16,8 @@ from torch import Tensor
 
 from risam_cli.data.images.images import EncoderImage
 from risam_cli.data.images.transforms import normalize, to_pixels
-from risam_cli.engine.device import is_out_of_memory
-from risam_cli.engine.embeddings import FeatureCache, HalfFeatures, image_key
+from risam_cli.inference.device import is_out_of_memory
+from risam_cli.inference.feature_cache import FeatureCache, HalfFeatures, image_key
 
 
 @dataclass(frozen=True, slots=True)

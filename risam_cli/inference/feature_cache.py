@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from risam_cli.console.console import get_console
 from risam_cli.data.images.transforms import PIXEL_MEAN, PIXEL_STD
-from risam_cli.engine.device import precision_name
-from risam_cli.engine.feature_store import Bytes, Entry, FeatureStore, Stored
 from risam_cli.files.sizes import parse_size, show_size
+from risam_cli.inference.device import precision_name
+from risam_cli.inference.feature_store import Bytes, Entry, FeatureStore, Stored
 from risam_cli.model.image_encoder import EncoderFeatures
 
 if TYPE_CHECKING:

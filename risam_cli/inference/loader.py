@@ -31,7 +31,7 @@ from risam_cli.data.images.images import (
 from risam_cli.errors import ImageError
 
 if TYPE_CHECKING:
-    from risam_cli.engine.ahead import Ahead
+    from risam_cli.inference.ahead import Ahead
 
 TIMEOUT = 120.0
 """Seconds that reading and decoding one image may take."""
