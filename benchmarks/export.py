@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from risam_cli import masks
 from risam_cli.commands.export_masks import FORMATS
 from risam_cli.drawing.png import encode_mask
+from risam_cli.masks import rle as masks
 
 HEIGHT, WIDTH = 480, 640
 PER_IMAGE = 5

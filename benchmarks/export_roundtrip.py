@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from risam_cli import masks
 from risam_cli.cli import main as risam
-from risam_cli.polygons import to_polygons
+from risam_cli.masks import rle as masks
+from risam_cli.masks.polygons import to_polygons
 
 Mask = NDArray[np.bool_]
 Found = Iterator[tuple[str, Mask]]  # a mask may come in pieces

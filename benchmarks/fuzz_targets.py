@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from risam_cli import masks
 from risam_cli.config import load_settings
 from risam_cli.data.images.images import open_rgb
 from risam_cli.data.inputs import manifest
@@ -30,6 +29,7 @@ from risam_cli.export.categories import read_map
 from risam_cli.export.coco_results import Names, spool_results
 from risam_cli.export.targets import target_name
 from risam_cli.files.jsonlines import parse_json
+from risam_cli.masks import rle as masks
 from risam_cli.outputs.naming import mask_name
 from risam_cli.outputs.records import from_json
 from risam_cli.types import Expression, Sample

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco
 
-from risam_cli import masks
 from risam_cli.drawing.png import encode_mask
+from risam_cli.masks import rle as masks
 
 SIDE = 1024
 Mask = NDArray[np.bool_]

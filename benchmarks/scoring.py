@@ -27,7 +27,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli import masks
+from risam_cli.masks import rle as masks
 from risam_cli.metrics import Tally, score_masks, summarize
 from risam_cli.types import Rle
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from networks import small_model
 
-from risam_cli import masks
 from risam_cli.data.images.memory import memory_for_encoder
 from risam_cli.explain.attention import Attention, explain
 from risam_cli.explain.explanation import Explained, Explanation
 from risam_cli.inference.compute import ComputeSettings
 from risam_cli.inference.session import Session
+from risam_cli.masks import rle as masks
 from risam_cli.types import Prediction
 
 TEXT = "the small blue square left of the wobbly star"

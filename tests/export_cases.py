@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from risam_cli import masks
 from risam_cli.cli import main
+from risam_cli.masks import rle as masks
 
 Mask = NDArray[np.bool_]
 SIZE = (48, 64)

@@ -19,9 +19,9 @@ from conftest import REPO, Cli
 from PIL import Image
 
 import risam_cli
-from risam_cli import masks
 from risam_cli.cli import main
 from risam_cli.errors import ImageError, ModelError, OutputError, UsageError
+from risam_cli.masks import rle as masks
 
 SCENES = REPO / "sample_data" / "images"
 TEXTS = ["the gray square", "the leftmost object", "<b>red</b> & star"]

@@ -16,13 +16,13 @@ import yaml
 from export_cases import SIZE, export, failures, record, shapes, write_image, write_jsonl
 from pycocotools import mask as coco_mask
 
-from risam_cli import masks
 from risam_cli.commands import export_masks
 from risam_cli.errors import OutputError
 from risam_cli.export.folder import ExportFolder
 from risam_cli.export.registry import formats
 from risam_cli.export.sources import Source
 from risam_cli.export.targets import meeting_key, target_name
+from risam_cli.masks import rle as masks
 
 SHAPES = shapes()
 BLOCK, RING = SHAPES["block"], SHAPES["ring"]

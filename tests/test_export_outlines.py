@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageDraw
 
-from risam_cli import masks
-from risam_cli.outputs.outlines import CENTER, EDGE, PIXEL, Ring, outlines
+from risam_cli.masks import rle as masks
+from risam_cli.masks.outlines import CENTER, EDGE, PIXEL, Ring, outlines
 
 SHAPES = shapes()
 ANY_MASK = hnp.arrays(

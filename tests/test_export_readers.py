@@ -22,8 +22,8 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from risam_cli import masks
 from risam_cli.data.readers.coco import read_coco
+from risam_cli.masks import rle as masks
 
 SHAPES = shapes()
 

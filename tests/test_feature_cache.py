@@ -13,7 +13,6 @@ import torch
 from networks import WITH_STEM, small_model, small_settings
 from PIL import Image
 
-from risam_cli import masks
 from risam_cli.cli import main
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.inference.feature_cache import (
@@ -25,6 +24,7 @@ from risam_cli.inference.feature_cache import (
     open_feature_cache,
 )
 from risam_cli.inference.pipeline import ImageResult, PredictSettings, predict_samples
+from risam_cli.masks import rle as masks
 from risam_cli.model.image_encoder import EncoderFeatures
 from risam_cli.model.risam import Risam
 from risam_cli.types import Expression, Sample

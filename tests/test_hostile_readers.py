@@ -12,13 +12,14 @@ import hostile_images
 import numpy as np
 import pytest
 
-from risam_cli import cli, masks
+from risam_cli import cli
 from risam_cli.data.readers import jsonstream
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.errors import DataError
 from risam_cli.export.coco_results import Names, spool_results
 from risam_cli.export.targets import target_name
 from risam_cli.files import jsonlines
+from risam_cli.masks import rle as masks
 
 DIGITS = "9" * 5000
 RECORD: dict[str, Any] = {

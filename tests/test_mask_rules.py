@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from predict_fakes import SIZE, FakeModel
 
-from risam_cli import masks
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.inference.ahead import Ahead, batch_pixels
 from risam_cli.inference.compute import Compute, ComputeSettings
@@ -27,6 +26,7 @@ from risam_cli.inference.mask_rules import (
     unpacked,
 )
 from risam_cli.inference.pipeline import PredictSettings, predict_samples
+from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Sample
 
 CPU = torch.device("cpu")

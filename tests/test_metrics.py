@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from risam_cli import masks
 from risam_cli.errors import DataError
+from risam_cli.masks import rle as masks
 from risam_cli.metrics import FIGURES, ExpressionScore, Tally, score_masks, summarize, terms
 from risam_cli.metrics.curves import fit_no_target, no_target_curve, risk_coverage
 from risam_cli.metrics.intervals import compare, intervals

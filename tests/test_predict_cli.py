@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from risam_cli import masks
 from risam_cli.cli import main
+from risam_cli.masks import rle as masks
 from risam_cli.outputs.records import read_records
 
 REPO = Path(__file__).resolve().parent.parent

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from predict_fakes import SIZE, FakeModel, FakeNetwork
 
-from risam_cli import masks
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.data.images.transforms import to_pixels
 from risam_cli.errors import DataError, ModelError, OutputError
@@ -23,6 +22,7 @@ from risam_cli.inference.compute import Compute, ComputeSettings
 from risam_cli.inference.cores import threads_of
 from risam_cli.inference.jobs import Answer, Job
 from risam_cli.inference.pipeline import ImageResult, PredictSettings, predict_samples
+from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Prediction, Sample
 
 CPU = torch.device("cpu")

@@ -32,7 +32,6 @@ from predict_runs import (
     run_json,
 )
 
-from risam_cli import masks
 from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.engine.ledger import LEDGER, read_lines
 from risam_cli.engine.merge import find_parts, merge_parts
@@ -41,6 +40,7 @@ from risam_cli.engine.shard import Shard
 from risam_cli.engine.stager import Saving
 from risam_cli.errors import Interrupted, OutputError, RisamError
 from risam_cli.inference.pipeline import PredictSettings
+from risam_cli.masks import rle as masks
 from risam_cli.outputs.records import read_records
 
 

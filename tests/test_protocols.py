@@ -12,7 +12,6 @@ import torch
 from eval_files import Mask, box_mask
 from PIL import Image
 
-from risam_cli import masks
 from risam_cli.data.readers.predictions import Answer
 from risam_cli.errors import UsageError
 from risam_cli.evaluation.protocol import mask_rule
@@ -23,6 +22,7 @@ from risam_cli.evaluation.scoring import (
     resize_nearest,
     warp_through_letterbox,
 )
+from risam_cli.masks import rle as masks
 from risam_cli.metrics import PROTOCOLS, ExpressionScore, get_protocol, summarize
 from risam_cli.types import Expression, Sample
 

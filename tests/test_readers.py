@@ -31,13 +31,13 @@ from eval_files import (
     write_refer,
 )
 
-from risam_cli import masks
 from risam_cli.data.readers.catalog import count_differences, open_dataset
 from risam_cli.data.readers.coco import open_coco, read_coco
 from risam_cli.data.readers.instances import segmentation_to_rle
 from risam_cli.data.readers.phrasecut import open_phrasecut, read_phrasecut
 from risam_cli.data.readers.refer import open_refer, read_grefcoco, read_refer
 from risam_cli.errors import DataError, UsageError
+from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Failure, Sample
 
 

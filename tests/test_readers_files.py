@@ -19,12 +19,12 @@ from eval_files import REFS, box_mask, compressed, record, write_records
 from hypothesis import given
 from hypothesis import strategies as st
 
-from risam_cli import masks
 from risam_cli.data.readers import jsonstream
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.pickle import load_plain_pickle
 from risam_cli.data.readers.predictions import PredictionIndex, parse_answer
 from risam_cli.errors import DataError
+from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Failure, Sample
 
 MARKER = "marker-that-must-not-appear"

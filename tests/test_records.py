@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from risam_cli import masks
 from risam_cli.errors import DataError
 from risam_cli.files import jsonlines
+from risam_cli.masks import rle as masks
 from risam_cli.outputs.records import failure_to_json, from_json, read_records, to_json
 from risam_cli.types import Failure, Prediction
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from risam_cli import cli, masks
+from risam_cli import cli
 from risam_cli.commands import refshapes as command
 from risam_cli.data.images.images import open_rgb
 from risam_cli.data.readers.catalog import open_dataset
@@ -18,6 +18,7 @@ from risam_cli.data.refshapes import FAMILIES, SPLIT_SCENES, Referring, RefShape
 from risam_cli.data.refshapes.formats import annotation_id, image_id, phrase_structure
 from risam_cli.data.refshapes.writers import FORMATS, IMAGE_FORMATS, OWN, Plan, write_family
 from risam_cli.errors import OutputError, UsageError
+from risam_cli.masks import rle as masks
 from risam_cli.types import Sample
 
 SPLITS = ("val", "testB")

@@ -19,7 +19,6 @@ from eval_files import box_mask, image_file
 from PIL import Image, ImageDraw
 from pydantic import ValidationError
 
-from risam_cli import masks
 from risam_cli.data.readers.predictions import Answer
 from risam_cli.drawing import svg
 from risam_cli.evaluation.report import text
@@ -38,6 +37,7 @@ from risam_cli.evaluation.report.schema import (
     TimingPart,
 )
 from risam_cli.evaluation.scoring import Answered, Case, Scored, Scorer, pick_cases
+from risam_cli.masks import rle as masks
 from risam_cli.metrics.protocols import get_protocol
 from risam_cli.types import Expression, Sample
 

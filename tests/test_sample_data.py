@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from risam_cli import masks
 from risam_cli.data.images.images import open_rgb
 from risam_cli.data.inputs.inputs import Inputs
 from risam_cli.data.readers.catalog import open_dataset
 from risam_cli.data.readers.pickle import load_plain_pickle
 from risam_cli.data.refshapes import VOCABULARY
+from risam_cli.masks import rle as masks
 
 FOLDER = Path(__file__).resolve().parent.parent / "sample_data"
 BY_HAND = {"README.md", "make_sample_data.py"}

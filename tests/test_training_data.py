@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_runs import RAW, settings, write_coco
 
-from risam_cli import masks
 from risam_cli.build_data import DataBuilder
 from risam_cli.commands.refshapes import command as refshapes
 from risam_cli.config import load_settings
@@ -29,6 +28,7 @@ from risam_cli.data.readers.catalog import open_dataset
 from risam_cli.data.refshapes.dataset import RefShapes
 from risam_cli.engine.plan import PlannedBatches
 from risam_cli.errors import ConfigError, DataError
+from risam_cli.masks import rle as masks
 from risam_cli.training import check_paths
 
 FAMILIES = ("refcoco", "refcoco+", "refcocog", "grefcoco")

@@ -14,13 +14,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli import masks
 from risam_cli.data.images.images import open_rgb
 from risam_cli.data.images.memory import Pixels, pixels_to_rgb
 from risam_cli.drawing.drawing import no_larger
 from risam_cli.drawing.overlay import draw_overlay
 from risam_cli.drawing.png import encode_rgb, write_mask
 from risam_cli.errors import ImageError
+from risam_cli.masks import rle as masks
 from risam_cli.outputs.records import to_json
 from risam_cli.types import Failure, Prediction, Rle
 

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli import masks
+from risam_cli.masks import rle as masks
 from risam_cli.types import Rle
 
 _SLACK = 0.4  # pixels that an outline may move, to save points

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli import masks
 from risam_cli.data.images.images import Rgb, open_for_encoder, open_rgb
 from risam_cli.drawing.overlay import draw_overlay
 from risam_cli.drawing.png import encode_mask, encode_rgb
@@ -26,6 +25,7 @@ from risam_cli.engine.run_folder import RunFolder
 from risam_cli.errors import ImageError
 from risam_cli.files.patience import within
 from risam_cli.inference.loader import TIMEOUT, timed_out
+from risam_cli.masks import rle as masks
 from risam_cli.outputs.gallery import encode_item, outline, small_size
 from risam_cli.outputs.naming import gallery_name, mask_name, overlay_name
 from risam_cli.types import Expression, Prediction, Sample

@@ -21,10 +21,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from risam_cli import masks
 from risam_cli.data.readers.predictions import Answer, PredictionIndex
 from risam_cli.data.readers.source import OnFailure, SampleSource
 from risam_cli.errors import DataError
+from risam_cli.masks import rle as masks
 from risam_cli.metrics.figures import outcome
 from risam_cli.metrics.protocols import Protocol
 from risam_cli.metrics.slices import Facts, Slice, Slicer

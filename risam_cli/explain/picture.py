@@ -12,11 +12,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli import masks
 from risam_cli.drawing.palette import Color, color, ink
 from risam_cli.drawing.text import fit_text, text_mask
 from risam_cli.explain.attention import Attention, Word
 from risam_cli.explain.explanation import Explained, Explanation, chosen_words, spread
+from risam_cli.masks import rle as masks
 
 Rgb = NDArray[np.uint8]
 

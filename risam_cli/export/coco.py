@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from risam_cli.export.format import Context, Labeled, LabeledImage, back_from
-from risam_cli.outputs.outlines import EDGE
+from risam_cli.masks.outlines import EDGE
 from risam_cli.types import Prediction
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
-from risam_cli import masks
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief
+from risam_cli.masks import rle as masks
 from risam_cli.outputs.records import MAX_LINE
 from risam_cli.types import Rle
 

@@ -22,7 +22,7 @@ from risam_cli.export.format import (
     copy_image,
     points_text,
 )
-from risam_cli.outputs.outlines import EDGE
+from risam_cli.masks.outlines import EDGE
 
 LONGEST_LABEL = 64
 """Characters that CVAT takes for a label's name."""

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from risam_cli import masks
 from risam_cli.drawing.png import check_header
 from risam_cli.errors import DataError
 from risam_cli.export.categories import Categories
 from risam_cli.export.folder import ExportFolder
-from risam_cli.outputs.outlines import CENTER, EDGE, Outlines, Vertices, outlines
+from risam_cli.masks import rle as masks
+from risam_cli.masks.outlines import CENTER, EDGE, Outlines, Vertices, outlines
 from risam_cli.types import Prediction, Rle
 
 OpenImage = Callable[[Path], NDArray[np.uint8]]

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from risam_cli import masks
 from risam_cli.drawing.png import encode_mask
 from risam_cli.export.format import Context, Labeled, LabeledImage, copy_image
 from risam_cli.export.targets import replace_suffix
-from risam_cli.outputs.outlines import EDGE
+from risam_cli.masks import rle as masks
+from risam_cli.masks.outlines import EDGE
 
 _VERSION = "5.5.0"  # the first whose loader knows all that is written here
 

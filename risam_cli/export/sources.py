@@ -26,12 +26,12 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from risam_cli import masks
 from risam_cli.drawing.png import check_header
 from risam_cli.errors import DataError
 from risam_cli.export.coco_results import Names, spool_results
 from risam_cli.export.targets import meeting_key
 from risam_cli.files.jsonlines import brief, parse_json, read_lines_at
+from risam_cli.masks import rle as masks
 from risam_cli.outputs.records import MAX_LINE, PREDICTIONS, from_json
 from risam_cli.types import Failure, Prediction, Rle
 

@@ -12,10 +12,10 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from risam_cli import masks
 from risam_cli.export.format import Context, Labeled, LabeledImage, copy_image
 from risam_cli.export.targets import replace_suffix
-from risam_cli.outputs.outlines import CENTER
+from risam_cli.masks import rle as masks
+from risam_cli.masks.outlines import CENTER
 
 
 class Yolo:

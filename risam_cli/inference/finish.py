@@ -14,12 +14,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli import masks
 from risam_cli.data.images.images import FileStamp
 from risam_cli.errors import ImageError, OutputError, RisamError
 from risam_cli.inference.jobs import Answer
 from risam_cli.inference.loader import Loaded
 from risam_cli.inference.mask_rules import unpacked
+from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Failure, Prediction, Rle, Sample
 
 _WAITING_BYTES = 256 << 20  # full-size masks that may wait for a thread

@@ -10,7 +10,7 @@ from math import nan
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli import masks
+from risam_cli.masks import rle as masks
 from risam_cli.types import Rle
 
 Ints = NDArray[np.int64]

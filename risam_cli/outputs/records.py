@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from risam_cli import masks
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief, parse_json, read_lines
+from risam_cli.masks import rle as masks
 from risam_cli.types import Failure, Prediction
 
 MAX_LINE = 64 << 20

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from risam_cli import masks
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief
+from risam_cli.masks import rle as masks
 from risam_cli.types import Rle
 
 

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from risam_cli import masks
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.layout import find_file, find_folder, find_images, missing
 from risam_cli.data.readers.source import Group, Phrase, SampleSource, make_source
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief
+from risam_cli.masks import rle as masks
 from risam_cli.types import Rle, Sample
 
 SPLITS = ("train", "val", "test", "miniv")

@@ -21,10 +21,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli import masks
 from risam_cli.data.readers.source import OnFailure
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief, read_lines_at
+from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Failure, Rle, Sample
 
 FILE_NAME = "predictions.jsonl"

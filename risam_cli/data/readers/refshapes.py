@@ -17,13 +17,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli import masks
 from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.layout import missing
 from risam_cli.data.readers.phrasecut import open_phrasecut
 from risam_cli.data.readers.refer import open_refer
 from risam_cli.data.readers.source import Group, Phrase, SampleSource
 from risam_cli.errors import DataError, OutputError
+from risam_cli.masks import rle as masks
 from risam_cli.types import Rle
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from risam_cli import masks
 from risam_cli.errors import DataError
+from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Failure, Rle, Sample
 
 Draw = Callable[[Any], Rle]

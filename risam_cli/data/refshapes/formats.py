@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli import masks
 from risam_cli.data.refshapes.dataset import SPLIT_SCENES, SceneItem
 from risam_cli.data.refshapes.expressions import Referring
 from risam_cli.data.refshapes.vocabulary import (
@@ -23,6 +22,7 @@ from risam_cli.data.refshapes.vocabulary import (
     SIZES,
     STAND_INS,
 )
+from risam_cli.masks import rle as masks
 
 Record = dict[str, Any]
 

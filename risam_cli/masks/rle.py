@@ -5,7 +5,7 @@ Masks are boolean arrays (H, W). An :class:`~risam_cli.types.Rle` that came out 
 equal strings. Whatever comes from outside goes through :func:`parse_rle` first; the other functions
 hand the string to pycocotools' C code, which trusts it.
 
-The polygons are those of :mod:`risam_cli.polygons`, given on from here.
+The polygons are those of :mod:`risam_cli.masks.polygons`, given on from here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco
 
 from risam_cli.errors import DataError
-from risam_cli.polygons import Mask, Polygon, Size, rasterize, to_polygons
+from risam_cli.masks.polygons import Mask, Polygon, Size, rasterize, to_polygons
 from risam_cli.types import Rle
 
 __all__ = [
