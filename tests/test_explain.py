@@ -27,7 +27,7 @@ from risam_cli.explain.attention import Attention, Word, words_of
 from risam_cli.explain.explanation import spread
 from risam_cli.explain.page import PAGE_BYTES, chosen_maps
 from risam_cli.explain.picture import draw_explanation, enlarge
-from risam_cli.model.common import sine_positions_1d, sine_positions_2d
+from risam_cli.model.layers import sine_positions_1d, sine_positions_2d
 from risam_cli.text_source import pretrained_text
 from risam_cli.tokenizer import Piece, TextTokenizer
 

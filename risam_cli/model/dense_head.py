@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from risam_cli.model.common import LayerNorm2d
 from risam_cli.model.image_encoder import EncoderFeatures
+from risam_cli.model.layers import LayerNorm2d
 
 
 @dataclass(frozen=True)

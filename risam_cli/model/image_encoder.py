@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from risam_cli.model.adapters import Adapter
 from risam_cli.model.attention import relative_attention
-from risam_cli.model.common import LayerNorm2d
+from risam_cli.model.layers import LayerNorm2d
 from risam_cli.model.linear import apply_linear, linear
 from risam_cli.model.tables import TableCache, relative_table, resize_pos_embed
 
@@ -348,3 +347,27 @@ def window_unpartition(windows: Tensor, window: int, height: int, width: int) ->
     x = windows.view(-1, rows, columns, window, window, windows.shape[-1])
     x = x.transpose(2, 3).reshape(-1, rows * window, columns * window, windows.shape[-1])
     return x[:, :height, :width]
+
+
+class Adapter(nn.Module):
+    """A bottleneck beside a block's MLP: down, GELU, up.
+
+    The paper names parameter-efficient fine-tuning; this form is ours (after Houlsby et al.
+    2019, run in parallel). The up-projection starts at zero, so that an untrained adapter
+    leaves the encoder as it is.
+
+    Args:
+        dim: width of the block.
+        hidden: width of the bottleneck, at least 1.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(dim, hidden)
+        self.up = nn.Linear(hidden, dim)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., dim) to the change that is added to the block's output."""
+        return apply_linear(self.up, apply_linear(self.down, x, gelu=True))

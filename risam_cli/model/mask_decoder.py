@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from risam_cli.model.common import MLP, LayerNorm2d
+from risam_cli.model.layers import MLP, LayerNorm2d
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from risam_cli.model.common import MLP
+from risam_cli.model.layers import MLP
 
 
 @dataclass(frozen=True)

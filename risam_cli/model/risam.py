@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from risam_cli.model.by_expression import BATCHED_BELOW, Regions, decode_one
-from risam_cli.model.common import sine_positions_1d, sine_positions_2d
 from risam_cli.model.feature_enhancement import FeatureEnhancement
 from risam_cli.model.image_encoder import ImageEncoder
+from risam_cli.model.layers import sine_positions_1d, sine_positions_2d
 from risam_cli.model.mask_decoder import Decoded, MutualAwareMaskDecoder
 from risam_cli.model.mutual_aware_attention import AttentionMaps, MutualAwareAttention
 from risam_cli.model.sam_baseline import DeepFeatures, SamMaskDecoder

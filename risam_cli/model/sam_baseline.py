@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from risam_cli.model.common import MLP
+from risam_cli.model.layers import MLP
 from risam_cli.model.mask_decoder import Decoded
 
 _PRIVATE_NAME = "_risam_segment_anything_modeling"
