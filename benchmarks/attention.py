@@ -1,6 +1,6 @@
 """The ways of attention with relative positions, one against the other, at the sizes that matter.
 
-What :func:`risam_cli.model.attention.choose_way` takes rests on this. FlexAttention, which has to
+What :func:`risam_cli.model.fast.attention.choose_way` takes rests on this. FlexAttention, which has to
 be compiled first, is timed on a GPU only; ``plain`` is attention as segment_anything writes it.
 """
 
@@ -15,9 +15,9 @@ from parity import written_out
 from torch import Tensor
 from torch.nn import functional as F
 
-from risam_cli.model.attention import WAYS, choose_way
-from risam_cli.model.linear import linear
-from risam_cli.model.tables import relative_table
+from risam_cli.model.fast.attention import WAYS, choose_way
+from risam_cli.model.fast.linear import linear
+from risam_cli.model.fast.tables import relative_table
 
 # Windows or images, heads, side of the grid, channels of a head.
 CASES = {

@@ -22,8 +22,8 @@ import torch
 from common import Options, Row, Times, in_turns, peak_bytes, ratio, run_child
 from torch import Tensor, nn
 
+from risam_cli.model.fast.linear import linear
 from risam_cli.model.image_encoder import ImageEncoder
-from risam_cli.model.linear import linear
 from risam_cli.model.presets import PRESETS
 from risam_cli.model.sam_baseline import segment_anything_modeling
 from risam_cli.sam_weights import from_hugging_face
@@ -293,7 +293,7 @@ def encode(library: str, network: nn.Module, pixels: Tensor) -> Tensor:
 
 def _positions(source: Tensor, like: Tensor | int) -> Tensor:
     """Position embeddings or a relative table, interpolated as this project does."""
-    from risam_cli.model.tables import resize_pos_embed, resize_rel_pos
+    from risam_cli.model.fast.tables import resize_pos_embed, resize_rel_pos
 
     if source.ndim == 4:
         side = like if isinstance(like, int) else like.shape[1]

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from risam_cli.build import load_model
 from risam_cli.errors import UsageError
-from risam_cli.model import attention, image_encoder, linear, tables
-from risam_cli.model.attention import WAYS, choose_way
-from risam_cli.model.tables import TableCache, relative_table
+from risam_cli.model import image_encoder
+from risam_cli.model.fast import attention, linear, tables
+from risam_cli.model.fast.attention import WAYS, choose_way
+from risam_cli.model.fast.tables import TableCache, relative_table
 
 WITHIN = 1e-5
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from networks import WITH_STEM, in_double, noise, relative_error, small_model
 from torch import Tensor
 
-from risam_cli.model import by_expression, risam
+from risam_cli.model import risam
+from risam_cli.model.fast import by_expression
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.risam import ImageFeatures, Risam
 from risam_cli.model.text_encoder import TextFeatures

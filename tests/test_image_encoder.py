@@ -10,7 +10,8 @@ import torch
 from networks import encoder, noise, randomize, reference_encoder, relative_error, save_pth
 from torch import Tensor, nn
 
-from risam_cli.model.attention import relative_attention
+from risam_cli.model.fast.attention import relative_attention
+from risam_cli.model.fast.tables import relative_table, resize_pos_embed
 from risam_cli.model.image_encoder import (
     ConvStem,
     ImageEncoder,
@@ -18,7 +19,6 @@ from risam_cli.model.image_encoder import (
     window_unpartition,
 )
 from risam_cli.model.presets import PRESETS
-from risam_cli.model.tables import relative_table, resize_pos_embed
 from risam_cli.sam_weights import load_sam_encoder
 
 WITHIN = 1e-5

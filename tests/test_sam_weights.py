@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from risam_cli.errors import ModelError
-from risam_cli.model import tables
+from risam_cli.model.fast import tables
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.model.presets import PRESETS
 from risam_cli.sam_weights import load_sam_encoder, read_sam

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from risam_cli.model.attention import relative_attention
+from risam_cli.model.fast.attention import relative_attention
+from risam_cli.model.fast.linear import apply_linear, linear
+from risam_cli.model.fast.tables import TableCache, relative_table, resize_pos_embed
 from risam_cli.model.layers import LayerNorm2d
-from risam_cli.model.linear import apply_linear, linear
-from risam_cli.model.tables import TableCache, relative_table, resize_pos_embed
 
 HOST_TOKENS = 1024  # that go through a block's parts at a time on a CPU, for each of its threads
 

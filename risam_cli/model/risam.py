@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from risam_cli.model.by_expression import BATCHED_BELOW, Regions, decode_one
+from risam_cli.model.fast.by_expression import BATCHED_BELOW, Regions, decode_one
 from risam_cli.model.feature_enhancement import FeatureEnhancement
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.model.layers import sine_positions_1d, sine_positions_2d

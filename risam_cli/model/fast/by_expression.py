@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from risam_cli.model.linear import apply_linear, linear
+from risam_cli.model.fast.linear import apply_linear, linear
 from risam_cli.model.mask_decoder import (
     CrossAttention,
     Decoded,

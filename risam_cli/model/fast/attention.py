@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from risam_cli.model.linear import has_fast_products, linear
+from risam_cli.model.fast.linear import has_fast_products, linear
 
 # Fused kernels want queries, keys and values of one width, so values are padded for them; else
 # PyTorch makes the (h*w)² logits after all. Heads narrower than this gain little by it.
