@@ -63,8 +63,8 @@ def count(config: str) -> None:
     from transformers import BertConfig, BertModel
 
     from risam_cli.build import TextParts, add_lora, build_model, new_text_parts
-    from risam_cli.build_start import train_text_encoder
-    from risam_cli.config import load_settings
+    from risam_cli.training.settings import load_settings
+    from risam_cli.training.start import train_text_encoder
 
     settings = load_settings(REPO / f"configs/{config}.yaml").model
     words = settings.text_encoder.model_copy(update={"source": None, "vocabulary": "refshapes"})
@@ -93,8 +93,8 @@ def count(config: str) -> None:
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
     """Trains and prints what it took."""
-    from risam_cli.config import load_settings
-    from risam_cli.training import train
+    from risam_cli.training.run import train
+    from risam_cli.training.settings import load_settings
 
     counts = write_refer_form(PHOTOS.parent / "instances.json", PHOTOS, folder / "data")
     print(f"photos in REFER's form: {counts}")

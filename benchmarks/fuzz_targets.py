@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from risam_cli.config import load_settings
 from risam_cli.data.images.images import open_rgb
 from risam_cli.data.inputs import manifest
 from risam_cli.data.readers.coco import open_coco
@@ -32,6 +31,7 @@ from risam_cli.files.jsonlines import parse_json
 from risam_cli.masks import rle as masks
 from risam_cli.outputs.naming import mask_name
 from risam_cli.outputs.records import from_json
+from risam_cli.training.settings import load_settings
 from risam_cli.types import Expression, Sample
 
 REPO = Path(__file__).resolve().parent.parent

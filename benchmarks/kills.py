@@ -37,7 +37,7 @@ from PIL import Image
 import risam_cli.engine.merge
 import risam_cli.engine.predict_run
 import risam_cli.evaluation.model
-import risam_cli.training  # noqa: F401 - as those before, for all forks
+import risam_cli.training.run  # noqa: F401 - as those before, for all forks
 from risam_cli.build import load_model
 from risam_cli.cli import main
 

@@ -27,7 +27,6 @@ from risam_cli.model.risam import Risam
 from risam_cli.model.sam_baseline import DeepFeatures, SamMaskDecoder
 from risam_cli.model.text_encoder import TextEncoder
 from risam_cli.plausible import require_plausible
-from risam_cli.settings import OptimizerSettings
 from risam_cli.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -310,50 +309,3 @@ def verify_model_folder(folder: Path) -> list[str]:
     except RisamError as error:  # of the weights or of the settings
         problems.append(str(error))
     return problems
-
-
-def parameter_groups(
-    parts: list[tuple[nn.Module, float]], settings: OptimizerSettings
-) -> list[dict[str, Any]]:
-    """AdamW's groups: each part at its own rate, weight decay on matrices alone.
-
-    Norms, biases, learned tokens, embeddings and position tables have none: to pull them to zero
-    is no regularization, and rows of rare words, without a gradient, would fade away.
-
-    Args:
-        parts: modules and their learning rates; a parameter belongs to the first part that
-            holds it, and only parameters that require gradients take part.
-    """
-    groups: list[dict[str, Any]] = []
-    seen: set[int] = set()
-    for module, rate in parts:
-        free = _without_decay(module)
-        for decays in (True, False):
-            chosen = [
-                p
-                for p in module.parameters()
-                if p.requires_grad and id(p) not in seen and (id(p) not in free) == decays
-            ]
-            seen.update(id(p) for p in chosen)
-            if chosen:
-                decay = settings.weight_decay if decays else 0.0
-                groups.append(
-                    {"params": chosen, "lr": rate, "base_lr": rate, "weight_decay": decay}
-                )
-    return groups
-
-
-def _without_decay(module: nn.Module) -> set[int]:
-    """Identities of norms, biases and tokens (one dimension), embeddings and position tables."""
-    tables = {
-        id(p)
-        for part in module.modules()
-        if isinstance(part, nn.Embedding)
-        for p in part.parameters(recurse=False)
-    }
-    named = ("pos_embed", "rel_pos_h", "rel_pos_w")
-    return tables | {
-        id(p)
-        for name, p in module.named_parameters()
-        if p.ndim <= 1 or name.rpartition(".")[2] in named
-    }

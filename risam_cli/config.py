@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -22,13 +21,11 @@ from risam_cli.settings import (
     Settings,
 )
 from risam_cli.settings_check import check as check
-from risam_cli.settings_complete import complete
 from risam_cli.settings_data import AugmentSettings
 from risam_cli.settings_data import CocoData as CocoData
 from risam_cli.settings_data import DataSettings as DataSettings
 from risam_cli.settings_data import RefShapesData as RefShapesData
 from risam_cli.settings_file import merge as merge
-from risam_cli.settings_file import read_settings_file
 
 Positive = Field(gt=0)
 
@@ -308,18 +305,6 @@ class TrainSettings(Settings):
             ]
             hint = f"did you mean {near[0]!r}" if near else f"one of {', '.join(FIGURES)}"
             raise ValueError(f"{name!r} is no figure of the validation; {hint}")
-
-
-def load_settings(path: Path, overrides: Sequence[str] = ()) -> TrainSettings:
-    """Reads a YAML file and what it extends, applies ``a.b.c=value`` overrides, and checks it all.
-
-    Raises:
-        ConfigError: naming file, key, value and what it could have been.
-    """
-    raw = read_settings_file(path)
-    for override in overrides:
-        raw = apply_override(raw, override)
-    return check(TrainSettings, complete(raw), str(path))
 
 
 def apply_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:

@@ -12,18 +12,11 @@ import yaml
 from conftest import REPO
 from networks import SMALL
 
-from risam_cli.config import (
-    ModelSettings,
-    TrainSettings,
-    apply_override,
-    check,
-    dump,
-    load_settings,
-    merge,
-)
+from risam_cli.config import ModelSettings, TrainSettings, apply_override, check, dump, merge
 from risam_cli.errors import ConfigError
 from risam_cli.model.presets import PRESETS
-from risam_cli.training import check_paths
+from risam_cli.training.run import check_paths
+from risam_cli.training.settings import load_settings
 
 CONFIGS = sorted((REPO / "configs").glob("**/*.yaml"))
 

@@ -18,12 +18,12 @@ from training_runs import run, settings
 
 from risam_cli import checkpoints, frozen
 from risam_cli.build import LoadedModel, load_model, verify_model_folder
-from risam_cli.build_training import TrainingBuilder
 from risam_cli.commands.models import command as models
 from risam_cli.console.console import Console
 from risam_cli.errors import ConfigError, ModelError, OutputError
 from risam_cli.export_model import export_model
 from risam_cli.lora import merge_lora, split_lora
+from risam_cli.training.build import TrainingBuilder
 
 CPU = torch.device("cpu")
 LORA = {"rank": 2, "alpha": 6.0}

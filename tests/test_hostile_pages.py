@@ -11,7 +11,7 @@ import pytest
 from browser import Browser, find_browser
 
 from risam_cli import cli
-from risam_cli.reports.training import write_page
+from risam_cli.training.page import write_page
 
 SCRIPT = "window.owned=1"
 PAYLOADS = (

@@ -14,10 +14,10 @@ import pytest
 import torch
 from networks import small_model
 
-from risam_cli.engine.training_state import read_state
 from risam_cli.errors import ModelError
 from risam_cli.sam_weights import load_sam_encoder, read_sam
 from risam_cli.torch_files import load_plain
+from risam_cli.training.checkpoint import read_state
 
 
 class _Runs:

@@ -9,8 +9,8 @@ import torch
 from networks import noise
 from torch import Tensor
 
-from risam_cli.losses import LossParts, ReferringLoss, dense_loss
 from risam_cli.model.mask_decoder import Decoded
+from risam_cli.training.losses import LossParts, ReferringLoss, dense_loss
 
 LOG2 = math.log(2)
 

@@ -19,14 +19,14 @@ from conftest import REPO, Cli
 from training_runs import RAW, last_weights, rows, run, settings, write_coco
 
 from risam_cli.build import load_model
-from risam_cli.build_training import TrainingBuilder
-from risam_cli.config import load_settings
 from risam_cli.console.console import get_console
-from risam_cli.engine import optimize
-from risam_cli.engine.optimize import Schedule, Stepper
-from risam_cli.engine.plan import PlannedBatches
-from risam_cli.engine.training_state import MovingAverage
 from risam_cli.errors import ModelError, OutputError, RisamError
+from risam_cli.training import optimize
+from risam_cli.training.batches import PlannedBatches
+from risam_cli.training.build import TrainingBuilder
+from risam_cli.training.checkpoint import MovingAverage
+from risam_cli.training.optimize import Schedule, Stepper
+from risam_cli.training.settings import load_settings
 
 
 @pytest.fixture(scope="module")

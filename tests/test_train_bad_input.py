@@ -208,12 +208,12 @@ def test_an_augmented_run_that_is_cut_goes_on_to_the_same_bits(made: Path, tmp_p
     }  # fmt: skip
     changes["stages"][0] |= {"steps": 6, "name": "all"}
     changes |= {"checkpoint_every": 3, "validate_every": 6}
-    from risam_cli.training import train
+    from risam_cli.training.run import train
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(settings(whole, **changes), resume=False)
 
-    from risam_cli.engine import train as engine
+    from risam_cli.training import loop as engine
 
     saved = engine.TrainingRun._save
 
@@ -243,7 +243,7 @@ def test_a_loader_at_work_does_not_keep_the_process_from_ending() -> None:
     """Its workers ignore SIGTERM, which multiprocessing sends at exit, to wait for their end."""
     script = """
 import torch
-from risam_cli.engine.plan import begin_worker
+from risam_cli.training.batches import begin_worker
 loader = iter(torch.utils.data.DataLoader(range(9), num_workers=1, worker_init_fn=begin_worker))
 print(next(loader))
 held = [loader]

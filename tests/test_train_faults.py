@@ -12,9 +12,9 @@ import torch
 from train_cases import assert_same_run, everything, fork_runs, write_config
 from training_runs import last_weights, rows
 
-from risam_cli.engine.training_state import read_state
 from risam_cli.errors import ModelError
-from risam_cli.training import clear_leftovers
+from risam_cli.training.checkpoint import read_state
+from risam_cli.training.run import clear_leftovers
 
 STEPS = 14  # of the unbroken run: 6 and 8
 LOGGED = 6 + 3 + 8 + 4 + 2  # steps, validations, the stop, the average

@@ -12,22 +12,21 @@ import torch
 from networks import TEXTS, WITH_STEM, small_model
 from torch import nn
 
-from risam_cli.build import parameter_groups
 from risam_cli.config import TrainSettings, check
 from risam_cli.console.console import Console
 from risam_cli.data.collate import DenseBatch, ReferringBatch
-from risam_cli.engine.averaging import KeptWeights, weights_in
-from risam_cli.engine.distributed import Processes
-from risam_cli.engine.optimize import NotFinite, Stepper
-from risam_cli.engine.tasks import DenseTask, ReferringTask
-from risam_cli.engine.training_log import Example, TrainingLog
-from risam_cli.engine.training_state import Checkpoints, Place, Untrained
 from risam_cli.errors import ConfigError, RisamError
 from risam_cli.inference.device import training_precision
-from risam_cli.losses import ReferringLoss
-from risam_cli.model.dense_head import DenseHead
-from risam_cli.reports.training import read_rows, to_html
 from risam_cli.settings import OptimizerSettings
+from risam_cli.training.averaging import KeptWeights, weights_in
+from risam_cli.training.checkpoint import Checkpoints, Place, Untrained
+from risam_cli.training.dense_head import DenseHead
+from risam_cli.training.distributed import Processes
+from risam_cli.training.log import Example, TrainingLog
+from risam_cli.training.losses import ReferringLoss
+from risam_cli.training.optimize import NotFinite, Stepper, parameter_groups
+from risam_cli.training.page import read_rows, to_html
+from risam_cli.training.tasks import DenseTask, ReferringTask
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from train_cases import STAGES, everything, fork_runs, write_config
 from training_runs import last_weights, rows
 
-from risam_cli.engine.plan import DealtBatches, PlannedBatches, deal
+from risam_cli.training.batches import DealtBatches, PlannedBatches, deal
 
 RATE = 1e-4
 STEPS = 10

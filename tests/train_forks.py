@@ -34,10 +34,10 @@ from typing import Any
 import torch.nn.parallel
 import torch.utils.tensorboard  # noqa: F401 - as the next, for all forks
 
-import risam_cli.training  # noqa: F401
+import risam_cli.training.run  # noqa: F401
 from risam_cli import checkpoints
 from risam_cli.cli import main
-from risam_cli.engine import tasks, training_state
+from risam_cli.training import checkpoint, tasks
 
 PATIENCE = 300.0
 
@@ -87,7 +87,7 @@ def kill(children: list[int], how: dict[str, Any]) -> None:
 
 def prepare(job: dict[str, Any]) -> None:
     if "in_checkpoint" in job:
-        training_state._write = nth(job["in_checkpoint"], training_state._write, tear)
+        checkpoint._write = nth(job["in_checkpoint"], checkpoint._write, tear)
     if "in_model" in job:
         checkpoints._replace_folder = nth(job["in_model"], checkpoints._replace_folder, strand)
     if "file_limit" in job:

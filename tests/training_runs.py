@@ -13,7 +13,7 @@ from networks import SMALL
 from torch import Tensor
 
 from risam_cli.config import TrainSettings, check, merge
-from risam_cli.training import train
+from risam_cli.training.run import train
 
 MODEL = merge(
     SMALL,

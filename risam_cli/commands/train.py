@@ -38,7 +38,8 @@ def command(
       risam train configs/refshapes_tiny.yaml --set seed=1 --set output=runs/seed1 --resume
       torchrun --nproc-per-node 2 -m risam_cli train configs/refshapes_tiny.yaml
     """
-    from risam_cli.config import dump, load_settings
+    from risam_cli.config import dump
+    from risam_cli.training.settings import load_settings
 
     if print_config:
         click.echo(dump(load_settings(config, overrides)), nl=False)
@@ -48,8 +49,8 @@ def command(
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     else:  # A misspelt key is told of before torch is imported.
         load_settings(config, overrides)
-    from risam_cli.engine.distributed import Told, joined
-    from risam_cli.training import train
+    from risam_cli.training.distributed import Told, joined
+    from risam_cli.training.run import train
 
     try:
         with joined() as processes:

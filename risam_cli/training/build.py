@@ -12,35 +12,29 @@ import torch
 from torch import nn
 
 from risam_cli import checkpoints, frozen
-from risam_cli.build import parameter_groups
 from risam_cli.build_data import DataBuilder
-from risam_cli.build_start import start_model, train_text_encoder
 from risam_cli.config import DenseStage, ReferringStage, TrainSettings
 from risam_cli.console.console import Console
 from risam_cli.data.collate import ReferringCollate, collate_dense
 from risam_cli.data.dataset import DenseScenes
 from risam_cli.data.refshapes.vocabulary import COLORS, SHAPES, SIZES
-from risam_cli.engine.cached_training import CachedEncoder, KeyedCollate
-from risam_cli.engine.distributed import Processes
-from risam_cli.engine.stage import SaveModel, Stage, hash_settings
-from risam_cli.engine.tasks import DenseTask, ReferringTask
-from risam_cli.engine.train import TrainingRun
-from risam_cli.engine.training_state import Place
 from risam_cli.export_model import NEEDS_TITLE
 from risam_cli.files.sizes import parse_size
-from risam_cli.inference.device import (
-    Validation,
-    card_of,
-    choose_device,
-    loop_settings,
-    training_precision,
-    validate_dense,
-)
+from risam_cli.inference.device import choose_device, training_precision
 from risam_cli.inference.feature_cache import CacheSettings, FeatureCache, open_feature_cache
-from risam_cli.losses import ReferringLoss
-from risam_cli.model.dense_head import DenseHead
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.tokenizer import TextTokenizer
+from risam_cli.training.cached_training import CachedEncoder, KeyedCollate
+from risam_cli.training.checkpoint import Place
+from risam_cli.training.dense_head import DenseHead
+from risam_cli.training.distributed import Processes
+from risam_cli.training.loop import TrainingRun
+from risam_cli.training.losses import ReferringLoss
+from risam_cli.training.optimize import Schedule, parameter_groups
+from risam_cli.training.stage import LoopSettings, SaveModel, Stage, hash_settings
+from risam_cli.training.start import start_model, train_text_encoder
+from risam_cli.training.tasks import DenseTask, ReferringTask
+from risam_cli.training.validate import Validation, validate_dense
 
 
 class TrainingBuilder:
@@ -287,3 +281,52 @@ def model_readme(card: Mapping[str, Any], needs: Sequence[frozen.Needed] = ()) -
         lines += ["", NEEDS_TITLE, ""]
         lines += [f"- {n.name}, {n.size} bytes, SHA-256 {n.sha256}" for n in needs]
     return "\n".join(lines) + "\n"
+
+
+def loop_settings(
+    settings: TrainSettings, device: torch.device, dtype: torch.dtype
+) -> LoopSettings:
+    """The loop's own settings."""
+    s, stopping, averaging = settings, settings.early_stopping, settings.averaging
+    return LoopSettings(
+        seed=s.seed,
+        device=device,
+        dtype=dtype,
+        workers=s.workers,
+        beta2=s.optimizer.beta2,
+        clip_norm=s.optimizer.clip_norm,
+        ema_decay=s.optimizer.ema_decay,
+        validate_every=s.validate_every,
+        checkpoint_every=s.checkpoint_every,
+        log_every=s.log_every,
+        schedule=Schedule(s.optimizer.schedule, s.optimizer.power, s.optimizer.floor),
+        patience=stopping.patience if stopping else None,
+        min_delta=stopping.min_delta if stopping else 0.0,
+        averaged=averaging.count if averaging else 0,
+        average_of=averaging.of if averaging else "best",
+        keep_last=s.keep_last,
+    )
+
+
+def card_of(
+    settings: TrainSettings,
+    stage: str,
+    step: int,
+    seconds: float,
+    expressions: int,
+    figures: Mapping[str, float],
+    averaged: Sequence[int],
+) -> dict[str, Any]:
+    """What a model folder says of its making."""
+    card: dict[str, Any] = {
+        "name": settings.name,
+        "stage": stage,
+        "step": step,
+        "seconds": round(seconds, 1),
+        "expressions": expressions,
+        "seed": settings.seed,
+        "best_by": settings.best_by,
+    }
+    if averaged:
+        card["averaged"] = list(averaged)
+    return {**card, "figures": {k: v for k, v in figures.items() if v == v}}

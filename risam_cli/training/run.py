@@ -9,16 +9,16 @@ from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from risam_cli.build_training import TrainingBuilder
 from risam_cli.config import TrainSettings, dump
 from risam_cli.console.console import get_console
-from risam_cli.engine.distributed import Processes
-from risam_cli.engine.training_state import LAST
 from risam_cli.errors import ConfigError, OutputError, RisamError
 from risam_cli.files.confine import require_own_tree
 from risam_cli.files.locks import FolderLock
 from risam_cli.files.write import write_atomic
-from risam_cli.reports.training import PAGE, write_page
+from risam_cli.training.build import TrainingBuilder
+from risam_cli.training.checkpoint import LAST
+from risam_cli.training.distributed import Processes
+from risam_cli.training.page import PAGE, write_page
 
 
 def train(

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from risam_cli.engine.optimize import Schedule
-from risam_cli.engine.tasks import Task
-from risam_cli.engine.training_log import Example
-from risam_cli.engine.training_state import Place
+from risam_cli.training.checkpoint import Place
+from risam_cli.training.log import Example
+from risam_cli.training.optimize import Schedule
+from risam_cli.training.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Stage:
 
     Attributes:
         groups: AdamW's parameter groups, each with its ``base_lr``.
-        data: examples, by epoch too (see :class:`risam_cli.engine.plan.PlannedBatches`). Where it
+        data: examples, by epoch too (see :class:`risam_cli.training.batches.PlannedBatches`). Where it
             has them, ``expressions_of(index)`` evens out the processes, and ``name_of(index)``
             names an example in messages.
         collate: makes a batch of examples.

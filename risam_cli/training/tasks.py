@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from risam_cli.data.collate import DenseBatch, ReferringBatch
 from risam_cli.data.images.transforms import normalize
-from risam_cli.losses import ReferringLoss, dense_counts, dense_loss, referring_counts
-from risam_cli.model.dense_head import DenseHead
 from risam_cli.model.image_encoder import EncoderFeatures, ImageEncoder
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.risam import Risam
+from risam_cli.training.dense_head import DenseHead
+from risam_cli.training.losses import ReferringLoss, dense_counts, dense_loss, referring_counts
 
 
 class Task(Protocol):
@@ -43,7 +43,7 @@ class DenseTask:
     """Trains the image encoder with a dense head.
 
     Args:
-        encoder, head: modules; background_weight: see :func:`risam_cli.losses.dense_loss`.
+        encoder, head: modules; background_weight: see :func:`risam_cli.training.losses.dense_loss`.
     """
 
     def __init__(self, encoder: ImageEncoder, head: DenseHead, background_weight: float) -> None:
@@ -53,13 +53,13 @@ class DenseTask:
         self.background_weight = background_weight
 
     def counts(self, batch: DenseBatch) -> Tensor:
-        """See :func:`risam_cli.losses.dense_counts`."""
+        """See :func:`risam_cli.training.losses.dense_counts`."""
         return dense_counts(batch.labels, self.background_weight)
 
     def loss(
         self, batch: DenseBatch, counts: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :func:`risam_cli.losses.dense_loss`."""
+        """See :func:`risam_cli.training.losses.dense_loss`."""
         size = batch.images.shape[1]
         pixels = normalize(batch.images, [(size, size)] * len(batch.images))
         output = self.head(self.encoder(pixels))
@@ -114,13 +114,13 @@ class ReferringTask:
         return self.model.decode(image, text, batch.image_index)
 
     def counts(self, batch: ReferringBatch) -> Tensor:
-        """See :func:`risam_cli.losses.referring_counts`."""
+        """See :func:`risam_cli.training.losses.referring_counts`."""
         return referring_counts(batch.no_target)
 
     def loss(
         self, batch: ReferringBatch, counts: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :class:`risam_cli.losses.ReferringLoss`."""
+        """See :class:`risam_cli.training.losses.ReferringLoss`."""
         decoded = self.decode(batch)
         target = batch.targets.float() / 255
         parts = self.criterion(decoded, target, inside(batch, target), batch.no_target, counts)

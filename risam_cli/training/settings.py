@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from risam_cli import checkpoints
-from risam_cli.settings_file import merge
+from risam_cli.config import TrainSettings, apply_override
+from risam_cli.settings_check import check as check
+from risam_cli.settings_data import CocoData as CocoData
+from risam_cli.settings_data import DataSettings as DataSettings
+from risam_cli.settings_data import RefShapesData as RefShapesData
+from risam_cli.settings_file import merge as merge
+from risam_cli.settings_file import read_settings_file
 
 
 def complete(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,3 +52,15 @@ def _with(data: Any, same: Mapping[str, Any]) -> Any:
     if not isinstance(data, Mapping) or data.get("dataset") != "coco" or data.get("annotations"):
         return data
     return {**same, **{key: value for key, value in data.items() if value is not None}}
+
+
+def load_settings(path: Path, overrides: Sequence[str] = ()) -> TrainSettings:
+    """Reads a YAML file and what it extends, applies ``a.b.c=value`` overrides, and checks it all.
+
+    Raises:
+        ConfigError: naming file, key, value and what it could have been.
+    """
+    raw = read_settings_file(path)
+    for override in overrides:
+        raw = apply_override(raw, override)
+    return check(TrainSettings, complete(raw), str(path))

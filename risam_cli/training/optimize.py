@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from risam_cli.settings import OptimizerSettings
+
+if TYPE_CHECKING:
+    pass
+
+import math
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+
 from torch.nn.parallel import DistributedDataParallel
 
-from risam_cli.engine.distributed import Processes
-from risam_cli.engine.tasks import Task
+from risam_cli.training.distributed import Processes
+from risam_cli.training.tasks import Task
 
 _OVERFLOWS = 30  # fp16 steps in a row that may be left out while the scale is sought
 
@@ -194,3 +201,50 @@ def to_device(batch: Any, device: torch.device) -> Any:
         for name, value in vars(batch).items()
     }
     return type(batch)(**moved)
+
+
+def parameter_groups(
+    parts: list[tuple[nn.Module, float]], settings: OptimizerSettings
+) -> list[dict[str, Any]]:
+    """AdamW's groups: each part at its own rate, weight decay on matrices alone.
+
+    Norms, biases, learned tokens, embeddings and position tables have none: to pull them to zero
+    is no regularization, and rows of rare words, without a gradient, would fade away.
+
+    Args:
+        parts: modules and their learning rates; a parameter belongs to the first part that
+            holds it, and only parameters that require gradients take part.
+    """
+    groups: list[dict[str, Any]] = []
+    seen: set[int] = set()
+    for module, rate in parts:
+        free = _without_decay(module)
+        for decays in (True, False):
+            chosen = [
+                p
+                for p in module.parameters()
+                if p.requires_grad and id(p) not in seen and (id(p) not in free) == decays
+            ]
+            seen.update(id(p) for p in chosen)
+            if chosen:
+                decay = settings.weight_decay if decays else 0.0
+                groups.append(
+                    {"params": chosen, "lr": rate, "base_lr": rate, "weight_decay": decay}
+                )
+    return groups
+
+
+def _without_decay(module: nn.Module) -> set[int]:
+    """Identities of norms, biases and tokens (one dimension), embeddings and position tables."""
+    tables = {
+        id(p)
+        for part in module.modules()
+        if isinstance(part, nn.Embedding)
+        for p in part.parameters(recurse=False)
+    }
+    named = ("pos_embed", "rel_pos_h", "rel_pos_w")
+    return tables | {
+        id(p)
+        for name, p in module.named_parameters()
+        if p.ndim <= 1 or name.rpartition(".")[2] in named
+    }

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from risam_cli.engine.training_state import Place
 from risam_cli.errors import ModelError
 from risam_cli.files.write import write_atomic
+from risam_cli.training.checkpoint import Place
 
 
 class KeptWeights:

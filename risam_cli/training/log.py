@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.console.console import Console
-from risam_cli.engine.training_state import Place
 from risam_cli.errors import OutputError
 from risam_cli.files.durable import sync_file, sync_folder
 from risam_cli.files.write import write_atomic
+from risam_cli.training.checkpoint import Place
 
 METRICS = "metrics.jsonl"
 PICTURES = "pictures"

@@ -14,13 +14,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from risam_cli.console.console import Console, Progress
-from risam_cli.engine.averaging import KeptWeights, weights_in
-from risam_cli.engine.distributed import Processes
-from risam_cli.engine.optimize import NotFinite, Stepper, autocast
-from risam_cli.engine.plan import DealtBatches, PlannedBatches, begin_worker
-from risam_cli.engine.stage import LoopSettings, SaveModel, Stage
-from risam_cli.engine.training_log import TrainingLog
-from risam_cli.engine.training_state import (
+from risam_cli.errors import ConfigError, Interrupted, RisamError
+from risam_cli.interrupts import StopRequest
+from risam_cli.model.risam import Risam
+from risam_cli.training.averaging import KeptWeights, weights_in
+from risam_cli.training.batches import DealtBatches, PlannedBatches, begin_worker
+from risam_cli.training.checkpoint import (
     Checkpoints,
     MovingAverage,
     Place,
@@ -29,9 +28,10 @@ from risam_cli.engine.training_state import (
     restore,
     stage_of_weights,
 )
-from risam_cli.errors import ConfigError, Interrupted, RisamError
-from risam_cli.interrupts import StopRequest
-from risam_cli.model.risam import Risam
+from risam_cli.training.distributed import Processes
+from risam_cli.training.log import TrainingLog
+from risam_cli.training.optimize import NotFinite, Stepper, autocast
+from risam_cli.training.stage import LoopSettings, SaveModel, Stage
 
 _NAMED = 8  # images of a bad batch that a message names
 

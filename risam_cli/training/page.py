@@ -14,8 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from risam_cli.drawing import svg
-from risam_cli.engine.training_log import INDEX, METRICS, PICTURES
 from risam_cli.files.write import write_atomic
+from risam_cli.training.log import INDEX, METRICS, PICTURES
 from risam_cli.version import __version__
 
 PAGE = "training.html"
