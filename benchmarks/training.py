@@ -17,8 +17,8 @@ from common import Options, Row, Times, in_turns, ratio
 
 from risam_cli.config import TrainSettings, check
 from risam_cli.console.console import Console
-from risam_cli.data.collate import ReferringBatch
 from risam_cli.training.build import TrainingBuilder
+from risam_cli.training.data.collate import ReferringBatch
 from risam_cli.training.optimize import Stepper, to_device
 
 ONCE, EACH, CACHED = "once an image", "once an expression", "from the cache"

@@ -130,7 +130,7 @@ DataSettings = Annotated[
 class AugmentSettings(Settings):
     """Changes to training pictures that keep their expressions true.
 
-    See :mod:`risam_cli.data.augment`; nothing is changed by default.
+    See :mod:`risam_cli.training.data.augment`; nothing is changed by default.
     """
 
     flip: float = Field(0.0, ge=0, le=1, description="chance to mirror; left and right are swapped")

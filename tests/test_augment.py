@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from risam_cli.data.augment import Augmentation, Picture, crop, flip, jittered
-from risam_cli.data.dataset import make_example
 from risam_cli.data.refshapes.dataset import RefShapes
 from risam_cli.data.refshapes.phrases import Noun, Phrase, View, write
 from risam_cli.data.refshapes.scene import Dice
-from risam_cli.data.wording import flipped, speaks_of_color, survives_cutting
+from risam_cli.training.data.augment import Augmentation, Picture, crop, flip, jittered
+from risam_cli.training.data.dataset import make_example
+from risam_cli.training.data.wording import flipped, speaks_of_color, survives_cutting
 
 # --- words ----------------------------------------------------------------------------------------
 

@@ -14,12 +14,12 @@ from torch import nn
 
 from risam_cli.config import TrainSettings, check
 from risam_cli.console.console import Console
-from risam_cli.data.collate import DenseBatch, ReferringBatch
 from risam_cli.errors import ConfigError, RisamError
 from risam_cli.inference.device import training_precision
 from risam_cli.settings import OptimizerSettings
 from risam_cli.training.averaging import KeptWeights, weights_in
 from risam_cli.training.checkpoint import Checkpoints, Place, Untrained
+from risam_cli.training.data.collate import DenseBatch, ReferringBatch
 from risam_cli.training.dense_head import DenseHead
 from risam_cli.training.distributed import Processes
 from risam_cli.training.log import Example, TrainingLog

@@ -11,7 +11,6 @@ from networks import noise
 from torch import Tensor
 from torch.nn import functional as F
 
-from risam_cli.data.dataset import soft_target
 from risam_cli.data.images.transforms import (
     PIXEL_MEAN,
     PIXEL_STD,
@@ -21,6 +20,7 @@ from risam_cli.data.images.transforms import (
     resize_for_encoder,
     to_pixels,
 )
+from risam_cli.training.data.dataset import soft_target
 
 SIDES = st.integers(1, 5000)
 

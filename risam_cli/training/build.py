@@ -12,11 +12,8 @@ import torch
 from torch import nn
 
 from risam_cli import checkpoints, frozen
-from risam_cli.build_data import DataBuilder
 from risam_cli.config import DenseStage, ReferringStage, TrainSettings
 from risam_cli.console.console import Console
-from risam_cli.data.collate import ReferringCollate, collate_dense
-from risam_cli.data.dataset import DenseScenes
 from risam_cli.data.refshapes.vocabulary import COLORS, SHAPES, SIZES
 from risam_cli.export_model import NEEDS_TITLE
 from risam_cli.files.sizes import parse_size
@@ -26,6 +23,9 @@ from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.tokenizer import TextTokenizer
 from risam_cli.training.cached_training import CachedEncoder, KeyedCollate
 from risam_cli.training.checkpoint import Place
+from risam_cli.training.data.build import DataBuilder
+from risam_cli.training.data.collate import ReferringCollate, collate_dense
+from risam_cli.training.data.dataset import DenseScenes
 from risam_cli.training.dense_head import DenseHead
 from risam_cli.training.distributed import Processes
 from risam_cli.training.loop import TrainingRun

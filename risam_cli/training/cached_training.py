@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from risam_cli.data.collate import ReferringBatch, ReferringCollate
-from risam_cli.data.dataset import ReferringExample
 from risam_cli.data.images.transforms import normalize
 from risam_cli.inference.feature_cache import FeatureCache, image_key
 from risam_cli.model.image_encoder import EncoderFeatures, ImageEncoder
+from risam_cli.training.data.collate import ReferringBatch, ReferringCollate
+from risam_cli.training.data.dataset import ReferringExample
 
 _READERS = 8
 

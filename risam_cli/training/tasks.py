@@ -8,11 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from risam_cli.data.collate import DenseBatch, ReferringBatch
 from risam_cli.data.images.transforms import normalize
 from risam_cli.model.image_encoder import EncoderFeatures, ImageEncoder
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.risam import Risam
+from risam_cli.training.data.collate import DenseBatch, ReferringBatch
 from risam_cli.training.dense_head import DenseHead
 from risam_cli.training.losses import ReferringLoss, dense_counts, dense_loss, referring_counts
 

@@ -9,10 +9,6 @@ from pathlib import Path
 
 from risam_cli.config import TrainSettings
 from risam_cli.console.console import Console
-from risam_cli.data.augment import Augmentation
-from risam_cli.data.dataset import Examples, ReferringSamples, ReferringScenes
-from risam_cli.data.mixed import MixedExamples, image_key, image_keys, without_images
-from risam_cli.data.packed import PackedSamples
 from risam_cli.data.readers.catalog import open_dataset
 from risam_cli.data.readers.held_out import held_out, is_held_out
 from risam_cli.data.readers.source import SampleSource
@@ -26,6 +22,10 @@ from risam_cli.settings_data import (
     OneData,
     RefShapesData,
 )
+from risam_cli.training.data.augment import Augmentation
+from risam_cli.training.data.dataset import Examples, ReferringSamples, ReferringScenes
+from risam_cli.training.data.mixed import MixedExamples, image_key, image_keys, without_images
+from risam_cli.training.data.packed import PackedSamples
 
 
 class DataBuilder:

@@ -13,14 +13,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.data.augment import Augmentation, Picture
 from risam_cli.data.images.images import open_rgb
 from risam_cli.data.images.transforms import fit_size, resize_for_encoder
-from risam_cli.data.packed import PackedSamples
 from risam_cli.data.refshapes.dataset import RefShapes, SceneItem
 from risam_cli.data.refshapes.vocabulary import COLORS, PLURALS, SHAPES, SIZES, STAND_INS
 from risam_cli.errors import DataError
 from risam_cli.masks import rle as masks
+from risam_cli.training.data.augment import Augmentation, Picture
+from risam_cli.training.data.packed import PackedSamples
 from risam_cli.types import Sample
 
 UNKNOWN_WORD = "thingamajig"

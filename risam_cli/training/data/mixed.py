@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.data.dataset import Examples, ReferringExample
 from risam_cli.data.readers.source import SampleSource
+from risam_cli.training.data.dataset import Examples, ReferringExample
 
 _COCO = re.compile(r"(?:COCO_)?(?:train|val|test)\d{4}_(\d{12})|(\d{12})")
 _ORDERS_KEPT = 16  # an epoch's draws of a member fall into a few of its passes

@@ -1,4 +1,4 @@
-"""Changed pictures whose expressions are still true (ours); see :mod:`risam_cli.data.wording`.
+"""Changed pictures whose expressions are still true (ours); see :mod:`risam_cli.training.data.wording`.
 
 Everything drawn is a function of seed, epoch and item, so that a resumed run, and a run with
 other workers, sees the very same pictures.
@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.data.wording import flipped, speaks_of_color, survives_cutting
+from risam_cli.training.data.wording import flipped, speaks_of_color, survives_cutting
 
 Rgb = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
