@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from risam_cli.checkpoints import CARD_FILE, CONFIG_FILE, README_FILE
 from risam_cli.data.refshapes.dataset import FAMILIES
+from risam_cli.weights.folder import CARD_FILE, CONFIG_FILE, README_FILE
 
 SPLITS = ("val", "testA", "testB")
 # The first half of the bundled model's training, as its own card told.

@@ -18,7 +18,7 @@ import torch
 from pathlib import Path
 from common import in_turns, peak_bytes
 from models import texts
-from risam_cli.build import load_model
+from risam_cli.weights.build import load_model
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.inference.compute import Compute, ComputeSettings
 from risam_cli.inference.jobs import Job

@@ -62,9 +62,9 @@ def count(config: str) -> None:
     import torch
     from transformers import BertConfig, BertModel
 
-    from risam_cli.build import TextParts, add_lora, build_model, new_text_parts
     from risam_cli.training.settings import load_settings
     from risam_cli.training.start import train_text_encoder
+    from risam_cli.weights.build import TextParts, add_lora, build_model, new_text_parts
 
     settings = load_settings(REPO / f"configs/{config}.yaml").model
     words = settings.text_encoder.model_copy(update={"source": None, "vocabulary": "refshapes"})
@@ -190,8 +190,8 @@ def make_sam(path: Path, settings: Any) -> int:
     """A file with the keys and shapes of SAM's published one, weights random; gives its bytes."""
     import torch
 
-    from risam_cli.build import build_image_encoder
     from risam_cli.model.sam_baseline import segment_anything_modeling
+    from risam_cli.weights.build import build_image_encoder
 
     sam: Any = segment_anything_modeling()
     encoder = build_image_encoder(settings.model_copy(update={"adapter_dim": 0}))

@@ -38,8 +38,8 @@ import risam_cli.engine.merge
 import risam_cli.engine.predict_run
 import risam_cli.evaluation.model
 import risam_cli.training.run  # noqa: F401 - as those before, for all forks
-from risam_cli.build import load_model
 from risam_cli.cli import main
+from risam_cli.weights.load import load_model
 
 _MOST_IN_CHAIN = 8
 _SIGNALS = (signal.SIGKILL,) * 6 + (signal.SIGTERM,) * 2 + (signal.SIGINT,) * 2

@@ -26,9 +26,9 @@ def model_folder(folder: Path, preset: str) -> Path:
     """A model folder with random weights of SAM's sizes, and a small BERT: work, not answers."""
     import torch
 
-    from risam_cli.build import build_model, new_text_parts
-    from risam_cli.checkpoints import write_model_folder
     from risam_cli.config import ModelSettings, check
+    from risam_cli.weights.build import build_model, new_text_parts
+    from risam_cli.weights.folder import write_model_folder
 
     torch.manual_seed(0)
     raw = {

@@ -17,10 +17,10 @@ import torch
 from common import PHOTOS, Options, Row
 from torch import Tensor
 
-from risam_cli.build import LoadedModel, load_model
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.data.images.transforms import fit_size, logits_to_size, to_pixels
 from risam_cli.model import image_encoder, risam
+from risam_cli.weights.load import LoadedModel, load_model
 
 EXPRESSIONS = ("the large red circle", "the leftmost blue shape", "the thing on the right")
 

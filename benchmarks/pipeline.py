@@ -25,7 +25,7 @@ _BARE = """
 import json, sys, threading, time
 import torch
 from pathlib import Path
-from risam_cli.build import load_model
+from risam_cli.weights.build import load_model
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.inference.cores import share_cores
 from risam_cli.data.images.transforms import to_pixels

@@ -149,9 +149,9 @@ def small_model(folder: Path) -> Path:
     """Writes a model folder of random weights."""
     import torch
 
-    from risam_cli.build import build_model, new_text_parts
-    from risam_cli.checkpoints import write_model_folder
     from risam_cli.config import ModelSettings, check
+    from risam_cli.weights.build import build_model, new_text_parts
+    from risam_cli.weights.folder import write_model_folder
 
     settings = check(ModelSettings, _SMALL, "soak")
     torch.manual_seed(0)

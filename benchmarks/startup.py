@@ -20,12 +20,12 @@ def cpu():
 marks = [("python", cpu())]
 import torch
 marks.append(("import torch", cpu()))
-import risam_cli.build, risam_cli.engine.predict_run
+import risam_cli.weights.build, risam_cli.engine.predict_run
 marks.append(("import risam", cpu()))
 if sys.argv[1] == "transformers":
     from transformers import AutoConfig, BertModel
     marks.append(("import transformers", cpu()))
-loaded = risam_cli.build.load_model(None, device=torch.device("cpu"))
+loaded = risam_cli.weights.load.load_model(None, device=torch.device("cpu"))
 marks.append(("load the model", cpu()))
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.inference.compute import Compute, ComputeSettings

@@ -96,9 +96,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     import torch
 
-    from risam_cli.build import build_model, new_text_parts
-    from risam_cli.checkpoints import write_model_folder
     from risam_cli.config import ModelSettings, check
+    from risam_cli.weights.build import build_model, new_text_parts
+    from risam_cli.weights.folder import write_model_folder
 
     small: dict[str, Any] = {
         "preset": "tiny",

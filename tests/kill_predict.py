@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 import risam_cli.engine.predict_run  # noqa: F401 - as the next, for all forks
-from risam_cli.build import load_model
 from risam_cli.cli import main
+from risam_cli.weights.load import load_model
 
 
 def try_once(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.risam import ImageFeatures
 from risam_cli.model.text_encoder import TextFeatures
-from risam_cli.tokenizer import TokenBatch
+from risam_cli.weights.tokenizer import TokenBatch
 
 SIZE = 32
 

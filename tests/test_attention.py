@@ -12,12 +12,12 @@ from networks import encoder, noise, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from risam_cli.build import load_model
 from risam_cli.errors import UsageError
 from risam_cli.model import image_encoder
 from risam_cli.model.fast import attention, linear, tables
 from risam_cli.model.fast.attention import WAYS, choose_way
 from risam_cli.model.fast.tables import TableCache, relative_table
+from risam_cli.weights.load import load_model
 
 WITHIN = 1e-5
 

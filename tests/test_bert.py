@@ -11,7 +11,7 @@ import torch
 from networks import randomize
 from torch import nn
 
-from risam_cli.text_source import PlainConfig, _bert, _is_plain_bert, _stored_config
+from risam_cli.weights.text import PlainConfig, _bert, _is_plain_bert, _stored_config
 
 NUMBERS: dict[str, Any] = {
     "vocab_size": 50,
@@ -79,7 +79,7 @@ def test_what_is_no_plain_bert_is_left_to_transformers(change: dict[str, Any]) -
 
 def test_the_bundled_model_loads_without_transformers() -> None:
     script = (
-        "import sys, torch; from risam_cli.build import load_model; "
+        "import sys, torch; from risam_cli.weights.build import load_model; "
         "loaded = load_model(None, device=torch.device('cpu')); "
         "assert loaded.tokenizer.encode(['red circle']).input_ids.shape == (1, 4); "
         "sys.exit('transformers' in sys.modules)"

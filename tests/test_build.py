@@ -19,8 +19,6 @@ from networks import (
 from torch import nn
 from training_runs import RAW, settings
 
-from risam_cli.build import build_model, load_model, new_text_parts
-from risam_cli.checkpoints import hash_folder
 from risam_cli.config import OptimizerSettings
 from risam_cli.console.console import Console
 from risam_cli.errors import ConfigError, ModelError
@@ -28,6 +26,9 @@ from risam_cli.model.risam import Risam
 from risam_cli.model.sam_baseline import SamMaskDecoder
 from risam_cli.training.build import TrainingBuilder, stage_hashes
 from risam_cli.training.optimize import parameter_groups
+from risam_cli.weights.build import build_model, new_text_parts
+from risam_cli.weights.folder import hash_folder
+from risam_cli.weights.load import load_model
 
 FUSION = RAW["stages"][1]
 PATCHES: dict[str, Any] = {"stem": None, "adapter_dim": 4}

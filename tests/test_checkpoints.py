@@ -18,17 +18,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from risam_cli import checkpoints
-from risam_cli.build import load_model, verify_model_folder
-from risam_cli.checkpoints import (
+from risam_cli.errors import ModelError, OutputError, RisamError
+from risam_cli.files.write import write_atomic
+from risam_cli.weights import folder as model_folders
+from risam_cli.weights.folder import (
     find_model,
     hash_folder,
     inspect_model_folder,
     read_model_folder,
     write_model_folder,
 )
-from risam_cli.errors import ModelError, OutputError, RisamError
-from risam_cli.files.write import write_atomic
+from risam_cli.weights.load import load_model, verify_model_folder
 
 CPU = torch.device("cpu")
 
@@ -79,7 +79,7 @@ def test_bfloat16_weights_load_as_float32(folder: Path) -> None:
     assert torch.isfinite(found.mask_logits).all()
 
 
-@pytest.mark.parametrize("name", checkpoints.NEEDED_FILES)
+@pytest.mark.parametrize("name", model_folders.NEEDED_FILES)
 def test_the_hash_is_that_of_the_contents(folder: Path, tmp_path: Path, name: str) -> None:
     copy = shutil.copytree(folder, tmp_path / "elsewhere")
     assert hash_folder(copy) == hash_folder(folder) == load_model(folder, device=CPU).hash
@@ -207,7 +207,7 @@ def test_verify_finds_numbers_that_are_none(folder: Path) -> None:
 def test_inspect_reads_headers_and_no_weights(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "read_tensors", None)
+    monkeypatch.setattr(model_folders, "read_tensors", None)
     facts = inspect_model_folder(folder)
     weights = load_file(folder / "model.safetensors")
     assert facts["parameters"] == sum(t.numel() for t in weights.values())
@@ -220,10 +220,10 @@ def test_inspect_reads_headers_and_no_weights(
 def test_models_are_found_by_path_and_by_name(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "BUNDLED", tmp_path / "models")
+    monkeypatch.setattr(model_folders, "BUNDLED", tmp_path / "models")
     assert find_model(folder) == folder
     assert find_model("mine") == tmp_path / "models" / "mine"
-    monkeypatch.setattr(checkpoints, "DEFAULT_MODEL", "mine")
+    monkeypatch.setattr(model_folders, "DEFAULT_MODEL", "mine")
     assert find_model(None) == find_model("mine")
     with pytest.raises(ModelError, match="no model folder 'yours'") as raised:
         find_model("yours")

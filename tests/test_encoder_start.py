@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from risam_cli.encoder_start import start_encoder
 from risam_cli.errors import ModelError
 from risam_cli.model.image_encoder import ImageEncoder
+from risam_cli.weights.encoder_start import start_encoder
 
 
 def encoder(**changes: Any) -> ImageEncoder:

@@ -15,7 +15,6 @@ import torch
 from eval_files import box, image_file, write_records
 from test_eval import Run
 
-from risam_cli.build import load_model
 from risam_cli.cli import main
 from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.refshapes import open_refshapes, open_refshapes_files
@@ -24,6 +23,7 @@ from risam_cli.evaluation import scoring as engine
 from risam_cli.inference.pipeline import PredictSettings, predict_samples
 from risam_cli.masks import rle as masks
 from risam_cli.model.risam import Risam
+from risam_cli.weights.load import load_model
 
 SIZES = [(40, 60), (64, 64), (90, 50), (33, 70)]
 

@@ -17,8 +17,6 @@ from networks import SMALL, small_settings
 from PIL import Image
 from test_text_encoder import make_clip
 
-from risam_cli.build import build_model, new_text_parts
-from risam_cli.checkpoints import write_model_folder
 from risam_cli.cli import main
 from risam_cli.config import merge
 from risam_cli.data.images.memory import memory_for_encoder
@@ -28,8 +26,10 @@ from risam_cli.explain.explanation import spread
 from risam_cli.explain.page import PAGE_BYTES, chosen_maps
 from risam_cli.explain.picture import draw_explanation, enlarge
 from risam_cli.model.layers import sine_positions_1d, sine_positions_2d
-from risam_cli.text_source import pretrained_text
-from risam_cli.tokenizer import Piece, TextTokenizer
+from risam_cli.weights.build import build_model, new_text_parts
+from risam_cli.weights.folder import write_model_folder
+from risam_cli.weights.text import pretrained_text
+from risam_cli.weights.tokenizer import Piece, TextTokenizer
 
 # --- the maps -------------------------------------------------------------------------------------
 

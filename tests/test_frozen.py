@@ -16,14 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training_runs import run, settings
 
-from risam_cli import checkpoints, frozen
-from risam_cli.build import LoadedModel, load_model, verify_model_folder
 from risam_cli.commands.models import command as models
 from risam_cli.console.console import Console
 from risam_cli.errors import ConfigError, ModelError, OutputError
-from risam_cli.export_model import export_model
-from risam_cli.lora import merge_lora, split_lora
 from risam_cli.training.build import TrainingBuilder
+from risam_cli.weights import folder as model_folders
+from risam_cli.weights import frozen
+from risam_cli.weights.export import export_model
+from risam_cli.weights.load import LoadedModel, load_model, verify_model_folder
+from risam_cli.weights.lora import merge_lora, split_lora
 
 CPU = torch.device("cpu")
 LORA = {"rank": 2, "alpha": 6.0}
@@ -229,7 +230,7 @@ def test_a_merged_folder_needs_nothing_and_answers_the_same(made: Path, tmp_path
     assert verify_model_folder(whole) == []
     assert "Needs beside it" not in (whole / "README.md").read_text()
     card = json.loads((whole / "card.json").read_text())
-    assert card["merged_from"]["hash"] == checkpoints.hash_folder(made / "runs/best")
+    assert card["merged_from"]["hash"] == model_folders.hash_folder(made / "runs/best")
     with pytest.raises(OutputError, match="whole is there already"):
         export_model(made / "runs/best", whole, merged=True)
 

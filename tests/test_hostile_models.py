@@ -15,9 +15,9 @@ import hostile_images
 import pytest
 
 from risam_cli import cli
-from risam_cli.checkpoints import read_model_folder
 from risam_cli.errors import ModelError
-from risam_cli.tokenizer import MAX_CHARACTERS, TextTokenizer, load_tokenizer
+from risam_cli.weights.folder import read_model_folder
+from risam_cli.weights.tokenizer import MAX_CHARACTERS, TextTokenizer, load_tokenizer
 
 Tamper = Callable[[dict[str, Any]], None]
 
@@ -126,8 +126,8 @@ def test_no_memory_is_taken_on_the_word_of_a_setting(
     BOMBS[what](config)
     (folder / "config.json").write_text(json.dumps(config))
     if what != "other kind":  # whose size is taken without memory
-        monkeypatch.setattr("risam_cli.build.build_model", _must_not_be_called)
-        monkeypatch.setattr("risam_cli.text_source._backbone", _must_not_be_called)
+        monkeypatch.setattr("risam_cli.weights.build.build_model", _must_not_be_called)
+        monkeypatch.setattr("risam_cli.weights.text._backbone", _must_not_be_called)
     code, err = _verify(folder, capsys)
     assert code == 1
     assert "its files h" in err or "its grid" in err
@@ -178,7 +178,7 @@ def test_no_kernel_of_strangers_is_asked_for(folder: Path, monkeypatch: Any) -> 
     """A configuration may name code on the hub as its way to compute attention."""
     from transformers import AutoConfig
 
-    from risam_cli.text_source import text_from_folder
+    from risam_cli.weights.text import text_from_folder
 
     config = json.loads((folder / "config.json").read_text())
     # Not BERT as published, so that transformers builds it.
@@ -335,7 +335,7 @@ class _Runs:
 
 def test_a_text_encoder_of_strangers_runs_nothing(tmp_path: Path, monkeypatch: Any) -> None:
     """Neither code beside the configuration nor in a pickle of weights; and no one is asked."""
-    from risam_cli.text_source import pretrained_text
+    from risam_cli.weights.text import pretrained_text
 
     marker = tmp_path / "owned"
     source = tmp_path / "text"

@@ -15,9 +15,9 @@ import torch
 from networks import small_model
 
 from risam_cli.errors import ModelError
-from risam_cli.sam_weights import load_sam_encoder, read_sam
-from risam_cli.torch_files import load_plain
 from risam_cli.training.checkpoint import read_state
+from risam_cli.weights.sam import load_sam_encoder, read_sam
+from risam_cli.weights.torch_files import load_plain
 
 
 class _Runs:
@@ -146,7 +146,7 @@ def test_tensors_of_odd_shapes_are_told_before_they_are_resized(
     load_sam_encoder(encoder, path)
     torch.save({**weights, f"image_encoder.{name}": tensor}, path)
     if name == "pos_embed":
-        monkeypatch.setattr("risam_cli.sam_weights.resize_pos_embed", None)
+        monkeypatch.setattr("risam_cli.weights.sam.resize_pos_embed", None)
     with pytest.raises(ModelError, match=r"sam\.pth"):
         load_sam_encoder(encoder, path)
 

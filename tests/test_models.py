@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from conftest import Cli
 
-from risam_cli.checkpoints import hash_folder
 from risam_cli.cli import main
+from risam_cli.weights.folder import hash_folder
 
 
 @pytest.fixture

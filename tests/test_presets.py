@@ -9,10 +9,10 @@ import pytest
 import torch
 from networks import reference_encoder
 
-from risam_cli.build import TextParts, build_model, new_text_parts
 from risam_cli.config import ModelSettings, check
 from risam_cli.model.presets import PRESETS
 from risam_cli.model.risam import Risam
+from risam_cli.weights.build import TextParts, build_model, new_text_parts
 
 # Of segment_anything's encoders, counted on its own modules below.
 ENCODERS = {"vit_b": 89_670_912, "vit_l": 308_278_272, "vit_h": 637_026_048}

@@ -12,7 +12,7 @@ from torch import Tensor
 from risam_cli.model import risam
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.risam import Risam
-from risam_cli.tokenizer import TextTokenizer
+from risam_cli.weights.tokenizer import TextTokenizer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},

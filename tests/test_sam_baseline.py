@@ -22,13 +22,14 @@ from networks import (
 )
 from torch import Tensor, nn
 
-from risam_cli.build import build_model, load_model, new_text_parts
-from risam_cli.checkpoints import write_model_folder
 from risam_cli.errors import ModelError
 from risam_cli.model import sam_baseline
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.sam_baseline import DeepFeatures, SamMaskDecoder, segment_anything_modeling
-from risam_cli.sam_weights import load_sam_decoder
+from risam_cli.weights.build import build_model, new_text_parts
+from risam_cli.weights.folder import write_model_folder
+from risam_cli.weights.load import load_model
+from risam_cli.weights.sam import load_sam_decoder
 
 SAM: dict[str, Any] = {"decoder": {"kind": "sam"}}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from risam_cli.data.refshapes.vocabulary import VOCABULARY
-from risam_cli.tokenizer import TextTokenizer, tokenizer_from_words
+from risam_cli.weights.tokenizer import TextTokenizer, tokenizer_from_words
 
 WORDS = ["red", "blue", "circle", "left"]
 PAD, UNKNOWN, START, END = 0, 1, 2, 3

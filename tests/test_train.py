@@ -18,7 +18,6 @@ import yaml
 from conftest import REPO, Cli
 from training_runs import RAW, last_weights, rows, run, settings, write_coco
 
-from risam_cli.build import load_model
 from risam_cli.console.console import get_console
 from risam_cli.errors import ModelError, OutputError, RisamError
 from risam_cli.training import optimize
@@ -27,6 +26,7 @@ from risam_cli.training.build import TrainingBuilder
 from risam_cli.training.checkpoint import MovingAverage
 from risam_cli.training.optimize import Schedule, Stepper
 from risam_cli.training.settings import load_settings
+from risam_cli.weights.load import load_model
 
 
 @pytest.fixture(scope="module")

@@ -35,9 +35,9 @@ import torch.nn.parallel
 import torch.utils.tensorboard  # noqa: F401 - as the next, for all forks
 
 import risam_cli.training.run  # noqa: F401
-from risam_cli import checkpoints
 from risam_cli.cli import main
 from risam_cli.training import checkpoint, tasks
+from risam_cli.weights import folder as model_folders
 
 PATIENCE = 300.0
 
@@ -89,7 +89,7 @@ def prepare(job: dict[str, Any]) -> None:
     if "in_checkpoint" in job:
         checkpoint._write = nth(job["in_checkpoint"], checkpoint._write, tear)
     if "in_model" in job:
-        checkpoints._replace_folder = nth(job["in_model"], checkpoints._replace_folder, strand)
+        model_folders._replace_folder = nth(job["in_model"], model_folders._replace_folder, strand)
     if "file_limit" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
     if "spoil" in job:

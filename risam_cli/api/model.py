@@ -32,7 +32,6 @@ from risam_cli.api.given import (
     texts_of,
 )
 from risam_cli.api.results import Result, Results, source_rgb
-from risam_cli.build import LoadedModel, load_model
 from risam_cli.data.images.images import EncoderImage, read_for_encoder
 from risam_cli.errors import ImageError, ModelError, RisamError, UsageError
 from risam_cli.explain.attention import Attention, explain
@@ -43,6 +42,7 @@ from risam_cli.inference.feeder import ReadySample
 from risam_cli.inference.pipeline import PredictSettings, compute_settings, predict_samples
 from risam_cli.inference.session import Encoded, Session
 from risam_cli.types import Failure, Sample
+from risam_cli.weights.load import LoadedModel, load_model
 
 if TYPE_CHECKING:
     import torch

@@ -173,10 +173,10 @@ def _network(source: str | None, device_name: str, precision: str) -> Facts:
     """Device, precision, model, a timed forward pass, and the settings that suit."""
     import torch
 
-    from risam_cli.build import load_model
     from risam_cli.inference import advice
     from risam_cli.inference.cores import share_cores
     from risam_cli.inference.device import choose_device, choose_precision, describe_device
+    from risam_cli.weights.load import load_model
 
     device = choose_device(device_name)
     dtype = choose_precision(precision, device)

@@ -150,13 +150,13 @@ def _look(
     full_decode: bool,
 ) -> Explanation:
     """Runs the network; torch is imported here and not before."""
-    from risam_cli.build import load_model
     from risam_cli.data.images.images import open_rgb, read_for_encoder
     from risam_cli.explain.explanation import Shown
     from risam_cli.explain.look import Look
     from risam_cli.inference.device import choose_device, choose_precision
     from risam_cli.inference.pipeline import PredictSettings, compute_settings
     from risam_cli.inference.session import Session
+    from risam_cli.weights.load import load_model
 
     place = choose_device(device)
     settings = PredictSettings(

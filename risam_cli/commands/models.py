@@ -63,9 +63,9 @@ def list_models(folders: tuple[Path, ...], as_json: bool) -> int:
       risam models list
       risam models list --dir runs --dir /data/models --json
     """
-    from risam_cli import checkpoints
+    from risam_cli.weights import folder as model_folders
 
-    found = [(name, checkpoints.BUNDLED / name) for name in checkpoints.bundled_models()]
+    found = [(name, model_folders.BUNDLED / name) for name in model_folders.bundled_models()]
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(f"--dir {folder}: no such folder")
@@ -96,15 +96,16 @@ def inspect(model: str | None, tensors: bool, as_json: bool) -> None:
       risam models inspect
       risam models inspect runs/mine/best --tensors
     """
-    from risam_cli import checkpoints, frozen
+    from risam_cli.weights import folder as model_folders
+    from risam_cli.weights import frozen
 
-    folder = checkpoints.find_model(model)
-    facts = checkpoints.inspect_model_folder(folder)
+    folder = model_folders.find_model(model)
+    facts = model_folders.inspect_model_folder(folder)
     # Nothing of the list is shown before it was looked through.
-    needs = frozen.parse_needed(facts["needs"], str(folder / checkpoints.CONFIG_FILE))
+    needs = frozen.parse_needed(facts["needs"], str(folder / model_folders.CONFIG_FILE))
     facts["needs"] = frozen.plain(needs)
     if tensors:
-        facts["tensors"] = _tensors(folder / checkpoints.WEIGHTS_FILE)
+        facts["tensors"] = _tensors(folder / model_folders.WEIGHTS_FILE)
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
@@ -147,15 +148,15 @@ def verify(model: str | None, as_json: bool) -> int:
       risam models verify
       risam models verify runs/mine/best --json
     """
-    from risam_cli import checkpoints
-    from risam_cli.build import verify_model_folder
+    from risam_cli.weights import folder as model_folders
+    from risam_cli.weights.load import verify_model_folder
 
-    folder = checkpoints.find_model(model)
+    folder = model_folders.find_model(model)
     try:
         problems = verify_model_folder(folder)
     except RisamError as error:  # such as settings that are out of range
         problems = [str(error)]
-    digest = None if problems else checkpoints.hash_folder(folder)
+    digest = None if problems else model_folders.hash_folder(folder)
     if as_json:
         facts = {"path": str(folder), "ok": not problems, "hash": digest, "problems": problems}
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
@@ -193,29 +194,29 @@ def export(model: str | None, output: Path, merged: bool) -> None:
       risam models export runs/mine/best --merged -o mine-whole
       risam models export refshapes-tiny -o copy
     """
-    from risam_cli import checkpoints
-    from risam_cli.export_model import export_model
+    from risam_cli.weights import folder as model_folders
+    from risam_cli.weights.export import export_model
 
     export_model(model, output, merged=merged)
-    digest = checkpoints.hash_folder(output)
+    digest = model_folders.hash_folder(output)
     get_console().info(f"wrote {output}, hash {digest}")
 
 
 def _below(folder: Path) -> Iterator[Path]:
     """Folders at or below ``folder`` that hold a model's settings and weights, by name."""
-    from risam_cli import checkpoints
+    from risam_cli.weights import folder as model_folders
 
-    for path in sorted(folder.rglob(checkpoints.WEIGHTS_FILE)):
-        if (path.parent / checkpoints.CONFIG_FILE).is_file():
+    for path in sorted(folder.rglob(model_folders.WEIGHTS_FILE)):
+        if (path.parent / model_folders.CONFIG_FILE).is_file():
             yield path.parent
 
 
 def _row(name: str, path: Path) -> Row:
-    from risam_cli import checkpoints
+    from risam_cli.weights import folder as model_folders
 
     row: Row = {"name": name, "path": str(path), "problem": None}
     try:
-        facts = checkpoints.inspect_model_folder(path)
+        facts = model_folders.inspect_model_folder(path)
     except ModelError as error:
         return {**row, "problem": str(error)}
     return {**row, **{key: facts[key] for key in ("hash", "bytes", "parameters")}}

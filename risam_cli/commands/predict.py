@@ -255,12 +255,12 @@ def _run(
 ) -> int:
     """Loads the model and runs; torch is imported here and not before."""
     loading = time.perf_counter()
-    from risam_cli.build import load_model
     from risam_cli.engine.predict_run import RunPlan, run_predict
     from risam_cli.engine.stager import Saving
     from risam_cli.inference.device import choose_device, choose_precision
     from risam_cli.inference.feature_cache import CacheSettings
     from risam_cli.inference.pipeline import PredictSettings
+    from risam_cli.weights.load import load_model
 
     device = choose_device(options.device)
     settings = PredictSettings(

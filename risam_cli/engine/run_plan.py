@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class NamedModel(Model, Protocol):
-    """What is needed of :class:`risam_cli.build.LoadedModel`."""
+    """What is needed of :class:`risam_cli.weights.load.LoadedModel`."""
 
     @property
     def name(self) -> str:

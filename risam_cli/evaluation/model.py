@@ -6,8 +6,6 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from risam_cli import checkpoints
-from risam_cli.build import LoadedModel, load_model
 from risam_cli.console.console import get_console
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.errors import DataError, OutputError
@@ -27,6 +25,8 @@ from risam_cli.inference.pipeline import ImageResult, PredictSettings
 from risam_cli.metrics.curves import fit_no_target
 from risam_cli.metrics.protocols import Protocol
 from risam_cli.types import Sample
+from risam_cli.weights import folder as model_folders
+from risam_cli.weights.load import LoadedModel, load_model
 
 
 def answer_and_score(
@@ -135,7 +135,7 @@ def _fit(asked: Asked, run: EvalRun, before: float) -> NoTargetFitPart:
             "both",
             "take grefcoco, or refshapes with --family grefshapes",
         )
-    folder = checkpoints.find_model(asked.model)
+    folder = model_folders.find_model(asked.model)
     _store(folder, point.threshold)
     return NoTargetFitPart(
         threshold=point.threshold,
@@ -144,18 +144,18 @@ def _fit(asked: Asked, run: EvalRun, before: float) -> NoTargetFitPart:
         t_acc=point.t_acc,
         giou=point.giou,
         stored_in=folder.name,
-        sha256_after=checkpoints.hash_folder(folder),
+        sha256_after=model_folders.hash_folder(folder),
     )
 
 
 def _store(folder: Path, threshold: float) -> None:
     """Put the threshold into the folder's ``config.json``; everything else stays as it is."""
-    path = folder / checkpoints.CONFIG_FILE
+    path = folder / model_folders.CONFIG_FILE
     config = json.loads(path.read_text(encoding="utf-8"))
     config["model"]["no_target_threshold"] = threshold
     text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
     try:
-        checkpoints.write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+        model_folders.write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
     except OutputError as error:
         raise OutputError(
             f"{error.message}: the threshold {threshold:.6g} is not stored",

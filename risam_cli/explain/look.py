@@ -20,9 +20,9 @@ from risam_cli.inference.device import describe_device
 from risam_cli.inference.session import Encoded, Session
 from risam_cli.outputs.naming import slug
 from risam_cli.outputs.records import to_json
-from risam_cli.tokenizer import TextTokenizer
 from risam_cli.types import Expression, Sample
 from risam_cli.version import __version__
+from risam_cli.weights.tokenizer import TextTokenizer
 
 PAGE = "explain.html"
 MAPS = "explain.json"

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from risam_cli.model.image_encoder import EncoderFeatures
     from risam_cli.model.risam import ImageFeatures, Risam
     from risam_cli.model.text_encoder import TextFeatures
-    from risam_cli.tokenizer import TokenBatch
+    from risam_cli.weights.tokenizer import TokenBatch
 
 _TEXTS_KEPT = 512  # expressions whose text features are kept
 
@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
 
 
 class Model(Protocol):
-    """What is needed of :class:`risam_cli.build.LoadedModel`."""
+    """What is needed of :class:`risam_cli.weights.load.LoadedModel`."""
 
     @property
     def model(self) -> Risam:

@@ -186,7 +186,7 @@ def open_feature_cache(
 
 
 class CachedModel(Protocol):
-    """What is needed of :class:`risam_cli.build.LoadedModel`."""
+    """What is needed of :class:`risam_cli.weights.load.LoadedModel`."""
 
     @property
     def model(self) -> Risam:

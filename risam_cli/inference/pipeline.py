@@ -92,7 +92,7 @@ def predict_samples(
 
     Args:
         samples: read in a thread of its own, as far ahead as ``settings.lookahead``.
-        loaded: see :func:`risam_cli.build.load_model`.
+        loaded: see :func:`risam_cli.weights.load.load_model`.
         sink: keeps full-size masks; without one, results hold RLE only.
         stop: once set, no new batch is begun; what was begun still comes out.
         rule: makes masks of logits, at the image's size or elsewhere.

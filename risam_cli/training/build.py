@@ -11,16 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from risam_cli import checkpoints, frozen
 from risam_cli.config import DenseStage, ReferringStage, TrainSettings
 from risam_cli.console.console import Console
 from risam_cli.data.refshapes.vocabulary import COLORS, SHAPES, SIZES
-from risam_cli.export_model import NEEDS_TITLE
 from risam_cli.files.sizes import parse_size
 from risam_cli.inference.device import choose_device, training_precision
 from risam_cli.inference.feature_cache import CacheSettings, FeatureCache, open_feature_cache
 from risam_cli.model.image_encoder import ImageEncoder
-from risam_cli.tokenizer import TextTokenizer
 from risam_cli.training.cached_training import CachedEncoder, KeyedCollate
 from risam_cli.training.checkpoint import Place
 from risam_cli.training.data.build import DataBuilder
@@ -35,6 +32,10 @@ from risam_cli.training.stage import LoopSettings, SaveModel, Stage, hash_settin
 from risam_cli.training.start import start_model, train_text_encoder
 from risam_cli.training.tasks import DenseTask, ReferringTask
 from risam_cli.training.validate import Validation, validate_dense
+from risam_cli.weights import folder as model_folders
+from risam_cli.weights import frozen
+from risam_cli.weights.export import NEEDS_TITLE
+from risam_cli.weights.tokenizer import TextTokenizer
 
 
 class TrainingBuilder:
@@ -212,7 +213,7 @@ class TrainingBuilder:
     def write_model(self, folder: Path, card: dict[str, Any]) -> None:
         """Writes the model as it is to a folder that ``--model`` takes, frozen files left out."""
         weights = self.model.state_dict()
-        checkpoints.write_model_folder(
+        model_folders.write_model_folder(
             folder,
             {name: t for name, t in weights.items() if not frozen.covers(self.needs, name)},
             self.settings.model.model_dump(mode="json"),

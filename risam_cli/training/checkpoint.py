@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from risam_cli.errors import ModelError, RisamError
 from risam_cli.files.write import write_atomic
-from risam_cli.torch_files import load_plain
+from risam_cli.weights.torch_files import load_plain
 
 LAST = "last.pt"
 FORMAT = 2

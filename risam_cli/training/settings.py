@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from risam_cli import checkpoints
 from risam_cli.config import TrainSettings, apply_override
 from risam_cli.settings_check import check as check
 from risam_cli.settings_data import CocoData as CocoData
@@ -14,6 +13,7 @@ from risam_cli.settings_data import DataSettings as DataSettings
 from risam_cli.settings_data import RefShapesData as RefShapesData
 from risam_cli.settings_file import merge as merge
 from risam_cli.settings_file import read_settings_file
+from risam_cli.weights import folder as model_folders
 
 
 def complete(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def complete(raw: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(raw)
     source, model = values.get("init_from"), values.get("model")
     if isinstance(source, str) and (model is None or _leaves_the_network_open(model)):
-        stored = checkpoints.read_model_folder(checkpoints.find_model(source)).settings
+        stored = model_folders.read_model_folder(model_folders.find_model(source)).settings
         # Its weights are in the folder, or found through it.
         start = merge(stored, {"image_encoder": {"checkpoint": None}})
         values["model"] = merge(start, model or {})

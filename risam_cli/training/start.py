@@ -7,21 +7,15 @@ from typing import Any
 
 import torch
 
-from risam_cli import frozen, lora
-from risam_cli.build import (
-    LoadedModel,
-    TextParts,
-    add_lora,
-    build_model,
-    load_model,
-    new_text_parts,
-)
 from risam_cli.config import ModelSettings, TextEncoderSettings, TrainSettings
 from risam_cli.console.console import Console
-from risam_cli.encoder_start import start_encoder
 from risam_cli.errors import ConfigError
 from risam_cli.model.risam import Risam
 from risam_cli.model.sam_baseline import SamMaskDecoder
+from risam_cli.weights import frozen, lora
+from risam_cli.weights.build import TextParts, add_lora, build_model, new_text_parts
+from risam_cli.weights.encoder_start import start_encoder
+from risam_cli.weights.load import LoadedModel, load_model
 
 
 def start_model(
@@ -74,7 +68,7 @@ def train_text_encoder(model: Risam, settings: TextEncoderSettings) -> None:
 
 
 def _load_sam(model: Risam, path: Path, console: Console) -> None:
-    from risam_cli.sam_weights import load_sam_decoder, load_sam_encoder
+    from risam_cli.weights.sam import load_sam_decoder, load_sam_encoder
 
     digest = load_sam_encoder(model.image_encoder, path)
     console.info(f"image encoder from {path}, SHA-256 {digest}")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from risam_cli.tokenizer import TextTokenizer
 from risam_cli.training.data.dataset import DenseExample, ReferringExample
+from risam_cli.weights.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from risam_cli import checkpoints
 from risam_cli.errors import OutputError
+from risam_cli.weights import folder as model_folders
 
 NEEDS_TITLE = "Needs beside it, or in a folder that `RISAM_WEIGHTS` names:"
 """Heads the list of frozen parts in a model folder's README, which ends with it."""
@@ -26,13 +26,13 @@ def export_model(source: str | Path | None, output: Path, *, merged: bool) -> No
     """
     import torch
 
-    from risam_cli.build import load_model
+    from risam_cli.weights.load import load_model
 
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise OutputError(f"{output} is there already", "give another folder by -o")
-    folder = checkpoints.find_model(source)
+    folder = model_folders.find_model(source)
     loaded = load_model(folder, device=torch.device("cpu"), keep_lora=not merged)
-    stored = checkpoints.read_model_folder(folder)
+    stored = model_folders.read_model_folder(folder)
     settings, card, readme = dict(stored.settings), _card(folder), _readme(folder)
     weights = loaded.model.state_dict()
     if merged:
@@ -46,11 +46,11 @@ def export_model(source: str | Path | None, output: Path, *, merged: bool) -> No
             f"\nMade whole by `risam models export --merged` from the folder {stored.hash[:12]}.\n"
         )
     else:
-        held = checkpoints.read_tensors(folder / checkpoints.WEIGHTS_FILE)
+        held = model_folders.read_tensors(folder / model_folders.WEIGHTS_FILE)
         weights = {name: weights[name] for name in held}
     if output.is_dir():
         output.rmdir()
-    checkpoints.write_model_folder(
+    model_folders.write_model_folder(
         output,
         weights,
         settings,
@@ -63,12 +63,12 @@ def export_model(source: str | Path | None, output: Path, *, merged: bool) -> No
 
 
 def _card(folder: Path) -> dict[str, Any]:
-    card: dict[str, Any] = checkpoints.inspect_model_folder(folder)["card"]
+    card: dict[str, Any] = model_folders.inspect_model_folder(folder)["card"]
     return card
 
 
 def _readme(folder: Path) -> str:
-    path = folder / checkpoints.README_FILE
+    path = folder / model_folders.README_FILE
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

@@ -9,7 +9,7 @@ A model folder holds::
     README.md           the same, to read
 
 Frozen parts may be left out: then ``format`` is 2 and ``needs`` lists them, see
-:mod:`risam_cli.frozen`.
+:mod:`risam_cli.weights.frozen`.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Needed:
         name: of the file or folder, or the text encoder's name on the hub.
         path: as the settings gave it.
         size: bytes of all weight files together; sha256: see ``sha256_of`` in
-            :mod:`risam_cli.sam_weights`.
+            :mod:`risam_cli.weights.sam`.
     """
 
     part: str
@@ -89,7 +89,7 @@ def plain(needs: Sequence[Needed]) -> list[dict[str, Any]]:
 
 def covers(needs: Sequence[Needed], name: str) -> bool:
     """Whether a weight of the network is in a needed file and not in the model folder."""
-    from risam_cli.lora import is_lora
+    from risam_cli.weights.lora import is_lora
 
     return any(
         name.startswith(_PREFIXES[needed.part]) and ".adapter." not in name and not is_lora(name)
@@ -134,11 +134,11 @@ def fill(model: Risam, needed: Needed, folder: Path) -> None:
     """
     place = find(needed, folder)
     if needed.part == IMAGE_ENCODER:
-        from risam_cli.sam_weights import load_sam_encoder
+        from risam_cli.weights.sam import load_sam_encoder
 
         load_sam_encoder(model.image_encoder, place)
         return
-    from risam_cli.text_source import pretrained_text
+    from risam_cli.weights.text import pretrained_text
 
     backbone = pretrained_text(str(place), max_tokens=1 << 30)[0]
     try:
@@ -179,7 +179,7 @@ def _place(part: str, path: str) -> Path | None:
 
 def _size(place: Path) -> int:
     """Bytes of the weight files at a place; -1 where one is no file: a device has no end."""
-    from risam_cli.sam_weights import weight_files
+    from risam_cli.weights.sam import weight_files
 
     try:
         files = weight_files(place) if place.is_dir() else [place]
@@ -190,7 +190,7 @@ def _size(place: Path) -> int:
 
 def _identity(place: Path) -> tuple[int, str]:
     """Size and SHA-256 of the weight files at a place."""
-    from risam_cli.sam_weights import weight_files
+    from risam_cli.weights.sam import weight_files
 
     files = weight_files(place) if place.is_dir() else [place]
     stamps = []
@@ -203,6 +203,6 @@ def _identity(place: Path) -> tuple[int, str]:
 @lru_cache(maxsize=16)
 def _hash(stamps: tuple[tuple[str, int, int], ...]) -> str:
     """Of files that have not changed since they were last asked for in this process."""
-    from risam_cli.sam_weights import sha256_of
+    from risam_cli.weights.sam import sha256_of
 
     return sha256_of([Path(name) for name, _, _ in stamps])

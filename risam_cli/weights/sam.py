@@ -21,7 +21,7 @@ from risam_cli.errors import ModelError
 from risam_cli.model.fast.tables import resize_pos_embed, resize_rel_pos
 from risam_cli.model.image_encoder import ConvStem, ImageEncoder
 from risam_cli.model.sam_baseline import SamMaskDecoder
-from risam_cli.torch_files import load_plain
+from risam_cli.weights.torch_files import load_plain
 
 ENCODER = "image_encoder."
 _SIZES = {(768, 12): "ViT-B", (1024, 24): "ViT-L", (1280, 32): "ViT-H"}
@@ -170,7 +170,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        from risam_cli.checkpoints import read_tensors
+        from risam_cli.weights.folder import read_tensors
 
         return read_tensors(path)
     # Mapped, so that a ViT-H's 2.6 GB need not be in memory twice.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from risam_cli.errors import ModelError
-from risam_cli.tokenizer import (
+from risam_cli.weights.tokenizer import (
     TextTokenizer,
     load_tokenizer,
     panics_told,
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
-    from risam_cli.checkpoints import StoredModel
+    from risam_cli.weights.folder import StoredModel
 
     Parts = tuple[nn.Module, PretrainedConfig, TextTokenizer]
 
@@ -201,7 +201,7 @@ _BERT_NUMBERS = (
 
 
 def _is_plain_bert(values: Mapping[str, Any]) -> bool:
-    """Whether it is BERT as published, which :mod:`risam_cli.model.bert` is; every number there."""
+    """Whether it is BERT as published, which :mod:`risam_cli.weights.bert` is; every number there."""
     return (
         values.get("model_type") == "bert"
         and values.get("hidden_act") == "gelu"
@@ -213,7 +213,7 @@ def _is_plain_bert(values: Mapping[str, Any]) -> bool:
 
 
 def _bert(config: Any) -> nn.Module:
-    from risam_cli.model.bert import Bert
+    from risam_cli.weights.bert import Bert
 
     return Bert(
         vocabulary=config.vocab_size,

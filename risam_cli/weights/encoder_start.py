@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from risam_cli import checkpoints
 from risam_cli.errors import ModelError
 from risam_cli.model.image_encoder import ImageEncoder
-from risam_cli.torch_files import load_plain
+from risam_cli.weights import folder as model_folders
+from risam_cli.weights.torch_files import load_plain
 
 _PREFIX = "image_encoder."
 
@@ -70,12 +70,12 @@ def _tensors(source: str) -> Mapping[str, Tensor]:
             ):
                 raise ModelError(f"{path} is no checkpoint of risam train", "give its last.pt")
             return model
-        folder = checkpoints.find_model(source)
-        if checkpoints.read_model_folder(folder).needs:
-            from risam_cli.build import load_model
+        folder = model_folders.find_model(source)
+        if model_folders.read_model_folder(folder).needs:
+            from risam_cli.weights.load import load_model
 
             return load_model(folder, device=torch.device("cpu")).model.state_dict()
-        return load_file(folder / checkpoints.WEIGHTS_FILE)
+        return load_file(folder / model_folders.WEIGHTS_FILE)
     except (
         OSError,
         RuntimeError,

@@ -1,0 +1,166 @@
+"""The only bridge from settings to model, data, loss and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from risam_cli.config import (
+    ImageEncoderSettings,
+    ModelSettings,
+    TextEncoderSettings,
+)
+from risam_cli.errors import ModelError
+from risam_cli.model.feature_enhancement import FeatureEnhancement
+from risam_cli.model.image_encoder import ImageEncoder
+from risam_cli.model.mask_decoder import MutualAwareMaskDecoder
+from risam_cli.model.mutual_aware_attention import MutualAwareAttention
+from risam_cli.model.risam import Risam
+from risam_cli.model.sam_baseline import DeepFeatures, SamMaskDecoder
+from risam_cli.model.text_encoder import TextEncoder
+from risam_cli.weights import lora
+from risam_cli.weights.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class TextParts:
+    """A text backbone with all that is needed to build it again."""
+
+    backbone: nn.Module
+    config: PretrainedConfig
+    tokenizer: TextTokenizer
+
+
+def build_image_encoder(settings: ImageEncoderSettings) -> ImageEncoder:
+    """SAM's encoder with random weights; see :mod:`risam_cli.weights.sam` for its checkpoints."""
+    return ImageEncoder(
+        image_size=settings.image_size,
+        patch_size=settings.patch_size,
+        dim=settings.dim,
+        depth=settings.depth,
+        heads=settings.heads,
+        mlp_ratio=settings.mlp_ratio,
+        out_dim=settings.out_dim,
+        window=settings.window,
+        global_blocks=settings.global_blocks,
+        taps=settings.taps,
+        adapter_dim=settings.adapter_dim,
+        stem=settings.stem,
+    )
+
+
+def build_model(settings: ModelSettings, text: TextParts) -> Risam:
+    """The network, with a finished text backbone and all else at random weights.
+
+    Raises:
+        ModelError: parts that do not go together, or a baseline without its package.
+    """
+    encoder, dim = settings.image_encoder, settings.fusion.dim
+    if settings.decoder.kind == "mutual_aware" and settings.decoder.fine and encoder.stem is None:
+        raise ModelError(
+            "decoder.fine needs stride-4 features, which only a convolutional stem gives",
+            "set image_encoder.stem, or decoder.fine to false",
+        )
+    baseline = settings.decoder.kind == "sam"
+    try:
+        return Risam(
+            image_encoder=build_image_encoder(encoder),
+            text_encoder=TextEncoder(
+                text.backbone,
+                text.config.hidden_size,
+                dim,
+                eos_token_id=_end_of_sentence(text),
+                trainable=settings.text_encoder.trainable,
+            ),
+            **(_sam_parts(settings) if baseline else _mutual_aware_parts(settings)),
+            dim=dim,
+        )
+    except (RuntimeError, MemoryError, OverflowError) as error:  # sizes that no machine has
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(f"cannot build the network: {reason}", "set smaller sizes") from error
+
+
+def _mutual_aware_parts(settings: ModelSettings) -> dict[str, Any]:
+    """What stands between the two encoders and the mask in the paper's Figure 3."""
+    fusion, decoder, encoder = settings.fusion, settings.decoder, settings.image_encoder
+    return {
+        "feature_enhancement": FeatureEnhancement(
+            encoder.dim, encoder.out_dim, fusion.dim, enabled=fusion.feature_enhancement
+        ),
+        "attention": [
+            MutualAwareAttention(
+                fusion.dim,
+                fusion.heads,
+                fusion.ffn_dim,
+                vision_guided=fusion.vision_guided,
+                language_guided=fusion.language_guided,
+            )
+            # Without either branch a block is an affinity that nobody reads.
+            for _ in range(fusion.blocks if fusion.vision_guided or fusion.language_guided else 0)
+        ],
+        "mask_decoder": MutualAwareMaskDecoder(
+            fusion.dim,
+            decoder.heads,
+            decoder.layers,
+            decoder.ffn_dim,
+            decoder.mask_dim,
+            fine_dim=encoder.stem[1] if decoder.fine and encoder.stem else 0,
+            query_token=decoder.query_token,
+            no_target_evidence=decoder.no_target_evidence,
+        ),
+    }
+
+
+def _sam_parts(settings: ModelSettings) -> dict[str, Any]:
+    """The paper's baseline: deep features, no Mutual-Aware blocks, SAM's own decoder."""
+    dim, decoder = settings.fusion.dim, settings.decoder
+    try:
+        mask_decoder = SamMaskDecoder(dim, decoder.heads, decoder.layers, decoder.ffn_dim)
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            "decoder.kind is 'sam', but the package segment_anything is not installed",
+            "pip install segment-anything",
+        ) from error
+    except ValueError as error:
+        raise ModelError(
+            f"decoder.kind 'sam': {error}", "change fusion.dim or decoder.heads"
+        ) from error
+    return {
+        "feature_enhancement": DeepFeatures(settings.image_encoder.out_dim, dim),
+        "attention": [],
+        "mask_decoder": mask_decoder,
+    }
+
+
+def _end_of_sentence(text: TextParts) -> int | None:
+    """The token whose vector stands for the sentence: CLIP's closing one; None is BERT's first."""
+    if "clip" not in text.config.model_type:
+        return None
+    # Of the tokenizer, since OpenAI's CLIP folders name a wrong eos_token_id in config.json.
+    return int(text.tokenizer.encode([""]).input_ids[0, -1])
+
+
+def new_text_parts(settings: TextEncoderSettings) -> TextParts:
+    """A text encoder to start from: a pretrained one from ``source``, or the small BERT."""
+    from risam_cli.weights.text import pretrained_text, small_bert
+
+    if settings.source is not None:
+        parts = TextParts(*pretrained_text(settings.source, settings.max_tokens))
+    else:
+        parts = TextParts(
+            *small_bert(settings.hidden, settings.layers, settings.heads, settings.max_tokens)
+        )
+    add_lora(parts.backbone, parts.config.model_type, settings)
+    return parts
+
+
+def add_lora(backbone: nn.Module, kind: str, settings: TextEncoderSettings) -> None:
+    """Adds the side paths of the settings, if they ask for any; see :mod:`risam_cli.weights.lora`."""
+    side = settings.lora
+    if side is not None:
+        lora.add_lora(backbone, kind, side.rank, side.alpha, side.dropout, side.targets)
