@@ -22,7 +22,6 @@ from risam_cli.data.readers.phrasecut import open_phrasecut
 from risam_cli.data.readers.pickle import load_plain_pickle
 from risam_cli.data.readers.predictions import PredictionIndex
 from risam_cli.data.readers.refer import open_refer
-from risam_cli.engine.ledger import read_header, read_lines
 from risam_cli.errors import DataError
 from risam_cli.export.categories import read_map
 from risam_cli.export.coco_results import Names, spool_results
@@ -31,6 +30,7 @@ from risam_cli.files.jsonlines import parse_json
 from risam_cli.masks import rle as masks
 from risam_cli.outputs.naming import mask_name
 from risam_cli.outputs.records import from_json
+from risam_cli.runs.ledger import read_header, read_lines
 from risam_cli.training.settings import load_settings
 from risam_cli.types import Expression, Sample
 

@@ -34,9 +34,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-import risam_cli.engine.merge
-import risam_cli.engine.predict_run
 import risam_cli.evaluation.model
+import risam_cli.runs.merge
+import risam_cli.runs.run
 import risam_cli.training.run  # noqa: F401 - as those before, for all forks
 from risam_cli.cli import main
 from risam_cli.weights.load import load_model

@@ -20,7 +20,7 @@ def cpu():
 marks = [("python", cpu())]
 import torch
 marks.append(("import torch", cpu()))
-import risam_cli.weights.build, risam_cli.engine.predict_run
+import risam_cli.weights.build, risam_cli.runs.run
 marks.append(("import risam", cpu()))
 if sys.argv[1] == "transformers":
     from transformers import AutoConfig, BertModel

@@ -34,10 +34,10 @@ os._exit(answer[0] if answer else 1)
 def main() -> None:
     """Serve until killed."""
     import risam_cli.cli
-    import risam_cli.engine.predict_run
     import risam_cli.evaluation.report.parts
     import risam_cli.evaluation.run
     import risam_cli.export.run_export
+    import risam_cli.runs.run
     import risam_cli.weights.build
 
     for name, (module, _) in risam_cli.cli.COMMANDS.items():

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-import risam_cli.engine.predict_run  # noqa: F401 - as the next, for all forks
+import risam_cli.runs.run  # noqa: F401 - as the next, for all forks
 from risam_cli.cli import main
 from risam_cli.weights.load import load_model
 

@@ -15,11 +15,11 @@ from predict_fakes import FakeModel
 
 from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.data.inputs.inputs import Inputs
-from risam_cli.engine.ledger import LEDGER
-from risam_cli.engine.predict_run import RunPlan, run_predict
-from risam_cli.engine.run_folder import RunFolder
-from risam_cli.engine.stager import Saving
 from risam_cli.inference.pipeline import PredictSettings
+from risam_cli.runs.folder import RunFolder
+from risam_cli.runs.ledger import LEDGER
+from risam_cli.runs.run import RunPlan, run_predict
+from risam_cli.runs.stager import Saving
 
 CPU = torch.device("cpu")
 FILES = ("predictions.jsonl", "failures.jsonl")

@@ -13,10 +13,10 @@ from export_cases import record, write_jsonl
 from power import recorded
 
 from risam_cli.cli import main
-from risam_cli.engine import ledger
 from risam_cli.export import folder as export_folder
 from risam_cli.export.folder import ExportFolder
 from risam_cli.files.locks import FolderLock
+from risam_cli.runs import ledger
 
 KINDS = ["coco", "yolo", "labelme", "cvat", "png"]
 

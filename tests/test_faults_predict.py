@@ -21,10 +21,10 @@ from power import recorded
 from predict_runs import CPU, Killed, Run, contents, draw, draw_pictures, kill_at, run_json
 
 from risam_cli.data.images.images import MAX_PIXELS
-from risam_cli.engine import stager
-from risam_cli.engine.stager import Saving
 from risam_cli.errors import OutputError
 from risam_cli.inference.pipeline import PredictSettings
+from risam_cli.runs import stager
+from risam_cli.runs.stager import Saving
 
 ALL = Saving(True, True, MAX_PIXELS)
 
@@ -93,8 +93,8 @@ def test_what_counts_as_done_survives_a_power_cut(
 def test_a_power_cut_loses_nothing_of_a_merge_or_of_a_splice(
     whole: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    from risam_cli.engine.merge import find_parts, merge_parts
-    from risam_cli.engine.shard import Shard
+    from risam_cli.runs.merge import find_parts, merge_parts
+    from risam_cli.runs.shard import Shard
 
     pictures = tmp_path / "in"
     shutil.copytree(whole[0], pictures)

@@ -18,13 +18,13 @@ from predict_fakes import FakeModel
 from predict_runs import Killed, Run, contents, draw_pictures, kill_at
 
 from risam_cli.data.images.images import MAX_PIXELS
-from risam_cli.engine.gallery import write_gallery
-from risam_cli.engine.merge import find_parts, merge_parts
-from risam_cli.engine.run_folder import RunFolder
-from risam_cli.engine.shard import Shard
-from risam_cli.engine.stager import Saving
 from risam_cli.errors import OutputError
 from risam_cli.outputs.gallery import SIDE, Gallery, Row, encode_item, outline, small_size
+from risam_cli.runs.folder import RunFolder
+from risam_cli.runs.gallery import write_gallery
+from risam_cli.runs.merge import find_parts, merge_parts
+from risam_cli.runs.shard import Shard
+from risam_cli.runs.stager import Saving
 
 HTML = Saving(png=True, overlay=False, max_pixels=MAX_PIXELS, html=True)
 HOSTILE = (

@@ -11,9 +11,9 @@ import hostile_images
 import pytest
 
 from risam_cli import cli
-from risam_cli.engine.ledger import LedgerLine
 from risam_cli.errors import OutputError
 from risam_cli.files.confine import Confined, require_own
+from risam_cli.runs.ledger import LedgerLine
 
 RECORD: dict[str, Any] = {
     "id": "1",

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from risam_cli.data.inputs.counting import NameCounts
 from risam_cli.data.inputs.inputs import Entry, Inputs, count_entries, read_expressions
 from risam_cli.data.inputs.manifest import MAX_LINE
-from risam_cli.engine.shard import Shard, parse_shard, shard_of_environment
 from risam_cli.errors import DataError, UsageError
+from risam_cli.runs.shard import Shard, parse_shard, shard_of_environment
 
 
 def entries(*arguments: str | Path, e: Sequence[str] = (), **options: object) -> list[Entry]:

@@ -152,9 +152,9 @@ def test_what_a_run_leaves_is_deleted_while_its_lock_still_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or the next run would begin, and find its own files deleted."""
-    from risam_cli.engine import run_folder
+    from risam_cli.runs import folder
 
-    rmtree = run_folder.shutil.rmtree
+    rmtree = folder.shutil.rmtree
     refused = 0
 
     def deleting(path: Path, **more: bool) -> None:
@@ -166,8 +166,8 @@ def test_what_a_run_leaves_is_deleted_while_its_lock_still_holds(
         with pytest.raises(OutputError, match="another run"):
             FolderLock(tmp_path)
 
-    folder = run_folder.RunFolder(tmp_path)
-    monkeypatch.setattr(run_folder.shutil, "rmtree", deleting)
+    folder = folder.RunFolder(tmp_path)
+    monkeypatch.setattr(folder.shutil, "rmtree", deleting)
     folder.close()
     assert refused
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from risam_cli.cli import main
-from risam_cli.engine.run_folder import RunFolder
+from risam_cli.runs.folder import RunFolder
 
 SHARDS = 3
 

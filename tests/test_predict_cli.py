@@ -237,7 +237,7 @@ def test_a_killed_run_holds_no_lock(predict: Call, tiny_images: Path, tmp_path: 
             sys.executable,
             "-c",
             "import sys, time; from pathlib import Path; "
-            "from risam_cli.engine.run_folder import RunFolder; "
+            "from risam_cli.runs.folder import RunFolder; "
             "f = RunFolder(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)",
             tmp_path / "out",
         ],

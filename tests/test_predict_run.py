@@ -33,15 +33,15 @@ from predict_runs import (
 )
 
 from risam_cli.data.images.images import MAX_PIXELS
-from risam_cli.engine.ledger import LEDGER, read_lines
-from risam_cli.engine.merge import find_parts, merge_parts
-from risam_cli.engine.run_folder import RunFolder
-from risam_cli.engine.shard import Shard
-from risam_cli.engine.stager import Saving
 from risam_cli.errors import Interrupted, OutputError, RisamError
 from risam_cli.inference.pipeline import PredictSettings
 from risam_cli.masks import rle as masks
 from risam_cli.outputs.records import read_records
+from risam_cli.runs.folder import RunFolder
+from risam_cli.runs.ledger import LEDGER, read_lines
+from risam_cli.runs.merge import find_parts, merge_parts
+from risam_cli.runs.shard import Shard
+from risam_cli.runs.stager import Saving
 
 
 @pytest.fixture

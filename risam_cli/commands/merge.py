@@ -38,7 +38,7 @@ def command(folders: tuple[Path, ...], output: Path, overwrite: bool, as_json: b
       risam merge part0 part1 part2 -o whole
       risam merge ranks -o whole --overwrite   # ranks: what torchrun wrote to
     """
-    from risam_cli.engine.merge import find_parts, merge_parts
+    from risam_cli.runs.merge import find_parts, merge_parts
 
     console = get_console()
     parts = find_parts(folders)

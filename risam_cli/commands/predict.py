@@ -30,8 +30,8 @@ from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, OutputError, 
 
 if TYPE_CHECKING:
     from risam_cli.data.inputs.inputs import Inputs
-    from risam_cli.engine.run_folder import RunFolder
-    from risam_cli.engine.shard import Shard
+    from risam_cli.runs.folder import RunFolder
+    from risam_cli.runs.shard import Shard
 
 SAVE = ("png", "overlay", "html")
 MAX_PIXELS = 178_956_970  # said here again, and held to risam_cli.data.images.images by a test
@@ -194,7 +194,7 @@ class _Options:
 
 def _predict(options: _Options) -> int:
     started = time.perf_counter()
-    from risam_cli.engine.shard import Shard, parse_shard, shard_of_environment
+    from risam_cli.runs.shard import Shard, parse_shard, shard_of_environment
 
     if options.retry_failed and options.overwrite:
         raise UsageError("--retry-failed and --overwrite contradict each other", "give one of them")
@@ -207,7 +207,7 @@ def _predict(options: _Options) -> int:
     inputs.check()
     if options.dry_run:
         return _dry_run(options, inputs, shard, output)
-    from risam_cli.engine.run_folder import RunFolder
+    from risam_cli.runs.folder import RunFolder
 
     with ExitStack() as stack:
         stream = stack.enter_context(_records_only()) if options.stream else None
@@ -255,11 +255,11 @@ def _run(
 ) -> int:
     """Loads the model and runs; torch is imported here and not before."""
     loading = time.perf_counter()
-    from risam_cli.engine.predict_run import RunPlan, run_predict
-    from risam_cli.engine.stager import Saving
     from risam_cli.inference.device import choose_device, choose_precision
     from risam_cli.inference.feature_cache import CacheSettings
     from risam_cli.inference.pipeline import PredictSettings
+    from risam_cli.runs.run import RunPlan, run_predict
+    from risam_cli.runs.stager import Saving
     from risam_cli.weights.load import load_model
 
     device = choose_device(options.device)
@@ -309,8 +309,8 @@ def _run(
 
 def _dry_run(options: _Options, inputs: Inputs, shard: Shard, output: Path) -> int:
     """Says what would be done, on stdout; on stderr where stdout is promised to records."""
-    from risam_cli.engine.dry_run import DryRun, look_through
-    from risam_cli.engine.ledger import LEDGER
+    from risam_cli.runs.dry_run import DryRun, look_through
+    from risam_cli.runs.ledger import LEDGER
 
     def say(text: str) -> None:
         click.echo(text, err=options.stream)

@@ -11,7 +11,6 @@ from risam_cli.console.console import get_console
 from risam_cli.data.readers.catalog import count_differences, open_dataset
 from risam_cli.data.readers.refshapes import BENCHMARKS, open_refshapes, open_refshapes_files
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.engine.ledger import LEDGER
 from risam_cli.errors import OutputError, UsageError
 from risam_cli.evaluation.report.assemble import HTML_FILE, MARKDOWN_FILE
 from risam_cli.evaluation.report.compare import REPORT_FILE, Other, read_other
@@ -23,6 +22,7 @@ from risam_cli.evaluation.run import (
     EvalRun,
 )
 from risam_cli.files.confine import require_own
+from risam_cli.runs.ledger import LEDGER
 
 if TYPE_CHECKING:
     from risam_cli.inference.feature_cache import CacheSettings

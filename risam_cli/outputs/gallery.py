@@ -262,7 +262,7 @@ def _page(head: Mapping[str, Any]) -> str:
 
 
 def about(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What the foot of the page says, from a run's identity; see :mod:`risam_cli.engine.ledger`."""
+    """What the foot of the page says, from a run's identity; see :mod:`risam_cli.runs.ledger`."""
     facts = {"model": str(settings.get("model", ""))[:16]}
     for name, key in (("threshold", "threshold"), ("no-target threshold", "no_target_threshold")):
         value = settings.get(key)

@@ -15,8 +15,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from risam_cli.engine.gallery import write_gallery
-from risam_cli.engine.ledger import (
+from risam_cli.errors import DataError, OutputError
+from risam_cli.outputs.records import FAILURES, PREDICTIONS
+from risam_cli.runs.folder import RUN, RunFolder
+from risam_cli.runs.gallery import write_gallery
+from risam_cli.runs.ledger import (
     LEDGER,
     FileMark,
     LedgerLine,
@@ -27,9 +30,6 @@ from risam_cli.engine.ledger import (
     read_span,
     settings_hash,
 )
-from risam_cli.engine.run_folder import RUN, RunFolder
-from risam_cli.errors import DataError, OutputError
-from risam_cli.outputs.records import FAILURES, PREDICTIONS
 
 _SHARDS = "shard-*-of-*"  # what a run under torchrun calls its folders
 
@@ -39,7 +39,7 @@ class Part:
     """One shard's folder.
 
     Attributes:
-        identity: what decides its results; see :mod:`risam_cli.engine.ledger`.
+        identity: what decides its results; see :mod:`risam_cli.runs.ledger`.
         run: its ``run.json``.
         index, count: which shard of how many.
     """

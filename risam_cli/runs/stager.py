@@ -1,6 +1,6 @@
 """Files of a sample, made as soon as its masks are there, under names of no meaning.
 
-Called in the finishers' threads; :mod:`risam_cli.engine.writer` moves the files to their places
+Called in the finishers' threads; :mod:`risam_cli.runs.writer` moves the files to their places
 once the records that name them are written.
 """
 
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from risam_cli.data.images.images import Rgb, open_for_encoder, open_rgb
 from risam_cli.drawing.overlay import draw_overlay
 from risam_cli.drawing.png import encode_mask, encode_rgb
-from risam_cli.engine.ledger import FileMark
-from risam_cli.engine.run_folder import RunFolder
 from risam_cli.errors import ImageError
 from risam_cli.files.patience import within
 from risam_cli.inference.loader import TIMEOUT, timed_out
 from risam_cli.masks import rle as masks
 from risam_cli.outputs.gallery import encode_item, outline, small_size
 from risam_cli.outputs.naming import gallery_name, mask_name, overlay_name
+from risam_cli.runs.folder import RunFolder
+from risam_cli.runs.ledger import FileMark
 from risam_cli.types import Expression, Prediction, Sample
 
 

@@ -18,7 +18,12 @@ from typing import Any, BinaryIO
 from risam_cli.console.console import get_console
 from risam_cli.data.images.images import file_sha256, file_stamp
 from risam_cli.data.inputs.inputs import Entry
-from risam_cli.engine.ledger import (
+from risam_cli.errors import OutputError
+from risam_cli.files.durable import sync_file, sync_folder
+from risam_cli.files.patience import within
+from risam_cli.inference.loader import TIMEOUT, timed_out
+from risam_cli.runs.folder import RunFolder
+from risam_cli.runs.ledger import (
     LedgerLine,
     Redone,
     Span,
@@ -29,11 +34,6 @@ from risam_cli.engine.ledger import (
     read_redone,
     read_span,
 )
-from risam_cli.engine.run_folder import RunFolder
-from risam_cli.errors import OutputError
-from risam_cli.files.durable import sync_file, sync_folder
-from risam_cli.files.patience import within
-from risam_cli.inference.loader import TIMEOUT, timed_out
 
 _ANEW = "start anew with --overwrite, or choose another -o"
 

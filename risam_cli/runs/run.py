@@ -16,17 +16,6 @@ from typing import Any, BinaryIO
 
 from risam_cli.console.console import Progress, get_console
 from risam_cli.data.inputs.inputs import Entry
-from risam_cli.engine.earlier import plan_to_go_on, run_settings
-from risam_cli.engine.gallery import write_gallery
-from risam_cli.engine.ledger import settings_hash
-from risam_cli.engine.resume import Kept, check_inputs, prepare, still_to_do
-from risam_cli.engine.run_facts import count_lines, peak_memory_mb, versions
-from risam_cli.engine.run_folder import RunFolder
-from risam_cli.engine.run_plan import NamedModel as NamedModel
-from risam_cli.engine.run_plan import RunPlan as RunPlan
-from risam_cli.engine.run_plan import identity_of as identity_of
-from risam_cli.engine.stager import Stager
-from risam_cli.engine.writer import RunWriter, Tally
 from risam_cli.errors import (
     EXIT_OK,
     EXIT_SOME_FAILED,
@@ -39,6 +28,16 @@ from risam_cli.inference.feature_cache import FeatureCache, cache_for
 from risam_cli.inference.finish import ImageResult
 from risam_cli.inference.pipeline import predict_samples
 from risam_cli.interrupts import stopping
+from risam_cli.runs.folder import RunFolder
+from risam_cli.runs.gallery import write_gallery
+from risam_cli.runs.ledger import settings_hash
+from risam_cli.runs.plan import NamedModel as NamedModel
+from risam_cli.runs.plan import RunPlan as RunPlan
+from risam_cli.runs.plan import count_lines, peak_memory_mb, plan_to_go_on, run_settings, versions
+from risam_cli.runs.plan import identity_of as identity_of
+from risam_cli.runs.resume import Kept, check_inputs, prepare, still_to_do
+from risam_cli.runs.stager import Stager
+from risam_cli.runs.writer import RunWriter, Tally
 from risam_cli.types import Failure, Sample
 from risam_cli.version import __version__
 

@@ -7,7 +7,6 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from risam_cli.engine.ledger import LEDGER, LedgerLine, read_lines, read_redone
 from risam_cli.errors import OutputError
 from risam_cli.files.confine import Confined, require_own
 from risam_cli.files.durable import replace_durably, sync_file, sync_folder, sync_folders, sync_tree
@@ -15,6 +14,7 @@ from risam_cli.files.locks import PRIVATE, FolderLock
 from risam_cli.outputs.gallery import remove_pages
 from risam_cli.outputs.naming import GALLERY, MASKS, OVERLAYS
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
+from risam_cli.runs.ledger import LEDGER, LedgerLine, read_lines, read_redone
 
 RUN = "run.json"
 _OWN = (PREDICTIONS, FAILURES, RUN, LEDGER)  # the ledger last: it says what is still to delete

@@ -22,14 +22,14 @@ from types import TracebackType
 from typing import BinaryIO
 
 from risam_cli.data.inputs.inputs import Entry
-from risam_cli.engine.ledger import LedgerLine, Redone, Span
-from risam_cli.engine.resume import splice_redone
-from risam_cli.engine.run_folder import RunFolder
-from risam_cli.engine.stager import Staged, Stager
 from risam_cli.errors import OutputError
 from risam_cli.files.durable import sync_folders
 from risam_cli.inference.finish import ImageResult
 from risam_cli.outputs.records import failure_to_json, to_json
+from risam_cli.runs.folder import RunFolder
+from risam_cli.runs.ledger import LedgerLine, Redone, Span
+from risam_cli.runs.resume import splice_redone
+from risam_cli.runs.stager import Staged, Stager
 from risam_cli.types import Failure
 
 _QUEUED = 512  # results that may wait for the disk

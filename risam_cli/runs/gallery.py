@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from risam_cli.engine.ledger import LEDGER, LedgerLine, Span, read_header, read_lines, read_span
 from risam_cli.errors import OutputError
 from risam_cli.outputs.gallery import Gallery, Row, about
 from risam_cli.outputs.naming import GALLERY, OVERLAYS
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
+from risam_cli.runs.ledger import LEDGER, LedgerLine, Span, read_header, read_lines, read_span
 
 
 def write_gallery(folder: Path) -> Path | None:
