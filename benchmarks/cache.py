@@ -93,7 +93,7 @@ def evaluation(folder: Path, model: Path, data: Path, preset: str, options: Opti
 _STEPS = """
 import json, sys, time
 from pathlib import Path
-from risam_cli.config import TrainSettings, check
+from risam_cli.settings.train import TrainSettings, check
 from risam_cli.training.tasks import ReferringTask
 from risam_cli.training.run import train
 loss, spent = ReferringTask.loss, []

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from risam_cli.model.fast.linear import linear
 from risam_cli.model.image_encoder import ImageEncoder
-from risam_cli.model.presets import PRESETS
 from risam_cli.model.sam_baseline import segment_anything_modeling
+from risam_cli.settings.presets import PRESETS
 from risam_cli.weights.sam import from_hugging_face
 
 Encode = Callable[[], Any]

@@ -15,8 +15,8 @@ from typing import Any
 
 from common import Options, Row, Times, in_turns, ratio
 
-from risam_cli.config import TrainSettings, check
 from risam_cli.console.console import Console
+from risam_cli.settings.train import TrainSettings, check
 from risam_cli.training.build import TrainingBuilder
 from risam_cli.training.data.collate import ReferringBatch
 from risam_cli.training.optimize import Stepper, to_device

@@ -19,11 +19,11 @@ from networks import (
 from torch import nn
 from training_runs import RAW, settings
 
-from risam_cli.config import OptimizerSettings
 from risam_cli.console.console import Console
 from risam_cli.errors import ConfigError, ModelError
 from risam_cli.model.risam import Risam
 from risam_cli.model.sam_baseline import SamMaskDecoder
+from risam_cli.settings.train import OptimizerSettings
 from risam_cli.training.build import TrainingBuilder, stage_hashes
 from risam_cli.training.optimize import parameter_groups
 from risam_cli.weights.build import build_model, new_text_parts

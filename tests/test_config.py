@@ -12,9 +12,11 @@ import yaml
 from conftest import REPO
 from networks import SMALL
 
-from risam_cli.config import ModelSettings, TrainSettings, apply_override, check, dump, merge
 from risam_cli.errors import ConfigError
-from risam_cli.model.presets import PRESETS
+from risam_cli.settings.load import apply_override, dump
+from risam_cli.settings.model import ModelSettings
+from risam_cli.settings.presets import PRESETS
+from risam_cli.settings.train import TrainSettings, check, merge
 from risam_cli.training.run import check_paths
 from risam_cli.training.settings import load_settings
 

@@ -91,7 +91,7 @@ def test_the_loader_itself_refuses(what: str) -> None:
 
 
 def test_a_set_is_read_with_the_same_care() -> None:
-    from risam_cli.config import apply_override
+    from risam_cli.settings.load import apply_override
 
     assert apply_override({"a": {"b": 1}}, "a.b=[1, 2]") == {"a": {"b": [1, 2]}}
     for value in ('!!int ""', "[" * 20_000, "&a [*a]"):

@@ -18,7 +18,7 @@ from risam_cli.model.image_encoder import (
     window_partition,
     window_unpartition,
 )
-from risam_cli.model.presets import PRESETS
+from risam_cli.settings.presets import PRESETS
 from risam_cli.weights.sam import load_sam_encoder
 
 WITHIN = 1e-5

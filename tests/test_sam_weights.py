@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from risam_cli.errors import ModelError
 from risam_cli.model.fast import tables
 from risam_cli.model.image_encoder import ImageEncoder
-from risam_cli.model.presets import PRESETS
+from risam_cli.settings.presets import PRESETS
 from risam_cli.weights.sam import load_sam_encoder, read_sam
 
 Weights = dict[str, Tensor]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from risam_cli.errors import ConfigError
-from risam_cli.settings_file import read_settings_file
+from risam_cli.settings.load import read_settings_file
 from risam_cli.training.settings import load_settings
 
 CONFIGS = Path(__file__).parent.parent / "configs"

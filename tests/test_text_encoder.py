@@ -11,9 +11,9 @@ import pytest
 import torch
 from networks import TEXTS, noise, randomize, relative_error, small_settings
 
-from risam_cli.config import TextEncoderSettings
 from risam_cli.errors import ModelError
 from risam_cli.model.text_encoder import TextEncoder, TextFeatures
+from risam_cli.settings.model import TextEncoderSettings
 from risam_cli.weights.build import TextParts, build_model, new_text_parts
 from risam_cli.weights.folder import write_model_folder
 from risam_cli.weights.load import load_model

@@ -12,11 +12,10 @@ import torch
 from networks import TEXTS, WITH_STEM, small_model
 from torch import nn
 
-from risam_cli.config import TrainSettings, check
 from risam_cli.console.console import Console
 from risam_cli.errors import ConfigError, RisamError
 from risam_cli.inference.device import training_precision
-from risam_cli.settings import OptimizerSettings
+from risam_cli.settings.train import OptimizerSettings, TrainSettings, check
 from risam_cli.training.averaging import KeptWeights, weights_in
 from risam_cli.training.checkpoint import Checkpoints, Place, Untrained
 from risam_cli.training.data.collate import DenseBatch, ReferringBatch

@@ -12,7 +12,7 @@ import torch
 from networks import SMALL
 from torch import Tensor
 
-from risam_cli.config import TrainSettings, check, merge
+from risam_cli.settings.train import TrainSettings, check, merge
 from risam_cli.training.run import train
 
 MODEL = merge(

@@ -38,7 +38,7 @@ def command(
       risam train configs/refshapes_tiny.yaml --set seed=1 --set output=runs/seed1 --resume
       torchrun --nproc-per-node 2 -m risam_cli train configs/refshapes_tiny.yaml
     """
-    from risam_cli.config import dump
+    from risam_cli.settings.load import dump
     from risam_cli.training.settings import load_settings
 
     if print_config:

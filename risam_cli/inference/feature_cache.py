@@ -33,8 +33,8 @@ from risam_cli.inference.feature_store import Bytes, Entry, FeatureStore, Stored
 from risam_cli.model.image_encoder import EncoderFeatures
 
 if TYPE_CHECKING:
-    from risam_cli.config import ImageEncoderSettings, ModelSettings
     from risam_cli.model.risam import Risam
+    from risam_cli.settings.model import ImageEncoderSettings, ModelSettings
 
 DEFAULT_LIMIT = parse_size("50GB")
 _WRITERS = 2

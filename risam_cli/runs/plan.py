@@ -23,7 +23,7 @@ from risam_cli.runs.stager import Saving
 from risam_cli.version import __version__
 
 if TYPE_CHECKING:
-    from risam_cli.config import ModelSettings
+    from risam_cli.settings.model import ModelSettings
 
 
 class NamedModel(Model, Protocol):

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from risam_cli.config import DenseStage, ReferringStage, TrainSettings
 from risam_cli.console.console import Console
 from risam_cli.data.refshapes.vocabulary import COLORS, SHAPES, SIZES
 from risam_cli.files.sizes import parse_size
 from risam_cli.inference.device import choose_device, training_precision
 from risam_cli.inference.feature_cache import CacheSettings, FeatureCache, open_feature_cache
 from risam_cli.model.image_encoder import ImageEncoder
+from risam_cli.settings.train import DenseStage, ReferringStage, TrainSettings
 from risam_cli.training.cached_training import CachedEncoder, KeyedCollate
 from risam_cli.training.checkpoint import Place
 from risam_cli.training.data.build import DataBuilder

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from risam_cli.settings import OptimizerSettings
+from risam_cli.settings.train import OptimizerSettings
 
 if TYPE_CHECKING:
     pass

@@ -9,12 +9,13 @@ from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from risam_cli.config import TrainSettings, dump
 from risam_cli.console.console import get_console
 from risam_cli.errors import ConfigError, OutputError, RisamError
 from risam_cli.files.confine import require_own_tree
 from risam_cli.files.locks import FolderLock
 from risam_cli.files.write import write_atomic
+from risam_cli.settings.load import dump
+from risam_cli.settings.train import TrainSettings
 from risam_cli.training.build import TrainingBuilder
 from risam_cli.training.checkpoint import LAST
 from risam_cli.training.distributed import Processes

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from risam_cli.config import TrainSettings, apply_override
-from risam_cli.settings_check import check as check
-from risam_cli.settings_data import CocoData as CocoData
-from risam_cli.settings_data import DataSettings as DataSettings
-from risam_cli.settings_data import RefShapesData as RefShapesData
-from risam_cli.settings_file import merge as merge
-from risam_cli.settings_file import read_settings_file
+from risam_cli.settings.base import merge as merge
+from risam_cli.settings.data import CocoData as CocoData
+from risam_cli.settings.data import DataSettings as DataSettings
+from risam_cli.settings.data import RefShapesData as RefShapesData
+from risam_cli.settings.load import apply_override, read_settings_file
+from risam_cli.settings.load import check as check
+from risam_cli.settings.train import TrainSettings
 from risam_cli.weights import folder as model_folders
 
 

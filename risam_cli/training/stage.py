@@ -50,7 +50,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What all stages share; see :class:`risam_cli.config.TrainSettings`.
+    """What all stages share; see :class:`risam_cli.settings.train.TrainSettings`.
 
     Attributes:
         patience: validations in a row without ``min_delta`` more that end a stage; None: none do.

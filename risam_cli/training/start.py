@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from risam_cli.config import ModelSettings, TextEncoderSettings, TrainSettings
 from risam_cli.console.console import Console
 from risam_cli.errors import ConfigError
 from risam_cli.model.risam import Risam
 from risam_cli.model.sam_baseline import SamMaskDecoder
+from risam_cli.settings.model import ModelSettings, TextEncoderSettings
+from risam_cli.settings.train import TrainSettings
 from risam_cli.weights import frozen, lora
 from risam_cli.weights.build import TextParts, add_lora, build_model, new_text_parts
 from risam_cli.weights.encoder_start import start_encoder

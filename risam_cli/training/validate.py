@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from risam_cli.config import TrainSettings
 from risam_cli.data.refshapes.dataset import RefShapes
 from risam_cli.drawing.overlay import draw_overlay
 from risam_cli.errors import ConfigError
 from risam_cli.metrics.figures import summarize
 from risam_cli.metrics.table import ExpressionScore
+from risam_cli.settings.train import TrainSettings
 from risam_cli.training.batches import begin_worker
 from risam_cli.training.data.collate import (
     DenseBatch,

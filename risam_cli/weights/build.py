@@ -7,11 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from risam_cli.config import (
-    ImageEncoderSettings,
-    ModelSettings,
-    TextEncoderSettings,
-)
 from risam_cli.errors import ModelError
 from risam_cli.model.feature_enhancement import FeatureEnhancement
 from risam_cli.model.image_encoder import ImageEncoder
@@ -20,6 +15,7 @@ from risam_cli.model.mutual_aware_attention import MutualAwareAttention
 from risam_cli.model.risam import Risam
 from risam_cli.model.sam_baseline import DeepFeatures, SamMaskDecoder
 from risam_cli.model.text_encoder import TextEncoder
+from risam_cli.settings.model import ImageEncoderSettings, ModelSettings, TextEncoderSettings
 from risam_cli.weights import lora
 from risam_cli.weights.tokenizer import TextTokenizer
 

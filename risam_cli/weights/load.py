@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from risam_cli.config import (
-    ModelSettings,
-    TextEncoderSettings,
-    check,
-)
 from risam_cli.errors import ModelError, RisamError, UsageError
 from risam_cli.model.risam import Risam
+from risam_cli.settings.model import ModelSettings, TextEncoderSettings
+from risam_cli.settings.train import check
 from risam_cli.weights import folder as model_folders
 from risam_cli.weights import frozen, lora
 from risam_cli.weights.plausible import require_plausible

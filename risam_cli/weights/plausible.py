@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from risam_cli.config import ModelSettings
 from risam_cli.errors import ModelError
+from risam_cli.settings.model import ModelSettings
 
 _MOST_WINDOW = 64  # SAM's is 14; a larger one pads small images to its size
 _LAYERS = re.compile(r"layer|depth|block")

@@ -7,14 +7,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from risam_cli.config import TrainSettings
 from risam_cli.console.console import Console
 from risam_cli.data.readers.catalog import open_dataset
 from risam_cli.data.readers.held_out import held_out, is_held_out
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.data.refshapes.dataset import RefShapes
 from risam_cli.errors import ConfigError, DataError
-from risam_cli.settings_data import (
+from risam_cli.settings.data import (
     BenchmarkData,
     CocoData,
     DataSettings,
@@ -22,6 +21,7 @@ from risam_cli.settings_data import (
     OneData,
     RefShapesData,
 )
+from risam_cli.settings.train import TrainSettings
 from risam_cli.training.data.augment import Augmentation
 from risam_cli.training.data.dataset import Examples, ReferringSamples, ReferringScenes
 from risam_cli.training.data.mixed import MixedExamples, image_key, image_keys, without_images

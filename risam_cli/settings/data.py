@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from risam_cli.settings import Settings
+from risam_cli.settings.base import Settings
 
 RefShapesFamily = Literal["refshapes", "refshapes+", "refshapesg", "grefshapes"]
 

@@ -1,0 +1,158 @@
+"""YAML files of settings to plain values; one file may extend another."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from risam_cli.errors import ConfigError
+from risam_cli.files.jsonlines import brief, read_text
+from risam_cli.files.safe_yaml import load_yaml
+from risam_cli.settings.base import Settings
+from risam_cli.settings.base import merge as merge
+from risam_cli.settings.data import CocoData as CocoData
+from risam_cli.settings.data import DataSettings as DataSettings
+from risam_cli.settings.data import RefShapesData as RefShapesData
+
+EXTENDS = "extends"
+_LONGEST = 16 << 20  # bytes
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """Reads a YAML file; its ``extends: OTHER.yaml`` (beside it) gives what it does not set.
+
+    Raises:
+        ConfigError: a file that cannot be read or is no table of settings, or a ring of files.
+    """
+    return _read(path, ())
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    values = _values(path)
+    if EXTENDS not in values:
+        return values
+    base = values.pop(EXTENDS)
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends = {base!r} is no file name", "name one YAML file")
+    seen = (*above, path.resolve())
+    other = path.parent / base
+    if other.resolve() in seen:
+        raise ConfigError(
+            f"{path}: extends = {base!r} comes back to a file that extends it", "break the ring"
+        )
+    return merge(_read(other, seen), values)
+
+
+def _values(path: Path) -> dict[str, Any]:
+    try:
+        raw = load_yaml(read_text(path, _LONGEST))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}", "give the path of a YAML file"
+        ) from error
+    except ValueError as error:  # not UTF-8, or what load_yaml says
+        raise ConfigError(f"{path} is not YAML: {error}", "mend the file") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no settings at its top level", "write 'key: value' lines")
+    return raw
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def check(kind: type[AnySettings], raw: Any, where: str) -> AnySettings:
+    """Makes settings of ``raw``.
+
+    Raises:
+        ConfigError: one line naming place, key, value, and near or possible names.
+    """
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(*_explain(error, kind, where)) from error
+
+
+def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[str, str]:
+    problems = error.errors()
+    first = problems[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(kind, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        message = f"{where}: unknown key {key!r}"
+    elif first["type"] == "missing":
+        message, hint = f"{where}: key {key!r} is missing", "add it"
+    else:
+        text = first["msg"].removeprefix("Value error, ")
+        # What concerns several keys names them itself.
+        message = f"{where}: {key} = {brief(first['input'])}: {text}" if key else f"{where}: {text}"
+        hint = "see risam train --print-config for the keys and their values"
+    more = len(problems) - 1
+    return message + (f" (and {more} more)" if more else ""), hint
+
+
+def _fields_at(kind: type[Settings], path: list[str]) -> list[str]:
+    """Names of the settings at a place in an error's path, tags of unions and all."""
+    candidates = [kind]
+    for part in path:
+        held = [c.model_fields[part].annotation for c in candidates if part in c.model_fields]
+        if held:
+            candidates = [found for annotation in held for found in _nested(annotation)]
+        else:  # A list index, a name in a table, or a union's tag, which picks one of them.
+            candidates = [c for c in candidates if part in _tags(c)] or candidates
+    return list(dict.fromkeys(name for c in candidates for name in c.model_fields))
+
+
+def _nested(annotation: Any) -> list[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _nested(part)]
+
+
+def _tags(kind: type[Settings]) -> list[str]:
+    fields = [kind.model_fields.get(name) for name in ("kind", "dataset")]
+    return [tag for field in fields if field is not None for tag in get_args(field.annotation)]
+
+
+def apply_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
+    """Sets one ``a.b.c=value`` in nested settings; the value is read as YAML.
+
+    Raises:
+        ConfigError: where there is no ``=`` or a part of the key is not a section.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r} has no '='", "write --set section.key=value")
+    try:
+        value = load_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"--set {override!r}: value is not YAML", "quote it") from error
+    return _set(values, key.split("."), value, override)
+
+
+def _set(values: Any, keys: list[str], value: Any, override: str) -> Any:
+    if not keys:
+        return value
+    head, rest = keys[0], keys[1:]
+    if isinstance(values, list) and head.isdigit() and int(head) < len(values):
+        number = int(head)
+        return [_set(v, rest, value, override) if i == number else v for i, v in enumerate(values)]
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"--set {override!r}: {head!r} is not inside a section", "see --print-config for keys"
+        )
+    return {**values, head: _set(values.get(head), rest, value, override)}
+
+
+def dump(settings: Settings) -> str:
+    """The settings as YAML, complete and in order."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,202 @@
+"""Settings: YAML and ``--set`` to typed, checked values. Config objects end at the builder."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from risam_cli.files.sizes import parse_size
+from risam_cli.metrics.figures import FIGURES
+from risam_cli.settings.base import Positive, Settings
+from risam_cli.settings.base import merge as merge
+from risam_cli.settings.data import AugmentSettings
+from risam_cli.settings.data import CocoData as CocoData
+from risam_cli.settings.data import DataSettings as DataSettings
+from risam_cli.settings.data import RefShapesData as RefShapesData
+from risam_cli.settings.load import check as check
+from risam_cli.settings.model import ModelSettings
+
+
+class DenseStage(Settings):
+    """Trains the image encoder alone: per-pixel shape, colour, size and way to the centre."""
+
+    kind: Literal["dense"]
+    name: str
+    steps: int = Positive
+    images_per_step: int = Positive
+    accumulate: int = Field(
+        1, gt=0, description="parts that a step's images go through the network in"
+    )
+    learning_rate: float = Positive
+    background_weight: float = Field(0.08, ge=0, le=1)
+    warmup: int = Field(200, ge=0)
+
+
+class ReferringStage(Settings):
+    """Trains the network on expressions, the image encoder frozen or not."""
+
+    kind: Literal["referring"]
+    name: str
+    steps: int = Positive
+    images_per_step: int = Positive
+    accumulate: int = Field(
+        1, gt=0, description="parts that a step's images go through the network in"
+    )
+    learning_rate: float = Positive
+    train_encoder: Literal["no", "adapters", "yes"] = "no"
+    encoder_learning_rate: float | None = Field(None, gt=0)
+    text_learning_rate: float | None = Field(None, gt=0)
+    warmup: int = Field(200, ge=0)
+
+
+StageSettings = Annotated[DenseStage | ReferringStage, Field(discriminator="kind")]
+
+
+class LossSettings(Settings):
+    """Weights of the parts of the loss."""
+
+    mask: float = Field(2.0, ge=0)
+    dice: float = Field(1.0, ge=0)
+    no_target: float = Field(0.2, ge=0)
+    iou: float = Field(0.2, ge=0)
+    focal_gamma: float = Field(0.0, ge=0)
+    target_size: int = Field(128, gt=0, description="side of the masks that the loss compares")
+
+
+class TrainSettings(Settings):
+    """Everything that ``risam train`` needs."""
+
+    name: str
+    seed: int = Field(0, ge=0)
+    output: str
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    workers: int = Field(1, ge=0)
+    threads: int | None = Field(None, gt=0, description="CPU threads; default is torch's own")
+    model: ModelSettings
+    init_from: str | None = Field(None, description="model folder that all weights start from")
+    init_encoder_from: str | None = Field(
+        None,
+        description="model folder, or checkpoints/last.pt of a training run, that the image "
+        "encoder's weights start from; only adapters may be new",
+    )
+    train: DataSettings
+    val: dict[str, DataSettings] = Field(min_length=1)
+    augment: AugmentSettings = AugmentSettings()
+    feature_cache: FeatureCacheSettings | None = Field(
+        None, description="for stages that train nothing of the image encoder"
+    )
+    stages: tuple[StageSettings, ...] = Field(min_length=1)
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    validate_every: int = Field(1000, gt=0, description="steps")
+    checkpoint_every: int = Field(500, gt=0, description="steps")
+    log_every: int = Field(50, gt=0, description="steps")
+    gradient_checkpointing: bool = Field(
+        False, description="compute the image encoder's blocks again going back, to save memory"
+    )
+    best_by: str = Field(
+        "miou", description="what best/ maximizes: a mean over val, or one's, as in NAME.miou"
+    )
+    early_stopping: EarlyStoppingSettings | None = None
+    averaging: AveragingSettings | None = None
+    keep_last: int = Field(1, gt=0, description="checkpoints kept, the newest among them")
+    pictures: int = Field(4, ge=0, description="validation examples drawn at each validation")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSettings:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names must differ, got {names}")
+        starts = [self.init_from, self.init_encoder_from, self.model.image_encoder.checkpoint]
+        if sum(start is not None for start in starts) > 1:
+            raise ValueError(
+                "init_from, init_encoder_from and model.image_encoder.checkpoint all fill the "
+                "image encoder; give one of them"
+            )
+        self._check_feature_cache()
+        self._check_figure(self.best_by)
+        if self.early_stopping is not None and self.early_stopping.figure is not None:
+            self._check_figure(self.early_stopping.figure)
+        for stage in self.stages:
+            if stage.accumulate > stage.images_per_step:
+                raise ValueError(
+                    f"stage {stage.name!r}: accumulate {stage.accumulate} is more than its "
+                    f"images_per_step {stage.images_per_step}"
+                )
+            if stage.kind == "dense" and not isinstance(self.train, RefShapesData):
+                raise ValueError(f"stage {stage.name!r}: dense training needs RefShapes scenes")
+            tunes = stage.kind == "referring" and stage.train_encoder == "adapters"
+            if tunes and self.model.image_encoder.adapter_dim == 0:
+                raise ValueError(f"stage {stage.name!r} trains adapters, but adapter_dim is 0")
+        return self
+
+    def _check_feature_cache(self) -> None:
+        if self.feature_cache is None:
+            return
+        if self.augment.changes_pixels:
+            raise ValueError(
+                "feature_cache needs pictures that stay the same, but augment changes them; "
+                "leave one of the two out"
+            )
+        if not any(
+            stage.kind == "referring" and stage.train_encoder == "no" for stage in self.stages
+        ):
+            raise ValueError(
+                "feature_cache is for a frozen image encoder, but no stage has train_encoder: no"
+            )
+
+    def _check_figure(self, name: str) -> None:
+        known = [*FIGURES, *(f"{held_out}.{figure}" for held_out in self.val for figure in FIGURES)]
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1) or [
+                one for one in known if one.lower() == name.lower()
+            ]
+            hint = f"did you mean {near[0]!r}" if near else f"one of {', '.join(FIGURES)}"
+            raise ValueError(f"{name!r} is no figure of the validation; {hint}")
+
+
+class OptimizerSettings(Settings):
+    """AdamW, its rate over the steps, and what keeps it steady."""
+
+    weight_decay: float = Field(
+        0.02, ge=0, description="of matrices; norms, biases, embeddings and position tables have 0"
+    )
+    beta2: float = Field(0.99, gt=0, lt=1)
+    clip_norm: float = Field(1.0, gt=0, description="the gradient's norm is cut to this")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="0 keeps no moving average")
+    schedule: Literal["cosine", "polynomial", "constant"] = Field(
+        "cosine", description="how the rate comes down after the warm-up"
+    )
+    power: float = Field(0.9, gt=0, description="of the polynomial schedule")
+    floor: float = Field(0.01, ge=0, le=1, description="part of the rate that is left at the end")
+
+
+class EarlyStoppingSettings(Settings):
+    """Ends a stage that has stopped getting better."""
+
+    patience: int = Field(gt=0, description="validations in a row that may bring nothing")
+    figure: str | None = Field(None, description="the figure to watch; by default best_by")
+    min_delta: float = Field(0.0, ge=0, description="less than this more is nothing")
+
+
+class AveragingSettings(Settings):
+    """At the end, the mean of several validated weights of the last stage becomes a model too."""
+
+    count: int = Field(gt=1, description="how many are averaged")
+    of: Literal["best", "last"] = Field("best", description="which: by best_by, or the newest")
+
+
+class FeatureCacheSettings(Settings):
+    """Keeps the frozen image encoder's features on disk, for all epochs, runs and commands."""
+
+    folder: str = Field(description="may be shared with other runs, and with predict and eval")
+    limit: str = Field("50GB", description="how large the folder may get")
+
+    @field_validator("limit")
+    @classmethod
+    def _is_size(cls, value: str) -> str:
+        parse_size(value)
+        return value
