@@ -103,8 +103,8 @@ def build(preset: str) -> tuple[Any, Any]:
     """The network with random weights, in evaluation mode, and a tokenizer for it."""
     from transformers import BertConfig, BertModel
 
+    from risam_cli.settings.load import check
     from risam_cli.settings.model import ModelSettings
-    from risam_cli.settings.train import check
     from risam_cli.weights.build import TextParts, build_model, new_text_parts
 
     raw = {"preset": preset, "text_encoder": {"vocabulary": "refshapes"}}

@@ -26,8 +26,8 @@ def model_folder(folder: Path, preset: str) -> Path:
     """A model folder with random weights of SAM's sizes, and a small BERT: work, not answers."""
     import torch
 
+    from risam_cli.settings.load import check
     from risam_cli.settings.model import ModelSettings
-    from risam_cli.settings.train import check
     from risam_cli.weights.build import build_model, new_text_parts
     from risam_cli.weights.folder import write_model_folder
 

@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.masks import rle as masks
-from risam_cli.metrics import Tally, score_masks, summarize
+from risam_cli.metrics.figures import summarize
+from risam_cli.metrics.table import Tally, score_masks
 from risam_cli.types import Rle
 
 HEIGHT, WIDTH = 480, 640
@@ -172,7 +173,7 @@ def score_stream(number: int) -> None:
     """In the child: score this many expressions that come and go, and print peak memory."""
     from risam_cli.data.readers.predictions import Answer
     from risam_cli.evaluation.scoring import Answered, Scorer
-    from risam_cli.metrics import get_protocol
+    from risam_cli.metrics.protocols import get_protocol
     from risam_cli.types import Expression, Sample
 
     pairs = make_pairs(20)

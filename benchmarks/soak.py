@@ -149,8 +149,8 @@ def small_model(folder: Path) -> Path:
     """Writes a model folder of random weights."""
     import torch
 
+    from risam_cli.settings.load import check
     from risam_cli.settings.model import ModelSettings
-    from risam_cli.settings.train import check
     from risam_cli.weights.build import build_model, new_text_parts
     from risam_cli.weights.folder import write_model_folder
 

@@ -16,7 +16,8 @@ from typing import Any
 from common import Options, Row, Times, in_turns, ratio
 
 from risam_cli.console.console import Console
-from risam_cli.settings.train import TrainSettings, check
+from risam_cli.settings.load import check
+from risam_cli.settings.train import TrainSettings
 from risam_cli.training.build import TrainingBuilder
 from risam_cli.training.data.collate import ReferringBatch
 from risam_cli.training.optimize import Stepper, to_device

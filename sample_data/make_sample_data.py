@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from risam_cli.data.refshapes import RefShapes, SceneItem
+from risam_cli.data.refshapes.dataset import RefShapes, SceneItem
 from risam_cli.data.refshapes.formats import (
     CATEGORIES,
     annotation_records,

@@ -96,8 +96,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     import torch
 
+    from risam_cli.settings.load import check
     from risam_cli.settings.model import ModelSettings
-    from risam_cli.settings.train import check
     from risam_cli.weights.build import build_model, new_text_parts
     from risam_cli.weights.folder import write_model_folder
 

@@ -18,7 +18,8 @@ from risam_cli.data.inputs.inputs import Inputs
 from risam_cli.inference.pipeline import PredictSettings
 from risam_cli.runs.folder import RunFolder
 from risam_cli.runs.ledger import LEDGER
-from risam_cli.runs.run import RunPlan, run_predict
+from risam_cli.runs.plan import RunPlan
+from risam_cli.runs.run import run_predict
 from risam_cli.runs.stager import Saving
 
 CPU = torch.device("cpu")

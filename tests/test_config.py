@@ -13,10 +13,11 @@ from conftest import REPO
 from networks import SMALL
 
 from risam_cli.errors import ConfigError
-from risam_cli.settings.load import apply_override, dump
+from risam_cli.settings.base import merge
+from risam_cli.settings.load import apply_override, check, dump
 from risam_cli.settings.model import ModelSettings
 from risam_cli.settings.presets import PRESETS
-from risam_cli.settings.train import TrainSettings, check, merge
+from risam_cli.settings.train import TrainSettings
 from risam_cli.training.run import check_paths
 from risam_cli.training.settings import load_settings
 

@@ -32,9 +32,10 @@ from risam_cli.commands import eval as eval_command
 from risam_cli.data.readers.catalog import DATASETS
 from risam_cli.data.readers.refer import SPLIT_BY
 from risam_cli.data.readers.refshapes import BENCHMARKS
-from risam_cli.data.refshapes import FAMILIES
+from risam_cli.data.refshapes.dataset import FAMILIES
 from risam_cli.evaluation.report.schema import Report
-from risam_cli.metrics import FIGURES, PROTOCOLS
+from risam_cli.metrics.figures import FIGURES
+from risam_cli.metrics.protocols import PROTOCOLS
 
 A, B = "COCO_train2014_000000000011.jpg", "COCO_train2014_000000000012.jpg"
 NOTHING = np.zeros((H, W), bool)

@@ -18,7 +18,7 @@ from test_eval import Run
 from risam_cli.cli import main
 from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.refshapes import open_refshapes, open_refshapes_files
-from risam_cli.data.refshapes import RefShapes
+from risam_cli.data.refshapes.dataset import RefShapes
 from risam_cli.evaluation import scoring as engine
 from risam_cli.inference.pipeline import PredictSettings, predict_samples
 from risam_cli.masks import rle as masks

@@ -23,7 +23,8 @@ from risam_cli.inference.feature_cache import (
     image_key,
     open_feature_cache,
 )
-from risam_cli.inference.pipeline import ImageResult, PredictSettings, predict_samples
+from risam_cli.inference.finish import ImageResult
+from risam_cli.inference.pipeline import PredictSettings, predict_samples
 from risam_cli.masks import rle as masks
 from risam_cli.model.image_encoder import EncoderFeatures
 from risam_cli.model.risam import Risam

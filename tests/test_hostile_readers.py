@@ -195,7 +195,7 @@ def test_a_value_is_written_no_longer_than_it_is_shown() -> None:
 
 def test_a_record_without_end_is_not_held(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(jsonstream, "MAX_RECORD", 1 << 20)
-    monkeypatch.setattr("risam_cli.export.coco_results.MAX_LINE", 1 << 20)
+    monkeypatch.setattr("risam_cli.outputs.records.MAX_LINE", 1 << 20)
     path = tmp_path / "long.json"
     path.write_text('[{"a": "' + "x" * (16 << 20))
     tracemalloc.start()

@@ -146,7 +146,7 @@ def test_tensors_of_odd_shapes_are_told_before_they_are_resized(
     load_sam_encoder(encoder, path)
     torch.save({**weights, f"image_encoder.{name}": tensor}, path)
     if name == "pos_embed":
-        monkeypatch.setattr("risam_cli.weights.sam.resize_pos_embed", None)
+        monkeypatch.setattr("risam_cli.model.fast.tables.resize_pos_embed", None)
     with pytest.raises(ModelError, match=r"sam\.pth"):
         load_sam_encoder(encoder, path)
 

@@ -107,7 +107,7 @@ def test_a_packed_answer_is_written_as_any_other(
     sample = Sample("a", picture, texts)
     settings = PredictSettings(CPU, keep_raw=True)
     plain = list(predict_samples([sample], FakeModel(), settings))
-    monkeypatch.setattr("risam_cli.inference.compute.to_host", _through_bits)
+    monkeypatch.setattr("risam_cli.inference.mask_rules.to_host", _through_bits)
     packed = list(predict_samples([sample], FakeModel(), settings))
     assert [one.predictions for one in packed] == [one.predictions for one in plain]
     assert [one.raw for one in packed] == [one.raw for one in plain]

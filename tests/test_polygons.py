@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from risam_cli.masks.rle import Polygon, rasterize, to_polygons
+from risam_cli.masks.polygons import Polygon, rasterize, to_polygons
 
 any_mask = hnp.arrays(np.bool_, hnp.array_shapes(min_dims=2, max_dims=2, max_side=24))
 

@@ -10,9 +10,9 @@ import torch
 from networks import reference_encoder
 
 from risam_cli.model.risam import Risam
+from risam_cli.settings.load import check
 from risam_cli.settings.model import ModelSettings
 from risam_cli.settings.presets import PRESETS
-from risam_cli.settings.train import check
 from risam_cli.weights.build import TextParts, build_model, new_text_parts
 
 # Of segment_anything's encoders, counted on its own modules below.

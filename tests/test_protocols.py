@@ -23,7 +23,9 @@ from risam_cli.evaluation.scoring import (
     warp_through_letterbox,
 )
 from risam_cli.masks import rle as masks
-from risam_cli.metrics import PROTOCOLS, ExpressionScore, get_protocol, summarize
+from risam_cli.metrics.figures import summarize
+from risam_cli.metrics.protocols import PROTOCOLS, get_protocol
+from risam_cli.metrics.table import ExpressionScore
 from risam_cli.types import Expression, Sample
 
 #                       I    U    P    G  nothing  head

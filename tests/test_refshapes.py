@@ -17,18 +17,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from risam_cli.data.refshapes import (
-    COLORS,
-    FAMILIES,
-    HELD_OUT,
-    SHAPES,
-    VOCABULARY,
-    RefShapes,
-    SceneItem,
-    SceneObject,
-)
-from risam_cli.data.refshapes.scene import RADII
+from risam_cli.data.refshapes.dataset import FAMILIES, RefShapes, SceneItem
+from risam_cli.data.refshapes.scene import RADII, SceneObject
 from risam_cli.data.refshapes.shapes import outline
+from risam_cli.data.refshapes.vocabulary import COLORS, HELD_OUT, SHAPES, VOCABULARY
 from risam_cli.errors import UsageError
 
 SPLITS = ("train", "val", "testA", "testB")

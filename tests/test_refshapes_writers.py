@@ -14,7 +14,8 @@ from risam_cli import cli
 from risam_cli.commands import refshapes as command
 from risam_cli.data.images.images import open_rgb
 from risam_cli.data.readers.catalog import open_dataset
-from risam_cli.data.refshapes import FAMILIES, SPLIT_SCENES, Referring, RefShapes
+from risam_cli.data.refshapes.dataset import FAMILIES, SPLIT_SCENES, RefShapes
+from risam_cli.data.refshapes.expressions import Referring
 from risam_cli.data.refshapes.formats import annotation_id, image_id, phrase_structure
 from risam_cli.data.refshapes.writers import FORMATS, IMAGE_FORMATS, OWN, Plan, write_family
 from risam_cli.errors import OutputError, UsageError

@@ -12,7 +12,7 @@ from risam_cli.data.images.images import open_rgb
 from risam_cli.data.inputs.inputs import Inputs
 from risam_cli.data.readers.catalog import open_dataset
 from risam_cli.data.readers.pickle import load_plain_pickle
-from risam_cli.data.refshapes import VOCABULARY
+from risam_cli.data.refshapes.vocabulary import VOCABULARY
 from risam_cli.masks import rle as masks
 
 FOLDER = Path(__file__).resolve().parent.parent / "sample_data"

@@ -14,8 +14,9 @@ from conftest import REPO
 from made_parts import ENCODER, TEXT_MAKERS, sam_file
 
 from risam_cli.commands.refshapes import command as refshapes
-from risam_cli.settings.load import read_settings_file
-from risam_cli.settings.train import TrainSettings, check, merge
+from risam_cli.settings.base import merge
+from risam_cli.settings.load import check, read_settings_file
+from risam_cli.settings.train import TrainSettings
 from risam_cli.training.run import train
 from risam_cli.training.settings import complete, load_settings
 from risam_cli.weights.load import load_model

@@ -17,7 +17,7 @@ from made_parts import TEXT_MAKERS, frozen_run, sam_file
 from training_runs import RAW, settings, write_coco
 
 from risam_cli.cli import main
-from risam_cli.settings.train import merge
+from risam_cli.settings.base import merge
 
 
 @pytest.fixture(scope="module")

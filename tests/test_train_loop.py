@@ -15,7 +15,8 @@ from torch import nn
 from risam_cli.console.console import Console
 from risam_cli.errors import ConfigError, RisamError
 from risam_cli.inference.device import training_precision
-from risam_cli.settings.train import OptimizerSettings, TrainSettings, check
+from risam_cli.settings.load import check
+from risam_cli.settings.train import OptimizerSettings, TrainSettings
 from risam_cli.training.averaging import KeptWeights, weights_in
 from risam_cli.training.checkpoint import Checkpoints, Place, Untrained
 from risam_cli.training.data.collate import DenseBatch, ReferringBatch

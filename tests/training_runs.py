@@ -12,7 +12,9 @@ import torch
 from networks import SMALL
 from torch import Tensor
 
-from risam_cli.settings.train import TrainSettings, check, merge
+from risam_cli.settings.base import merge
+from risam_cli.settings.load import check
+from risam_cli.settings.train import TrainSettings
 from risam_cli.training.run import train
 
 MODEL = merge(

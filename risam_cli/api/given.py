@@ -18,7 +18,10 @@ from risam_cli.inference.loader import Loaded
 from risam_cli.types import Expression, Sample
 
 ImageLike = str | os.PathLike[str] | Pixels
-"""A path, an image of Pillow's, or an array: see :func:`risam_cli.data.images.memory.pixels_to_rgb`."""
+"""A path, an image of Pillow's, or an array.
+
+See :func:`risam_cli.data.images.memory.pixels_to_rgb`.
+"""
 
 Item = ImageLike | tuple[ImageLike, str | Sequence[str]]
 """An image, or an image with what is asked of it."""

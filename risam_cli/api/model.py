@@ -31,12 +31,12 @@ from risam_cli.api.given import (
     samples_of,
     texts_of,
 )
-from risam_cli.api.results import Result, Results, source_rgb
+from risam_cli.api.results import ExplanationResult, Result, Results, source_rgb
 from risam_cli.data.images.images import EncoderImage, read_for_encoder
 from risam_cli.errors import ImageError, ModelError, RisamError, UsageError
 from risam_cli.explain.attention import Attention, explain
-from risam_cli.explain.explanation import Explanation, Shown
-from risam_cli.explain.look import Look
+from risam_cli.explain.explainer import Explainer
+from risam_cli.explain.explanation import Shown
 from risam_cli.inference.device import choose_device, choose_precision, precision_name
 from risam_cli.inference.feeder import ReadySample
 from risam_cli.inference.pipeline import PredictSettings, compute_settings, predict_samples
@@ -358,7 +358,7 @@ class EncodedImage:
         points: Sequence[tuple[float, float]] = (),
         block: int | None = None,
         head: int | None = None,
-    ) -> Explanation:
+    ) -> ExplanationResult:
         """What ``risam explain`` shows: a page that a notebook displays, and files to ``save``.
 
         Args:
@@ -370,7 +370,7 @@ class EncodedImage:
             ImageError: the image cannot be read any more. ModelError: the network failed.
         """
         model, loaded = self._model, self._model._loaded
-        look = Look(
+        explainer = Explainer(
             model._session(model._settings),
             loaded.tokenizer,
             loaded.name,
@@ -381,7 +381,7 @@ class EncodedImage:
             source_rgb(self._source, self.size),
         )
         shown = Shown(tuple(points), block=block, head=head)
-        return look.explain(texts_of(expressions), shown)
+        return ExplanationResult.of(explainer.explain(texts_of(expressions), shown))
 
 
 def _error_of(failure: Failure) -> RisamError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import cv2
@@ -20,6 +21,9 @@ from risam_cli.drawing.drawing import no_larger
 from risam_cli.drawing.overlay import draw_overlay
 from risam_cli.drawing.png import encode_rgb, write_mask
 from risam_cli.errors import ImageError
+from risam_cli.explain.explanation import Explanation
+from risam_cli.explain.page import to_html
+from risam_cli.explain.write import write_explanation
 from risam_cli.masks import rle as masks
 from risam_cli.outputs.records import to_json
 from risam_cli.types import Failure, Prediction, Rle
@@ -27,6 +31,7 @@ from risam_cli.types import Failure, Prediction, Rle
 _SHOWN_SIDE = 640  # pixels of the longer side in a notebook
 _SHOWN_RESULTS = 24
 _GRAY = 128  # of the ground where the image is not at hand
+_FRAME = 760  # pixels of a notebook's frame
 
 
 class Result:
@@ -164,6 +169,30 @@ class Results(list[Result]):
             shown.append(f"<p>and {len(self) - _SHOWN_RESULTS} more</p>")
         shown += [f"<p>failed: {html.escape(failure.message)}</p>" for failure in self.failures]
         return f"<div>{''.join(shown)}</div>"
+
+
+@dataclass(frozen=True, slots=True)
+class ExplanationResult(Explanation):
+    """What the network looked at: saves itself, and shows itself in a notebook."""
+
+    @classmethod
+    def of(cls, explanation: Explanation) -> ExplanationResult:
+        """The same explanation, with ways to save and show it."""
+        return cls(*(getattr(explanation, field.name) for field in fields(explanation)))
+
+    def save(
+        self, output: str | Path, *, with_json: bool = False, overwrite: bool = False
+    ) -> list[str]:
+        """Writes what ``risam explain`` writes; see :func:`write_explanation`."""
+        return write_explanation(self, Path(output), with_json=with_json, overwrite=overwrite)
+
+    def _repr_html_(self) -> str:
+        """The page, in a frame of its own, for a notebook."""
+        page = html.escape(to_html(self))
+        return (
+            f'<iframe srcdoc="{page}" sandbox="allow-scripts" title="what the network looked at" '
+            f'style="width:100%;height:{_FRAME}px;border:0"></iframe>'
+        )
 
 
 def source_rgb(source: Path | Pixels | None, size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -117,6 +117,7 @@ def _explain(
     if not overwrite and output.is_dir() and any(output.iterdir()):
         raise OutputError(f"{output} is not empty", "choose another -o or give --overwrite")
     from risam_cli.console.console import get_console
+    from risam_cli.explain.write import write_explanation
 
     explanation = _look(image, expressions, **options)
     console = get_console()
@@ -130,7 +131,7 @@ def _explain(
             notes.append(f"the model does not know {', '.join(strange)}")
         for note in notes:
             console.warn(f"{attention.expression!r}: {note}")
-    for name in explanation.save(output, with_json=as_json, overwrite=overwrite):
+    for name in write_explanation(explanation, output, with_json=as_json, overwrite=overwrite):
         console.info(str(output / name))
     return EXIT_OK
 
@@ -151,8 +152,8 @@ def _look(
 ) -> Explanation:
     """Runs the network; torch is imported here and not before."""
     from risam_cli.data.images.images import open_rgb, read_for_encoder
+    from risam_cli.explain.explainer import Explainer
     from risam_cli.explain.explanation import Shown
-    from risam_cli.explain.look import Look
     from risam_cli.inference.device import choose_device, choose_precision
     from risam_cli.inference.pipeline import PredictSettings, compute_settings
     from risam_cli.inference.session import Session
@@ -171,5 +172,7 @@ def _look(
     scaled = read_for_encoder(Path(image), loaded.image_size, full_decode=full_decode)
     encoded = session.encode(scaled)
     bar = loaded.no_target_threshold if no_target_threshold is None else no_target_threshold
-    look = Look(session, loaded.tokenizer, loaded.name, loaded.hash, bar, encoded, image, rgb)
-    return look.explain(expressions, Shown(points, grid, block, head))
+    explainer = Explainer(
+        session, loaded.tokenizer, loaded.name, loaded.hash, bar, encoded, image, rgb
+    )
+    return explainer.explain(expressions, Shown(points, grid, block, head))

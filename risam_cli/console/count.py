@@ -5,13 +5,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from risam_cli.console.text import sanitize
-
-if TYPE_CHECKING:
-    pass
-
 
 STALLED = 30.0
 """Seconds without progress after which it is said that there is none."""

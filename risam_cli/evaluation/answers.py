@@ -12,7 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TextIO
 
-from risam_cli.data.images.images import file_sha256
+from risam_cli.data.images.files import file_sha256
 from risam_cli.data.readers.predictions import Answer, PredictionIndex
 from risam_cli.data.readers.source import OnFailure, SampleSource
 from risam_cli.errors import DataError, OutputError
@@ -20,8 +20,8 @@ from risam_cli.evaluation.run import ANSWERS_FILE
 from risam_cli.evaluation.scoring import Answered
 from risam_cli.files.durable import sync_file, sync_folder
 from risam_cli.files.patience import within
+from risam_cli.inference.finish import ImageResult, Raw
 from risam_cli.inference.loader import TIMEOUT
-from risam_cli.inference.pipeline import ImageResult, Raw
 from risam_cli.metrics.protocols import Protocol
 from risam_cli.types import Expression, Failure, Prediction, Sample
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -37,9 +36,6 @@ from risam_cli.evaluation.run import (
 from risam_cli.evaluation.scoring import answers_from_predictions
 from risam_cli.files.locks import PRIVATE, FolderLock
 from risam_cli.metrics.protocols import Protocol, get_protocol
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate(asked: Asked) -> int:

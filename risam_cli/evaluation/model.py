@@ -14,6 +14,7 @@ from risam_cli.evaluation.protocol import predict_by_protocol
 from risam_cli.evaluation.report.schema import AnswersPart, NoTargetFitPart, TimingPart
 from risam_cli.evaluation.request import Asked, Done, count
 from risam_cli.evaluation.run import EvalRun, FailureLog, drop_missing_images, run_evaluation
+from risam_cli.files.write import write_atomic
 from risam_cli.inference.device import (
     choose_device,
     choose_precision,
@@ -21,7 +22,8 @@ from risam_cli.inference.device import (
     precision_name,
 )
 from risam_cli.inference.feature_cache import cache_for
-from risam_cli.inference.pipeline import ImageResult, PredictSettings
+from risam_cli.inference.finish import ImageResult
+from risam_cli.inference.pipeline import PredictSettings
 from risam_cli.metrics.curves import fit_no_target
 from risam_cli.metrics.protocols import Protocol
 from risam_cli.types import Sample
@@ -155,7 +157,7 @@ def _store(folder: Path, threshold: float) -> None:
     config["model"]["no_target_threshold"] = threshold
     text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
     try:
-        model_folders.write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+        write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
     except OutputError as error:
         raise OutputError(
             f"{error.message}: the threshold {threshold:.6g} is not stored",

@@ -1,7 +1,7 @@
 """Predicting for protocols that compare masks elsewhere than at the image's size.
 
-The engine is that of :mod:`risam_cli.inference.pipeline`; only the rule that makes masks of logits is
-the protocol's own.
+The engine is that of :mod:`risam_cli.inference.pipeline`; only the rule that makes masks of logits
+is the protocol's own.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from risam_cli.data.images.transforms import fit_size, logits_to_size
 from risam_cli.evaluation.scoring import warp_through_letterbox
 from risam_cli.inference.compute import Model
 from risam_cli.inference.feature_cache import FeatureCache
+from risam_cli.inference.finish import ImageResult
 from risam_cli.inference.mask_rules import MaskRule, at_image_size
-from risam_cli.inference.pipeline import ImageResult, PredictSettings, predict_samples
+from risam_cli.inference.pipeline import PredictSettings, predict_samples
 from risam_cli.metrics.protocols import Protocol
 from risam_cli.types import Sample
 

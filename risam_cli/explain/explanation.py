@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.explain.attention import Attention
-from risam_cli.explain.look import write_explanation
 from risam_cli.types import Prediction
 
 Point = tuple[float, float]
-
-
-_FRAME = 760  # pixels of a notebook's frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +63,6 @@ class Explanation:
             ((column + 0.5) * width / columns, (row + 0.5) * height / rows)
             for row in range(rows)
             for column in range(columns)
-        )
-
-    def save(
-        self, output: str | Path, *, with_json: bool = False, overwrite: bool = False
-    ) -> list[str]:
-        """Writes what ``risam explain`` writes; see :func:`write_explanation`."""
-        return write_explanation(self, Path(output), with_json=with_json, overwrite=overwrite)
-
-    def _repr_html_(self) -> str:
-        """The page, in a frame of its own, for a notebook."""
-        from risam_cli.explain.page import to_html
-
-        page = html.escape(to_html(self))
-        return (
-            f'<iframe srcdoc="{page}" sandbox="allow-scripts" title="what the network looked at" '
-            f'style="width:100%;height:{_FRAME}px;border:0"></iframe>'
         )
 
 

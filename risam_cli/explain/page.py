@@ -14,12 +14,13 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from numpy.typing import NDArray
 
 from risam_cli.drawing.drawing import no_larger, outline, webp_uri
+from risam_cli.drawing.html import page_environment
 from risam_cli.explain.attention import Attention
 from risam_cli.explain.explanation import Explained, Explanation, spread
 from risam_cli.explain.picture import HEAT, word_colors
@@ -96,17 +97,12 @@ def chosen_maps(explanation: Explanation) -> tuple[list[Key], str]:
 
 @cache
 def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("risam_cli.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=False,
-    )
+    return page_environment("risam_cli.explain")
 
 
 @cache
 def _script() -> str:
-    return files("risam_cli.reports").joinpath("templates/explain.js").read_text(encoding="utf-8")
+    return files("risam_cli.explain").joinpath("templates/explain.js").read_text(encoding="utf-8")
 
 
 def _marks(width: int, height: int) -> tuple[int, int]:

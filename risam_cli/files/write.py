@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from risam_cli.drawing.png import _counter
 from risam_cli.errors import OutputError
 from risam_cli.files.durable import sync_folder
 
-if TYPE_CHECKING:
-    pass
+_counter = itertools.count()
 
 
 def write_atomic(path: Path, write: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.data.images.images import FileStamp
+from risam_cli.data.images.files import FileStamp
 from risam_cli.errors import ImageError, OutputError, RisamError
 from risam_cli.inference.jobs import Answer
 from risam_cli.inference.loader import Loaded

@@ -21,13 +21,8 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from risam_cli.data.images.images import (
-    MAX_PIXELS,
-    EncoderImage,
-    FileStamp,
-    file_stamp,
-    read_for_encoder,
-)
+from risam_cli.data.images.files import FileStamp, file_stamp
+from risam_cli.data.images.images import MAX_PIXELS, EncoderImage, read_for_encoder
 from risam_cli.errors import ImageError
 
 if TYPE_CHECKING:

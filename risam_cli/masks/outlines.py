@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.masks.rle import Mask, to_polygons
+from risam_cli.masks.polygons import Mask, to_polygons
 
 Ring = NDArray[np.float64]
 """(N, 2) vertices x, y in pixels; open: the last is not the first again."""

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from risam_cli.data.images.images import FileStamp
+from risam_cli.data.images.files import FileStamp
 from risam_cli.errors import OutputError
 from risam_cli.outputs.naming import GALLERY, MASKS, OVERLAYS
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from risam_cli.console.console import get_console
-from risam_cli.data.images.images import file_sha256, file_stamp
+from risam_cli.data.images.files import file_sha256, file_stamp
 from risam_cli.data.inputs.inputs import Entry
 from risam_cli.errors import OutputError
 from risam_cli.files.durable import sync_file, sync_folder

@@ -31,10 +31,16 @@ from risam_cli.interrupts import stopping
 from risam_cli.runs.folder import RunFolder
 from risam_cli.runs.gallery import write_gallery
 from risam_cli.runs.ledger import settings_hash
-from risam_cli.runs.plan import NamedModel as NamedModel
-from risam_cli.runs.plan import RunPlan as RunPlan
-from risam_cli.runs.plan import count_lines, peak_memory_mb, plan_to_go_on, run_settings, versions
-from risam_cli.runs.plan import identity_of as identity_of
+from risam_cli.runs.plan import (
+    NamedModel,
+    RunPlan,
+    count_lines,
+    identity_of,
+    peak_memory_mb,
+    plan_to_go_on,
+    run_settings,
+    versions,
+)
 from risam_cli.runs.resume import Kept, check_inputs, prepare, still_to_do
 from risam_cli.runs.stager import Stager
 from risam_cli.runs.writer import RunWriter, Tally

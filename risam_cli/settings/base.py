@@ -7,11 +7,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from risam_cli.settings.data import CocoData as CocoData
-from risam_cli.settings.data import DataSettings as DataSettings
-from risam_cli.settings.data import RefShapesData as RefShapesData
-from risam_cli.settings.load import check as check
-
 
 class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values cannot change."""

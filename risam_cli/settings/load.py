@@ -13,11 +13,7 @@ from pydantic import ValidationError
 from risam_cli.errors import ConfigError
 from risam_cli.files.jsonlines import brief, read_text
 from risam_cli.files.safe_yaml import load_yaml
-from risam_cli.settings.base import Settings
-from risam_cli.settings.base import merge as merge
-from risam_cli.settings.data import CocoData as CocoData
-from risam_cli.settings.data import DataSettings as DataSettings
-from risam_cli.settings.data import RefShapesData as RefShapesData
+from risam_cli.settings.base import Settings, merge
 
 EXTENDS = "extends"
 _LONGEST = 16 << 20  # bytes

@@ -7,12 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from risam_cli.settings.base import Positive, Settings
-from risam_cli.settings.base import merge as merge
-from risam_cli.settings.data import CocoData as CocoData
-from risam_cli.settings.data import DataSettings as DataSettings
-from risam_cli.settings.data import RefShapesData as RefShapesData
-from risam_cli.settings.load import check as check
+from risam_cli.settings.base import Positive, Settings, merge
 from risam_cli.settings.presets import PRESETS
 
 

@@ -10,12 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from risam_cli.files.sizes import parse_size
 from risam_cli.metrics.figures import FIGURES
 from risam_cli.settings.base import Positive, Settings
-from risam_cli.settings.base import merge as merge
-from risam_cli.settings.data import AugmentSettings
-from risam_cli.settings.data import CocoData as CocoData
-from risam_cli.settings.data import DataSettings as DataSettings
-from risam_cli.settings.data import RefShapesData as RefShapesData
-from risam_cli.settings.load import check as check
+from risam_cli.settings.data import AugmentSettings, DataSettings, RefShapesData
 from risam_cli.settings.model import ModelSettings
 
 
@@ -63,6 +58,50 @@ class LossSettings(Settings):
     iou: float = Field(0.2, ge=0)
     focal_gamma: float = Field(0.0, ge=0)
     target_size: int = Field(128, gt=0, description="side of the masks that the loss compares")
+
+
+class OptimizerSettings(Settings):
+    """AdamW, its rate over the steps, and what keeps it steady."""
+
+    weight_decay: float = Field(
+        0.02, ge=0, description="of matrices; norms, biases, embeddings and position tables have 0"
+    )
+    beta2: float = Field(0.99, gt=0, lt=1)
+    clip_norm: float = Field(1.0, gt=0, description="the gradient's norm is cut to this")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="0 keeps no moving average")
+    schedule: Literal["cosine", "polynomial", "constant"] = Field(
+        "cosine", description="how the rate comes down after the warm-up"
+    )
+    power: float = Field(0.9, gt=0, description="of the polynomial schedule")
+    floor: float = Field(0.01, ge=0, le=1, description="part of the rate that is left at the end")
+
+
+class EarlyStoppingSettings(Settings):
+    """Ends a stage that has stopped getting better."""
+
+    patience: int = Field(gt=0, description="validations in a row that may bring nothing")
+    figure: str | None = Field(None, description="the figure to watch; by default best_by")
+    min_delta: float = Field(0.0, ge=0, description="less than this more is nothing")
+
+
+class AveragingSettings(Settings):
+    """At the end, the mean of several validated weights of the last stage becomes a model too."""
+
+    count: int = Field(gt=1, description="how many are averaged")
+    of: Literal["best", "last"] = Field("best", description="which: by best_by, or the newest")
+
+
+class FeatureCacheSettings(Settings):
+    """Keeps the frozen image encoder's features on disk, for all epochs, runs and commands."""
+
+    folder: str = Field(description="may be shared with other runs, and with predict and eval")
+    limit: str = Field("50GB", description="how large the folder may get")
+
+    @field_validator("limit")
+    @classmethod
+    def _is_size(cls, value: str) -> str:
+        parse_size(value)
+        return value
 
 
 class TrainSettings(Settings):
@@ -156,47 +195,3 @@ class TrainSettings(Settings):
             ]
             hint = f"did you mean {near[0]!r}" if near else f"one of {', '.join(FIGURES)}"
             raise ValueError(f"{name!r} is no figure of the validation; {hint}")
-
-
-class OptimizerSettings(Settings):
-    """AdamW, its rate over the steps, and what keeps it steady."""
-
-    weight_decay: float = Field(
-        0.02, ge=0, description="of matrices; norms, biases, embeddings and position tables have 0"
-    )
-    beta2: float = Field(0.99, gt=0, lt=1)
-    clip_norm: float = Field(1.0, gt=0, description="the gradient's norm is cut to this")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="0 keeps no moving average")
-    schedule: Literal["cosine", "polynomial", "constant"] = Field(
-        "cosine", description="how the rate comes down after the warm-up"
-    )
-    power: float = Field(0.9, gt=0, description="of the polynomial schedule")
-    floor: float = Field(0.01, ge=0, le=1, description="part of the rate that is left at the end")
-
-
-class EarlyStoppingSettings(Settings):
-    """Ends a stage that has stopped getting better."""
-
-    patience: int = Field(gt=0, description="validations in a row that may bring nothing")
-    figure: str | None = Field(None, description="the figure to watch; by default best_by")
-    min_delta: float = Field(0.0, ge=0, description="less than this more is nothing")
-
-
-class AveragingSettings(Settings):
-    """At the end, the mean of several validated weights of the last stage becomes a model too."""
-
-    count: int = Field(gt=1, description="how many are averaged")
-    of: Literal["best", "last"] = Field("best", description="which: by best_by, or the newest")
-
-
-class FeatureCacheSettings(Settings):
-    """Keeps the frozen image encoder's features on disk, for all epochs, runs and commands."""
-
-    folder: str = Field(description="may be shared with other runs, and with predict and eval")
-    limit: str = Field("50GB", description="how large the folder may get")
-
-    @field_validator("limit")
-    @classmethod
-    def _is_size(cls, value: str) -> str:
-        parse_size(value)
-        return value

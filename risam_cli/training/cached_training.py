@@ -21,7 +21,7 @@ _READERS = 8
 
 @dataclass(frozen=True)
 class KeyedBatch(ReferringBatch):
-    """A batch with the key of each image; see :func:`risam_cli.inference.feature_cache.image_key`."""
+    """A batch with each image's key; see :func:`risam_cli.inference.feature_cache.image_key`."""
 
     keys: tuple[str, ...] = ()
 

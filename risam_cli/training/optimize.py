@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from risam_cli.settings.train import OptimizerSettings
-
-if TYPE_CHECKING:
-    pass
-
-import math
-import warnings
-from contextlib import AbstractContextManager, nullcontext
-
 from torch.nn.parallel import DistributedDataParallel
 
+from risam_cli.settings.train import OptimizerSettings
 from risam_cli.training.distributed import Processes
 from risam_cli.training.tasks import Task
 

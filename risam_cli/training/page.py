@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from risam_cli.drawing.html import page_environment
 from risam_cli.drawing import svg
 from risam_cli.files.write import write_atomic
 from risam_cli.training.log import INDEX, METRICS, PICTURES
@@ -81,9 +81,7 @@ def to_html(folder: Path, command: Sequence[str], outcome: str) -> str:
     resolved = (folder / "config.resolved.yaml").read_text(encoding="utf-8")
     settings = yaml.safe_load(resolved)
     best = _best(rows)
-    environment = Environment(
-        loader=PackageLoader("risam_cli.reports"), autoescape=True, undefined=StrictUndefined
-    )
+    environment = page_environment("risam_cli.training")
     environment.filters["percent"] = lambda v: "–" if v is None else f"{100 * v:.2f}"
     page = environment.get_template("training.html.j2").render(
         settings=settings,

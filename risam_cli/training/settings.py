@@ -6,12 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from risam_cli.settings.base import merge as merge
-from risam_cli.settings.data import CocoData as CocoData
-from risam_cli.settings.data import DataSettings as DataSettings
-from risam_cli.settings.data import RefShapesData as RefShapesData
-from risam_cli.settings.load import apply_override, read_settings_file
-from risam_cli.settings.load import check as check
+from risam_cli.settings.base import merge
+from risam_cli.settings.load import apply_override, check, read_settings_file
 from risam_cli.settings.train import TrainSettings
 from risam_cli.weights import folder as model_folders
 

@@ -156,7 +156,7 @@ def new_text_parts(settings: TextEncoderSettings) -> TextParts:
 
 
 def add_lora(backbone: nn.Module, kind: str, settings: TextEncoderSettings) -> None:
-    """Adds the side paths of the settings, if they ask for any; see :mod:`risam_cli.weights.lora`."""
+    """Adds the settings' side paths, if they ask for any; see :mod:`risam_cli.weights.lora`."""
     side = settings.lora
     if side is not None:
         lora.add_lora(backbone, kind, side.rank, side.alpha, side.dropout, side.targets)

@@ -6,23 +6,20 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from risam_cli.errors import ModelError, RisamError, UsageError
 from risam_cli.model.risam import Risam
+from risam_cli.settings.load import check
 from risam_cli.settings.model import ModelSettings, TextEncoderSettings
-from risam_cli.settings.train import check
 from risam_cli.weights import folder as model_folders
 from risam_cli.weights import frozen, lora
+from risam_cli.weights.build import TextParts, add_lora, build_model
 from risam_cli.weights.plausible import require_plausible
 from risam_cli.weights.tokenizer import TextTokenizer
-
-if TYPE_CHECKING:
-    pass
-from risam_cli.weights.build import TextParts, add_lora, build_model
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ def load_model(
 def _require_plausible(
     stored: model_folders.StoredModel, settings: ModelSettings, needs: Sequence[frozen.Needed]
 ) -> None:
-    """Before any memory is taken on the word of config.json; see :mod:`risam_cli.weights.plausible`."""
+    """Before any memory is taken on config.json's word; see :mod:`risam_cli.weights.plausible`."""
     elements, tensors = model_folders.count_weights(stored.folder / model_folders.WEIGHTS_FILE)
     for needed in needs:
         # A file with this size and hash is there; a weight takes a byte at least.

@@ -31,10 +31,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from risam_cli.data.images.files import FileStamp as FileStamp
-from risam_cli.data.images.files import digest_of, open_regular, stamp_of
-from risam_cli.data.images.files import file_sha256 as file_sha256
-from risam_cli.data.images.files import file_stamp as file_stamp
+from risam_cli.data.images.files import (
+    FileStamp,
+    digest_of,
+    open_regular,
+    stamp_of,
+)
 from risam_cli.data.images.transforms import fit_size, resize_for_encoder
 from risam_cli.errors import ImageError
 

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from risam_cli.data.images.images import EncoderImage, FileStamp, Rgb, decoding, fit_image, to_rgb
+from risam_cli.data.images.files import FileStamp
+from risam_cli.data.images.images import EncoderImage, Rgb, decoding, fit_image, to_rgb
 from risam_cli.errors import ImageError
 
 Pixels = Image.Image | NDArray[np.generic]

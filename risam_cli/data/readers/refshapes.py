@@ -27,7 +27,7 @@ from risam_cli.masks import rle as masks
 from risam_cli.types import Rle
 
 if TYPE_CHECKING:
-    from risam_cli.data.refshapes import RefShapes, SceneItem
+    from risam_cli.data.refshapes.dataset import RefShapes, SceneItem
 
 
 BENCHMARKS = {
@@ -45,13 +45,13 @@ def open_refshapes(
     """The index of a split of RefShapes, nothing of it drawn yet.
 
     Args:
-        family, split, scenes, seed: as :class:`risam_cli.data.refshapes.RefShapes`.
+        family, split, scenes, seed: as :class:`risam_cli.data.refshapes.dataset.RefShapes`.
         folder: where a scene's PNG is written at the moment it is asked for.
 
     Raises:
         UsageError: no such family or split.
     """
-    from risam_cli.data.refshapes import RefShapes
+    from risam_cli.data.refshapes.dataset import RefShapes
 
     made = RefShapes(family, split, scenes=scenes, seed=seed)
     counts = {"images": len(made), "expressions": len(made) * made.expressions_per_scene}

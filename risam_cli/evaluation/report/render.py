@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
 from risam_cli.drawing import svg
+from risam_cli.drawing.html import page_environment
 from risam_cli.evaluation.report import text
 from risam_cli.evaluation.report.gallery import ANSWER, TRUTH, Picture
 from risam_cli.evaluation.report.schema import Report, SlicePart
@@ -59,13 +60,8 @@ def to_html(report: Report, pictures: Mapping[str, Sequence[Picture]]) -> str:
 
 @cache
 def _environment(*, autoescape: bool) -> Environment:
-    environment = Environment(
-        loader=PackageLoader("risam_cli.reports"),
-        autoescape=autoescape,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        trim_blocks=False,
-    )
+    environment = page_environment("risam_cli.evaluation.report", autoescape=autoescape)
+    environment.keep_trailing_newline = True
     filters: dict[str, Callable[..., Any]] = {
         "percent": text.percent,
         "interval": text.interval,

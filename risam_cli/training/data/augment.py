@@ -1,4 +1,6 @@
-"""Changed pictures whose expressions are still true (ours); see :mod:`risam_cli.training.data.wording`.
+"""Changed pictures whose expressions are still true (ours).
+
+See :mod:`risam_cli.training.data.wording`.
 
 Everything drawn is a function of seed, epoch and item, so that a resumed run, and a run with
 other workers, sees the very same pictures.

@@ -1,10 +1,9 @@
-"""An image with what the network attended to, put together for pictures, page and JSON."""
+"""An explanation as files: a picture an expression, one page, and the raw maps as JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,79 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.drawing.png import encode_rgb
-from risam_cli.errors import ModelError, UsageError
-from risam_cli.explain.attention import Attention, explain
-from risam_cli.explain.explanation import Explained, Explanation, Shown
+from risam_cli.explain.attention import Attention
+from risam_cli.explain.explanation import Explained, Explanation
+from risam_cli.explain.page import to_html
+from risam_cli.explain.picture import draw_explanation
 from risam_cli.export.folder import ExportFolder
-from risam_cli.inference.device import describe_device
-from risam_cli.inference.session import Encoded, Session
 from risam_cli.outputs.naming import slug
 from risam_cli.outputs.records import to_json
-from risam_cli.types import Expression, Sample
 from risam_cli.version import __version__
-from risam_cli.weights.tokenizer import TextTokenizer
 
 PAGE = "explain.html"
 MAPS = "explain.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """A model at an image.
-
-    Attributes:
-        name, hash: the model's.
-        bar: probability of "nothing fits" above which a mask is emptied.
-        image: the image's name; rgb: (H, W, 3) uint8.
-    """
-
-    session: Session
-    tokenizer: TextTokenizer
-    name: str
-    hash: str
-    bar: float
-    encoded: Encoded
-    image: str
-    rgb: NDArray[np.uint8]
-
-    def explain(self, expressions: Sequence[str], shown: Shown) -> Explanation:
-        """What the network looked at for each of the expressions.
-
-        Raises:
-            UsageError: a point that is not in the image, a block or head that there is not.
-            ModelError: the network failed.
-        """
-        explained = tuple(self._one(text, shown) for text in expressions)
-        some = explained[0].attention.blocks > 0
-        return Explanation(
-            self.image,
-            self.rgb,
-            self.name,
-            self.hash,
-            describe_device(self.session.settings.device),
-            explained,
-            shown.points,
-            shown.grid,
-            shown.block if some else None,
-            shown.head if some else None,
-        )
-
-    def _one(self, text: str, shown: Shown) -> Explained:
-        attention = explain(self.session, self.tokenizer, self.encoded, text)
-        blocks, heads = attention.blocks, attention.heads
-        for name, value, count in (("block", shown.block, blocks), ("head", shown.head, heads)):
-            if value is not None and count and not 0 <= value < count:
-                raise UsageError(
-                    f"{name} {value}: the model {self.name!r} has {count} {name}s",
-                    f"give 0 to {count - 1}",
-                )
-        for x, y in shown.points:
-            attention.region_at(x, y)
-        sample = Sample(self.image, Path(self.image), (Expression(f"{self.image}#0", text),))
-        found = self.session.ask(self.encoded, sample, self.bar)
-        if found.failures:
-            raise ModelError(found.failures[0].message)
-        return Explained(found.predictions[0], attention)
 
 
 def picture_names(explanation: Explanation) -> list[str]:
@@ -107,9 +44,6 @@ def write_explanation(
     Raises:
         OutputError: the folder has files and ``overwrite`` is not set, or cannot be written.
     """
-    from risam_cli.explain.page import to_html
-    from risam_cli.explain.picture import draw_explanation
-
     page = to_html(explanation).encode("utf-8", "backslashreplace")
     pictures = picture_names(explanation)
     names = [*pictures, PAGE, *([MAPS] if with_json else [])]
