@@ -1,7 +1,8 @@
 """The ways of attention with relative positions, one against the other, at the sizes that matter.
 
 What :func:`risam_cli.model.fast.attention.choose_way` takes rests on this. FlexAttention, which
-has to be compiled first, is timed on a GPU only; ``plain`` is attention as segment_anything writes it.
+has to be compiled first, is timed on a GPU only; ``plain`` is attention as segment_anything writes
+it.
 """
 
 from __future__ import annotations

@@ -12,31 +12,20 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
+from support.cli import Cli
+from support.paths import REPO
 
 from risam_cli.console.console import Console, set_console
-
-REPO = Path(__file__).resolve().parent.parent
 
 # A loaded machine must not fail a property test for its time.
 settings.register_profile("risam", deadline=None, max_examples=60)
 settings.load_profile("risam")
-
-
-class Cli(Protocol):
-    def __call__(
-        self,
-        *args: str | Path,
-        input: str | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
-        timeout: float = 300,
-    ) -> subprocess.CompletedProcess[str]: ...
 
 
 @pytest.fixture(autouse=True)

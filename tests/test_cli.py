@@ -16,8 +16,9 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
-from conftest import REPO, Cli
-from docs_blocks import calls, wrong_usage
+from support.cli import Cli
+from support.docs_blocks import calls, wrong_usage
+from support.paths import REPO
 
 from risam_cli.cli import COMMANDS, main, root
 from risam_cli.commands import options

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import hostile_images
 import pytest
-from browser import Browser, find_browser
+from support import hostile_images
+from support.browser import Browser, find_browser
 
 from risam_cli import cli
 from risam_cli.training.page import write_page

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from support.paths import REPO
 
 from risam_cli.cli import COMMANDS
 
-MAX_FILE = 400  # lines of the package's files; tests are lists of cases and may be longer
-MAX_TEST_FILE = 600
+MAX_FILE = 600  # lines of the package's files; tests are lists of cases and may be longer
+MAX_TEST_FILE = 700
 MAX_FUNCTION = 60  # lines, without its docstring
 
 PACKAGE = sorted((REPO / "risam_cli").rglob("*.py"))
@@ -74,7 +74,7 @@ def _code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 @pytest.mark.parametrize("path", ALL, ids=_name)
 def test_a_file_and_its_functions_are_short_enough_to_read(path: Path) -> None:
-    limit = MAX_TEST_FILE if path.parent.name == "tests" else MAX_FILE
+    limit = MAX_TEST_FILE if REPO / "tests" in path.parents else MAX_FILE
     assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
     long = {
         node.name: _code_lines(node)
@@ -132,13 +132,15 @@ def test_imports_point_one_way() -> None:
 
 def test_torch_stays_out_of_what_needs_none() -> None:
     """Every torch-free module, imported in one process."""
-    modules = ["masks", "polygons", "types", "errors", "console", "cli", "checkpoints"]
+    folders = ("console", "data/readers", "data/refshapes", "drawing", "export", "files")
+    folders += ("masks", "metrics", "outputs", "settings")
+    modules = ["types", "errors", "cli", "interrupts", "weights.folder"]
     modules += [f"commands.{module}" for module, _ in COMMANDS.values()]
     modules += [
         ".".join(path.relative_to(REPO / "risam_cli").with_suffix("").parts).removesuffix(
             ".__init__"
         )
-        for folder in ("data/readers", "data/refshapes", "outputs")
+        for folder in folders
         for path in (REPO / "risam_cli" / folder).rglob("*.py")
     ]
     script = "import importlib, sys\n" + "\n".join(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import REPO
 
 from risam_cli.data.images.images import open_rgb
 from risam_cli.data.inputs.inputs import Inputs
@@ -15,7 +16,7 @@ from risam_cli.data.readers.pickle import load_plain_pickle
 from risam_cli.data.refshapes.vocabulary import VOCABULARY
 from risam_cli.masks import rle as masks
 
-FOLDER = Path(__file__).resolve().parent.parent / "sample_data"
+FOLDER = REPO / "sample_data"
 BY_HAND = {"README.md", "make_sample_data.py"}
 
 

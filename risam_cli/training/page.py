@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from risam_cli.drawing.html import page_environment
 from risam_cli.drawing import svg
+from risam_cli.drawing.html import page_environment
 from risam_cli.files.write import write_atomic
 from risam_cli.training.log import INDEX, METRICS, PICTURES
 from risam_cli.version import __version__

@@ -23,8 +23,8 @@ class Stage:
     Attributes:
         groups: AdamW's parameter groups, each with its ``base_lr``.
         data: examples, by epoch too (see :class:`risam_cli.training.batches.PlannedBatches`).
-            Where it has them, ``expressions_of(index)`` evens out the processes, and ``name_of(index)``
-            names an example in messages.
+            Where it has them, ``expressions_of(index)`` evens out the processes, and
+            ``name_of(index)`` names an example in messages.
         collate: makes a batch of examples.
         accumulate: parts that a step's images go through the network in.
         validate: gives figures of the present weights, ``best`` to maximize, ``watched`` for early

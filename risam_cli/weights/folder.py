@@ -44,7 +44,7 @@ _LONGEST_JSON = 1 << 20  # bytes of config.json and of card.json
 _LONGEST_TOKENIZER = 1 << 27
 _DEEPEST = 32  # levels of config.json and of card.json
 
-BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED = Path(__file__).resolve().parents[1] / "bundled"
 DEFAULT_MODEL = "refshapes-tiny"
 
 

@@ -201,7 +201,7 @@ _BERT_NUMBERS = (
 
 
 def _is_plain_bert(values: Mapping[str, Any]) -> bool:
-    """Whether it is BERT as published, which :mod:`risam_cli.weights.bert` reads; all its numbers."""
+    """Whether it is BERT as published, as :mod:`risam_cli.weights.bert` reads it."""
     return (
         values.get("model_type") == "bert"
         and values.get("hidden_act") == "gelu"

@@ -1,0 +1,158 @@
+"""Decoding one expression after another gives what the batch gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.networks import WITH_STEM, in_double, noise, relative_error, small_model
+from torch import Tensor
+
+from risam_cli.model import risam
+from risam_cli.model.fast import by_expression
+from risam_cli.model.mask_decoder import Decoded
+from risam_cli.model.risam import ImageFeatures, Risam
+from risam_cli.model.text_encoder import TextFeatures
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "stem": WITH_STEM,
+    "evidence": {"decoder": {"no_target_evidence": True}},
+    "no Vision-Guided Attention": {"fusion": {"vision_guided": False}},
+    "no Language-Guided Attention": {"fusion": {"language_guided": False}},
+    "neither": {"fusion": {"vision_guided": False, "language_guided": False}},
+    "no query token": {"decoder": {"query_token": False}},
+    "one layer": {"decoder": {"layers": 1}},
+}
+DIM, MASK_DIM = 16, 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_grids_too() -> Iterator[None]:
+    before = risam.BATCHED_BELOW
+    risam.BATCHED_BELOW = 0
+    yield
+    risam.BATCHED_BELOW = before
+
+
+def features(
+    model: Risam, grid: tuple[int, int], images: int, lengths: list[int]
+) -> tuple[ImageFeatures, TextFeatures]:
+    """Random ones in double precision; what stands at padded words must not matter."""
+    height, width = grid
+    fine = None
+    if model.mask_decoder.fine is not None:
+        fine = noise(images, MASK_DIM, 4 * height, 4 * width, seed=4).double()
+    longest = max(lengths)
+    valid = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    words = noise(len(lengths), longest, DIM, seed=2).double()
+    text = TextFeatures(words, valid, noise(len(lengths), DIM, seed=3).double())
+    return ImageFeatures(noise(images, DIM, height, width, seed=1).double(), fine), text
+
+
+def both(
+    model: Risam, image: ImageFeatures, text: TextFeatures, owner: list[int]
+) -> tuple[Decoded, Decoded]:
+    """By expression, and in one batch."""
+    index = torch.tensor(owner)
+    assert not model._goes_by_expression(image.visual, len(owner))  # gradients are wanted
+    batched = model.decode(image, text, index)
+    with torch.inference_mode():
+        assert model._goes_by_expression(image.visual, len(owner))
+        return model.decode(image, text, index), batched
+
+
+def assert_equal(found: Decoded, expected: Decoded) -> None:
+    for name in ("mask_logits", "iou", "no_target_logits"):
+        a, b = getattr(found, name), getattr(expected, name).detach()
+        assert a.shape == b.shape
+        assert relative_error(a, b) < 1e-10, name
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_every_switch(switch: str) -> None:
+    model, _ = small_model(**SWITCHES[switch])
+    in_double(model)
+    image, text = features(model, (4, 4), 2, [3, 5, 1, 2])
+    assert_equal(*both(model, image, text, [1, 0, 1, 1]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    grid=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    owners=st.lists(st.integers(0, 2), min_size=4, max_size=4),
+    rows=st.integers(1, 50),
+    stem=st.booleans(),
+)
+def test_any_grid_any_lengths_any_parts(
+    grid: tuple[int, int], lengths: list[int], owners: list[int], rows: int, stem: bool
+) -> None:
+    model, _ = small_model(**(WITH_STEM if stem else {}))
+    in_double(model)
+    image, text = features(model, grid, 3, lengths)
+    before = by_expression.ROWS
+    by_expression.ROWS = rows
+    try:
+        assert_equal(*both(model, image, text, owners[: len(lengths)]))
+    finally:
+        by_expression.ROWS = before
+
+
+def test_an_expression_does_not_depend_on_those_beside_it() -> None:
+    """To the bit, whatever stands before it and however long the longest is."""
+    model, _ = small_model()
+    image, text = features(model, (4, 4), 1, [3, 6, 2])
+    image = ImageFeatures(image.visual.float(), None)
+    with torch.inference_mode():
+        whole = model.decode(image, _cut(text, slice(0, 3), 6), torch.tensor([0, 0, 0]))
+        alone = model.decode(image, _cut(text, slice(2, 3), 2), torch.tensor([0]))
+    assert torch.equal(whole.mask_logits[2], alone.mask_logits[0])
+    assert torch.equal(whole.no_target_logits[2], alone.no_target_logits[0])
+
+
+def _cut(text: TextFeatures, rows: slice, length: int) -> TextFeatures:
+    words: Tensor = text.words[rows, :length].float()
+    return TextFeatures(words, text.valid[rows, :length], text.sentence[rows].float())
+
+
+def test_features_of_the_image_are_left_as_they_are() -> None:
+    model, _ = small_model(**WITH_STEM)
+    in_double(model)
+    image, text = features(model, (4, 4), 1, [3, 3])
+    assert image.fine is not None
+    visual, fine = image.visual.clone(), image.fine.clone()
+    with torch.inference_mode():
+        model.decode(image, text, torch.tensor([0, 0]))
+    assert torch.equal(image.visual, visual)
+    assert torch.equal(image.fine, fine)
+
+
+def test_no_expression_at_all() -> None:
+    model, _ = small_model()
+    image, text = features(model, (4, 4), 1, [1])
+    none = TextFeatures(text.words[:0], text.valid[:0], text.sentence[:0])
+    in_double(model)
+    with torch.inference_mode():
+        found = model.decode(image, none, torch.tensor([], dtype=torch.long))
+    assert found.mask_logits.shape == (0, 16, 16)
+    assert found.iou.shape == found.no_target_logits.shape == (0,)
+
+
+def test_small_grids_go_in_batches_and_single_expressions_never(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(risam, "BATCHED_BELOW", 512)
+    model, _ = small_model()
+    with torch.inference_mode():
+        small, large = noise(1, DIM, 16, 16), noise(1, DIM, 32, 16)
+        assert not model._goes_by_expression(small, 2)
+        assert model._goes_by_expression(small, 1)
+        assert model._goes_by_expression(large, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not model._goes_by_expression(large, 2)
+    assert not model._goes_by_expression(large, 2)  # gradients are wanted

@@ -1,0 +1,102 @@
+"""One call of predict on a fake network, for the tests of runs and of faults."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+
+from risam_cli.data.images.images import MAX_PIXELS
+from risam_cli.data.inputs.inputs import Inputs
+from risam_cli.inference.pipeline import PredictSettings
+from risam_cli.runs.folder import RunFolder
+from risam_cli.runs.ledger import LEDGER
+from risam_cli.runs.plan import RunPlan
+from risam_cli.runs.run import run_predict
+from risam_cli.runs.stager import Saving
+from support.predict_fakes import FakeModel
+
+CPU = torch.device("cpu")
+FILES = ("predictions.jsonl", "failures.jsonl")
+
+
+def draw_pictures(folder: Path, count: int = 8) -> Path:
+    """Images of different sizes, one of them broken."""
+    for number in range(count):
+        path = folder / ("sub" if number % 3 == 0 else ".") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if number == 4:
+            path.write_text("not an image")
+            continue
+        draw(path, number)
+    return folder
+
+
+def draw(path: Path, number: int) -> None:
+    rgb = np.zeros((12 + number, 24, 3), np.uint8)
+    rgb[:, 4 + number : 18] = 255 - number
+    Image.fromarray(rgb).save(path)
+
+
+@dataclass
+class Run:
+    """One call of predict on a fake network."""
+
+    inputs: Sequence[str | Path]
+    output: Path
+    e: Sequence[str] = ("bright", "the thing")
+    model: FakeModel = field(default_factory=FakeModel)
+    overwrite: bool = False
+    saving: Saving = field(default_factory=lambda: Saving(True, False, MAX_PIXELS))
+    settings: PredictSettings = field(
+        default_factory=lambda: PredictSettings(CPU, batch_size=2, lookahead=16)
+    )
+    stream: BinaryIO | None = None
+    plan: dict[str, Any] = field(default_factory=dict)
+
+    def go(self) -> int:
+        inputs = Inputs([str(one) for one in self.inputs], self.e)
+        inputs.check()
+        plan = RunPlan(inputs, self.settings, self.saving, **self.plan)
+        with RunFolder(self.output) as folder:
+            if self.overwrite:
+                folder.start_anew()
+            return run_predict(plan, self.model, folder, self.stream)
+
+    @property
+    def encoded(self) -> int:
+        return len(self.model.model.encoded)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What a run wrote, but for what may differ: the ledger's stamps and run.json."""
+    found = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".risam" not in path.parts and path.name != "run.json"
+    }
+    found.pop(LEDGER, None)
+    return found
+
+
+def run_json(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    return loaded
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing of the project catches it."""
+
+
+def kill_at(model: FakeModel, image: int) -> None:
+    def check(pixels: torch.Tensor) -> None:
+        if len(model.model.encoded) == image:
+            raise Killed
+
+    model.model.before_encode = check
