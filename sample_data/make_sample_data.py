@@ -61,9 +61,13 @@ def main(folder: Path) -> None:
         ("refshapes+", "phrasecut", ("val",), "refshapes+/phrasecut", "phrasecut"),
     ):
         with tempfile.TemporaryDirectory() as temporary:
-            write_family(Plan(family, splits, how, scenes=4), Path(temporary))
+            plan = Plan(family, splits, how, scenes=4)
+            write_family(plan, Path(temporary))
             shutil.rmtree(folder / name, ignore_errors=True)
             shutil.copytree(Path(temporary) / made, folder / name)
+            # images/ of this folder holds photos of no benchmark: each set keeps its own.
+            if not (folder / name / "images").exists():
+                shutil.copytree(Path(temporary) / plan.images, folder / name / "images")
 
 
 def manifest_jsonl(scenes: list[tuple[str, SceneItem]]) -> str:

@@ -124,7 +124,7 @@ class _Scenes(Sequence[Group]):
         from risam_cli.data.refshapes.formats import image_id
 
         item = self.made[index]
-        number = image_id(self.made.split, index)
+        number = image_id(self.made.split, index, self.made.family)
         # Names and ids are those of `risam refshapes --format coco --image-format png`.
         name = f"{self.made.split}_{number:07d}.png"
         path = self.folder / name

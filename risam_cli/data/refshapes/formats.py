@@ -1,18 +1,20 @@
 """A scene in the words of each benchmark's annotation files: pure functions, nothing is written.
 
-Ids follow from split and number alone, so a scene keeps its ids whatever else is written beside it.
+Ids follow from family, split and number alone: a scene keeps its ids whatever else is written
+beside it, and no two scenes share one, so answers for one set are none for another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.data.refshapes.dataset import SPLIT_SCENES, SceneItem
+from risam_cli.data.refshapes.dataset import FAMILIES, SPLIT_SCENES, SceneItem
 from risam_cli.data.refshapes.expressions import Referring
 from risam_cli.data.refshapes.vocabulary import (
     COLORS,
@@ -37,9 +39,10 @@ CATEGORIES: tuple[Record, ...] = tuple(
 )
 
 
-def image_id(split: str, index: int) -> int:
-    """Id of scene ``index`` of a split."""
-    return list(SPLIT_SCENES).index(split) * MAX_SCENES + index + 1
+def image_id(split: str, index: int, family: str = FAMILIES[0]) -> int:
+    """Id of scene ``index`` of a family's split."""
+    block = FAMILIES.index(family) * len(SPLIT_SCENES) + list(SPLIT_SCENES).index(split)
+    return block * MAX_SCENES + index + 1
 
 
 def annotation_id(image: int, number: int) -> int:
@@ -53,8 +56,13 @@ def image_record(item: SceneItem, image: int, file_name: str) -> Record:
     return {"id": image, "file_name": file_name, "height": height, "width": width}
 
 
-def annotation_records(item: SceneItem, image: int) -> list[Record]:
-    """COCO's ``annotations`` entries of all objects; RLE, so that holes are exact."""
+def annotation_records(item: SceneItem, image: int, *, listed: bool = False) -> list[Record]:
+    """COCO's ``annotations`` entries of all objects; RLE, so that holes are exact.
+
+    Args:
+        listed: put each RLE in a list, as RefCLEF has it and REFER's loaders need it (they look at
+            ``segmentation[0]``); pycocotools takes such a list for polygons.
+    """
     numbers = np.arange(1, len(item.objects) + 1, dtype=np.uint8)
     rles = masks.encode_batch(item.instances[None] == numbers[:, None, None])
     return [
@@ -62,7 +70,7 @@ def annotation_records(item: SceneItem, image: int) -> list[Record]:
             "id": annotation_id(image, number),
             "image_id": image,
             "category_id": SHAPES.index(thing.shape) + 1,
-            "segmentation": rle,
+            "segmentation": [rle] if listed else rle,
             "area": masks.area(rle),
             "bbox": list(masks.bbox(rle)),
             "iscrowd": 0,
@@ -144,6 +152,17 @@ def phrasecut_image(item: SceneItem, image: int, split: str) -> Record:
     """PhraseCut's entry in the list of images."""
     height, width = item.instances.shape
     return {"image_id": image, "height": height, "width": width, "split": split}
+
+
+def phrasecut_counts(tasks: Iterable[Record]) -> Record:
+    """PhraseCut's ``name_att_rel_count.json``: [word, count] pairs, the most frequent first."""
+    counts: dict[str, Counter[str]] = {"cat": Counter(), "att": Counter(), "rel": Counter()}
+    for task in tasks:
+        structure = task["phrase_structure"]
+        counts["cat"][structure["name"]] += 1
+        counts["att"].update(structure["attributes"])
+        counts["rel"].update(wording for wording, _ in structure["relation_descriptions"])
+    return {key: [list(pair) for pair in found.most_common()] for key, found in counts.items()}
 
 
 def phrase_structure(referring: Referring) -> Record:

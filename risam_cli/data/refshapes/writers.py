@@ -24,6 +24,13 @@ from risam_cli.errors import OutputError, UsageError
 FORMATS: tuple[str, ...] = ("own", "refer", "grefcoco", "phrasecut", "coco")
 """``own`` is the format of the benchmark that a family follows."""
 
+LOADER_IMAGES: Mapping[str, str] = {
+    "refer": "images/mscoco/images/train2014",
+    "grefcoco": "images/train2014",
+}
+"""Format -> where the benchmark's own loader looks for images: below the folder that holds the
+annotations' folder, so that several sets share it. Other formats keep theirs in ``images/``."""
+
 OWN: Mapping[str, tuple[str, str]] = {
     "refshapes": ("refer", "refcoco"),
     "refshapes+": ("refer", "refcoco+"),
@@ -98,6 +105,12 @@ class Plan:
             return Path(benchmark)
         return Path(self.family) / self.written_as
 
+    @property
+    def images(self) -> Path:
+        """Where its images go below the output folder."""
+        shared = LOADER_IMAGES.get(self.written_as)
+        return self.folder / "images" if shared is None else self.folder.parent / shared
+
     def sets(self) -> list[RefShapes]:
         """The splits to draw."""
         return [
@@ -132,13 +145,13 @@ def write_family(
         OutputError: the folder is there already, or cannot be written.
     """
     folder = output / plan.folder
-    with _staged(folder, overwrite) as stage:
+    with _staged(folder, output / plan.images, overwrite) as stage:
         sheets = _Sheets(plan)
         (stage / "images").mkdir()
         for scenes in plan.sets():
             for index in range(len(scenes)):
                 item = scenes[index]
-                image = formats.image_id(scenes.split, index)
+                image = formats.image_id(scenes.split, index, plan.family)
                 name = plan.image_name(image, scenes.split)
                 (stage / "images" / name).write_bytes(encode_image(item.image, name))
                 sheets.add(item, image, name, scenes.split)
@@ -195,7 +208,7 @@ class _Sheets:
             self.images[split].append(_dump(formats.phrasecut_image(item, image, split)))
             self.spoken[split] += map(_dump, tasks)
             return
-        made = formats.annotation_records(item, image)
+        made = formats.annotation_records(item, image, listed=how in LOADER_IMAGES)
         counts["annotations"] += len(made)
         self.images[split].append(_dump(formats.image_record(item, image, name)))
         self.annotations[split] += map(_dump, made)
@@ -210,9 +223,13 @@ class _Sheets:
         """Writes all files of the format."""
         plan = self.plan
         if plan.written_as == "phrasecut":
-            _write_text(folder / "image_data_split3000.json", _array(self.images.values()))
-            for split, tasks in self.spoken.items():
-                _write_text(folder / f"refer_{split}.json", _array([tasks]))
+            # The released file's name, and the name that PhraseCut's loader opens.
+            for name in ("image_data_split3000.json", "image_data_split.json"):
+                _write_text(folder / name, _array(self.images.values()))
+            tasks = (json.loads(task) for spoken in self.spoken.values() for task in spoken)
+            _write_text(folder / "name_att_rel_count.json", _dump(formats.phrasecut_counts(tasks)))
+            for split, spoken in self.spoken.items():
+                _write_text(folder / f"refer_{split}.json", _array([spoken]))
         elif plan.written_as == "coco":
             for split, spoken in self.spoken.items():
                 text = self._instances([split], {"expressions": _array([spoken])})
@@ -240,8 +257,12 @@ class _Sheets:
 
 
 @contextmanager
-def _staged(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside ``folder`` that takes its place when the block ends without an error."""
+def _staged(folder: Path, images: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside ``folder`` that takes its place when the block ends without an error.
+
+    Its ``images/`` go to ``images``, which other sets may share: there, only an earlier set's own
+    files are replaced.
+    """
     if folder.exists() and not overwrite:
         raise OutputError(f"{folder} is there already", "choose another -o or give --overwrite")
     stage = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -251,6 +272,8 @@ def _staged(folder: Path, overwrite: bool) -> Iterator[Path]:
         yield stage
         if folder.exists():
             folder.rename(old)
+        if images.parent != folder:
+            _replace_images(stage / "images", images, _image_names(old / "instances.json"))
         stage.rename(folder)
     except OSError as error:
         if old.exists() and not folder.exists():
@@ -261,6 +284,26 @@ def _staged(folder: Path, overwrite: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace_images(made: Path, images: Path, earlier: set[str]) -> None:
+    """Move the images in ``made`` to ``images``; those of the ``earlier`` set that are left go."""
+    images.mkdir(parents=True, exist_ok=True)
+    for path in made.iterdir():
+        path.replace(images / path.name)
+        earlier.discard(path.name)
+    for name in earlier:
+        (images / name).unlink(missing_ok=True)
+    made.rmdir()
+
+
+def _image_names(instances: Path) -> set[str]:
+    """Plain file names that an earlier set's ``instances.json`` lists; none where there is none."""
+    try:
+        names = {image["file_name"] for image in json.loads(instances.read_bytes())["images"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return {name for name in names if isinstance(name, str) and Path(name).name == name}
 
 
 def _dump(obj: object) -> str:

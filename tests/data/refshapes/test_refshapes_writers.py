@@ -123,7 +123,7 @@ def test_annotations_describe_their_objects(written: Path) -> None:
     instances = json.loads((written / "grefcoco" / "instances.json").read_text())
     names = {record["id"]: record["name"] for record in instances["categories"]}
     item = RefShapes("grefshapes", "testB", SCENES)[1]
-    image = image_id("testB", 1)
+    image = image_id("testB", 1, "grefshapes")
     for number, thing in enumerate(item.objects):
         (found,) = (a for a in instances["annotations"] if a["id"] == annotation_id(image, number))
         seen = item.instances == number + 1
@@ -169,7 +169,12 @@ def test_phrase_structure(
 
 
 def test_ids_do_not_meet() -> None:
-    edges = [image_id(split, k) for split in SPLIT_SCENES for k in (0, 999_999)]
+    edges = [
+        image_id(split, k, family)
+        for family in FAMILIES
+        for split in SPLIT_SCENES
+        for k in (0, 999_999)
+    ]
     assert edges == sorted(edges)
     assert len(set(edges)) == len(edges)
     assert annotation_id(7, 8) < annotation_id(8, 0)
@@ -214,7 +219,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (tmp_path / "refcoco" / "instances.json").read_bytes() == before
     write_family(Plan("refshapes", ("val",), scenes=2), tmp_path, overwrite=True)
     assert (tmp_path / "refcoco" / "instances.json").read_bytes() != before
-    assert [path.name for path in tmp_path.iterdir()] == ["refcoco"]
+    assert {path.name for path in tmp_path.iterdir()} == {"refcoco", "images"}
 
 
 def test_an_output_that_is_a_file_is_an_error(tmp_path: Path) -> None:
