@@ -25,6 +25,8 @@ class Expression:
         target: ground truth as RLE at the image's size, or None where none is known. A known
             empty target ("nothing in the image fits") is an RLE of area 0.
         no_target: True where the ground truth says that nothing fits; None where unknown.
+        redrawn: the ground truth as another rule than the union draws it (see
+            :meth:`risam_cli.data.readers.source.SampleSource.redrawn`), where it differs.
         attributes: what the data set knows beside: category, ref_id, referents (their number) …
     """
 
@@ -33,6 +35,7 @@ class Expression:
     target: Rle | None = None
     no_target: bool | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    redrawn: Rle | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,9 @@ def evaluate(asked: Asked) -> int:
     # Within the output folder, so that what a killed run leaves is found by the next one.
     scratch = asked.output / PRIVATE / "scratch"
     source = asked.open_source(scratch)
+    # Where the protocol takes the union, the other rule is counted only.
+    truth = "once" if protocol.truth == "union" else protocol.truth
+    source = source.redrawn(truth, protocol.canvas)
     other = asked.open_other()
     asked.prepare_output()
     with FolderLock(asked.output), _emptied(scratch):
@@ -81,7 +84,8 @@ def _from_predictions(
     """Score records. Images serve the pictures only, so they are counted but stop nothing."""
     assert asked.predictions is not None
     console = get_console()
-    with PredictionIndex(asked.predictions, failures) as index:
+    side = protocol.canvas if protocol.resolution == "stretch" else 0
+    with PredictionIndex(asked.predictions, failures, canvas=side) as index:
         absent, wanted = count_missing_images(source)
         if absent:
             console.warn(f"{absent} of {wanted} images are missing; pictures show masks only")

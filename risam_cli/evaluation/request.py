@@ -182,5 +182,6 @@ def count(run: EvalRun, **more: int) -> CountsPart:
         no_target=int(table.gt_no_target.sum()),
         missing=int(table.missing.sum()),
         unscored=run.scored.unscored,
+        overlapping=run.scored.overlapping,
         **more,
     )

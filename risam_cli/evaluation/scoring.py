@@ -67,6 +67,8 @@ class Scored:
         worst, best, typical: cases, the first two by IoU and the last drawn evenly; the best are
             among expressions with a target.
         unscored: expressions without a known truth.
+        overlapping: expressions whose truth has pixels that several polygons of an annotation
+            cover, so that protocols differ in it; None where the protocol draws it anew.
         seconds: time spent on scoring.
     """
 
@@ -77,6 +79,7 @@ class Scored:
     best: tuple[Case, ...]
     typical: tuple[Case, ...]
     unscored: int
+    overlapping: int | None
     seconds: float
 
 
@@ -122,6 +125,7 @@ class Scorer:
         self._pending: list[_Pending] = []
         self._worst, self._best, self._typical = _Pool(_POOL), _Pool(_POOL), _Pool(_POOL)
         self._unscored = 0
+        self._overlapping = 0
         self._seconds = 0.0
 
     def add(self, answered: Answered) -> int:
@@ -139,7 +143,11 @@ class Scorer:
                 self._unscored += 1
                 continue
             scored += 1
-            target = _at_resolution(expression.target, self.protocol, at_canvas)
+            truth = expression.target
+            if expression.redrawn is not None:
+                self._overlapping += 1
+                truth = truth if self.protocol.truth == "union" else expression.redrawn
+            target = _at_resolution(truth, self.protocol, at_canvas)
             facts = Facts(expression.text, _share(expression.target), expression.attributes)
             self._pending.append(
                 _Pending(
@@ -176,6 +184,7 @@ class Scorer:
             self._best.cases(),
             self._typical.cases(),
             self._unscored,
+            None if self.protocol.truth == "resized" else self._overlapping,
             self._seconds,
         )
 

@@ -5,7 +5,7 @@ Masks are boolean arrays (H, W). An :class:`~risam_cli.types.Rle` that came out 
 equal strings. Whatever comes from outside goes through :func:`parse_rle` first; the other functions
 hand the string to pycocotools' C code, which trusts it.
 
-The polygons are those of :mod:`risam_cli.masks.polygons`, given on from here.
+The polygons are those of :mod:`risam_cli.masks.rle.polygons`, given on from here.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = [
     "Size",
     "area",
     "bbox",
+    "covered_once",
     "decode",
     "empty",
     "encode",
@@ -112,6 +113,17 @@ def union(rles: Sequence[Rle], size: Size) -> Rle:
     return _from_coco(coco.merge([_to_coco(rle) for rle in rles], intersect=False))
 
 
+def covered_once(rles: Sequence[Rle], size: Size) -> Rle:
+    """RLE of all pixels that are in exactly one mask. Arguments and errors as :func:`union`."""
+    whole = union(rles, size)
+    if sum(map(area, rles)) == area(whole):
+        return whole
+    covered = np.zeros(size, np.uint16)
+    for rle in rles:
+        covered += decode(rle)
+    return encode(covered == 1)
+
+
 def intersection_union(a: Rle, b: Rle) -> tuple[int, int]:
     """Pixels in both masks and pixels in either, counted on the runs.
 
@@ -162,7 +174,11 @@ def parse_rle(obj: object, *, size: Size | None, where: str) -> Rle:
 
 
 def from_polygons(
-    polygons: Sequence[Sequence[float]], size: Size, *, where: str = "segmentation"
+    polygons: Sequence[Sequence[float]],
+    size: Size,
+    *,
+    where: str = "segmentation",
+    once: bool = False,
 ) -> Rle:
     """RLE of the union of COCO polygons, rasterized as pycocotools does it.
 
@@ -170,6 +186,7 @@ def from_polygons(
         polygons: flat lists x0, y0, x1, y1, … of at least three points, in pixels.
         size: (H, W) of the image.
         where: the place to name in errors.
+        once: only pixels that exactly one of them covers.
 
     Raises:
         DataError: fewer than three points, an odd number of coordinates, not finite or too large.
@@ -188,8 +205,8 @@ def from_polygons(
         rows.append(row)
     if not rows:
         return empty((height, width))
-    parts = coco.frPyObjects(rows, height, width)
-    return _from_coco(coco.merge(parts, intersect=False))
+    parts = [_from_coco(part) for part in coco.frPyObjects(rows, height, width)]
+    return covered_once(parts, size) if once else union(parts, size)
 
 
 def _to_coco(rle: Rle) -> dict[str, Any]:

@@ -64,12 +64,13 @@ def outcome(table: ScoreTable, protocol: str | Protocol = "native") -> Outcome:
     union[table.missing] = table.gt_area[table.missing]
     none = np.where(table.missing, ~table.gt_no_target, none)
 
-    ratio = intersection / np.maximum(union, 1)
-    iou = np.where(union == 0, rule.empty_iou, ratio)
-    giou = np.where(table.gt_no_target, none.astype(np.float64), ratio)
+    # A target may have no pixel. ReLA's IoU is then 0, whatever is answered.
+    empty_iou = 0.0 if rule.no_target == "head" else rule.empty_iou
+    iou = np.where(union == 0, empty_iou, intersection / np.maximum(union, 1))
+    giou = np.where(table.gt_no_target, none.astype(np.float64), iou)
     if rule.no_target == "head":
         iou = giou
-    iou = np.where(table.missing, 0.0, iou)
+    iou, giou = np.where(table.missing, 0.0, iou), np.where(table.missing, 0.0, giou)
     return Outcome(intersection, union, iou, giou, none)
 
 
@@ -81,8 +82,10 @@ def terms(table: ScoreTable, protocol: str | Protocol = "native") -> Terms:
     counted = (~table.gt_no_target).astype(np.float64) if rule.targets_only else one
     overall = (seen.intersection.astype(np.float64), seen.union.astype(np.float64))
     result: Terms = {"oiou": overall, "miou": (seen.iou, one)}
-    for x in PRECISIONS:
-        hit = seen.iou > x if rule.strict else seen.iou >= x
+    shrunk = seen.iou * (seen.union / (seen.union + rule.epsilon)) if rule.epsilon else seen.iou
+    for x in rule.precisions:
+        bound = float(np.float32(x)) if rule.single else x
+        hit = shrunk > bound if rule.strict else shrunk >= bound
         result[f"pr@{x}"] = (hit * counted, counted)
     positive = table.gt_no_target.astype(np.float64)
     result["giou"] = (seen.giou, one)

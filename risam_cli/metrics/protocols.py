@@ -14,6 +14,7 @@ from risam_cli.errors import UsageError
 
 Resolution = Literal["image", "stretch", "letterbox"]
 NoTarget = Literal["gate", "mask", "head"]
+Truth = Literal["union", "once", "resized"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,13 @@ class Protocol:
             the mask is empty, and the mask then counts as empty. ``mask``: the mask is empty; the
             head is not asked. ``head``: the head alone, as ReLA scores it.
         targets_only: Pr@X is over expressions that refer to something.
+        truth: how an annotation's polygons become its mask. ``union``: pixels that any covers.
+            ``once``: pixels that exactly one covers, as sums kept where they equal 1 have it.
+            ``resized``: the union, rasterized anew at ``canvas`` x ``canvas`` (RLE, which cannot
+            be, by nearest neighbour).
+        epsilon: added to the union of an IoU that Pr@X compares.
+        single: Pr@X compares with X in single precision.
+        precisions: the X of Pr@X.
         definition: the whole in words, for the report.
     """
 
@@ -45,6 +53,10 @@ class Protocol:
     no_target: NoTarget
     targets_only: bool
     definition: str
+    truth: Truth = "union"
+    epsilon: float = 0.0
+    single: bool = False
+    precisions: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 _PROTOCOLS = (
@@ -58,10 +70,11 @@ _PROTOCOLS = (
         no_target="gate",
         targets_only=False,
         definition=(
-            "Masks are compared at the original image's size. A pixel belongs to the mask where "
-            "p > 0.5. An answer is 'no target' where the no-target head says so or the mask is "
+            "Masks are compared at the original image's size. A pixel belongs to the mask where p "
+            "> 0.5. An answer is 'no target' where the no-target head says so or the mask is "
             "empty, and its mask then counts as empty. IoU is 1 where neither mask has a pixel. "
-            "Pr@X counts IoU >= X over all expressions. (This project's own default.)"
+            "Pr@X counts IoU >= X over all expressions. The truth is the union of an annotation's "
+            "polygons. (This project's own default.)"
         ),
     ),
     Protocol(
@@ -74,12 +87,14 @@ _PROTOCOLS = (
         no_target="mask",
         targets_only=False,
         definition=(
-            "As LAVT's test.py: the ground truth is resized to 480x480 by nearest neighbour, "
-            "stretching the image, and the prediction is taken at 480x480 too (from a model: its "
-            "logits interpolated to 480x480, then p > 0.5). IoU is 0 where neither mask has a "
-            "pixel. Pr@X counts IoU >= X. No no-target head is asked: an answer is 'no target' "
-            "where its mask is empty."
+            "As LAVT's test.py: the ground truth is the pixels that exactly one polygon of the "
+            "annotation covers (its masks are sums kept where they equal 1), resized to 480x480 "
+            "by nearest neighbour, stretching the image, and the prediction is taken at 480x480 "
+            "too (from a model: its logits interpolated to 480x480, then p > 0.5). IoU is 0 where "
+            "neither mask has a pixel. Pr@X counts IoU >= X. No no-target head is asked: an "
+            "answer is 'no target' where its mask is empty."
         ),
+        truth="once",
     ),
     Protocol(
         "cris",
@@ -94,8 +109,12 @@ _PROTOCOLS = (
             "As CRIS's engine: probabilities on a 416x416 letterboxed canvas are warped back to "
             "the original image's size (inverse affine warp, bicubic, zero outside); a pixel "
             "belongs to the mask where p > 0.35. IoU is 0 where neither mask has a pixel. Pr@X "
-            "counts IoU > X. No no-target head is asked. (CRIS's printed 'IoU' is miou here.)"
+            "counts IoU > X, with I / (U + 1e-6) as IoU and X in single precision, as "
+            "torch.arange gives it. The truth is the union of an annotation's polygons. No "
+            "no-target head is asked. (CRIS's printed 'IoU' is miou here.)"
         ),
+        epsilon=1e-6,
+        single=True,
     ),
     Protocol(
         "gres",
@@ -107,13 +126,15 @@ _PROTOCOLS = (
         no_target="head",
         targets_only=True,
         definition=(
-            "As ReLA's evaluator for gRefCOCO: both masks at 480x480, stretched, the ground truth "
-            "by nearest neighbour; p > 0.5. The no-target head alone decides 'no target'. Nothing "
-            "fits and the head says so: IoU 1, and nothing is added to the unions. Nothing fits "
-            "and a mask is given: IoU 0, its area is added to the union. Something fits but the "
-            "head says 'no target': I = 0, and the union keeps the raw mask. Pr@X counts "
-            "IoU >= X over expressions that refer to something (ReLA prints X = 0.7, 0.8, 0.9)."
+            "As ReLA's evaluator for gRefCOCO: both masks at 480x480, stretched; the ground "
+            "truth's polygons are scaled and rasterized anew there (RLE is resized by nearest "
+            "neighbour); p > 0.5. The no-target head alone decides 'no target'. Nothing fits and "
+            "the head says so: IoU 1, and nothing is added to the unions. Nothing fits and a mask "
+            "is given: IoU 0, its area is added to the union. Something fits but the head says "
+            "'no target': I = 0, and the union keeps the raw mask. Pr@X counts IoU >= X over "
+            "expressions that refer to something (ReLA prints X = 0.7, 0.8, 0.9)."
         ),
+        truth="resized",
     ),
     Protocol(
         "lisa",
@@ -126,10 +147,12 @@ _PROTOCOLS = (
         targets_only=False,
         definition=(
             "As LISA's validate(): masks at the original image's size, a pixel belongs to the "
-            "mask where its logit > 0. IoU is 1 where neither mask has a pixel. An answer is 'no "
-            "target' where its mask is empty. LISA prints gIoU and cIoU only; Pr@X here counts "
-            "IoU >= X."
+            "mask where its logit > 0. The truth is the pixels that exactly one polygon of the "
+            "annotation covers (its masks are sums kept where they equal 1). IoU is 1 where "
+            "neither mask has a pixel, in gIoU too. An answer is 'no target' where its mask is "
+            "empty. LISA prints gIoU and cIoU only; Pr@X here counts IoU >= X."
         ),
+        truth="once",
     ),
     Protocol(
         "phrasecut",
@@ -142,9 +165,11 @@ _PROTOCOLS = (
         targets_only=False,
         definition=(
             "As PhraseCut's evaluator: masks at the original image's size, p > 0.5. IoU is 0 "
-            "where neither mask has a pixel. Pr@X counts IoU > X. No no-target head is asked. "
-            "(Its mean_mask_iou is miou, its cum_mask_iou is oiou.)"
+            "where neither mask has a pixel. Pr@X counts IoU > X; the paper's X = 0.3 is among "
+            "them. No no-target head is asked. (Its mean_mask_iou is miou, its cum_mask_iou is "
+            "oiou.)"
         ),
+        precisions=(0.3, 0.5, 0.6, 0.7, 0.8, 0.9),
     ),
 )
 

@@ -76,7 +76,7 @@ def open_coco(
     )
     if not instances.images:
         raise DataError(f"{path} lists no images", "a COCO file has 'images' and 'annotations'")
-    by_image = _of_split(instances, [*listed, *captioned], split)
+    by_image = _of_split(instances, [*listed, *_not_listed(captioned, listed)], split)
     folder = image_root if image_root is not None else _image_folder(path, instances)
     groups = []
     for image_id, image in instances.images.items():
@@ -89,13 +89,26 @@ def open_coco(
 
 
 class _Spoken(NamedTuple):
-    """One expression as the file has it; ``id`` is empty where it has none."""
+    """One expression as the file has it; ``id`` is empty where it has none.
+
+    ``ann_id`` is the annotation that it stands on, None for one of the list.
+    """
 
     image_id: Any
     id: str
     text: str
     parts: tuple[Any, ...] | None
     split: Any
+    ann_id: Any = None
+
+
+def _not_listed(captioned: Sequence[_Spoken], listed: Sequence[_Spoken]) -> list[_Spoken]:
+    """Texts on annotations but those that the list says too, of that annotation and maybe others.
+
+    Exports, this tool's among them, write an expression in both places.
+    """
+    said = {(one.image_id, part, one.text) for one in listed for part in one.parts or ()}
+    return [one for one in captioned if (one.image_id, one.ann_id, one.text) not in said]
 
 
 def _of_split(
@@ -149,7 +162,7 @@ def _captioned(ann_id: Any, annotation: dict[str, Any]) -> Iterator[_Spoken]:
     parts = (ann_id,) if annotation.get("segmentation") else None
     for k, text in enumerate(texts):
         name = str(ann_id) if len(texts) == 1 else f"{ann_id}#{k}"
-        yield _Spoken(image_id, name, text, parts, annotation.get("split"))
+        yield _Spoken(image_id, name, text, parts, annotation.get("split"), ann_id)
 
 
 def _annotation_texts(annotation: dict[str, Any]) -> list[str]:
@@ -189,7 +202,9 @@ def _group(instances: Instances, image_id: Any, folder: Path, spoken: Sequence[_
         name = one.id or f"{file_name}#{k}"
         phrases.append(Phrase(name, one.text, one.parts, known[one.parts]))
     draw = partial(instances.draw, image_id=image_id, size=size or (1, 1))
-    return Group(file_name, folder / file_name, size, tuple(phrases), draw)
+    redraw = partial(instances.redraw, size=size or (1, 1))
+    path = folder / file_name
+    return Group(file_name, path, size, tuple(phrases), draw, redraw=redraw)
 
 
 def _image_folder(path: Path, instances: Instances) -> Path:

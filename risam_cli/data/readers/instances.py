@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from risam_cli.data.readers.jsonstream import iter_json
+from risam_cli.data.readers.source import Truth
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief
 from risam_cli.masks import rle as masks
@@ -88,6 +91,26 @@ class Instances:
         return segmentation_to_rle(
             annotation.segmentation, size, f"annotation {ann_id!r} of {self.path}"
         )
+
+    def redraw(self, ann_id: Any, truth: Truth, side: int, *, size: tuple[int, int]) -> Rle | None:
+        """RLE of an annotation that :meth:`draw` has drawn, by another rule; None where the rule
+        says the same, or nothing, of it.
+
+        Args:
+            truth, side: see :class:`risam_cli.data.readers.source.SampleSource`.
+        """
+        parts = self.annotations[ann_id].segmentation
+        if not isinstance(parts, list):
+            return None
+        where = f"annotation {ann_id!r} of {self.path}"
+        if truth == "once":
+            return segmentation_to_rle(parts, size, where, once=True) if len(parts) > 1 else None
+        polygons = [part for part in parts if isinstance(part, (list, array)) and len(part) >= 6]
+        if not polygons:
+            return None
+        scale = np.array([side / size[1], side / size[0]])
+        scaled = [(np.reshape(polygon, (-1, 2)) * scale).ravel() for polygon in polygons]
+        return masks.from_polygons(scaled, (side, side), where=where)
 
     def rivals(self, image_id: Any, ann_ids: tuple[Any, ...]) -> int | None:
         """How many objects of the referents' categories the image holds beside the referents.
@@ -177,12 +200,17 @@ def _reference(record: dict[str, Any], key: str, path: Path) -> Any:
     return found
 
 
-def segmentation_to_rle(segmentation: Any, size: tuple[int, int], where: str) -> Rle:
+def segmentation_to_rle(
+    segmentation: Any, size: tuple[int, int], where: str, *, once: bool = False
+) -> Rle:
     """RLE of COCO's ``segmentation``: polygons (their union), or RLE of any form.
 
     Polygons of fewer than three points enclose nothing and are left out, as the benchmarks' own
     loaders do; where no other is left, that is an error. REFER's older sets keep their RLE in a
     list, which is taken too.
+
+    Args:
+        once: not the union, but the pixels that exactly one of several covers.
 
     Raises:
         DataError: it is missing, malformed or of another size than the image.
@@ -194,13 +222,14 @@ def segmentation_to_rle(segmentation: Any, size: tuple[int, int], where: str) ->
     if not isinstance(segmentation, list) or not segmentation:
         raise DataError(f"{where} has no segmentation", "give polygons or RLE")
     if all(isinstance(part, dict) for part in segmentation):
-        return masks.union(list(_each_rle(segmentation, size, where)), size)
+        rles = list(_each_rle(segmentation, size, where))
+        return masks.covered_once(rles, size) if once else masks.union(rles, size)
     if all(isinstance(part, (int, float)) for part in segmentation):
         segmentation = [segmentation]
     areas = [p for p in segmentation if not isinstance(p, (list, array)) or len(p) >= 6]
     if not areas:
         raise DataError(f"{where}: no polygon has three points", "give polygons or RLE")
-    return masks.from_polygons(areas, size, where=where)
+    return masks.from_polygons(areas, size, where=where, once=once)
 
 
 def _compact(segmentation: Any) -> Any:

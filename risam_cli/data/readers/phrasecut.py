@@ -32,7 +32,8 @@ def read_phrasecut(root: Path, split: str, *, image_root: Path | None = None) ->
 
     Args:
         root: the folder that holds ``phrasecut/`` or ``VGPhraseCut_v0/``, or that folder itself.
-        split: ``train``, ``val`` (without the images of ``miniv``), ``test`` or ``miniv``.
+        split: ``train``, ``val`` (without the images of ``miniv``), ``test`` or ``miniv``; several
+            are joined as the data set's own loader has it: ``val_miniv`` is the published val.
         image_root: the folder of ``<image_id>.jpg``; by default ``images`` near ``root``.
 
     Raises:
@@ -46,17 +47,27 @@ def open_phrasecut(
 ) -> SampleSource:
     """The index of one split. Arguments and errors as :func:`read_phrasecut`."""
     folder = find_folder(root, _FOLDERS, [f"refer_{s}.json" for s in SPLITS])
-    task_file = folder / f"refer_{split}.json"
-    if not task_file.is_file():
+    parts = split.split("_")
+    task_files = tuple(folder / f"refer_{part}.json" for part in parts)
+    absent = [path for path in task_files if not path.is_file()]
+    if absent and not set(parts) <= {*SPLITS}:
         have = [s for s in SPLITS if (folder / f"refer_{s}.json").is_file()]
-        if split not in SPLITS:
-            raise DataError(f"phrasecut has no split {split!r}", f"its splits: {', '.join(have)}")
-        raise missing([task_file], f"the phrases of {split}")
+        raise DataError(f"phrasecut has no split {split!r}", f"its splits: {', '.join(have)}")
+    # A file of val may hold the phrases of miniv too.
+    if absent and (parts, absent) != (["val", "miniv"], [*task_files[1:]]):
+        raise missing(absent, f"the phrases of {split}")
+    task_files = tuple(path for path in task_files if path not in absent)
     image_file = find_file(folder, _IMAGE_LISTS, "the image sizes")
     images = _images(image_file)
-    by_image, left_out = _tasks(task_file, split, images)
+    by_image: dict[int, list[dict[str, Any]]] = {}
+    left_out: Counter[str] = Counter()
+    for path in task_files:
+        for image_id, tasks in _tasks(path, parts, images, left_out).items():
+            known = {task["task_id"] for task in by_image.get(image_id, ())}
+            new = [task for task in tasks if task["task_id"] not in known]
+            by_image.setdefault(image_id, []).extend(new)
     if not by_image:
-        raise DataError(f"{task_file} holds no phrase of the split {split!r}")
+        raise DataError(f"{task_files[0]} holds no phrase of the split {split!r}")
     first = f"{next(iter(by_image))}.jpg"
     if image_root is None:
         places = (folder / "images", root / "images", folder.parent / "images", folder)
@@ -65,12 +76,12 @@ def open_phrasecut(
     for image_id, tasks in by_image.items():
         polygons = {str(task["task_id"]): task["Polygons"] for task in tasks}
         size = images[image_id][0]
-        draw = partial(_draw, polygons=polygons, size=size, where=str(task_file))
+        draw = partial(_draw, polygons=polygons, size=size, where=str(task_files[0]))
         phrases = tuple(_phrase(task) for task in tasks)
         file_name = f"{image_id}.jpg"
         groups.append(Group(file_name, image_root / file_name, size, phrases, draw))
     notes = [f"{n} phrases of {s} images were left out" for s, n in left_out.items() if n]
-    return make_source(name, split, (task_file, image_file), groups, notes=notes)
+    return make_source(name, split, (*task_files, image_file), groups, notes=notes)
 
 
 def _images(path: Path) -> dict[int, tuple[tuple[int, int], str]]:
@@ -90,14 +101,16 @@ def _images(path: Path) -> dict[int, tuple[tuple[int, int], str]]:
 
 
 def _tasks(
-    path: Path, split: str, images: dict[int, tuple[tuple[int, int], str]]
-) -> tuple[dict[int, list[dict[str, Any]]], Counter[str]]:
-    """The split's tasks by image, in the file's order, and how many of other splits it holds.
+    path: Path,
+    splits: list[str],
+    images: dict[int, tuple[tuple[int, int], str]],
+    left_out: Counter[str],
+) -> dict[int, list[dict[str, Any]]]:
+    """The splits' tasks by image, in the file's order; those of others are counted.
 
     ``refer_val.json`` may hold the phrases of ``miniv``; the image list tells them apart.
     """
     by_image: dict[int, list[dict[str, Any]]] = {}
-    left_out: Counter[str] = Counter()
     for number, (_, task) in enumerate(iter_json(path)):
         where = f"{path}: task {number}"
         if not isinstance(task, dict):
@@ -113,11 +126,11 @@ def _tasks(
         if not isinstance(task["phrase"], str) or not isinstance(task["Polygons"], list):
             raise DataError(f"{where} is malformed: {brief(task)}")
         own = images[task["image_id"]][1]
-        if own and own != split:
+        if own and own not in splits:
             left_out[own] += 1
             continue
         by_image.setdefault(task["image_id"], []).append(task)
-    return by_image, left_out
+    return by_image
 
 
 def _phrase(task: dict[str, Any]) -> Phrase:

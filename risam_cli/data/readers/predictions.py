@@ -59,15 +59,23 @@ class PredictionIndex:
         path: the file, the folder that holds ``predictions.jsonl``, or ``-`` for stdin.
         on_failure: gets every line that is no record.
         size: (H, W) of all masks, where they are not at their images' sizes.
+        canvas: side of the square at which a protocol compares masks; masks of that size are taken
+            as they are.
 
     Raises:
         DataError: the file cannot be read or holds no record at all.
     """
 
     def __init__(
-        self, path: Path, on_failure: OnFailure, size: tuple[int, int] | None = None
+        self,
+        path: Path,
+        on_failure: OnFailure,
+        size: tuple[int, int] | None = None,
+        *,
+        canvas: int = 0,
     ) -> None:
         self._size = size
+        self._canvas = canvas
         self.path = path / FILE_NAME if path.is_dir() else path
         self._stream = _open(self.path)
         self._on_failure = on_failure
@@ -120,7 +128,7 @@ class PredictionIndex:
                 self._tell(record, "a second prediction for one expression; not scored")
         self._used[[row for row, _ in found]] = True
         where = f"{self.path}: prediction {expression.id!r}"
-        return parse_answer(found[0][1], self._size or sample.size, where)
+        return parse_answer(found[0][1], self._size or sample.size, where, canvas=self._canvas)
 
     def surplus(self) -> Iterator[tuple[str, str, str]]:
         """Id, image and expression of every record that no expression asked for."""
@@ -172,7 +180,9 @@ class PredictionIndex:
         self._on_failure(Failure(name, image, text, "match", "DataError", message))
 
 
-def parse_answer(record: dict[str, Any], size: tuple[int, int] | None, where: str) -> Answer:
+def parse_answer(
+    record: dict[str, Any], size: tuple[int, int] | None, where: str, *, canvas: int = 0
+) -> Answer:
     """Check a record's mask, flag and score.
 
     ``no_target`` may be absent (an empty mask then says it), and so may ``score``; with
@@ -188,7 +198,9 @@ def parse_answer(record: dict[str, Any], size: tuple[int, int] | None, where: st
     if segmentation is None and flag and size is not None:
         rle = masks.empty(size)
     else:
-        rle = masks.parse_rle(segmentation, size=size, where=where)
+        own = segmentation.get("size") if canvas and isinstance(segmentation, dict) else None
+        at_canvas = own == [canvas, canvas]
+        rle = masks.parse_rle(segmentation, size=None if at_canvas else size, where=where)
     return Answer(
         rle,
         flag if flag is not None else masks.area(rle) == 0,

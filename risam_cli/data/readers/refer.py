@@ -225,8 +225,9 @@ def _groups(instances: Instances, refs: Sequence[dict[str, Any]], folder: Path) 
         image = instances.image(image_id)
         size = instances.size(image)
         draw = partial(instances.draw, image_id=image_id, size=size or (1, 1))
+        redraw = partial(instances.redraw, size=size or (1, 1))
         path = folder / image["file_name"]
-        groups.append(Group(image["file_name"], path, size, tuple(phrases), draw))
+        groups.append(Group(image["file_name"], path, size, tuple(phrases), draw, redraw=redraw))
     return groups
 
 

@@ -10,13 +10,15 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from risam_cli.errors import DataError
 from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Failure, Rle, Sample
 
 Draw = Callable[[Any], Rle]
+Truth = Literal["once", "resized"]
+Redraw = Callable[[Any, Truth, int], Rle | None]
 OnFailure = Callable[[Failure], None]
 
 
@@ -43,6 +45,8 @@ class Group:
     Attributes:
         draw: gives the RLE of one part at ``size``; raises DataError.
         write: writes the image to ``path`` where it is made, not found; else None.
+        redraw: gives the RLE of a part that ``draw`` has drawn by another rule, or None where that
+            says the same; None where the data set knows one rule only.
     """
 
     image: str
@@ -51,6 +55,7 @@ class Group:
     phrases: tuple[Phrase, ...]
     draw: Draw
     write: Callable[[], None] | None = None
+    redraw: Redraw | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,7 @@ class SampleSource:
         order: indices of ``groups`` in the order to go through them; None for their own.
         limit: most expressions to give; the last image is cut short where it would go over.
         generated: images are made when they are asked for, so their files come and go.
+        truth, side: by which rule truths are drawn a second time; see :meth:`redrawn`.
     """
 
     dataset: str
@@ -78,6 +84,8 @@ class SampleSource:
     order: tuple[int, ...] | None = None
     limit: int | None = None
     generated: bool = False
+    truth: Truth | None = None
+    side: int = 0
 
     def __len__(self) -> int:
         """Number of images, whatever ``limit`` says."""
@@ -85,7 +93,7 @@ class SampleSource:
 
     def __getitem__(self, index: int) -> Sample:
         """Image ``index`` of the split with all its expressions."""
-        return build_sample(self.groups[index])
+        return build_sample(self.groups[index], truth=self.truth, side=self.side)
 
     def __iter__(self) -> Iterator[Sample]:
         return self.iterate()
@@ -104,7 +112,7 @@ class SampleSource:
             DataError: an annotation is damaged and no ``on_failure`` was given.
         """
         for group in self.chosen():
-            sample = build_sample(group, on_failure)
+            sample = build_sample(group, on_failure, truth=self.truth, side=self.side)
             if sample.expressions or not group.phrases:
                 yield sample
 
@@ -119,6 +127,15 @@ class SampleSource:
                 group = replace(group, phrases=group.phrases[:left])
                 left -= len(group.phrases)
             yield group
+
+    def redrawn(self, truth: Truth, side: int = 0) -> SampleSource:
+        """The same split, its truths drawn a second time, as ``Expression.redrawn``.
+
+        Args:
+            truth: ``once``: pixels that exactly one polygon of an annotation covers. ``resized``:
+                polygons rasterized anew at ``side`` x ``side``; where there are none, nothing.
+        """
+        return replace(self, truth=truth, side=side)
 
     def limited(self, limit: int | None = None, shuffle: int | None = None) -> SampleSource:
         """The same split, its images in the order that the seed ``shuffle`` gives, cut short."""
@@ -179,19 +196,28 @@ def _number_doubles(group: Group, seen: dict[str, int]) -> Group:
     return replace(group, phrases=tuple(phrases))
 
 
-def build_sample(group: Group, on_failure: OnFailure | None = None) -> Sample:
+def build_sample(
+    group: Group,
+    on_failure: OnFailure | None = None,
+    *,
+    truth: Truth | None = None,
+    side: int = 0,
+) -> Sample:
     """Draw the masks of one image. Equal sets of parts share one RLE.
+
+    Args:
+        truth, side: as :meth:`SampleSource.redrawn`.
 
     Raises:
         DataError: as :meth:`SampleSource.iterate`.
     """
     if group.write is not None:
         group.write()
-    drawn: dict[tuple[Any, ...], Rle] = {}
+    drawn: dict[tuple[Any, ...], tuple[Rle, Rle | None]] = {}
     expressions = []
     for phrase in group.phrases:
         try:
-            expressions.append(_expression(group, phrase, drawn))
+            expressions.append(_expression(group, phrase, drawn, truth, side))
         except DataError as error:
             if on_failure is None:
                 raise
@@ -201,13 +227,38 @@ def build_sample(group: Group, on_failure: OnFailure | None = None) -> Sample:
     return Sample(group.image, group.path, tuple(expressions), group.size)
 
 
-def _expression(group: Group, phrase: Phrase, drawn: dict[tuple[Any, ...], Rle]) -> Expression:
+def _expression(
+    group: Group,
+    phrase: Phrase,
+    drawn: dict[tuple[Any, ...], tuple[Rle, Rle | None]],
+    truth: Truth | None,
+    side: int,
+) -> Expression:
     if phrase.parts is None:
         return Expression(phrase.id, phrase.text, attributes=phrase.attributes)
     if phrase.parts not in drawn:
-        drawn[phrase.parts] = _draw(group, phrase)
-    target = drawn[phrase.parts]
-    return Expression(phrase.id, phrase.text, target, not phrase.parts, phrase.attributes)
+        target = _draw(group, phrase)
+        drawn[phrase.parts] = (target, truth and _redraw(group, phrase.parts, target, truth, side))
+    target, redrawn = drawn[phrase.parts]
+    nothing = not phrase.parts
+    return Expression(phrase.id, phrase.text, target, nothing, phrase.attributes, redrawn)
+
+
+def _redraw(
+    group: Group, parts: tuple[Any, ...], target: Rle, truth: Truth, side: int
+) -> Rle | None:
+    """The union of the parts by another rule; None where it is the target."""
+    if group.redraw is None or group.size is None or not parts:
+        return None
+    found = [group.redraw(part, truth, side) for part in parts]
+    if truth == "resized":
+        whole = [rle for rle in found if rle is not None]
+        return masks.union(whole, (side, side)) if len(whole) == len(parts) else None
+    if not any(found):
+        return None
+    rles = [rle or group.draw(part) for rle, part in zip(found, parts, strict=True)]
+    redrawn = masks.union(rles, group.size)
+    return None if redrawn == target else redrawn
 
 
 def _draw(group: Group, phrase: Phrase) -> Rle:

@@ -148,6 +148,7 @@ def _count_rows(report: Report) -> list[tuple[str, str]]:
         "failed": "expressions that failed",
         "skipped": "expressions whose image is missing",
         "images_missing": "images not found",
+        "overlapping": "expressions with pixels under several polygons of one object",
     }
     counts = report.counts.model_dump()
     always = ("images", "scored", "no_target", "missing")

@@ -82,6 +82,8 @@ class CountsPart(_Part):
 
     ``scored`` is the number of expressions behind every figure; ``missing`` of them had no answer
     and score zero. ``unscored`` had no known truth, ``failed`` could not be read or predicted.
+    ``overlapping`` have pixels that several polygons of one annotation cover; null where the
+    protocol does not ask.
     """
 
     images: int
@@ -95,6 +97,7 @@ class CountsPart(_Part):
     failed: int = 0
     skipped: int = 0
     images_missing: int = 0
+    overlapping: int | None = None
 
 
 class IntervalPart(_Part):

@@ -11,7 +11,7 @@ NAMES = {
     "ciou": "cIoU",
     "n_acc": "N-acc",
     "t_acc": "T-acc",
-    **{f"pr@0.{x}": f"Pr@0.{x}" for x in range(5, 10)},
+    **{f"pr@0.{x}": f"Pr@0.{x}" for x in (3, *range(5, 10))},
 }
 
 
