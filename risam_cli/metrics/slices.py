@@ -11,7 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from risam_cli.metrics.words import ATTRIBUTE_WORDS, PLACE_WORDS, RELATION_WORDS
+from risam_cli.metrics.words import (
+    ATTRIBUTE_WORDS,
+    COCO_CATEGORIES,
+    PLACE_WORDS,
+    RELATION_WORDS,
+)
 
 
 def _pattern(words: tuple[str, ...]) -> re.Pattern[str]:
@@ -96,6 +101,110 @@ def _distractors(facts: Facts) -> int:
     )
 
 
+def _ranked(key: str, edges: tuple[int, ...]) -> Callable[[Facts], int]:
+    def level(facts: Facts) -> int:
+        rank = facts.attributes.get(key)
+        return -1 if rank is None else sum(rank > edge for edge in edges)
+
+    return level
+
+
+def _flag(key: str, few: int = 1) -> Callable[[Facts], int]:
+    def level(facts: Facts) -> int:
+        number = facts.attributes.get(key)
+        return -1 if number is None else min(int(number), few)
+
+    return level
+
+
+def _in_coco(facts: Facts) -> int:
+    if "phrasecut_attributes" not in facts.attributes:
+        return -1
+    return int(facts.attributes.get("category") in COCO_CATEGORIES)
+
+
+_TYPES = ("name", "attribute", "relation", "verbose")
+
+
+def _phrase_type(facts: Facts) -> int:
+    kind = facts.attributes.get("phrase_type")
+    return _TYPES.index(kind) if kind in _TYPES else -1
+
+
+def _phrasecut_instances(facts: Facts) -> int:
+    if "phrasecut_attributes" not in facts.attributes:
+        return -1
+    number = int(facts.attributes.get("referents", 0))
+    return -1 if number < 1 else (number > 1) + (number > 4)
+
+
+def _phrasecut_size(facts: Facts) -> int:
+    if "phrasecut_attributes" not in facts.attributes:
+        return -1
+    return 0 if facts.share < 0.02 else 2 if facts.share > 0.2 else 1
+
+
+PHRASECUT_SLICES: tuple[Slice, ...] = (
+    Slice(
+        "phrasecut_category",
+        "PhraseCut: rank of the category",
+        ("c20", "c21-100", "c101-500", "c500+"),
+        _ranked("phrasecut_category_rank", (20, 100, 500)),
+        "By the frequencies in the data set's name_att_rel_count.json.",
+    ),
+    Slice(
+        "phrasecut_coco",
+        "PhraseCut: COCO categories",
+        ("others", "c_coco"),
+        _in_coco,
+        "The category is one of COCO's 80.",
+    ),
+    Slice(
+        "phrasecut_instances",
+        "PhraseCut: instances",
+        ("i_single", "i_multi", "i_many"),
+        _phrasecut_instances,
+        "One, two to four, or five and more, as in the data set's own code.",
+    ),
+    Slice(
+        "phrasecut_size",
+        "PhraseCut: size of the target",
+        ("s_small", "s_mid", "s_large"),
+        _phrasecut_size,
+        "Under 2 %, 2 to 20 %, over 20 % of the image.",
+    ),
+    Slice(
+        "phrasecut_type",
+        "PhraseCut: what tells the target apart",
+        ("p_name", "p_att+", "p_rel+", "p_verbose"),
+        _phrase_type,
+        "phrase_structure.type: the name alone, attributes, relations, or none of them.",
+    ),
+    Slice(
+        "phrasecut_attributes",
+        "PhraseCut: attributes",
+        ("none", "p_att, one", "p_att, p_attm"),
+        _flag("phrasecut_attributes", 2),
+        "Attributes in phrase_structure; p_att has any, p_attm more than one.",
+    ),
+    Slice(
+        "phrasecut_relations",
+        "PhraseCut: relations",
+        ("none", "p_rel, one", "p_rel, p_relm"),
+        _flag("phrasecut_relations", 2),
+        "Relations in phrase_structure; p_rel has any, p_relm more than one.",
+    ),
+    Slice(
+        "phrasecut_attribute",
+        "PhraseCut: rank of the attribute",
+        ("a20", "a21-100", "a101-200", "a200+"),
+        _ranked("phrasecut_attribute_rank", (20, 100, 200)),
+        "Of the most frequent attribute of the phrase; a200+ is also where there is none.",
+    ),
+)
+"""The subsets of PhraseCut's paper and code, but those that its lists of words decide (stuff, kinds
+of attributes). They apply to PhraseCut's own files only."""
+
 SLICES: tuple[Slice, ...] = (
     Slice(
         "length",
@@ -146,6 +255,7 @@ SLICES: tuple[Slice, ...] = (
         _distractors,
         "Objects of the referents' category in the image that are not meant, crowds left out.",
     ),
+    *PHRASECUT_SLICES,
 )
 CATEGORY = "category"
 

@@ -1,4 +1,4 @@
-"""The words that slices look for. The lists are ours; a report prints them in full."""
+"""The words that slices look for. The lists are ours, and printed in reports, but for COCO's."""
 
 from __future__ import annotations
 
@@ -29,4 +29,13 @@ ATTRIBUTE_WORDS = _words(
     "plain|wooden|metal|metallic|plastic|glass|leather|brick|stone|furry|fuzzy|shiny|old|young|"
     "older|younger|new|empty|full|open|closed|broken|wet|dry|blond|blonde|bald|bearded|"
     "blurry|clear|bare|dirty|clean"
+)
+COCO_CATEGORIES = _words(
+    "person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|fire hydrant|"
+    "stop sign|parking meter|bench|bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|"
+    "backpack|umbrella|handbag|tie|suitcase|frisbee|skis|snowboard|sports ball|kite|baseball bat|"
+    "baseball glove|skateboard|surfboard|tennis racket|bottle|wine glass|cup|fork|knife|spoon|"
+    "bowl|banana|apple|sandwich|orange|broccoli|carrot|hot dog|pizza|donut|cake|chair|couch|"
+    "potted plant|bed|dining table|toilet|tv|laptop|mouse|remote|keyboard|cell phone|microwave|"
+    "oven|toaster|sink|refrigerator|book|clock|vase|scissors|teddy bear|hair drier|toothbrush"
 )

@@ -193,3 +193,37 @@ def test_sizes_stay_those_of_the_images(tmp_path: Path) -> None:
     for sample in open_dataset("refcoco", tmp_path, "val").redrawn("resized", 480):
         assert sample.size == (H, W)
         assert all(tuple(e.target["size"]) == (H, W) for e in sample.expressions)
+
+
+# --- PhraseCut's subsets --------------------------------------------------------------------------
+
+
+def test_phrasecuts_subsets_are_slices(tmp_path: Path) -> None:
+    folder = write_phrasecut(tmp_path)
+    tasks = json.loads((folder / "refer_val.json").read_text())[:2]
+    square = [[[0, 0], [5, 0], [5, 5], [0, 5]]]
+    plain = {"name": "dog", "attributes": [], "relation_descriptions": [], "type": "name"}
+    rich = {"name": "rare thing", "attributes": ["red", "big"], "type": "verbose"}
+    rich["relation_descriptions"] = [["on", "table"]]
+    tasks[0] |= {"phrase_structure": plain, "Polygons": [square]}
+    tasks[1] |= {"phrase_structure": rich, "Polygons": [square] * 5}
+    (folder / "refer_val.json").write_text(json.dumps(tasks))
+    counts = {"cat": [["dog", 9]] + [[f"c{k}", 1] for k in range(600)], "rel": []}
+    counts["att"] = [[f"a{k}", 9] for k in range(20)] + [["red", 3]]
+    (folder / "name_att_rel_count.json").write_text(json.dumps(counts))
+    rows = [
+        {"id": e.id, "segmentation": e.target}
+        for sample in open_phrasecut(folder, "val")
+        for e in sample.expressions
+    ]
+    write_records(tmp_path / "p.jsonl", rows)
+    report = evaluate(folder, tmp_path, "phrasecut", "phrasecut")
+    found = {s["name"]: {one["label"] for one in s["levels"]} for s in report["slices"]}
+    assert found["phrasecut_category"] == {"c20", "c500+"}
+    assert found["phrasecut_coco"] == {"c_coco", "others"}
+    assert found["phrasecut_instances"] == {"i_single", "i_many"}
+    assert found["phrasecut_type"] == {"p_name", "p_verbose"}
+    assert found["phrasecut_attributes"] == {"none", "p_att, p_attm"}
+    assert found["phrasecut_relations"] == {"none", "p_rel, one"}
+    assert found["phrasecut_attribute"] == {"a21-100", "a200+"}
+    assert found["phrasecut_size"] <= {"s_small", "s_mid", "s_large"}

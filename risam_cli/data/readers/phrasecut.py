@@ -22,8 +22,10 @@ from risam_cli.types import Rle, Sample
 
 SPLITS = ("train", "val", "test", "miniv")
 _IMAGE_LISTS = ("image_data_split3000.json", "image_data_split.json")
+_COUNTS = "name_att_rel_count.json"
 _FARTHEST = 1 << 17  # pixels from the corner; Pillow draws outlines step by step, seen or not
 _LONGEST = 1 << 26  # steps of all outlines of one phrase
+_UNRANKED = 1 << 30
 _FOLDERS = ("phrasecut", "PhraseCut", "VGPhraseCut_v0", "data/VGPhraseCut_v0")
 
 
@@ -59,6 +61,7 @@ def open_phrasecut(
     task_files = tuple(path for path in task_files if path not in absent)
     image_file = find_file(folder, _IMAGE_LISTS, "the image sizes")
     images = _images(image_file)
+    ranks = _ranks(folder / _COUNTS)
     by_image: dict[int, list[dict[str, Any]]] = {}
     left_out: Counter[str] = Counter()
     for path in task_files:
@@ -77,7 +80,7 @@ def open_phrasecut(
         polygons = {str(task["task_id"]): task["Polygons"] for task in tasks}
         size = images[image_id][0]
         draw = partial(_draw, polygons=polygons, size=size, where=str(task_files[0]))
-        phrases = tuple(_phrase(task) for task in tasks)
+        phrases = tuple(_phrase(task, ranks) for task in tasks)
         file_name = f"{image_id}.jpg"
         groups.append(Group(file_name, image_root / file_name, size, phrases, draw))
     notes = [f"{n} phrases of {s} images were left out" for s, n in left_out.items() if n]
@@ -133,7 +136,21 @@ def _tasks(
     return by_image
 
 
-def _phrase(task: dict[str, Any]) -> Phrase:
+def _ranks(path: Path) -> dict[str, dict[str, int]]:
+    """Rank, from 1, of categories (``cat``) and attributes (``att``); nothing without the file."""
+    if not path.is_file():
+        return {}
+    ranks: dict[str, dict[str, int]] = {"cat": {}, "att": {}}
+    for key, pair in iter_json(path):
+        if key not in ranks:
+            continue
+        if not isinstance(pair, list) or not pair or not isinstance(pair[0], str):
+            raise DataError(f"{path}: {brief(pair)} is no pair of a word and its count")
+        ranks[key].setdefault(pair[0], len(ranks[key]) + 1)
+    return ranks
+
+
+def _phrase(task: dict[str, Any], ranks: dict[str, dict[str, int]]) -> Phrase:
     attributes: dict[str, Any] = {
         "image_id": task["image_id"],
         "referents": len(task["Polygons"]),
@@ -144,6 +161,15 @@ def _phrase(task: dict[str, Any]) -> Phrase:
             attributes["category"] = str(structure["name"])
         if structure.get("type"):
             attributes["phrase_type"] = structure["type"]
+        words, relations = structure.get("attributes"), structure.get("relation_descriptions")
+        words = [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
+        attributes["phrasecut_attributes"] = len(words)
+        attributes["phrasecut_relations"] = len(relations) if isinstance(relations, list) else 0
+        if ranks:  # what is not listed is rarer than all that is
+            found = [ranks["att"][word] for word in words if word in ranks["att"]]
+            attributes["phrasecut_attribute_rank"] = min(found, default=_UNRANKED)
+            rank = ranks["cat"].get(attributes.get("category", ""), _UNRANKED)
+            attributes["phrasecut_category_rank"] = rank
     task_id = str(task["task_id"])
     return Phrase(task_id, task["phrase"], (task_id,), attributes)
 
