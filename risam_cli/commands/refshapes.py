@@ -89,6 +89,11 @@ def _check_splits(ctx: click.Context, param: click.Parameter, value: str) -> tup
     show_default=True,
     help="jpg is named as the benchmarks name theirs; png keeps every pixel.",
 )
+@click.option(
+    "--polygons",
+    is_flag=True,
+    help="Masks as polygons, holes bridged, where these are exact; for loaders that take no RLE.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote.")
 @json_option
 @verbosity_options
@@ -102,6 +107,7 @@ def command(
     seed: int,
     format_name: str,
     image_format: str,
+    polygons: bool,
     overwrite: bool,
     as_json: bool,
 ) -> int:
@@ -119,7 +125,7 @@ def command(
 
     families = FAMILIES if family == "all" else (family,)
     plans = [
-        Plan(name, splits, format_name, scenes, expressions, size, seed, image_format)
+        Plan(name, splits, format_name, scenes, expressions, size, seed, image_format, polygons)
         for name in families
     ]
     taken = [str(output / plan.folder) for plan in plans if (output / plan.folder).exists()]
@@ -143,6 +149,11 @@ def command(
             console.warn(
                 f"{counts['left_out']} phrases without a target are not written: "
                 "PhraseCut's format has no words for them"
+            )
+        if counts.get("kept_as_rle"):
+            console.warn(
+                f"{counts['kept_as_rle']} of {counts['annotations']} masks are no exact set of "
+                "polygons and stay RLE"
             )
         written.append(about)
     if as_json:

@@ -5,7 +5,7 @@ Masks are boolean arrays (H, W). An :class:`~risam_cli.types.Rle` that came out 
 equal strings. Whatever comes from outside goes through :func:`parse_rle` first; the other functions
 hand the string to pycocotools' C code, which trusts it.
 
-The polygons are those of :mod:`risam_cli.masks.rle.polygons`, given on from here.
+The polygons are those of :mod:`risam_cli.masks.polygons`, given on from here.
 """
 
 from __future__ import annotations

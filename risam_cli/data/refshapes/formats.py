@@ -25,6 +25,8 @@ from risam_cli.data.refshapes.vocabulary import (
     STAND_INS,
 )
 from risam_cli.masks import rle as masks
+from risam_cli.masks.outlines import outlines
+from risam_cli.types import Rle
 
 Record = dict[str, Any]
 
@@ -56,12 +58,15 @@ def image_record(item: SceneItem, image: int, file_name: str) -> Record:
     return {"id": image, "file_name": file_name, "height": height, "width": width}
 
 
-def annotation_records(item: SceneItem, image: int, *, listed: bool = False) -> list[Record]:
+def annotation_records(
+    item: SceneItem, image: int, *, listed: bool = False, polygons: bool = False
+) -> list[Record]:
     """COCO's ``annotations`` entries of all objects; RLE, so that holes are exact.
 
     Args:
         listed: put each RLE in a list, as RefCLEF has it and REFER's loaders need it (they look at
             ``segmentation[0]``); pycocotools takes such a list for polygons.
+        polygons: write polygons, holes bridged, where loaders make the very mask of them.
     """
     numbers = np.arange(1, len(item.objects) + 1, dtype=np.uint8)
     rles = masks.encode_batch(item.instances[None] == numbers[:, None, None])
@@ -70,7 +75,7 @@ def annotation_records(item: SceneItem, image: int, *, listed: bool = False) -> 
             "id": annotation_id(image, number),
             "image_id": image,
             "category_id": SHAPES.index(thing.shape) + 1,
-            "segmentation": [rle] if listed else rle,
+            "segmentation": (polygons and exact_polygons(rle)) or ([rle] if listed else rle),
             "area": masks.area(rle),
             "bbox": list(masks.bbox(rle)),
             "iscrowd": 0,
@@ -78,6 +83,14 @@ def annotation_records(item: SceneItem, image: int, *, listed: bool = False) -> 
         }
         for number, (thing, rle) in enumerate(zip(item.objects, rles, strict=True))
     ]
+
+
+def exact_polygons(rle: Rle) -> list[list[float]]:
+    """Polygons that pycocotools fills to the mask, each pixel by one of them; else none."""
+    size = (rle["size"][0], rle["size"][1])
+    found = [ring.round(2).ravel().tolist() for ring in outlines(masks.decode(rle)).rings]
+    same = all(masks.from_polygons(found, size, once=once) == rle for once in (False, True))
+    return found if same else []
 
 
 def refer_refs(item: SceneItem, image: int, file_name: str, split: str) -> list[Record]:

@@ -55,6 +55,7 @@ class Plan:
         expressions: of every scene.
         size: height and width of a scene in pixels.
         image_format: "jpg" (quality 95, colour not subsampled) or "png" (exact).
+        polygons: write masks as polygons where these give the very mask, else as RLE.
 
     Raises:
         UsageError: a combination that the format has no words for.
@@ -68,6 +69,7 @@ class Plan:
     size: int = 256
     seed: int = 0
     image_format: str = "jpg"
+    polygons: bool = False
 
     def __post_init__(self) -> None:
         if self.written_as == "refer" and self.family == "grefshapes":
@@ -80,6 +82,8 @@ class Plan:
                 f"--format phrasecut names images ID.jpg, not {self.image_format}",
                 "take --image-format jpg",
             )
+        if self.written_as == "phrasecut" and self.polygons:
+            raise UsageError("PhraseCut's format has polygons of its own", "leave polygons out")
         limits = (
             ("scenes", self.scenes, formats.MAX_SCENES),
             ("expressions", self.expressions, formats.MAX_EXPRESSIONS),
@@ -208,8 +212,13 @@ class _Sheets:
             self.images[split].append(_dump(formats.phrasecut_image(item, image, split)))
             self.spoken[split] += map(_dump, tasks)
             return
-        made = formats.annotation_records(item, image, listed=how in LOADER_IMAGES)
+        made = formats.annotation_records(
+            item, image, listed=how in LOADER_IMAGES, polygons=self.plan.polygons
+        )
         counts["annotations"] += len(made)
+        if self.plan.polygons:
+            kept = sum(not isinstance(_first(one["segmentation"]), list) for one in made)
+            counts["kept_as_rle"] = counts.get("kept_as_rle", 0) + kept
         self.images[split].append(_dump(formats.image_record(item, image, name)))
         self.annotations[split] += map(_dump, made)
         if how == "refer":
@@ -304,6 +313,10 @@ def _image_names(instances: Path) -> set[str]:
     except (OSError, ValueError, KeyError, TypeError):
         return set()
     return {name for name in names if isinstance(name, str) and Path(name).name == name}
+
+
+def _first(segmentation: object) -> object:
+    return segmentation[0] if isinstance(segmentation, list) else segmentation
 
 
 def _dump(obj: object) -> str:

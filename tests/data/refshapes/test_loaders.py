@@ -81,6 +81,20 @@ def test_grefcocos_loader_reads_every_mask(written: Path) -> None:
         assert one.image.is_file()
 
 
+def test_with_polygons_rela_reads_every_mask_and_the_others_do_too(tmp_path: Path) -> None:
+    write_family(Plan("grefshapes", SPLITS, scenes=SCENES, polygons=True), tmp_path)
+    write_family(Plan("refshapes", SPLITS, scenes=SCENES, polygons=True), tmp_path)
+    wanted = truth("grefshapes")
+    for found in (list(loaders.rela(tmp_path)), list(loaders.grefer(tmp_path))):
+        assert {one.id for one in found} == wanted.keys()
+        for one in found:
+            assert np.array_equal(one.mask, wanted[one.id][1])
+    wanted = truth("refshapes")
+    for loader in LOADERS.values():
+        for one in loader(tmp_path, "refcoco", "unc"):
+            assert np.array_equal(one.mask, wanted[one.id][1])
+
+
 @pytest.mark.parametrize("split", ["val", "train"])
 def test_phrasecuts_loader_reads_every_mask(written: Path, split: str) -> None:
     folder = written / "refshapes" / "phrasecut"

@@ -196,6 +196,8 @@ def test_combinations_without_words_are_refused() -> None:
         Plan("grefshapes", SPLITS, "refer")
     with pytest.raises(UsageError, match="jpg"):
         Plan("refshapes", SPLITS, "phrasecut", image_format="png")
+    with pytest.raises(UsageError, match="polygons of its own"):
+        Plan("refshapes", SPLITS, "phrasecut", polygons=True)
     with pytest.raises(UsageError, match="100 is too many"):
         Plan("refshapes", SPLITS, expressions=100)
     with pytest.raises(UsageError, match="test"):
