@@ -19,14 +19,49 @@ class Decoded:
         mask_logits: (E, 4h, 4w); above 0 means "part of the referent" at threshold 0.5.
         iou: (E,) predicted IoU of the mask, 0..1.
         no_target_logits: (E,); above 0 means "nothing in the image fits".
+        minimap_logits: (E, P, P), where of P×P parts of the square the referent lies; of decoders
+            that learn from that too, or None.
     """
 
     mask_logits: Tensor
     iou: Tensor
     no_target_logits: Tensor
+    minimap_logits: Tensor | None = None
 
 
-class MutualAwareMaskDecoder(nn.Module):
+class MaskDecoder(nn.Module):
+    """What every network here ends in: RISAM's own decoder, and those of its rivals."""
+
+    def project_fine(self, fine: Tensor | None) -> Tensor | None:
+        """Projects stride-4 features (B, F, 4h, 4w) once per image; None where not looked at."""
+        return None
+
+    def forward(
+        self,
+        visual: Tensor,
+        visual_position: Tensor,
+        words: Tensor,
+        valid: Tensor,
+        sentence: Tensor,
+        fine: Tensor | None,
+        owner: Tensor,
+        grid: tuple[int, int],
+    ) -> Decoded:
+        """Decodes E expressions.
+
+        Args:
+            visual: (E, N, C) visual features of each expression, N = h·w.
+            visual_position: (N, C).
+            words: (E, L, C) linguistic features; valid: (E, L) bool.
+            sentence: (E, C).
+            fine: from :meth:`project_fine`, or None.
+            owner: (E,) image of each expression, for ``fine``.
+            grid: (h, w).
+        """
+        raise NotImplementedError
+
+
+class MutualAwareMaskDecoder(MaskDecoder):
     """Decodes masks from language-aware visual and vision-aware linguistic features.
 
     Paper: vision-aware linguistic features guide the decoder, and a multi-modal query token
@@ -88,16 +123,12 @@ class MutualAwareMaskDecoder(nn.Module):
         owner: Tensor,
         grid: tuple[int, int],
     ) -> Decoded:
-        """Decodes E expressions.
+        """See :meth:`MaskDecoder.forward`.
 
         Args:
-            visual: (E, N, C) language-aware visual features, N = h·w.
-            visual_position: (N, C).
-            words: (E, L, C) vision-aware linguistic features; valid: (E, L) bool.
-            sentence: (E, C).
-            fine: (B, mask_dim, 4h, 4w) from :meth:`project_fine`, or None.
-            owner: (E,) image of each expression, for ``fine``.
-            grid: (h, w).
+            visual: (E, N, C) language-aware visual features.
+            words: (E, L, C) vision-aware linguistic features.
+            fine: (B, mask_dim, 4h, 4w), or None.
         """
         query = self.project_sentence(sentence)[:, None]  # (E, 1, C)
         if self.query_token is None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from risam_cli.model.layers import MLP
+
+Identity = Literal["none", "language", "both"]
+Reads = Literal["words", "text", "both"]
+"""What a part reads of the expression: its vision-aware words, its text as it came, or both."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,12 @@ class MutualAwareAttention(nn.Module):
         dim: width of both streams; heads: attention heads; ffn_dim: hidden width of the FFNs.
         vision_guided, language_guided: False switches a branch off (the paper's ablations);
             its stream then passes through unchanged.
+        identity_start: the branches that begin as an identity: "none", "language" or "both".
+        reads: what the affinity's keys and the word values come from: "words", the stream that
+            Language-Guided Attention has written to in the blocks before; "text", the
+            linguistic features F_l; "both", F_l for keys and values, and what the words have
+            seen added to the values by a projection that starts at zero.
+        own_temperature: a learned factor per head on Aᵀ before its softmax over regions.
     """
 
     def __init__(
@@ -52,14 +63,26 @@ class MutualAwareAttention(nn.Module):
         *,
         vision_guided: bool = True,
         language_guided: bool = True,
+        identity_start: Identity = "none",
+        reads: Reads = "words",
+        own_temperature: bool = False,
     ) -> None:
         super().__init__()
         self.heads = heads
         self.scale = (dim // heads) ** -0.5
+        self.reads = reads
         self.affinity_vision = nn.Linear(dim, dim)
         self.affinity_language = nn.Linear(dim, dim)
-        self.vision_guided = Branch(dim, ffn_dim) if vision_guided else None
-        self.language_guided = Branch(dim, ffn_dim) if language_guided else None
+        both, language = identity_start == "both", identity_start != "none"
+        self.vision_guided = Branch(dim, ffn_dim, identity_start=both) if vision_guided else None
+        self.language_guided = (
+            Branch(dim, ffn_dim, identity_start=language) if language_guided else None
+        )
+        self.value_seen = nn.Linear(dim, dim) if vision_guided and reads == "both" else None
+        if self.value_seen is not None:
+            _zero(self.value_seen)
+        own = language_guided and own_temperature
+        self.log_temperature = nn.Parameter(torch.zeros(heads)) if own else None
 
     def forward(
         self,
@@ -70,6 +93,7 @@ class MutualAwareAttention(nn.Module):
         valid: Tensor,
         owner: Tensor | None,
         *,
+        text: Tensor | None = None,
         with_maps: bool = False,
     ) -> tuple[Tensor, Tensor, AttentionMaps | None]:
         """Runs one block on a ragged batch.
@@ -80,15 +104,17 @@ class MutualAwareAttention(nn.Module):
             words: (E, L, C); word_position: (L, C); valid: (E, L) bool.
             owner: (E,) index of each expression's row in ``visual``, or None where row e is
                 expression e's own.
+            text: (E, L, C) linguistic features F_l; None where the words still are F_l.
             with_maps: return the attention maps.
 
         Returns:
             language-aware visual features (E, N, C) (or ``visual`` itself where Vision-Guided
             Attention is off), vision-aware linguistic features (E, L, C), maps or None.
         """
+        read = words if text is None or self.reads == "words" else text  # (E, L, C)
         placed = visual + visual_position  # (V, N, C)
         query = self._split(self.affinity_vision(placed)) * self.scale  # (V, heads, N, d)
-        key = self._split(self.affinity_language(words + word_position))  # (E, heads, L, d)
+        key = self._split(self.affinity_language(read + word_position))  # (E, heads, L, d)
         affinity = ragged_product(query, key, owner)  # (E, heads, N, L)
         affinity = affinity.masked_fill(~valid[:, None, None, :], torch.finfo(affinity.dtype).min)
 
@@ -96,17 +122,27 @@ class MutualAwareAttention(nn.Module):
         new_visual, new_words = visual, words
         if self.vision_guided is not None:
             to_words = affinity.softmax(dim=-1)
-            value = self._split(self.vision_guided.value(words))  # (E, heads, L, d)
+            value = self.vision_guided.value(read)
+            if self.value_seen is not None:
+                value = value + self.value_seen(words)
+            value = self._split(value)  # (E, heads, L, d)
             change = self._merge(to_words @ value)  # (E, N, C)
             own = visual if owner is None else visual[owner]
             new_visual = self.vision_guided(own, change)
         if self.language_guided is not None:
-            to_regions = affinity.transpose(-1, -2).softmax(dim=-1)  # (E, heads, L, N)
+            to_regions = self.warmed(affinity.transpose(-1, -2)).softmax(dim=-1)  # (E, heads, L, N)
             value = self._split(self.language_guided.value(placed))  # (V, heads, N, d)
             change = self._merge(ragged_gather(to_regions, value, owner))  # (E, L, C)
             new_words = self.language_guided(words, change)
         maps = AttentionMaps(to_words, to_regions) if with_maps else None
         return new_visual, new_words, maps
+
+    def warmed(self, logits: Tensor) -> Tensor:
+        """Aᵀ (..., heads, L, N) at Language-Guided Attention's own temperature."""
+        if self.log_temperature is None:
+            return logits
+        warmed = logits * self.log_temperature.exp()[:, None, None]
+        return warmed.clamp(min=torch.finfo(warmed.dtype).min)  # padding stays finite
 
     def _split(self, x: Tensor) -> Tensor:
         batch, length, dim = x.shape
@@ -122,20 +158,30 @@ class Branch(nn.Module):
 
     Args:
         dim: width of the stream; ffn_dim: hidden width of the FFN.
+        identity_start: what attention gathers and the FFN begin at zero, so that an untrained
+            branch gives its normalized stream.
     """
 
-    def __init__(self, dim: int, ffn_dim: int) -> None:
+    def __init__(self, dim: int, ffn_dim: int, *, identity_start: bool = False) -> None:
         super().__init__()
         self.value = nn.Linear(dim, dim)
         self.output = nn.Linear(dim, dim)
         self.norm1 = nn.LayerNorm(dim)
         self.ffn = MLP([dim, ffn_dim, dim])
         self.norm2 = nn.LayerNorm(dim)
+        if identity_start:
+            _zero(self.output)
+            _zero(self.ffn.layers[-1])
 
     def forward(self, stream: Tensor, change: Tensor) -> Tensor:
         """Maps a stream (E, n, C) and what attention gathered for it to the same shape."""
         stream = self.norm1(stream + self.output(change))
         return self.norm2(stream + self.ffn(stream))
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def ragged_product(query: Tensor, key: Tensor, owner: Tensor | None) -> Tensor:

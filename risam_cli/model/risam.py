@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from risam_cli.model.fast.by_expression import BATCHED_BELOW, Regions, decode_one
-from risam_cli.model.feature_enhancement import FeatureEnhancement
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.model.layers import sine_positions_1d, sine_positions_2d
-from risam_cli.model.mask_decoder import Decoded, MutualAwareMaskDecoder
-from risam_cli.model.mutual_aware_attention import AttentionMaps, MutualAwareAttention
-from risam_cli.model.sam_baseline import DeepFeatures, SamMaskDecoder
+from risam_cli.model.mask_decoder import Decoded, MaskDecoder, MutualAwareMaskDecoder
+from risam_cli.model.mutual_aware_attention import AttentionMaps, MutualAwareAttention, Reads
 from risam_cli.model.text_encoder import TextEncoder, TextFeatures
 
 
@@ -43,20 +41,24 @@ class Risam(nn.Module):
 
     Args:
         image_encoder, text_encoder: finished modules.
-        feature_enhancement: gives F_v of ``dim`` channels.
-        attention: the Mutual-Aware Attention blocks, in order; none for the paper's baseline.
-        mask_decoder: the Mutual-Aware Mask Decoder, or SAM's own for the baseline.
+        feature_enhancement: makes F_v (B, C, h, w) of the encoder's three depths; a rival's may
+            have other channels, which its mask decoder knows.
+        attention: the Mutual-Aware Attention blocks, in order; none for a rival.
+        mask_decoder: the Mutual-Aware Mask Decoder, or a rival's.
         dim: width C of the network.
+        decoder_reads: what the mask decoder gets of the expression: "words", the vision-aware
+            linguistic features; "text", the linguistic features F_l; "both", one after the other.
     """
 
     def __init__(
         self,
         image_encoder: ImageEncoder,
         text_encoder: TextEncoder,
-        feature_enhancement: FeatureEnhancement | DeepFeatures,
+        feature_enhancement: nn.Module,
         attention: list[MutualAwareAttention],
-        mask_decoder: MutualAwareMaskDecoder | SamMaskDecoder,
+        mask_decoder: MaskDecoder,
         dim: int,
+        decoder_reads: Reads = "words",
     ) -> None:
         super().__init__()
         self.image_encoder = image_encoder
@@ -66,6 +68,7 @@ class Risam(nn.Module):
         self.mask_decoder = mask_decoder
         self.project_position = nn.Linear(dim, dim)
         self.dim = dim
+        self.decoder_reads = decoder_reads
 
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         """Encodes B images of (B, 3, S, S), normalized and zero-padded right and bottom."""
@@ -96,18 +99,25 @@ class Risam(nn.Module):
         if owner is not None:
             # Without Vision-Guided Attention the visual stream is still one per image.
             visual = visual[owner]
+        words, valid = self._guiding(text.words, words, text.valid)
         height, width = image.visual.shape[-2:]
         decoded: Decoded = self.mask_decoder(
             visual,
             self._visual_position(height, width, visual),
             words,
-            text.valid,
+            valid,
             text.sentence,
             image.fine,
             image_index,
             (height, width),
         )
         return decoded
+
+    def _guiding(self, text: Tensor, words: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """What guides the decoder: (E, m, C) and (E, m), m = L, or 2·L of both."""
+        if self.decoder_reads == "both":
+            return torch.cat([text, words], dim=1), torch.cat([valid, valid], dim=1)
+        return (words if self.decoder_reads == "words" else text), valid
 
     def _goes_by_expression(self, visual: Tensor, expressions: int) -> bool:
         """Whether this is inference on a CPU, in the weights' own format, and gains by it."""
@@ -149,6 +159,7 @@ class Risam(nn.Module):
                     text.sentence[expression],
                     None if fine is None else fine[row],
                     (height, width),
+                    self.decoder_reads,
                 )
             )
         if not found:
@@ -186,7 +197,14 @@ class Risam(nn.Module):
         maps = []
         for block in self.attention:
             visual, words, block_maps = block(
-                visual, position, words, word_position, text.valid, owner, with_maps=with_maps
+                visual,
+                position,
+                words,
+                word_position,
+                text.valid,
+                owner,
+                text=text.words,
+                with_maps=with_maps,
             )
             if block.vision_guided is not None:
                 owner = None  # The block has made the visual stream one per expression.

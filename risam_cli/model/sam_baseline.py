@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from risam_cli.model.layers import MLP
-from risam_cli.model.mask_decoder import Decoded
+from risam_cli.model.mask_decoder import Decoded, MaskDecoder
 
 _PRIVATE_NAME = "_risam_segment_anything_modeling"
 
@@ -68,7 +68,7 @@ class DeepFeatures(nn.Module):
         return deep if self.project is None else self.project(deep)
 
 
-class SamMaskDecoder(nn.Module):
+class SamMaskDecoder(MaskDecoder):
     """SAM's mask decoder with the sentence as its sparse prompt (Kirillov et al. 2023).
 
     SAM's: position encodings, the "no mask" embedding, IoU token, four mask tokens, two-way
@@ -77,8 +77,7 @@ class SamMaskDecoder(nn.Module):
     appended to the others, whose output tells whether anything fits at all. The heads for SAM's
     three ambiguous masks are left out; their tokens stay, since the others attend to them.
 
-    Called as :class:`~risam_cli.model.mask_decoder.MutualAwareMaskDecoder` is; it looks at
-    neither words nor stride-4 features.
+    It looks at neither words nor stride-4 features.
 
     Args:
         dim: width, a multiple of 8; heads, layers, ffn_dim: of the two-way transformer. SAM's
@@ -112,10 +111,6 @@ class SamMaskDecoder(nn.Module):
         self.no_target_token = nn.Parameter(torch.randn(dim) * 0.02)
         self.no_target_head = MLP([dim, dim, 1])
 
-    def project_fine(self, fine: Tensor | None) -> Tensor | None:
-        """Nothing: SAM's decoder has no use for stride-4 features."""
-        return None
-
     def forward(
         self,
         visual: Tensor,
@@ -127,12 +122,10 @@ class SamMaskDecoder(nn.Module):
         owner: Tensor,
         grid: tuple[int, int],
     ) -> Decoded:
-        """Decodes E expressions.
+        """See :meth:`~risam_cli.model.mask_decoder.MaskDecoder.forward`.
 
         Args:
-            visual: (E, N, C) deep features of each expression's image, N = h·w.
-            sentence: (E, C).
-            grid: (h, w), any.
+            visual: (E, N, C) deep features of each expression's image.
             visual_position, words, valid, fine, owner: not looked at.
         """
         decoder = self.mask_decoder

@@ -97,6 +97,23 @@ class FusionSettings(Settings):
     feature_enhancement: bool = True
     vision_guided: bool = True
     language_guided: bool = True
+    language_blocks: Literal["all", "last"] = Field(
+        "all", description="which blocks have a Language-Guided branch"
+    )
+    identity_start: Literal["none", "language", "both"] = Field(
+        "none", description="branches that begin as an identity"
+    )
+    vision_guided_reads: Literal["words", "text", "both"] = Field(
+        "words",
+        description="what Vision-Guided Attention reads: the vision-aware words, the text as it "
+        "came, or the text and, added, what its words have seen",
+    )
+    decoder_reads: Literal["words", "text", "both"] = Field(
+        "words", description="what the decoder gets: the vision-aware words, the text, or both"
+    )
+    own_temperature: bool = Field(
+        False, description="Language-Guided Attention has a learned temperature for each head"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> FusionSettings:
@@ -106,9 +123,8 @@ class FusionSettings(Settings):
 
 
 class DecoderSettings(Settings):
-    """The Mutual-Aware Mask Decoder, or SAM's own (the paper's baseline)."""
+    """The Mutual-Aware Mask Decoder, or that of another kind of network."""
 
-    kind: Literal["mutual_aware", "sam"] = "mutual_aware"
     heads: int = Positive
     layers: int = Positive
     ffn_dim: int = Positive
@@ -118,18 +134,32 @@ class DecoderSettings(Settings):
     no_target_evidence: bool = Field(
         False, description="let the predicted mask and the features under it speak on no-target"
     )
+    minimap: int = Field(10, gt=0, le=64, description="regions a side, of kind rela")
 
 
 class ModelSettings(Settings):
     """The network. ``preset`` gives every number that is not set beside it."""
 
     preset: str | None = None
+    kind: Literal["risam", "sam", "cris", "rela"] = Field(
+        "risam", description="RISAM, or a network that it is compared with, on the same encoders"
+    )
     image_encoder: ImageEncoderSettings
     text_encoder: TextEncoderSettings
     fusion: FusionSettings
     decoder: DecoderSettings
     threshold: float = Field(0.5, gt=0, lt=1, description="mask probability above is foreground")
     no_target_threshold: float = Field(0.5, gt=0, lt=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_of_the_decoder(cls, values: Any) -> Any:
+        """Models of earlier versions have the network's kind among the decoder's settings."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("decoder"), Mapping):
+            return values
+        decoder = dict(values["decoder"])
+        kind = {"sam": "sam", "mutual_aware": "risam"}.get(str(decoder.pop("kind", None)))
+        return values if kind is None else {"kind": kind, **values, "decoder": decoder}
 
     @model_validator(mode="before")
     @classmethod

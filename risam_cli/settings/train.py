@@ -57,6 +57,7 @@ class LossSettings(Settings):
     no_target: float = Field(0.2, ge=0)
     iou: float = Field(0.2, ge=0)
     focal_gamma: float = Field(0.0, ge=0)
+    minimap: float = Field(0.2, ge=0, description="of kind rela; its authors' is mask / 10")
     target_size: int = Field(128, gt=0, description="side of the masks that the loss compares")
 
 

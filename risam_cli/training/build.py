@@ -128,7 +128,12 @@ class TrainingBuilder:
         encoder_parts = self._encoder_parts(settings)
         model.image_encoder.checkpoint_blocks = s.gradient_checkpointing
         loss = ReferringLoss(
-            s.loss.mask, s.loss.dice, s.loss.no_target, s.loss.iou, s.loss.focal_gamma
+            s.loss.mask,
+            s.loss.dice,
+            s.loss.no_target,
+            s.loss.iou,
+            s.loss.focal_gamma,
+            s.loss.minimap,
         )
         frozen_encoder = not encoder_parts
         self.cached = self._cached_encoder() if frozen_encoder else None

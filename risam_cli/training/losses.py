@@ -13,13 +13,14 @@ from risam_cli.model.mask_decoder import Decoded
 
 @dataclass(frozen=True)
 class LossParts:
-    """Weighted parts and their sum, scalars."""
+    """Weighted parts and their sum, scalars; no minimap where the network has none."""
 
     total: Tensor
     mask: Tensor
     dice: Tensor
     no_target: Tensor
     iou: Tensor
+    minimap: Tensor | None = None
 
 
 class ReferringLoss(nn.Module):
@@ -31,6 +32,7 @@ class ReferringLoss(nn.Module):
     Args:
         mask_weight, dice_weight, no_target_weight, iou_weight: factors, 0 switches a part off.
         focal_gamma: 0 is plain BCE; above, focal loss (Lin et al. 2017).
+        minimap_weight: of the BCE on the minimap of networks that have one.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class ReferringLoss(nn.Module):
         no_target_weight: float,
         iou_weight: float,
         focal_gamma: float,
+        minimap_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.mask_weight = mask_weight
@@ -47,6 +50,7 @@ class ReferringLoss(nn.Module):
         self.no_target_weight = no_target_weight
         self.iou_weight = iou_weight
         self.focal_gamma = focal_gamma
+        self.minimap_weight = minimap_weight
 
     def forward(
         self,
@@ -106,7 +110,14 @@ class ReferringLoss(nn.Module):
             self.no_target_weight * none,
             self.iou_weight * iou,
         )
-        return LossParts(parts[0] + parts[1] + parts[2] + parts[3], *parts)
+        total = parts[0] + parts[1] + parts[2] + parts[3]
+        if decoded.minimap_logits is None:
+            return LossParts(total, *parts)
+        minimap = decoded.minimap_logits.float()
+        where = F.adaptive_avg_pool2d(target, minimap.shape[-1])  # (E, P, P) in 0..1
+        apart = F.binary_cross_entropy_with_logits(minimap, where, reduction="none")
+        apart = self.minimap_weight * apart.mean(dim=(1, 2)).sum() / expressions
+        return LossParts(total + apart, *parts, apart)
 
 
 def referring_counts(no_target: Tensor) -> Tensor:

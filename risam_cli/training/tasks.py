@@ -124,8 +124,8 @@ class ReferringTask:
         decoded = self.decode(batch)
         target = batch.targets.float() / 255
         parts = self.criterion(decoded, target, inside(batch, target), batch.no_target, counts)
-        names = ("mask", "dice", "no_target", "iou")
-        return parts.total, {name: getattr(parts, name).detach() for name in names}
+        figures = {name: value for name, value in vars(parts).items() if value is not None}
+        return figures.pop("total"), {name: value.detach() for name, value in figures.items()}
 
     def expressions(self, batch: ReferringBatch) -> int:
         """Expressions of the batch."""

@@ -13,6 +13,8 @@ from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.model.mask_decoder import MutualAwareMaskDecoder
 from risam_cli.model.mutual_aware_attention import MutualAwareAttention
 from risam_cli.model.risam import Risam
+from risam_cli.model.rivals.cris import CrisDecoder, CrisTaps
+from risam_cli.model.rivals.rela import RelaDecoder
 from risam_cli.model.sam_baseline import DeepFeatures, SamMaskDecoder
 from risam_cli.model.text_encoder import TextEncoder
 from risam_cli.settings.model import ImageEncoderSettings, ModelSettings, TextEncoderSettings
@@ -57,12 +59,12 @@ def build_model(settings: ModelSettings, text: TextParts) -> Risam:
         ModelError: parts that do not go together, or a baseline without its package.
     """
     encoder, dim = settings.image_encoder, settings.fusion.dim
-    if settings.decoder.kind == "mutual_aware" and settings.decoder.fine and encoder.stem is None:
+    if settings.kind == "risam" and settings.decoder.fine and encoder.stem is None:
         raise ModelError(
             "decoder.fine needs stride-4 features, which only a convolutional stem gives",
             "set image_encoder.stem, or decoder.fine to false",
         )
-    baseline = settings.decoder.kind == "sam"
+    parts = {"risam": _risam_parts, "sam": _sam_parts, "cris": _cris_parts, "rela": _rela_parts}
     try:
         return Risam(
             image_encoder=build_image_encoder(encoder),
@@ -73,7 +75,7 @@ def build_model(settings: ModelSettings, text: TextParts) -> Risam:
                 eos_token_id=_end_of_sentence(text),
                 trainable=settings.text_encoder.trainable,
             ),
-            **(_sam_parts(settings) if baseline else _mutual_aware_parts(settings)),
+            **parts[settings.kind](settings),
             dim=dim,
         )
     except (RuntimeError, MemoryError, OverflowError) as error:  # sizes that no machine has
@@ -81,7 +83,7 @@ def build_model(settings: ModelSettings, text: TextParts) -> Risam:
         raise ModelError(f"cannot build the network: {reason}", "set smaller sizes") from error
 
 
-def _mutual_aware_parts(settings: ModelSettings) -> dict[str, Any]:
+def _risam_parts(settings: ModelSettings) -> dict[str, Any]:
     """What stands between the two encoders and the mask in the paper's Figure 3."""
     fusion, decoder, encoder = settings.fusion, settings.decoder, settings.image_encoder
     return {
@@ -94,11 +96,18 @@ def _mutual_aware_parts(settings: ModelSettings) -> dict[str, Any]:
                 fusion.heads,
                 fusion.ffn_dim,
                 vision_guided=fusion.vision_guided,
-                language_guided=fusion.language_guided,
+                language_guided=fusion.language_guided
+                and (fusion.language_blocks == "all" or number == fusion.blocks - 1),
+                identity_start=fusion.identity_start,
+                reads=fusion.vision_guided_reads,
+                own_temperature=fusion.own_temperature,
             )
             # Without either branch a block is an affinity that nobody reads.
-            for _ in range(fusion.blocks if fusion.vision_guided or fusion.language_guided else 0)
+            for number in range(
+                fusion.blocks if fusion.vision_guided or fusion.language_guided else 0
+            )
         ],
+        "decoder_reads": fusion.decoder_reads,
         "mask_decoder": MutualAwareMaskDecoder(
             fusion.dim,
             decoder.heads,
@@ -119,17 +128,44 @@ def _sam_parts(settings: ModelSettings) -> dict[str, Any]:
         mask_decoder = SamMaskDecoder(dim, decoder.heads, decoder.layers, decoder.ffn_dim)
     except ModuleNotFoundError as error:
         raise ModelError(
-            "decoder.kind is 'sam', but the package segment_anything is not installed",
+            "model.kind is 'sam', but the package segment_anything is not installed",
             "pip install segment-anything",
         ) from error
     except ValueError as error:
         raise ModelError(
-            f"decoder.kind 'sam': {error}", "change fusion.dim or decoder.heads"
+            f"model.kind 'sam': {error}", "change fusion.dim or decoder.heads"
         ) from error
     return {
         "feature_enhancement": DeepFeatures(settings.image_encoder.out_dim, dim),
         "attention": [],
         "mask_decoder": mask_decoder,
+    }
+
+
+def _cris_parts(settings: ModelSettings) -> dict[str, Any]:
+    """CRIS: three depths, and its neck, vision-language decoder and projector."""
+    dim, decoder, encoder = settings.fusion.dim, settings.decoder, settings.image_encoder
+    return {
+        "feature_enhancement": CrisTaps(encoder.dim, encoder.out_dim, dim),
+        "attention": [],
+        "mask_decoder": CrisDecoder(dim, decoder.heads, decoder.layers, decoder.ffn_dim),
+    }
+
+
+def _rela_parts(settings: ModelSettings) -> dict[str, Any]:
+    """ReLA: Feature Enhancement for its pixel decoder, and its ReLAtionship block."""
+    dim, decoder, encoder = settings.fusion.dim, settings.decoder, settings.image_encoder
+    return {
+        "feature_enhancement": FeatureEnhancement(encoder.dim, encoder.out_dim, dim),
+        "attention": [],
+        "mask_decoder": RelaDecoder(
+            dim,
+            decoder.heads,
+            decoder.layers,
+            decoder.ffn_dim,
+            decoder.mask_dim,
+            decoder.minimap,
+        ),
     }
 
 

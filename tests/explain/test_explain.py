@@ -414,7 +414,7 @@ def test_a_bad_image_is_told_before_a_model_is_loaded(
     [
         {"fusion": {"vision_guided": False}},
         {"fusion": {"language_guided": False}},
-        {"decoder": {"kind": "sam"}},
+        {"kind": "sam"},
     ],
     ids=["no-vga", "no-lga", "sam"],
 )
@@ -422,7 +422,7 @@ def test_the_command_on_ablated_models(
     run: Call, capsys: pytest.CaptureFixture[str], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     values = merge(SMALL, changes)
-    if "decoder" in changes:
+    if "kind" in changes:
         values = merge(values, {"fusion": {"dim": 32}})
     settings = small_settings(**values)
     text = new_text_parts(settings.text_encoder)
@@ -444,6 +444,6 @@ def test_the_command_on_ablated_models(
     lost = {name for name in ("regions_of_token", "tokens_of_region") if one[name] is None}
     expected = {
         "fusion": {"tokens_of_region"} if "vision_guided" in str(changes) else {"regions_of_token"},
-        "decoder": {"regions_of_token", "tokens_of_region"},
+        "kind": {"regions_of_token", "tokens_of_region"},
     }
     assert lost == expected[next(iter(changes))]

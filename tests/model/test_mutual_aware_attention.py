@@ -30,7 +30,7 @@ OWNERS = {
 }
 
 
-def _block(**switches: bool) -> MutualAwareAttention:
+def _block(**switches: Any) -> MutualAwareAttention:
     return randomize(MutualAwareAttention(DIM, HEADS, 24, **switches), 3).eval()
 
 
@@ -195,6 +195,70 @@ def test_a_branch_switched_off_leaves_its_stream_and_the_other_branch_alone(
 @torch.no_grad()
 def test_maps_are_made_only_on_demand() -> None:
     assert _block()(**_inputs(3), owner=torch.arange(3))[2] is None
+
+
+# --- forms ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "visual_kept", "words_kept"),
+    [("none", False, False), ("language", False, True), ("both", True, True)],
+)
+@torch.no_grad()
+def test_a_branch_that_starts_as_an_identity_gives_its_normalized_stream(
+    start: Any, visual_kept: bool, words_kept: bool
+) -> None:
+    torch.manual_seed(0)
+    block, inputs = MutualAwareAttention(DIM, HEADS, 24, identity_start=start), _inputs(4)
+    owner = torch.tensor([0, 2, 2, 0])
+    visual, words, _ = block(**inputs, owner=owner)
+    for found, stream, kept in (
+        (visual, inputs["visual"][owner], visual_kept),
+        (words, inputs["words"], words_kept),
+    ):
+        same = torch.allclose(found, F.layer_norm(stream, (DIM,)), atol=1e-4)
+        assert same == kept
+
+
+@torch.no_grad()
+def test_regions_that_read_the_text_do_not_see_what_words_have_seen() -> None:
+    owner = torch.tensor([0, 2, 2, 0])
+    inputs, text = _inputs(4), noise(4, WORDS, DIM, seed=9)
+    seen = {**inputs, "words": noise(4, WORDS, DIM, seed=8)}
+    reading = {reads: _block(reads=reads) for reads in ("words", "text", "both")}
+    changed = {}
+    for reads, block in reading.items():
+        first = block(**inputs, owner=owner, text=text)
+        other = block(**seen, owner=owner, text=text)
+        assert relative_error(other[1], first[1]) > 0.05, "the words keep their own stream"
+        changed[reads] = relative_error(other[0], first[0])
+    assert changed["text"] == 0
+    assert min(changed["words"], changed["both"]) > 0.01
+    # The text's form is the words' form on the text.
+    same = reading["words"](**{**inputs, "words": text}, owner=owner)[0]
+    assert torch.equal(reading["text"](**inputs, owner=owner, text=text)[0], same)
+
+
+@torch.no_grad()
+def test_what_words_have_seen_is_added_to_the_text_from_zero_on() -> None:
+    block = MutualAwareAttention(DIM, HEADS, 24, reads="both")
+    inputs, text, owner = _inputs(4), noise(4, WORDS, DIM, seed=9), torch.tensor([0, 2, 2, 0])
+    seen = {**inputs, "words": noise(4, WORDS, DIM, seed=8)}
+    first = block(**inputs, owner=owner, text=text)[0]
+    assert torch.equal(first, block(**seen, owner=owner, text=text)[0])
+
+
+@torch.no_grad()
+def test_a_temperature_sharpens_the_regions_of_words_alone() -> None:
+    block, inputs, owner = _block(own_temperature=True), _inputs(4), torch.tensor([0, 2, 2, 0])
+    block.log_temperature.zero_()
+    plain = block(**inputs, owner=owner, with_maps=True)[2]
+    block.log_temperature.fill_(1.0)
+    sharp = block(**inputs, owner=owner, with_maps=True)[2]
+    assert torch.equal(plain.words_of_region, sharp.words_of_region)
+    assert torch.isfinite(sharp.regions_of_word).all(), "of padding too"
+    expected = F.softmax(plain.regions_of_word.log() * torch.tensor(1.0).exp(), dim=-1)
+    assert relative_error(sharp.regions_of_word, expected) < 1e-4
 
 
 # --- no copies ------------------------------------------------------------------------------------

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.networks import TEXTS, WITH_STEM, in_double, noise, relative_error, small_model
+from support.networks import (
+    BLOCK_FORMS,
+    TEXTS,
+    WITH_STEM,
+    in_double,
+    noise,
+    relative_error,
+    small_model,
+)
 from torch import Tensor
 
 from risam_cli.model import risam
@@ -24,13 +32,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no query token": {"decoder": {"query_token": False}},
     "deep features only": {"fusion": {"feature_enhancement": False}},
     "one block": {"fusion": {"blocks": 1}},
-    "sam": {"decoder": {"kind": "sam"}},
+    "sam": {"kind": "sam"},
+    "cris": {"kind": "cris"},
+    "rela": {"kind": "rela"},
+    **BLOCK_FORMS,
 }
 # Weights that a variant does not use, by the start of their names.
 UNUSED: dict[str, tuple[str, ...]] = {
     # Without the token the decoder reads no words, so nobody needs the last block's.
     "no query token": ("attention.1.language_guided.",),
+    "decoder reads text": ("attention.1.language_guided.",),
     "sam": ("project_position.", "text_encoder.project_words."),
+    "rela": ("text_encoder.project_sentence.",),
 }
 # With the sentence as the only token, attention over tokens has nothing to choose.
 OF_ONE_TOKEN = [

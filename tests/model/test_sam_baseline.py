@@ -31,7 +31,7 @@ from risam_cli.weights.folder import write_model_folder
 from risam_cli.weights.load import load_model
 from risam_cli.weights.sam import load_sam_decoder
 
-SAM: dict[str, Any] = {"decoder": {"kind": "sam"}}
+SAM: dict[str, Any] = {"kind": "sam"}
 
 
 def _reference(dim: int, heads: int, layers: int, ffn_dim: int) -> tuple[nn.Module, nn.Module]:
@@ -154,7 +154,7 @@ def test_predicted_iou_is_within_bounds_and_still_learns_from_outside() -> None:
 
 @pytest.mark.parametrize("stem", [None, [4, 8, 12]])
 def test_the_setting_builds_deep_features_and_no_blocks(stem: list[int] | None) -> None:
-    model, _ = small_model(image_encoder={"stem": stem}, decoder={"kind": "sam", "fine": True})
+    model, _ = small_model(image_encoder={"stem": stem}, kind="sam", decoder={"fine": True})
     assert isinstance(model.mask_decoder, SamMaskDecoder)
     assert isinstance(model.feature_enhancement, DeepFeatures)
     assert not list(model.feature_enhancement.parameters())

@@ -119,7 +119,7 @@ WRONG: dict[str, tuple[Change, str, str]] = {
     "unknown key like none": (
         lambda r: r.update(loss={"qqq": 1}),
         r"unknown key 'loss\.qqq'",
-        "known keys: mask, dice, no_target, iou, focal_gamma, target_size",
+        "known keys: mask, dice, no_target, iou, focal_gamma, minimap, target_size",
     ),
     "unknown key in a stage": (
         lambda r: r["stages"][1].update(train_encodr="no"),

@@ -47,7 +47,9 @@ def test_each_ablation_differs_from_the_base_by_what_its_name_says() -> None:
         "no_query_token": {"model.decoder.query_token"},
         "no_feature_enhancement": {"model.fusion.feature_enhancement"},
         "no_adapters": {"model.image_encoder.adapter_dim", "stages.0.train_encoder"},
-        "sam": {"model.decoder.kind"},
+        "sam": {"model.kind"},
+        "cris": {"model.kind", "model.decoder.layers"},
+        "rela": {"model.kind", "model.decoder.layers", "loss.minimap"},
     }
     files = {p.stem for p in (CONFIGS / "ablations").glob("*.yaml")} - {"risam", "encoder"}
     assert files == set(differing)

@@ -16,6 +16,7 @@ from support.paths import REPO
 from risam_cli.commands.refshapes import command as refshapes
 from risam_cli.settings.base import merge
 from risam_cli.settings.load import check, read_settings_file
+from risam_cli.settings.model import ModelSettings
 from risam_cli.settings.train import TrainSettings
 from risam_cli.training.run import train
 from risam_cli.training.settings import complete, load_settings
@@ -119,7 +120,7 @@ def test_own_data_need_one_setting(made: Path, tmp_path: Path) -> None:
         [f"train.annotations={annotations}", f"output={tmp_path / 'run'}", *QUICK],
     )
     bundled = json.loads((REPO / "risam_cli/bundled/refshapes-tiny/config.json").read_text())
-    assert settings.model.fusion.model_dump() == bundled["model"]["fusion"]
+    assert settings.model == check(ModelSettings, bundled["model"], "the bundled model")
     best = train(settings, resume=False)
     load_model(best, device=torch.device("cpu"))
     resolved = yaml.safe_load((tmp_path / "run/config.resolved.yaml").read_text())

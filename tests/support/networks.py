@@ -51,6 +51,15 @@ WITH_STEM: dict[str, Any] = {
     "image_encoder": {"stem": [4, 8, 12], "adapter_dim": 0},
     "decoder": {"fine": True},
 }
+BLOCK_FORMS: dict[str, dict[str, Any]] = {
+    "language-guided in the last block alone": {"fusion": {"language_blocks": "last"}},
+    "vision-guided reads text": {"fusion": {"vision_guided_reads": "text"}},
+    "vision-guided reads both": {"fusion": {"vision_guided_reads": "both"}},
+    "decoder reads text": {"fusion": {"decoder_reads": "text"}},
+    "decoder reads both": {"fusion": {"decoder_reads": "both"}},
+    "own temperature": {"fusion": {"own_temperature": True}},
+}
+"""The forms of the Mutual-Aware Attention block that the settings offer."""
 
 
 def small_settings(**changes: Any) -> ModelSettings:

@@ -180,7 +180,7 @@ def test_a_sam_checkpoint_fills_the_encoder_and_the_baselines_decoder(
     tmp_path: Path, size: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = sam_file(tmp_path / "sam.pth")
-    decoder = {"kind": "sam", "heads": 8, "layers": 2, "ffn_dim": 2048 if size == "SAM's" else 64}
+    decoder = {"heads": 8, "layers": 2, "ffn_dim": 2048 if size == "SAM's" else 64}
     builder = _builder(
         tmp_path,
         model={
@@ -190,6 +190,7 @@ def test_a_sam_checkpoint_fills_the_encoder_and_the_baselines_decoder(
             },
             "fusion": {"dim": 256},
             "decoder": decoder,
+            "kind": "sam",
         },
         stages=[FUSION],
     )  # fmt: skip

@@ -27,7 +27,7 @@ from risam_cli.model.mask_decoder import (
     DecoderLayer,
     MutualAwareMaskDecoder,
 )
-from risam_cli.model.mutual_aware_attention import Branch, MutualAwareAttention
+from risam_cli.model.mutual_aware_attention import Branch, MutualAwareAttention, Reads
 
 BATCHED_BELOW = 512
 """Regions below which several expressions go in a batch after all: each step is too short alone."""
@@ -63,11 +63,12 @@ def decode_one(
     image: Regions,
     room: Regions,
     position: Tensor,
-    words: Tensor,
+    text: Tensor,
     word_position: Tensor,
     sentence: Tensor,
     fine: Tensor | None,
     grid: tuple[int, int],
+    decoder_reads: Reads,
 ) -> Decoded:
     """The mask of one expression about one image.
 
@@ -75,25 +76,28 @@ def decode_one(
         attention: the blocks of Mutual-Aware Attention.
         image: left as it is; room: written over.
         position: (N, C).
-        words: (L, C), without padding; word_position: (L, C).
+        text: linguistic features (L, C), without padding; word_position: (L, C).
         sentence: (C,).
         fine: (4h, 4w, mask_dim), or None.
         grid: (h, w).
+        decoder_reads: see :class:`.risam.Risam`.
 
     Returns:
         Of one expression: (1, 4h, 4w), (1,) and (1,).
     """
-    regions = image
+    regions, words = image, text
     for block in attention:
         one = cast(MutualAwareAttention, block)
-        affinity, new_words = _attend_words(one, regions.placed, words, word_position)
+        read = words if one.reads == "words" else text
+        affinity, new_words = _attend_words(one, regions.placed, read, words, word_position)
         if one.vision_guided is not None:
-            _attend_regions(one, affinity, words, regions, room, position)
+            _attend_regions(one, affinity, _word_values(one, read, words), regions, room, position)
             regions = room
         words = new_words
     tokens = apply_linear(decoder.project_sentence, sentence)[None]  # (1, C)
     if decoder.query_token is not None:
-        tokens = torch.cat([tokens + decoder.query_token, words])  # (1 + L, C)
+        guiding = {"words": [words], "text": [text], "both": [text, words]}[decoder_reads]
+        tokens = torch.cat([tokens + decoder.query_token, *guiding])  # (1 + m, C)
     for layer in decoder.layers:
         tokens = _exchange(cast(DecoderLayer, layer), tokens, regions, room, position)
         regions = room
@@ -101,30 +105,44 @@ def decode_one(
 
 
 def _attend_words(
-    block: MutualAwareAttention, placed: Tensor, words: Tensor, word_position: Tensor
+    block: MutualAwareAttention,
+    placed: Tensor,
+    read: Tensor,
+    words: Tensor,
+    word_position: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The affinity, (heads, L, N), and the words after Language-Guided Attention."""
-    key = apply_linear(block.affinity_language, words + word_position) * block.scale
+    key = apply_linear(block.affinity_language, read + word_position) * block.scale
     affinity = _logits(block.affinity_vision, key, block.heads, placed)
     if block.language_guided is None:
         return affinity, words
     branch = block.language_guided
-    gathered = affinity.flatten(0, 1).softmax(dim=-1) @ placed  # (heads*L, C)
+    gathered = block.warmed(affinity).flatten(0, 1).softmax(dim=-1) @ placed  # (heads*L, C)
     value = _own_heads(branch.value, gathered, block.heads)
     return affinity, _finish(branch, words + apply_linear(branch.output, value))
+
+
+def _word_values(block: MutualAwareAttention, read: Tensor, words: Tensor) -> Tensor:
+    """What regions take of the words that the block reads, and of what they have seen: (L, C)."""
+    value = apply_linear(cast(Branch, block.vision_guided).value, read)
+    return value if block.value_seen is None else value + apply_linear(block.value_seen, words)
 
 
 def _attend_regions(
     block: MutualAwareAttention,
     affinity: Tensor,
-    words: Tensor,
+    values: Tensor,
     regions: Regions,
     new: Regions,
     position: Tensor,
 ) -> None:
-    """Vision-Guided Attention: writes the new regions, which may be the old ones' memory."""
+    """Vision-Guided Attention: writes the new regions, which may be the old ones' memory.
+
+    Args:
+        values: of the words, (L, C).
+    """
     branch = cast(Branch, block.vision_guided)
-    change = _folded_out(branch.output, apply_linear(branch.value, words), block.heads)
+    change = _folded_out(branch.output, values, block.heads)
     _spread(affinity, change, partial(_finish, branch), regions, new, position)
 
 

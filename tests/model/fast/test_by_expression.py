@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.networks import WITH_STEM, in_double, noise, relative_error, small_model
+from support.networks import BLOCK_FORMS, WITH_STEM, in_double, noise, relative_error, small_model
 from torch import Tensor
 
 from risam_cli.model import risam
@@ -27,6 +27,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "neither": {"fusion": {"vision_guided": False, "language_guided": False}},
     "no query token": {"decoder": {"query_token": False}},
     "one layer": {"decoder": {"layers": 1}},
+    **BLOCK_FORMS,
 }
 DIM, MASK_DIM = 16, 8
 

@@ -1,0 +1,1 @@
+"""Networks that RISAM is compared with, on the same encoders, data and schedule."""
