@@ -24,7 +24,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.masks.polygons import Mask, to_polygons
+from risam_cli.masks.polygons import to_polygons
+from risam_cli.masks.rle import Mask
 
 Ring = NDArray[np.float64]
 """(N, 2) vertices x, y in pixels; open: the last is not the first again."""
@@ -40,7 +41,6 @@ class Vertices:
 
 EDGE = Vertices(0.1, 0.9)
 CENTER = Vertices(0.1, 0.4)
-PIXEL = Vertices(0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

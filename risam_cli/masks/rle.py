@@ -1,11 +1,9 @@
-"""Masks as COCO RLE, and as polygons with holes. numpy, pycocotools and OpenCV only, no torch.
+"""Masks as COCO RLE. numpy, pycocotools and OpenCV only, no torch.
 
 Masks are boolean arrays (H, W). An :class:`~risam_cli.types.Rle` that came out of this module
 (``encode``, ``from_polygons``, ``parse_rle``, ``union`` …) is valid and canonical: equal masks have
 equal strings. Whatever comes from outside goes through :func:`parse_rle` first; the other functions
 hand the string to pycocotools' C code, which trusts it.
-
-The polygons are those of :mod:`risam_cli.masks.polygons`, given on from here.
 """
 
 from __future__ import annotations
@@ -19,28 +17,10 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco
 
 from risam_cli.errors import DataError
-from risam_cli.masks.polygons import Mask, Polygon, Size, rasterize, to_polygons
 from risam_cli.types import Rle
 
-__all__ = [
-    "MAX_PIXELS",
-    "Mask",
-    "Polygon",
-    "Size",
-    "area",
-    "bbox",
-    "covered_once",
-    "decode",
-    "empty",
-    "encode",
-    "encode_batch",
-    "from_polygons",
-    "intersection_union",
-    "parse_rle",
-    "rasterize",
-    "to_polygons",
-    "union",
-]
+Mask = NDArray[np.bool_]
+Size = tuple[int, int]
 
 MAX_PIXELS = 2**30
 """Largest H * W that is taken. pycocotools counts in 32 bits; this stays well below."""

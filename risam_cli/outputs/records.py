@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections.abc import Mapping
+from typing import Any
 
 from risam_cli.errors import DataError
-from risam_cli.files.jsonlines import brief, parse_json, read_lines
+from risam_cli.files.jsonlines import brief
 from risam_cli.masks import rle as masks
 from risam_cli.types import Failure, Prediction
 
@@ -95,38 +93,6 @@ def from_json(obj: Mapping[str, Any], where: str) -> Prediction:
         mask=_text(obj, "mask", where) or None,
         notes=_notes(obj, where),
     )
-
-
-def read_records(source: Path | str) -> Iterator[Prediction]:
-    """The records of a ``predictions.jsonl``, of the folder that holds it, or of ``-`` (stdin).
-
-    Streams: memory does not grow with the file. Blank lines are passed over.
-
-    Raises:
-        DataError: the source cannot be read, or a line is no record; the message has its number.
-    """
-    if str(source) == "-":
-        yield from _read(sys.stdin.buffer, "<stdin>")
-        return
-    path = Path(source)
-    path = path / PREDICTIONS if path.is_dir() else path
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below, outside of this try
-    except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror}", "name a predictions.jsonl or the folder that holds it"
-        ) from None
-    with file:
-        yield from _read(file, str(path))
-
-
-def _read(stream: BinaryIO, name: str) -> Iterator[Prediction]:
-    for number, line in read_lines(stream, MAX_LINE):
-        where = f"{name}, line {number}"
-        if line is None:
-            raise DataError(f"{where}: longer than {MAX_LINE >> 20} MiB")
-        if line.strip():
-            yield from_json(parse_json(line, where), where)
 
 
 def _stated_size(obj: Mapping[str, Any], where: str) -> tuple[int, int] | None:

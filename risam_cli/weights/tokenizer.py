@@ -167,16 +167,6 @@ class TextTokenizer:
         ]
         return TokenBatch(input_ids, mask, truncated, self.max_tokens)
 
-    def words(self, text: str) -> list[str]:
-        """The tokens of one expression as text, special ones included, cut as in ``encode``."""
-        with panics_told():
-            tokens: list[str] = self.tokenizer.encode(text[:MAX_CHARACTERS]).tokens
-        return (
-            tokens
-            if len(tokens) <= self.max_tokens
-            else [*tokens[: self.max_tokens - 1], tokens[-1]]
-        )
-
     def pieces(self, text: str) -> list[Piece]:
         """The tokens of one expression and where they stand in it, cut as in ``encode``.
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.paths import REPO
+from support.records import read_records
 
 from risam_cli.cli import main
 from risam_cli.masks import rle as masks
-from risam_cli.outputs.records import read_records
 
 Call = Callable[..., int]
 
@@ -210,7 +210,7 @@ def test_kills_lose_nothing_and_double_nothing(model_folder: Path, tmp_path: Pat
     assert set(codes) <= {None, 3, 130}, done.stderr
     assert sum(code != 3 for code in codes) >= 4, "hardly any try was cut off"
     assert contents(out) == contents(tmp_path / "out-whole")
-    assert len(list(read_records(out))) == 98
+    assert len(read_records(out)) == 98
 
 
 def test_a_reader_of_the_stream_that_leaves(model_folder: Path, tiny_images: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from support.export_cases import Mask, iou, shapes
 
 from risam_cli.masks import rle as masks
-from risam_cli.masks.outlines import CENTER, EDGE, PIXEL, Ring, outlines
+from risam_cli.masks.outlines import CENTER, EDGE, Ring, Vertices, outlines
 
 SHAPES = shapes()
 ANY_MASK = hnp.arrays(
@@ -126,5 +126,5 @@ def test_nothing_gives_nothing():
 def test_whole_pixels_are_their_indices():
     mask = np.zeros((6, 7), np.bool_)
     mask[2:4, 1:5] = True
-    (ring,) = outlines(mask, PIXEL).rings
+    (ring,) = outlines(mask, Vertices(0.0, 0.0)).rings
     assert sorted(map(tuple, ring.tolist())) == [(1, 2), (1, 3), (4, 2), (4, 3)]

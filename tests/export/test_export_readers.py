@@ -22,7 +22,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from support.export_cases import SIZE, Mask, export, iou, record, shapes, write_image, write_jsonl
 
-from risam_cli.data.readers.coco import read_coco
+from risam_cli.data.readers import coco as reader
 from risam_cli.masks import rle as masks
 
 SHAPES = shapes()
@@ -84,7 +84,7 @@ def test_pycocotools_loads_the_results(case, tmp_path):
 
 def test_the_projects_own_reader_takes_the_coco_file(case, tmp_path):
     assert export(case, "--to", "coco", "-o", tmp_path) == 0
-    samples = list(read_coco(tmp_path / "instances.json", case / "images"))
+    samples = list(reader.open_coco(tmp_path / "instances.json", case / "images"))
     found = {e.text: e.target for sample in samples for e in sample.expressions}
     assert found.keys() == {*SHAPES, "nothing"}
     assert masks.area(found["nothing"]) == 0

@@ -48,7 +48,7 @@ def _encode(encoder: TextEncoder, text: TextParts, texts: list[str]) -> TextFeat
 def test_the_words_of_a_folder_come_with_its_special_tokens(folder: Path) -> None:
     _, text = _built(folder)
     ends = {"clip": ("<|startoftext|>", "<|endoftext|>"), "bert": ("[CLS]", "[SEP]")}[folder.name]
-    words = text.tokenizer.words("Red circle")
+    words = [piece.text for piece in text.tokenizer.pieces("Red circle")]
     assert (words[0], words[-1]) == ends
     assert [word.removesuffix("</w>") for word in words[1:-1]] == ["red", "circle"]
 

@@ -31,12 +31,12 @@ from support.predict_runs import (
     kill_at,
     run_json,
 )
+from support.records import read_records
 
 from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.errors import Interrupted, OutputError, RisamError
 from risam_cli.inference.pipeline import PredictSettings
 from risam_cli.masks import rle as masks
-from risam_cli.outputs.records import read_records
 from risam_cli.runs.folder import RunFolder
 from risam_cli.runs.ledger import LEDGER, read_lines
 from risam_cli.runs.merge import find_parts, merge_parts
@@ -57,7 +57,7 @@ def test_the_folder_holds_what_the_contract_says(pictures: Path, tmp_path: Path)
     stream = io.BytesIO()
     run = Run([pictures], out, stream=stream)
     assert run.go() == 3
-    records = list(read_records(out))
+    records = read_records(out)
     assert len(records) == 14
     assert run.encoded == 7
     assert [record.id for record in records][:3] == [
@@ -133,7 +133,7 @@ def test_only_failures_and_nothing_at_all(tmp_path: Path) -> None:
 
 def test_a_limit_takes_the_first_images(pictures: Path, tmp_path: Path) -> None:
     Run([pictures], tmp_path / "three", plan={"limit": 3}).go()
-    assert len(list(read_records(tmp_path / "three"))) == 4
+    assert len(read_records(tmp_path / "three")) == 4
     Run([pictures], tmp_path / "three", plan={"limit": 6}).go()  # goes on
     Run([pictures], tmp_path / "six", plan={"limit": 6}).go()
     assert contents(tmp_path / "three") == contents(tmp_path / "six")
@@ -431,7 +431,7 @@ def test_a_signal_ends_the_run_after_its_batch(
         run.go()
     assert signal.getsignal(number) is before
     assert run_json(out)["status"] == "interrupted"
-    assert 4 <= len(list(read_records(out))) < 14
+    assert 4 <= len(read_records(out)) < 14
     assert Run([pictures], out).go() == 3
     assert contents(out) == contents(finished[1])
 
@@ -485,7 +485,7 @@ def test_an_image_that_vanishes_between_listing_and_reading(pictures: Path, tmp_
 
     run.model.model.before_encode = vanish
     assert run.go() == 3
-    records = list(read_records(tmp_path / "out"))
+    records = read_records(tmp_path / "out")
     rows = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
     assert len(records) + len(rows) == 16
     assert len(rows) >= 4

@@ -297,7 +297,7 @@ def test_a_panic_is_told_apart_from_ctrl_c(folder: Path) -> None:
     text = json.loads((folder / "tokenizer.json").read_text())
     odd = load_tokenizer(json.dumps({**text, **PANICS["pieces of length 0"]}))
     with pytest.raises(ModelError, match="does not work"):
-        TextTokenizer(odd, 8, 0).words("x")
+        TextTokenizer(odd, 8, 0).pieces("x")
 
 
 def test_a_text_without_end_is_cut_and_said_to_be(folder: Path) -> None:

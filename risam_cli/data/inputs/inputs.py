@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -349,14 +349,6 @@ def read_expressions(path: Path) -> list[str]:
     if not found:
         raise UsageError(f"--expressions {path}: holds no expression", "write one a line")
     return found
-
-
-def count_entries(inputs: Inputs, wanted: Callable[[Entry], bool]) -> int | None:
-    """How many entries will come; None where only reading stdin would tell."""
-    if not inputs.repeatable:
-        return None
-    again = replace(inputs, skipped=Counter())
-    return sum(wanted(entry) for entry in again)
 
 
 def _is_pattern(argument: str) -> bool:

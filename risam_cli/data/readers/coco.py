@@ -23,30 +23,9 @@ from risam_cli.data.readers.source import (
 )
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief
-from risam_cli.types import Sample
 
 ALL = "all"
 _TEXT_KEYS = ("text", "expression", "caption", "sent")
-
-
-def read_coco(
-    path: Path,
-    image_root: Path | None = None,
-    *,
-    split: str = ALL,
-    bare_images: bool = False,
-) -> Iterator[Sample]:
-    """The samples of a COCO-style file, one an image, in the order of its ``images``.
-
-    Args:
-        image_root: where file names start; by default the file's folder, or its ``images/``.
-        split: keep the records of this split; ``all`` keeps everything.
-        bare_images: also yield images without an expression.
-
-    Raises:
-        DataError: the file cannot be read or a record is malformed.
-    """
-    return open_coco(path, image_root, split=split, bare_images=bare_images).iterate()
 
 
 def open_coco(
@@ -57,10 +36,18 @@ def open_coco(
     bare_images: bool = False,
     dataset: str = "coco",
 ) -> SampleSource:
-    """The index of a COCO-style file. Arguments and errors as :func:`read_coco`.
+    """The index of a COCO-style file, one entry an image, in the order of its ``images``.
 
     Where images or expressions carry a ``split``, ``split`` chooses among them; a file without
     one has the split ``all`` only.
+
+    Args:
+        image_root: where file names start; by default the file's folder, or its ``images/``.
+        split: keep the records of this split; ``all`` keeps everything.
+        bare_images: also yield images without an expression.
+
+    Raises:
+        DataError: the file cannot be read or a record is malformed.
     """
     listed: list[_Spoken] = []
     captioned: list[_Spoken] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from risam_cli.data.readers.source import Group, Phrase, SampleSource, make_sour
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief
 from risam_cli.masks import rle as masks
-from risam_cli.types import Rle, Sample
+from risam_cli.types import Rle
 
 SPLITS = ("train", "val", "test", "miniv")
 _IMAGE_LISTS = ("image_data_split3000.json", "image_data_split.json")
@@ -29,25 +28,21 @@ _UNRANKED = 1 << 30
 _FOLDERS = ("phrasecut", "PhraseCut", "VGPhraseCut_v0", "data/VGPhraseCut_v0")
 
 
-def read_phrasecut(root: Path, split: str, *, image_root: Path | None = None) -> Iterator[Sample]:
-    """The samples of one split of PhraseCut, one an image.
+def open_phrasecut(
+    root: Path, split: str, *, image_root: Path | None = None, name: str = "phrasecut"
+) -> SampleSource:
+    """The index of one split of PhraseCut, one entry an image.
 
     Args:
         root: the folder that holds ``phrasecut/`` or ``VGPhraseCut_v0/``, or that folder itself.
         split: ``train``, ``val`` (without the images of ``miniv``), ``test`` or ``miniv``; several
             are joined as the data set's own loader has it: ``val_miniv`` is the published val.
         image_root: the folder of ``<image_id>.jpg``; by default ``images`` near ``root``.
+        name: what to call the data set.
 
     Raises:
         DataError: files are missing or damaged, or the split does not exist.
     """
-    return open_phrasecut(root, split, image_root=image_root).iterate()
-
-
-def open_phrasecut(
-    root: Path, split: str, *, image_root: Path | None = None, name: str = "phrasecut"
-) -> SampleSource:
-    """The index of one split. Arguments and errors as :func:`read_phrasecut`."""
     folder = find_folder(root, _FOLDERS, [f"refer_{s}.json" for s in SPLITS])
     parts = split.split("_")
     task_files = tuple(folder / f"refer_{part}.json" for part in parts)

@@ -25,7 +25,6 @@ from risam_cli.data.readers.source import (
 )
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief
-from risam_cli.types import Sample
 
 SPLIT_BY: dict[str, tuple[str, ...]] = {
     "refcoco": ("unc", "google"),
@@ -47,35 +46,6 @@ _IMAGE_FOLDERS = (
 )
 
 
-def read_refer(
-    root: Path,
-    dataset: str,
-    split: str,
-    *,
-    split_by: str | None = None,
-    image_root: Path | None = None,
-) -> Iterator[Sample]:
-    """The samples of one split of RefCOCO, RefCOCO+, G-Ref or gRefCOCO, one an image.
-
-    Args:
-        root: the folder that holds ``refcoco/`` …, or the data set's own folder.
-        dataset: a key of ``SPLIT_BY``.
-        split: ``train``, ``val``, ``test``, ``testA``, ``testB``, as the refs store it.
-        split_by: who made the splits; by default the data set's first.
-        image_root: the folder of the images; by default looked for near ``root``.
-
-    Raises:
-        DataError: files are missing or damaged, or the split does not exist.
-    """
-    source = open_refer(root, dataset, split, split_by=split_by, image_root=image_root)
-    return source.iterate()
-
-
-def read_grefcoco(root: Path, split: str, *, image_root: Path | None = None) -> Iterator[Sample]:
-    """The samples of one split of gRefCOCO. Arguments and errors as :func:`read_refer`."""
-    return read_refer(root, "grefcoco", split, image_root=image_root)
-
-
 def open_refer(
     root: Path,
     dataset: str,
@@ -85,7 +55,19 @@ def open_refer(
     image_root: Path | None = None,
     name: str | None = None,
 ) -> SampleSource:
-    """The index of one split. Arguments and errors as :func:`read_refer`; ``name`` renames it."""
+    """The index of one split of RefCOCO, RefCOCO+, G-Ref or gRefCOCO, one entry an image.
+
+    Args:
+        root: the folder that holds ``refcoco/`` …, or the data set's own folder.
+        dataset: a key of ``SPLIT_BY``.
+        split: ``train``, ``val``, ``test``, ``testA``, ``testB``, as the refs store it.
+        split_by: who made the splits; by default the data set's first.
+        image_root: the folder of the images; by default looked for near ``root``.
+        name: what to call the data set; by default ``dataset``.
+
+    Raises:
+        DataError: files are missing or damaged, or the split does not exist.
+    """
     splits_by = SPLIT_BY[dataset]
     by = split_by or splits_by[0]
     if by not in splits_by:

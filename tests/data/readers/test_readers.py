@@ -32,10 +32,10 @@ from support.eval_files import (
 )
 
 from risam_cli.data.readers.catalog import count_differences, open_dataset
-from risam_cli.data.readers.coco import open_coco, read_coco
+from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.instances import segmentation_to_rle
-from risam_cli.data.readers.phrasecut import open_phrasecut, read_phrasecut
-from risam_cli.data.readers.refer import open_refer, read_grefcoco, read_refer
+from risam_cli.data.readers.phrasecut import open_phrasecut
+from risam_cli.data.readers.refer import open_refer
 from risam_cli.errors import DataError, UsageError
 from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Failure, Sample
@@ -60,7 +60,7 @@ def assert_mask(expression: Expression, expected: Mask) -> None:
 @pytest.mark.parametrize("protocol", [0, 1, 2, 4])
 def test_refer_reads_every_sentence_of_every_ref(tmp_path: Path, protocol: int) -> None:
     write_refer(tmp_path, protocol=protocol)
-    samples = list(read_refer(tmp_path, "refcoco", "val"))
+    samples = list(open_refer(tmp_path, "refcoco", "val"))
     assert [s.image for s in samples] == [
         "COCO_train2014_000000000011.jpg",
         "COCO_train2014_000000000012.jpg",
@@ -79,19 +79,19 @@ def test_refer_reads_every_sentence_of_every_ref(tmp_path: Path, protocol: int) 
 
 def test_overlapping_polygons_are_a_union(tmp_path: Path) -> None:
     write_refer(tmp_path)
-    mask = drawn(by_id(read_refer(tmp_path, "refcoco", "val"))["20"])
+    mask = drawn(by_id(open_refer(tmp_path, "refcoco", "val"))["20"])
     both = 15 * 10 + 20 * 20
     assert mask.sum() == both - 5 * 5
 
 
 def test_a_triangle_is_drawn_as_the_benchmarks_own_tool_draws_it(tmp_path: Path) -> None:
     write_refer(tmp_path)
-    assert_mask(by_id(read_refer(tmp_path, "refcoco", "train"))["50"], TRUTH[103])
+    assert_mask(by_id(open_refer(tmp_path, "refcoco", "train"))["50"], TRUTH[103])
 
 
 def test_uncompressed_and_listed_rle(tmp_path: Path) -> None:
     write_refer(tmp_path)
-    assert_mask(by_id(read_refer(tmp_path, "refcoco", "testA"))["40"], TRUTH[104])
+    assert_mask(by_id(open_refer(tmp_path, "refcoco", "testA"))["40"], TRUTH[104])
 
 
 def test_a_root_may_be_the_data_sets_own_folder(tmp_path: Path) -> None:
@@ -115,11 +115,11 @@ def test_refcocog_by_umd_and_google(tmp_path: Path) -> None:
 
 def test_category_and_rivals_are_known(tmp_path: Path) -> None:
     write_refer(tmp_path)
-    found = by_id(read_refer(tmp_path, "refcoco", "val"))
+    found = by_id(open_refer(tmp_path, "refcoco", "val"))
     assert found["10"].attributes["category"] == "cat"
     assert found["10"].attributes["distractors"] == 1  # 102; the kite is of another category
     assert found["60"].attributes["distractors"] == 1  # 104; 106 is a crowd
-    kite = by_id(read_refer(tmp_path, "refcoco", "train"))["50"]
+    kite = by_id(open_refer(tmp_path, "refcoco", "train"))["50"]
     assert kite.attributes["distractors"] == 0
 
 
@@ -158,7 +158,7 @@ def test_an_annotation_that_does_not_exist_fails_its_expressions_only(tmp_path: 
     assert [f.id for f in failures] == ["20"]
     assert "annotation 102 does not exist" in failures[0].message
     with pytest.raises(DataError, match="annotation 102 does not exist"):
-        list(read_refer(tmp_path, "refcoco", "val"))
+        list(open_refer(tmp_path, "refcoco", "val"))
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_grefcoco_scalars_lists_none_and_crowds(tmp_path: Path) -> None:
     assert source.counts["multi_target"] == 2
     assert source.counts["single_target"] == 2
     assert source.notes == ("1 refs without a sentence were left out",)
-    assert by_id(read_grefcoco(tmp_path, "testA"))["70"].attributes["referents"] == 2
+    assert by_id(open_refer(tmp_path, "grefcoco", "testA"))["70"].attributes["referents"] == 2
 
 
 def test_grefcoco_refuses_none_beside_something(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_malformed_refs_are_named(tmp_path: Path, broken: Any, complaint: str) -
 
 def test_phrasecut_polygons_are_drawn_as_its_own_tool_draws_them(tmp_path: Path) -> None:
     write_phrasecut(tmp_path)
-    samples = list(read_phrasecut(tmp_path, "val"))
+    samples = list(open_phrasecut(tmp_path, "val"))
     assert [s.image for s in samples] == ["7.jpg"]
     assert samples[0].path.is_file()
     found = by_id(samples)
@@ -255,7 +255,7 @@ def test_phrasecut_val_leaves_miniv_out(tmp_path: Path) -> None:
     source = open_phrasecut(folder, "val")
     assert source.counts["expressions"] == 2
     assert source.notes == ("1 phrases of miniv images were left out",)
-    assert sorted(by_id(read_phrasecut(folder, "miniv"))) == ["9__1"]
+    assert sorted(by_id(open_phrasecut(folder, "miniv"))) == ["9__1"]
 
 
 def test_phrasecut_with_the_other_name_of_its_image_list(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_phrasecut_nonsense_polygons_fail_their_phrase(
 def test_coco_expressions_and_captions(tmp_path: Path) -> None:
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(coco_content()))
-    found = by_id(read_coco(path))
+    found = by_id(open_coco(path))
     expected = {
         "900": TRUTH[101] | TRUTH[102],
         "901": np.zeros((H, W), bool),
@@ -328,12 +328,12 @@ def test_coco_as_a_manifest_needs_no_sizes_and_no_masks(tmp_path: Path) -> None:
     }
     path = tmp_path / "any.json"
     path.write_text(json.dumps(content))
-    samples = list(read_coco(path, tmp_path / "pictures"))
+    samples = list(open_coco(path, tmp_path / "pictures"))
     assert [(s.image, s.path, s.size) for s in samples] == [
         ("x/1.png", tmp_path / "pictures/x/1.png", None)
     ]
     assert samples[0].expressions[0].target is None
-    bare = list(read_coco(path, bare_images=True))
+    bare = list(open_coco(path, bare_images=True))
     assert [len(s.expressions) for s in bare] == [1, 0]
 
 
@@ -376,7 +376,7 @@ def test_malformed_coco_is_named(tmp_path: Path, change: dict[str, Any], complai
     path = tmp_path / "instances.json"
     path.write_text(json.dumps({**instances(), **change}))
     with pytest.raises(DataError, match=complaint):
-        list(read_coco(path))
+        list(open_coco(path))
 
 
 @pytest.mark.parametrize(
