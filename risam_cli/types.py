@@ -28,6 +28,7 @@ class Expression:
         redrawn: the ground truth as another rule than the union draws it (see
             :meth:`risam_cli.data.readers.source.SampleSource.redrawn`), where it differs.
         attributes: what the data set knows beside: category, ref_id, referents (their number) …
+        number: which of its image's expressions it is, from 0; its files are named by it.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Expression:
     no_target: bool | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
     redrawn: Rle | None = None
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)

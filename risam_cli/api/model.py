@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, cast, overload
 
-from risam_cli.api.given import (
+from risam_cli.api.inputs import (
     ImageLike,
     Item,
     Source,
@@ -235,16 +235,14 @@ class Model:
         common = None if expressions is None else texts_of(expressions)
         if on_error not in ("raise", "keep"):
             raise UsageError(f"on_error {on_error!r} is unknown", "give 'raise' or 'keep'")
-        sources: dict[int, Source | None] = {}
         samples = samples_of(
             images,
             common,
             self._loaded.image_size,
-            sources,
             keep=keep_images,
             full_decode=settings.full_decode,
         )
-        results = self._results(samples, settings, sources, on_error == "raise")
+        results = self._results(samples, settings, on_error == "raise")
         if not progress:
             return results
         from tqdm.auto import tqdm
@@ -254,16 +252,14 @@ class Model:
 
     def _results(
         self,
-        samples: Iterator[Sample],
+        samples: Iterator[tuple[Sample, Source | None]],
         settings: PredictSettings,
-        sources: dict[int, Source | None],
         raises: bool,
     ) -> Iterator[Results]:
         with closing(predict_samples(samples, self._loaded, settings)) as stream:
-            for found in stream:
+            for source, found in stream:
                 if raises and found.failures:
                     raise _error_of(found.failures[0])
-                source = sources.pop(found.index)
                 yield Results(
                     (Result(prediction, source) for prediction in found.predictions),
                     found.failures,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from risam_cli.data.images.files import file_sha256
-from risam_cli.data.readers.predictions import Answer, PredictionIndex
+from risam_cli.data.readers.predictions import Answer, PredictionIndex, parse_answer
 from risam_cli.data.readers.source import OnFailure, SampleSource
 from risam_cli.errors import DataError, OutputError
 from risam_cli.evaluation.run import ANSWERS_FILE
@@ -31,7 +30,9 @@ SYNCED = 2.0
 _HEADER = "\0settings"  # an id that no expression has
 _TAIL = 1 << 16
 
-Run = Callable[[Iterable[Sample]], Iterator[ImageResult]]
+Run = Callable[
+    [Iterable[tuple[Sample, Answered | None]]], Iterator[tuple[Answered | None, ImageResult]]
+]
 
 
 @dataclass(slots=True)
@@ -58,9 +59,9 @@ class StageSeconds:
 class AnswerLog:
     """Answers of a run in progress, so that an interrupted one can go on.
 
-    The first line holds the settings, every other one an answer, under a key of all that it was an
-    answer to: the image's name and content, the expression's id and text. So an image or a text
-    that changed since is asked again.
+    The first line holds the settings, every other one an answer, under a key of what it was an
+    answer to (the image's name, the expression's id and text) and with the hash of the image file.
+    So an image or a text that changed since is asked again.
 
     Args:
         settings: what results depend on; a resumed run must have the same.
@@ -86,8 +87,7 @@ class AnswerLog:
     ) -> None:
         self.path = folder / ANSWERS_FILE
         self.known: PredictionIndex | None = None
-        self._lock = threading.Lock()  # the engine reads samples in a thread of its own
-        self._is_known: dict[int, bool] = {}  # by sample; so that both readers decide alike
+        self._size = size
         self._synced = time.monotonic()
         header = {"id": _HEADER, "settings": dict(settings)}
         held = self.path.exists() and self.path.stat().st_size > 0
@@ -134,44 +134,32 @@ class AnswerLog:
             os.fsync(self._stream.fileno())
             self._synced = time.monotonic()
 
-    def recall(self, number: int, sample: Sample) -> Answered | None:
+    def recall(self, sample: Sample) -> Answered | None:
         """The answers of an image that the interrupted run finished, else None.
 
-        Args:
-            number: of the sample in its source. Whoever asks first decides for the other as well,
-                whatever becomes of the file in between.
+        The image file is hashed only where the run answered all that is asked of it.
         """
         if self.known is None:
             return None
-        with self._lock:
-            if self._is_known.get(number, True) is False:
-                return None
-            answered = self._find(sample)
-            self._is_known.setdefault(number, answered is not None)
-            if self._is_known[number] and answered is None:
-                raise OutputError(
-                    f"{sample.path} changed while the run went on", "go on with --resume"
-                )
-            return answered
-
-    def _find(self, sample: Sample) -> Answered | None:
-        assert self.known is not None
+        try:
+            lines = [self.known.records(_key(sample, one)) for one in sample.expressions]
+        except DataError:  # a line that a power cut spoilt
+            return None
+        if not all(lines):
+            return None
         try:
             image = within(TIMEOUT, lambda: file_sha256(sample.path))
         except TimeoutError:  # the loader will say so
             return None
-        if image is None:
-            return None
         answers = []
-        for expression in sample.expressions:
-            asked = replace(expression, id=_key(sample, expression, image), text="")
+        for known in lines:
+            same = [line for line in known if line.get("sha256") == image]
+            if not same:
+                return None
             try:
-                answer = self.known.find(sample, asked)
+                answers.append(parse_answer(same[-1], self._size or sample.size, str(self.path)))
             except DataError:  # a line that a power cut spoilt
                 return None
-            if answer is None:
-                return None
-            answers.append(answer)
         return Answered(sample, tuple(answers))
 
     def finished(self) -> None:
@@ -199,7 +187,7 @@ def answers_from_model(
     source: SampleSource,
     run: Run,
     log: AnswerLog,
-    bar: float,
+    no_target_threshold: float,
     protocol: Protocol,
     seconds: StageSeconds,
     on_failure: OnFailure,
@@ -209,43 +197,27 @@ def answers_from_model(
     Args:
         run: the predict engine, giving raw masks and probabilities.
         log: keeps the answers; what it knows from an interrupted run is not asked again.
-        bar: no-target probability above which the answer is "nothing fits".
+        no_target_threshold: probability above which the answer is "nothing fits".
     """
 
-    def todo() -> Iterator[Sample]:
-        for number, sample in enumerate(source.iterate(lambda failure: None)):
-            if log.recall(number, sample) is None:
-                yield sample
+    def todo() -> Iterator[tuple[Sample, Answered | None]]:
+        for sample in source.iterate(on_failure):
+            recalled = log.recall(sample)
+            # What is known already keeps its place among the others, and nothing is asked of it.
+            yield (sample if recalled is None else replace(sample, expressions=())), recalled
 
-    results = run(todo() if log.known is not None else source.iterate(on_failure))
-    if log.known is None:
-        for result in results:
-            yield _logged(result, log, bar, protocol, seconds, on_failure)
-        return
-    for number, sample in enumerate(source.iterate(on_failure)):
-        recalled = log.recall(number, sample)
+    for recalled, result in run(todo()):
         if recalled is not None:
             yield recalled
-        else:
-            yield _logged(next(results), log, bar, protocol, seconds, on_failure)
-
-
-def _logged(
-    result: ImageResult,
-    log: AnswerLog,
-    bar: float,
-    protocol: Protocol,
-    seconds: StageSeconds,
-    on_failure: OnFailure,
-) -> Answered:
-    seconds.add(result.seconds, len(result.sample.expressions))
-    answered = _answered(result, bar, protocol, on_failure)
-    log.write(answered, result.sha256)
-    return answered
+            continue
+        seconds.add(result.seconds, len(result.sample.expressions))
+        answered = _answered(result, no_target_threshold, protocol, on_failure)
+        log.write(answered, result.sha256)
+        yield answered
 
 
 def _answered(
-    result: ImageResult, bar: float, protocol: Protocol, on_failure: OnFailure
+    result: ImageResult, no_target_threshold: float, protocol: Protocol, on_failure: OnFailure
 ) -> Answered:
     """The expressions of an image that were predicted; the others are failures, not zeros."""
     for failure in result.failures:
@@ -262,14 +234,17 @@ def _answered(
             on_failure(_wrong_size(sample, expression, _size(raw)))
             continue
         kept.append(expression)
-        answers.append(_answer(prediction, raw, bar, protocol))
+        answers.append(_answer(prediction, raw, no_target_threshold, protocol))
     return Answered(replace(sample, expressions=tuple(kept)), tuple(answers))
 
 
-def _answer(prediction: Prediction, raw: Raw, bar: float, protocol: Protocol) -> Answer:
+def _answer(
+    prediction: Prediction, raw: Raw, no_target_threshold: float, protocol: Protocol
+) -> Answer:
     """Where the head is not asked, the score is the mask's own."""
     score = raw.iou if protocol.no_target == "mask" else prediction.score
-    return Answer(raw.mask, raw.no_target > bar, min(1.0, max(0.0, score)), raw.no_target)
+    nothing = raw.no_target > no_target_threshold
+    return Answer(raw.mask, nothing, min(1.0, max(0.0, score)), raw.no_target)
 
 
 def _size(raw: Raw) -> tuple[int, int]:
@@ -286,14 +261,15 @@ def _wrong_size(sample: Sample, expression: Expression, own: tuple[int, int]) ->
     return Failure(expression.id, sample.image, expression.text, "decode", "DataError", message)
 
 
-def _key(sample: Sample, expression: Expression, image: str) -> str:
-    asked = json.dumps([sample.image, image, expression.id, expression.text])
+def _key(sample: Sample, expression: Expression) -> str:
+    asked = json.dumps([sample.image, expression.id, expression.text])
     return blake2b(asked.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _row(sample: Sample, expression: Expression, answer: Answer, image: str) -> dict[str, Any]:
     return {
-        "id": _key(sample, expression, image),
+        "id": _key(sample, expression),
+        "sha256": image,
         "asked": expression.id,
         "segmentation": answer.segmentation,
         "score": answer.score,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from risam_cli.console.console import get_console
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.errors import DataError, OutputError
 from risam_cli.evaluation.answers import AnswerLog, StageSeconds, answers_from_model
-from risam_cli.evaluation.protocol import predict_by_protocol
+from risam_cli.evaluation.protocol import mask_rule
 from risam_cli.evaluation.report.schema import AnswersPart, NoTargetFitPart, TimingPart
 from risam_cli.evaluation.request import Asked, Done, count
 from risam_cli.evaluation.run import EvalRun, FailureLog, drop_missing_images, run_evaluation
@@ -22,11 +22,9 @@ from risam_cli.inference.device import (
     precision_name,
 )
 from risam_cli.inference.feature_cache import cache_for
-from risam_cli.inference.finish import ImageResult
-from risam_cli.inference.pipeline import PredictSettings
+from risam_cli.inference.pipeline import PredictSettings, predict_samples
 from risam_cli.metrics.curves import fit_no_target
 from risam_cli.metrics.protocols import Protocol
-from risam_cli.types import Sample
 from risam_cli.weights import folder as model_folders
 from risam_cli.weights.load import LoadedModel, load_model
 
@@ -66,10 +64,9 @@ def answer_and_score(
     )
     images = min(len(source), source.limit or len(source))
     with log, cache_for(asked.kept_features(), loaded, settings, images) as cache:
-
-        def run(samples: Iterable[Sample]) -> Iterator[ImageResult]:
-            return predict_by_protocol(samples, loaded, settings, protocol, cache)
-
+        run = partial(
+            predict_samples, loaded=loaded, settings=settings, rule=mask_rule(protocol), cache=cache
+        )
         answers = answers_from_model(source, run, log, bar, protocol, seconds, failures)
         done = run_evaluation(source, answers, protocol, asked.output, console)
     fit = _fit(asked, done, bar) if asked.fit_no_target else None

@@ -1,12 +1,7 @@
-"""Predicting for protocols that compare masks elsewhere than at the image's size.
-
-The engine is that of :mod:`risam_cli.inference.pipeline`; only the rule that makes masks of logits
-is the protocol's own.
-"""
+"""Mask rules of protocols that compare masks elsewhere than at the image's size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -15,13 +10,8 @@ from torch import Tensor
 
 from risam_cli.data.images.transforms import fit_size, logits_to_size
 from risam_cli.evaluation.scoring import warp_through_letterbox
-from risam_cli.inference.compute import Model
-from risam_cli.inference.feature_cache import FeatureCache
-from risam_cli.inference.finish import ImageResult
 from risam_cli.inference.mask_rules import MaskRule, at_image_size
-from risam_cli.inference.pipeline import PredictSettings, predict_samples
 from risam_cli.metrics.protocols import Protocol
-from risam_cli.types import Sample
 
 
 def mask_rule(protocol: Protocol) -> MaskRule:
@@ -31,21 +21,6 @@ def mask_rule(protocol: Protocol) -> MaskRule:
     if protocol.resolution == "letterbox":
         return partial(_letterboxed, protocol.canvas)
     return at_image_size
-
-
-def predict_by_protocol(
-    samples: Iterable[Sample],
-    loaded: Model,
-    settings: PredictSettings,
-    protocol: Protocol,
-    cache: FeatureCache | None = None,
-) -> Iterator[ImageResult]:
-    """Results in order, with masks where the protocol compares them; one encoding an image.
-
-    Raises:
-        RisamError: what the samples raised, or a device that failed for good.
-    """
-    return predict_samples(samples, loaded, settings, rule=mask_rule(protocol), cache=cache)
 
 
 def _stretched(

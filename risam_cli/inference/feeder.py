@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from risam_cli.inference.loader import ImageLoader, Loaded
 from risam_cli.types import Sample
@@ -22,6 +23,7 @@ _IDLE = 0.01  # seconds of waiting for the source after which it counts as idle
 _POLL = 0.02  # seconds between two looks at what no one notifies us of
 
 
+T = TypeVar("T")
 _NOTHING = Loaded(None, "", None, 0.0)
 
 
@@ -37,15 +39,15 @@ class ReadySample(Sample):
 
 
 @dataclass(slots=True)
-class ImageJob:
+class ImageJob(Generic[T]):
     """One image with all samples, read ahead so far, that ask about it.
 
     Attributes:
-        samples: with each one's number in the source, which counts from 0.
+        samples: each with its number in the source, which counts from 0, and what came with it.
     """
 
     path: Path
-    samples: list[tuple[int, Sample]]
+    samples: list[tuple[int, Sample, T]]
     future: Future[Loaded] | None = None
 
     @property
@@ -56,11 +58,11 @@ class ImageJob:
 
 
 @dataclass(slots=True)
-class _State:
+class _State(Generic[T]):
     """All that the two threads share; guarded by the feeder's condition."""
 
-    jobs: deque[ImageJob] = field(default_factory=deque)  # not yet taken, in order
-    open: dict[Path, ImageJob] = field(default_factory=dict)  # the same, by path
+    jobs: deque[ImageJob[T]] = field(default_factory=deque)  # not yet taken, in order
+    open: dict[Path, ImageJob[T]] = field(default_factory=dict)  # the same, by path
     read: int = 0  # samples read
     out: int = 0  # samples whose result has left
     loading: int = 0  # jobs at the head that are loaded or being loaded
@@ -71,11 +73,12 @@ class _State:
     error: BaseException | None = None
 
 
-class Feeder(threading.Thread):
+class Feeder(threading.Thread, Generic[T]):
     """Turns a stream of samples into batches of loaded images.
 
     Args:
-        samples: the source; read in this thread, closed by nobody else.
+        samples: the source, each with what is to come out beside its result; read in this thread,
+            closed by nobody else.
         loader: loads the images.
         lookahead: samples that may be read and not yet answered; within half of it the samples
             of one image are put together.
@@ -83,14 +86,18 @@ class Feeder(threading.Thread):
     """
 
     def __init__(
-        self, samples: Iterable[Sample], loader: ImageLoader, lookahead: int, prefetch: int
+        self,
+        samples: Iterable[tuple[Sample, T]],
+        loader: ImageLoader,
+        lookahead: int,
+        prefetch: int,
     ) -> None:
         super().__init__(daemon=True, name="risam-feeder")
         self._samples = samples
         self._loader = loader
         self._lookahead = lookahead
         self._prefetch = prefetch
-        self._state = _State()
+        self._state: _State[T] = _State()
         self._changed = threading.Condition()
 
     def run(self) -> None:
@@ -101,22 +108,22 @@ class Feeder(threading.Thread):
             while True:
                 with self._changed:
                     state.waiting_since = time.monotonic()
-                sample = next(source, None)
+                carried = next(source, None)
                 with self._changed:
                     state.waiting_since = float("inf")
-                    if sample is None:
+                    if carried is None:
                         break
                     self._wait_for_room()
                     if state.stopped:
                         break
-                    self._add(sample)
+                    self._add(*carried)
         except BaseException as error:  # raised again where the samples are taken
             state.error = error
         with self._changed:
             state.ended = True
             self._changed.notify_all()
 
-    def take(self, count: int, stop: threading.Event | None = None) -> list[ImageJob] | None:
+    def take(self, count: int, stop: threading.Event | None = None) -> list[ImageJob[T]] | None:
         """The next jobs whose images are loaded (or failed to), up to ``count`` good ones.
 
         Waits for at least one; for more only while they are to be had at once.
@@ -167,7 +174,7 @@ class Feeder(threading.Thread):
             self._changed.wait(_POLL)
         state.full = False
 
-    def _add(self, sample: Sample) -> None:
+    def _add(self, sample: Sample, item: T) -> None:
         state = self._state
         job = state.open.get(sample.path) if sample.expressions else None
         if job is None:
@@ -175,7 +182,7 @@ class Feeder(threading.Thread):
             if sample.expressions:
                 state.open[sample.path] = job
             state.jobs.append(job)
-        job.samples.append((state.read, sample))
+        job.samples.append((state.read, sample, item))
         state.read += 1
         self._top_up()
 
@@ -199,7 +206,7 @@ class Feeder(threading.Thread):
         with self._changed:
             self._changed.notify_all()
 
-    def _pop(self) -> ImageJob:
+    def _pop(self) -> ImageJob[T]:
         state = self._state
         job = state.jobs.popleft()
         if state.open.get(job.path) is job:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from risam_cli.inference.mask_rules import unpacked
 from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Failure, Prediction, Rle, Sample
 
+T = TypeVar("T")
 _WAITING_BYTES = 256 << 20  # full-size masks that may wait for a thread
 # A file of our own that the system refuses: every later one would fail as well.
 _NO_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENODEV, errno.ENXIO}
@@ -48,7 +49,6 @@ class ImageResult:
     """What became of one sample.
 
     Attributes:
-        index: the sample's number in the source, from 0.
         predictions: in the order of its expressions, without those that failed.
         failures: one for each expression that failed.
         raw: one beside each prediction, where settings ask for it; else empty.
@@ -57,7 +57,6 @@ class ImageResult:
         seconds: spent on this sample: ``load``, ``encode``, ``decode``, ``finish``.
     """
 
-    index: int
     sample: Sample
     predictions: tuple[Prediction, ...]
     failures: tuple[Failure, ...]
@@ -82,11 +81,11 @@ class MaskSink(Protocol):
 
 
 @dataclass(slots=True)
-class _Open:
+class _Open(Generic[T]):
     """A sample on its way out."""
 
-    index: int
     sample: Sample
+    item: T
     loaded: Loaded
     outcomes: list[tuple[Prediction, Raw | None] | Failure | None]
     left: int  # outcomes to come, and one for the batch
@@ -99,7 +98,6 @@ class _Open:
         good = [outcome for outcome in self.outcomes if isinstance(outcome, tuple)]
         image = self.loaded.image
         return ImageResult(
-            self.index,
             self.sample,
             tuple(prediction for prediction, _ in good),
             tuple(outcome for outcome in self.outcomes if isinstance(outcome, Failure)),
@@ -110,7 +108,7 @@ class _Open:
         )
 
 
-class Finishers:
+class Finishers(Generic[T]):
     """A bounded pool that finishes answers; results come out in the order of the source.
 
     Args:
@@ -125,26 +123,30 @@ class Finishers:
         self._sink = sink
         self._changed = threading.Condition()
         self._waiting_bytes = 0
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, _Open[T]] = {}
         self._next = 0
         self._ended = False
         self._error: BaseException | None = None
         self._pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "risam-finisher")
 
-    def __enter__(self) -> Finishers:
+    def __enter__(self) -> Finishers[T]:
         return self
 
     def __exit__(self, *unused: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def begin(self, index: int, sample: Sample, loaded: Loaded) -> bool:
+    def begin(self, index: int, sample: Sample, item: T, loaded: Loaded) -> bool:
         """Begins a sample; False where nothing is to be asked, for its image is not as it must be.
 
         Every sample that is begun must be given to :meth:`computed`.
+
+        Args:
+            index: its number in the source, from 0.
+            item: comes out beside its result.
         """
         count = len(sample.expressions)
         wrong = _wrong(sample, loaded)
-        entry = _Open(index, sample, loaded, [None] * count, 1 if wrong else count + 1, {})
+        entry = _Open(sample, item, loaded, [None] * count, 1 if wrong else count + 1, {})
         if wrong:
             entry.outcomes = list(_failures(sample, "decode", *wrong))
         with self._changed:
@@ -184,8 +186,8 @@ class Finishers:
             self._error = error
             self._changed.notify_all()
 
-    def results(self) -> Iterator[ImageResult]:
-        """The results in order, each as soon as it is ready, to the end.
+    def results(self) -> Iterator[tuple[T, ImageResult]]:
+        """The results in order, each beside its item, each as soon as it is ready, to the end.
 
         Raises:
             OutputError: masks cannot be kept any more.
@@ -204,7 +206,7 @@ class Finishers:
                 if self._error is not None:
                     raise self._error
                 return
-            yield entry.result()
+            yield entry.item, entry.result()
 
     def _is_ready(self) -> bool:
         """Whether the next sample has its outcomes, or never will."""
@@ -215,7 +217,7 @@ class Finishers:
 
     # --- in the threads ---------------------------------------------------------------------------
 
-    def _finish(self, entry: _Open, number: int, answer: Answer, size: int) -> None:
+    def _finish(self, entry: _Open[T], number: int, answer: Answer, size: int) -> None:
         started = time.perf_counter()
         fatal: Exception | None = None
         outcome: tuple[Prediction, Raw | None] | Failure
@@ -233,7 +235,7 @@ class Finishers:
             self._changed.notify_all()
         self._one_less(entry)
 
-    def _one_less(self, entry: _Open) -> None:
+    def _one_less(self, entry: _Open[T]) -> None:
         """Counts down; the last one closes the sample."""
         with self._changed:
             entry.left -= 1
@@ -249,7 +251,7 @@ class Finishers:
             self._changed.notify_all()
 
     def _outcome(
-        self, entry: _Open, number: int, answer: Answer
+        self, entry: _Open[T], number: int, answer: Answer
     ) -> tuple[Prediction, Raw | None] | Failure:
         expression = entry.sample.expressions[number]
         if answer.mask is None:
@@ -284,7 +286,7 @@ class Finishers:
         )
         return prediction, raw
 
-    def _close(self, entry: _Open, sink: MaskSink) -> Exception | None:
+    def _close(self, entry: _Open[T], sink: MaskSink) -> Exception | None:
         """Tells the sink that a sample is complete; the error that ends the run, if any."""
         good = [outcome[0] for outcome in entry.outcomes if isinstance(outcome, tuple)]
         try:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import torch
 
@@ -37,6 +38,9 @@ __all__ = [
     "compute_settings",
     "predict_samples",
 ]
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ class PredictSettings:
 
 
 def predict_samples(
-    samples: Iterable[Sample],
+    samples: Iterable[tuple[Sample, T]],
     loaded: Model,
     settings: PredictSettings,
     *,
@@ -83,15 +87,16 @@ def predict_samples(
     stop: threading.Event | None = None,
     rule: MaskRule = at_image_size,
     cache: FeatureCache | None = None,
-) -> Generator[ImageResult, None, None]:
-    """Predicts a stream of samples; results come in its order.
+) -> Generator[tuple[T, ImageResult], None, None]:
+    """Predicts a stream of samples; results come in its order, each beside what its sample brought.
 
     Each image is decoded and encoded once for all samples within the look-ahead that name it. An
     image that cannot be read, or an expression that fails, is a failure in its result. A sample
     without expressions gives an empty result, and its image is not read.
 
     Args:
-        samples: read in a thread of its own, as far ahead as ``settings.lookahead``.
+        samples: each with anything of the caller's that is wanted beside its result; read in a
+            thread of its own, as far ahead as ``settings.lookahead``.
         loaded: see :func:`risam_cli.weights.load.load_model`.
         sink: keeps full-size masks; without one, results hold RLE only.
         stop: once set, no new batch is begun; what was begun still comes out.
@@ -112,16 +117,16 @@ def predict_samples(
     with (
         threads_of(0),  # the lanes set it for themselves, and for whatever thread is new
         ImageLoader(_loading(loaded, settings, lanes), prepare=runs[0].prepare) as loader,
-        Finishers(bar, settings.keep_raw, sink) as finishers,
+        Finishers[T](bar, settings.keep_raw, sink) as finishers,
     ):
         feeder = Feeder(samples, loader, settings.lookahead, 2 * batch * lanes + loader.lanes)
         network = _Network(feeder, finishers, runs, batch, stop)
         feeder.start()
         network.start()
         try:
-            for result in finishers.results():
+            for found in finishers.results():
                 feeder.answered(1)
-                yield result
+                yield found
         finally:
             feeder.stop()
             network.join()
@@ -154,7 +159,7 @@ def compute_settings(loaded: Model, settings: PredictSettings) -> ComputeSetting
     )
 
 
-class _Network:
+class _Network(Generic[T]):
     """Takes batch after batch through the network, while results leave in another thread.
 
     Args:
@@ -163,8 +168,8 @@ class _Network:
 
     def __init__(
         self,
-        feeder: Feeder,
-        finishers: Finishers,
+        feeder: Feeder[T],
+        finishers: Finishers[T],
         runs: Sequence[Compute],
         batch: int,
         stop: threading.Event | None,
@@ -207,7 +212,7 @@ class _Network:
             self._finishers.end(self._error)
 
 
-def _run_batch(jobs: Sequence[ImageJob], compute: Compute, finishers: Finishers) -> None:
+def _run_batch(jobs: Sequence[ImageJob[T]], compute: Compute, finishers: Finishers[T]) -> None:
     """Encodes and decodes the jobs' images and hands every mask to the finishers."""
     work: list[Job] = []
     places: list[list[tuple[int, int]]] = []  # per job, per text: its sample and number there
@@ -215,8 +220,8 @@ def _run_batch(jobs: Sequence[ImageJob], compute: Compute, finishers: Finishers)
         loaded = job.loaded
         begun = [
             (index, sample)
-            for index, sample in job.samples
-            if finishers.begin(index, sample, loaded)
+            for index, sample, item in job.samples
+            if finishers.begin(index, sample, item, loaded)
         ]
         if loaded.image is not None and begun:
             texts = [one.text for _, sample in begun for one in sample.expressions]
@@ -227,7 +232,7 @@ def _run_batch(jobs: Sequence[ImageJob], compute: Compute, finishers: Finishers)
     for answer in compute.run(work):
         finishers.finish(*places[answer.job][answer.text], answer)
     finishers.computed(
-        [index for job in jobs for index, _ in job.samples],
+        [index for job in jobs for index, _, _ in job.samples],
         load=sum(job.loaded.seconds for job in jobs),
         encode=compute.clock.encode - before.encode,
         decode=compute.clock.decode_mask - before.decode_mask,

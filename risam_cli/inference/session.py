@@ -50,14 +50,17 @@ class Session(Compute):
             bar: probability of "nothing fits" above which the mask is emptied.
         """
         texts = [expression.text for expression in sample.expressions]
-        with threads_of(self.settings.cores.threads), Finishers(bar, False, None) as finishers:
-            finishers.begin(0, sample, Loaded(encoded.image, "", None, 0.0))
+        with (
+            threads_of(self.settings.cores.threads),
+            Finishers[None](bar, False, None) as finishers,
+        ):
+            finishers.begin(0, sample, None, Loaded(encoded.image, "", None, 0.0))
             job = Job(encoded.image, texts, [len(texts)])
             for answer in self._decode_all(encoded.features, [(0, job)]):
                 finishers.finish(0, answer.text, answer)
             finishers.computed([0])
             finishers.end(None)
-            return next(finishers.results())
+            return next(finishers.results())[1]
 
     @torch.inference_mode()
     def attention(self, encoded: Encoded, texts: Sequence[str]) -> list[AttentionMaps]:

@@ -6,7 +6,6 @@ import json
 import platform
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext, suppress
 from datetime import UTC, datetime
@@ -113,6 +112,7 @@ class _Run:
         self.began = datetime.now(UTC)
         self.inputs_hash = blake2b(digest_size=16)
         self.entries: int | None = None  # of all shards; known at the end of the inputs
+        self.asked = 0  # entries given to the network so far
         self.images = 0
         self.done = Tally()
         self.failed = 0
@@ -123,7 +123,6 @@ class _Run:
 
     def go(self, progress: Progress, stream: BinaryIO | None, images: int | None) -> None:
         stop = threading.Event()
-        waiting: deque[tuple[Entry, bool]] = deque()
         stager = Stager(self.folder, self.plan.saving)
 
         def committed(tally: Tally) -> None:
@@ -146,17 +145,19 @@ class _Run:
                 cache_for(self.plan.feature_cache, self.loaded, self.plan.settings, images)
             )
             results = predict_samples(
-                self._samples(waiting),
+                self._todo(),
                 self.loaded,
                 self.plan.settings,
                 sink=stager,
                 stop=stop,
                 cache=self.cache,
             )
-            for result in stack.enter_context(closing(results)):
+            submitted = 0
+            for (entry, again), result in stack.enter_context(closing(results)):
                 self._clock(result)
-                writer.submit(*waiting.popleft(), result)
-            complete = self.entries is not None and not waiting
+                writer.submit(entry, again, result)
+                submitted += 1
+            complete = self.entries is not None and submitted == self.asked
             if complete:
                 writer.complete()
         self.writing = writer.seconds
@@ -169,13 +170,16 @@ class _Run:
         if asked.is_set() and not complete:
             raise Interrupted("interrupted; what was done is kept", "go on with --resume")
 
-    def _samples(self, waiting: deque[tuple[Entry, bool]]) -> Iterator[Sample]:
-        """The samples still to do, read in the feeder's thread; their entries go to ``waiting``."""
+    def _todo(self) -> Iterator[tuple[Sample, tuple[Entry, bool]]]:
+        """The samples still to do, each with its entry and whether it is done again.
+
+        Read in the feeder's thread.
+        """
         todo = still_to_do(self.folder, self.kept, self._own_entries(), self.plan.retry_failed)
         for entry, again in todo:
-            waiting.append((entry, again))
+            self.asked += 1
             # An entry that is wrong already keeps its place among the others.
-            yield entry.sample or _nothing_to_ask(entry)
+            yield entry.sample or Sample(entry.image, Path(), ()), (entry, again)
 
     def _own_entries(self) -> Iterator[Entry]:
         count = 0
@@ -304,10 +308,6 @@ class _Run:
         before = dict(self.plan.timings)
         parts = {**before, **own, "write": self.writing, "total": sum(before.values()) + total}
         return {name: round(seconds, 3) for name, seconds in parts.items()}
-
-
-def _nothing_to_ask(entry: Entry) -> Sample:
-    return Sample(entry.image, Path(), ())
 
 
 def _tell_failure(failure: Failure, number: int, folder: RunFolder) -> None:

@@ -78,7 +78,7 @@ class Stager:
             self._outlines[expression.id] = outline(mask)
         if not self._saving.png:
             return None
-        name = mask_name(sample.image, expression.attributes["number"], expression.text)
+        name = mask_name(sample.image, expression.number, expression.text)
         self._stage(name, encode_mask(mask))
         return name
 
@@ -141,14 +141,14 @@ class Stager:
 def _names_of(sample: Sample) -> Iterator[str]:
     """All names that files of a sample may have."""
     for one in sample.expressions:
-        yield mask_name(sample.image, one.attributes["number"], one.text)
+        yield mask_name(sample.image, one.number, one.text)
     if sample.expressions:
         yield from (_overlay_of(sample), _item_of(sample))
 
 
 def _overlay_of(sample: Sample) -> str:
-    return overlay_name(sample.image, sample.expressions[0].attributes["number"])
+    return overlay_name(sample.image, sample.expressions[0].number)
 
 
 def _item_of(sample: Sample) -> str:
-    return gallery_name(sample.image, sample.expressions[0].attributes["number"])
+    return gallery_name(sample.image, sample.expressions[0].number)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.carried import numbered
 from support.eval_files import Run, box, image_file, write_records
 
 from risam_cli.cli import main
@@ -81,7 +82,8 @@ def _records(data: Path, model: Path, bar: float) -> Iterator[dict[str, Any]]:
     """What ``risam predict`` says about the same data."""
     loaded = load_model(model, device=torch.device("cpu"))
     settings = PredictSettings(torch.device("cpu"), threshold=0.5, no_target_threshold=bar)
-    for result in predict_samples(open_coco(data / "instances.json"), loaded, settings):
+    samples = numbered(open_coco(data / "instances.json"))
+    for _, result in predict_samples(samples, loaded, settings):
         for p in result.predictions:
             yield {
                 "id": p.id,
@@ -97,8 +99,9 @@ def _middle_bar(data: Path, model: Path) -> float:
     """A no-target threshold that parts the random model's answers."""
     loaded = load_model(model, device=torch.device("cpu"))
     settings = PredictSettings(torch.device("cpu"), keep_raw=True)
-    results = predict_samples(open_coco(data / "instances.json"), loaded, settings)
-    found = sorted(raw.no_target for result in results for raw in result.raw)
+    samples = numbered(open_coco(data / "instances.json"))
+    results = predict_samples(samples, loaded, settings)
+    found = sorted(raw.no_target for _, result in results for raw in result.raw)
     return (found[len(found) // 2 - 1] + found[len(found) // 2]) / 2
 
 
@@ -159,7 +162,7 @@ def test_protocols_see_the_logits(
     monkeypatch.setattr(Risam, "decode", kept)
     settings = PredictSettings(torch.device("cpu"), cores=1)  # the logits in order
     samples = list(open_coco(data / "instances.json"))
-    list(predict_samples(samples, loaded, settings))
+    list(predict_samples(numbered(samples), loaded, settings))
     logits = torch.cat(seen)
     ids = [e.id for s in samples for e in s.expressions]
     assert len(logits) == len(ids) == 16

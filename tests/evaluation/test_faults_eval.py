@@ -13,6 +13,7 @@ from support.eval_files import box, image_file
 from support.power import recorded
 
 from risam_cli.cli import main
+from risam_cli.data.images.files import file_sha256
 from risam_cli.evaluation import flow
 from risam_cli.evaluation import scoring as engine
 from risam_cli.evaluation.answers import AnswerLog
@@ -129,6 +130,23 @@ def test_what_did_not_change_is_kept(
     seen.clear()
     assert evaluate(tmp_path / "out", "--resume") == 0
     assert sum(seen) == 1 + (4 - answered)
+
+
+def test_a_resumed_run_hashes_what_it_answered_once_and_nothing_else(
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(evaluate, tmp_path / "out", monkeypatch)
+    answered = (tmp_path / "out" / "answers.jsonl").read_text().count('"asked"') // 2
+    assert 1 <= answered <= 4
+    hashed: list[str] = []
+
+    def counted(path: Path) -> str | None:
+        hashed.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr("risam_cli.evaluation.answers.file_sha256", counted)
+    assert evaluate(tmp_path / "out", "--resume") == 0
+    assert hashed == [f"{number}.png" for number in range(answered)]
 
 
 def test_lines_that_a_power_cut_spoilt_are_answered_again(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.carried import in_order, numbered
 from support.networks import WITH_STEM, small_model, small_settings
 
 from risam_cli.cli import main
@@ -73,7 +74,7 @@ def predict(
     ]
     settings = PredictSettings(CPU, precision, keep_raw=True)
     if folder is None:
-        return list(predict_samples(samples, model, settings)), None
+        return in_order(predict_samples(numbered(samples), model, settings)), None
     with open_feature_cache(
         CacheSettings(folder),
         model.model.image_encoder,
@@ -82,7 +83,8 @@ def predict(
         precision=precision,
         images=len(samples),
     ) as cache:
-        return list(predict_samples(samples, model, settings, cache=cache)), cache
+        found = predict_samples(numbered(samples), model, settings, cache=cache)
+        return in_order(found), cache
 
 
 def said(results: Sequence[ImageResult]) -> list[Any]:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from support.carried import in_order, numbered
 from support.predict_fakes import SIZE, FakeModel
 
 from risam_cli.data.images.images import read_for_encoder
@@ -90,7 +91,8 @@ def test_a_rule_decides_where_masks_are_made(picture: Path) -> None:
 
     texts = tuple(Expression(text, text) for text in ("x", "bright thing"))
     settings = PredictSettings(CPU, threshold=0.3, keep_raw=True)
-    (result,) = predict_samples([Sample("a", picture, texts)], FakeModel(), settings, rule=rule)
+    asking = [(Sample("a", picture, texts), None)]
+    ((_, result),) = predict_samples(asking, FakeModel(), settings, rule=rule)
     assert asked == [((20, 40), SIZE, 0.3)]
     assert [raw.mask["size"] for raw in result.raw] == [[8, 8], [8, 8]]
     compute = Compute(FakeModel(), ComputeSettings(CPU, torch.float32, 0.3, 1), rule)
@@ -106,9 +108,9 @@ def test_a_packed_answer_is_written_as_any_other(
     texts = tuple(Expression(text, text) for text in ("x", "bright thing", "y " * 7))
     sample = Sample("a", picture, texts)
     settings = PredictSettings(CPU, keep_raw=True)
-    plain = list(predict_samples([sample], FakeModel(), settings))
+    plain = in_order(predict_samples(numbered([sample]), FakeModel(), settings))
     monkeypatch.setattr("risam_cli.inference.compute.to_host", _through_bits)
-    packed = list(predict_samples([sample], FakeModel(), settings))
+    packed = in_order(predict_samples(numbered([sample]), FakeModel(), settings))
     assert [one.predictions for one in packed] == [one.predictions for one in plain]
     assert [one.raw for one in packed] == [one.raw for one in plain]
 
@@ -126,6 +128,6 @@ def test_a_batch_takes_copies_where_there_are_some(picture: Path) -> None:
 def test_on_a_gpu_images_go_ahead_and_masks_come_back(picture: Path) -> None:
     samples = [Sample(f"a{k}", picture, (Expression(f"{k}", "bright thing"),)) for k in range(9)]
     gpu = PredictSettings(torch.device("cuda"), batch_size=4)
-    found = list(predict_samples(samples, FakeModel(), gpu))
-    expected = list(predict_samples(samples, FakeModel(), PredictSettings(CPU)))
+    found = in_order(predict_samples(numbered(samples), FakeModel(), gpu))
+    expected = in_order(predict_samples(numbered(samples), FakeModel(), PredictSettings(CPU)))
     assert [r.predictions for r in found] == [r.predictions for r in expected]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from support.carried import in_order, numbered
 from support.predict_fakes import SIZE, FakeModel, FakeNetwork
 
 from risam_cli.data.images.images import read_for_encoder
@@ -52,8 +53,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def sample(path: Path, *texts: str, size: tuple[int, int] | None = None) -> Sample:
     asked = tuple(
-        Expression(f"{path.name}/{text}", text, attributes={"number": number})
-        for number, text in enumerate(texts)
+        Expression(f"{path.name}/{text}", text, number=number) for number, text in enumerate(texts)
     )
     return Sample(path.name, path, asked, size)
 
@@ -62,7 +62,7 @@ def predict(
     samples: Sequence[Sample], model: FakeModel | None = None, **changes: object
 ) -> list[ImageResult]:
     settings = PredictSettings(CPU, **changes)  # type: ignore[arg-type]
-    return list(predict_samples(samples, model or FakeModel(), settings))
+    return in_order(predict_samples(numbered(samples), model or FakeModel(), settings))
 
 
 def told(results: Sequence[ImageResult]) -> list[tuple[str, int, float]]:
@@ -94,7 +94,6 @@ def test_results_come_in_order_and_each_image_is_encoded_once(pictures: list[Pat
     model = FakeModel()
     results = predict(asked, model)
     assert [result.sample for result in results] == asked
-    assert [result.index for result in results] == list(range(6))
     assert len(model.model.encoded) == 3
     assert [len(result.predictions) for result in results] == [1, 2, 1, 1, 0, 1]
     alone = [predict([one])[0] for one in asked]
@@ -115,11 +114,11 @@ def test_results_depend_on_no_batch_and_no_worker(
 def test_the_source_is_not_read_far_ahead(pictures: list[Path]) -> None:
     read = 0
 
-    def source() -> Iterator[Sample]:
+    def source() -> Iterator[tuple[Sample, int]]:
         nonlocal read
         for number in range(200):
             read += 1
-            yield sample(pictures[number % 7], "x")
+            yield sample(pictures[number % 7], "x"), number
 
     results = predict_samples(source(), FakeModel(), PredictSettings(CPU, lookahead=16))
     for out, _ in enumerate(results):
@@ -129,25 +128,25 @@ def test_the_source_is_not_read_far_ahead(pictures: list[Path]) -> None:
 def test_a_source_that_waits_is_answered_meanwhile(pictures: list[Path]) -> None:
     answered = threading.Event()
 
-    def source() -> Iterator[Sample]:
-        yield sample(pictures[0], "x")
+    def source() -> Iterator[tuple[Sample, int]]:
+        yield sample(pictures[0], "x"), 0
         assert answered.wait(60), "no answer came while the source was waiting"
-        yield sample(pictures[1], "x")
+        yield sample(pictures[1], "x"), 1
 
     results = predict_samples(source(), FakeModel(), SETTINGS)
-    assert next(results).index == 0
+    assert next(results)[0] == 0
     answered.set()
-    assert [result.index for result in results] == [1]
+    assert [number for number, _ in results] == [1]
 
 
 def test_a_source_that_breaks_gives_what_came_before_it(pictures: list[Path]) -> None:
-    def source() -> Iterator[Sample]:
-        yield sample(pictures[0], "x")
-        yield sample(pictures[1], "x")
+    def source() -> Iterator[tuple[Sample, int]]:
+        yield sample(pictures[0], "x"), 0
+        yield sample(pictures[1], "x"), 1
         raise DataError("the manifest is gone")
 
     results = predict_samples(source(), FakeModel(), SETTINGS)
-    assert [next(results).index, next(results).index] == [0, 1]
+    assert [next(results)[0], next(results)[0]] == [0, 1]
     with pytest.raises(DataError, match="the manifest is gone"):
         next(results)
 
@@ -163,8 +162,8 @@ def test_stopping_ends_after_what_was_begun(pictures: list[Path]) -> None:
     network.before_encode = hold
     settings = PredictSettings(CPU, batch_size=2)
     got = []
-    for result in predict_samples(asked, FakeModel(network), settings, stop=stop):
-        got.append(result.index)
+    for number, _ in predict_samples(numbered(asked), FakeModel(network), settings, stop=stop):
+        got.append(number)
         stop.set()
     assert got == list(range(len(got)))
     assert 1 <= len(got) < len(asked)
@@ -172,7 +171,8 @@ def test_stopping_ends_after_what_was_begun(pictures: list[Path]) -> None:
 
 def test_leaving_early_leaves_no_thread(pictures: list[Path]) -> None:
     before = set(threading.enumerate())
-    results = predict_samples([sample(p, "x") for p in pictures * 9], FakeModel(), SETTINGS)
+    asked = numbered(sample(p, "x") for p in pictures * 9)
+    results = predict_samples(asked, FakeModel(), SETTINGS)
     next(results)
     results.close()
     deadline = time.monotonic() + 20
@@ -213,11 +213,11 @@ def test_a_device_that_fails_in_one_lane_ends_the_run_after_what_came_before(
     )
     assert first != second
     results = predict_samples(
-        [sample(path, "x") for path in pictures],
+        numbered(sample(path, "x") for path in pictures),
         FakeModel(FakeNetwork(before_encode=encode)),
         PredictSettings(CPU, cores=3),
     )
-    assert next(results).index == 0
+    assert next(results)[0] == 0
     with pytest.raises(ModelError, match="illegal memory access"):
         next(results)
 
@@ -498,7 +498,7 @@ class Sink:
 def test_the_sink_gets_every_mask(pictures: list[Path]) -> None:
     sink = Sink()
     asked = [sample(path, "x", NOTHING) for path in pictures]
-    results = list(predict_samples(asked, FakeModel(), SETTINGS, sink=sink))
+    results = in_order(predict_samples(numbered(asked), FakeModel(), SETTINGS, sink=sink))
     assert sorted(sink.finished) == [(path.name, 2) for path in pictures]
     for result in results:
         for prediction in result.predictions:
@@ -513,7 +513,7 @@ def test_a_mask_that_cannot_be_written_fails_its_item(
 ) -> None:
     sink = Sink(OSError(errno.ENAMETOOLONG, "File name too long", "x.png"), at_finish)
     asked = [sample(pictures[0], "x", "bad")]
-    (result,) = predict_samples(asked, FakeModel(), SETTINGS, sink=sink)
+    (result,) = in_order(predict_samples(numbered(asked), FakeModel(), SETTINGS, sink=sink))
     assert len(result.failures) == (2 if at_finish else 1)
     assert len(result.predictions) == 2 - len(result.failures)
     assert result.failures[-1].stage == "write"
@@ -525,4 +525,4 @@ def test_a_full_disk_ends_the_run(pictures: list[Path], at_finish: bool) -> None
     sink = Sink(OSError(errno.ENOSPC, "No space left on device", "x.png"), at_finish)
     asked = [sample(path, "bad") for path in pictures]
     with pytest.raises(OutputError, match=r"x\.png: No space left on device; .*make room"):
-        list(predict_samples(asked, FakeModel(), SETTINGS, sink=sink))
+        list(predict_samples(numbered(asked), FakeModel(), SETTINGS, sink=sink))

@@ -257,7 +257,7 @@ class Inputs:
                 if problem:
                     fail(name, text, problem)
                 else:
-                    expressions.append(Expression(name, text, attributes={"number": number}))
+                    expressions.append(Expression(name, text, number=number))
         sample = None
         if wish.path is not None and expressions:
             sample = Sample(wish.image, wish.path, tuple(expressions), wish.size)

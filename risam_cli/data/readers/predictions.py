@@ -130,6 +130,15 @@ class PredictionIndex:
         where = f"{self.path}: prediction {expression.id!r}"
         return parse_answer(found[0][1], self._size or sample.size, where, canvas=self._canvas)
 
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """All records with an id, in the file's order.
+
+        Raises:
+            DataError: one of them is not what it was any more.
+        """
+        found = (self._record(row) for row in self._ids.rows(_hash(name)))
+        return [record for record in found if record.get("id") == name]
+
     def surplus(self) -> Iterator[tuple[str, str, str]]:
         """Id, image and expression of every record that no expression asked for."""
         for row in np.flatnonzero(~self._used):

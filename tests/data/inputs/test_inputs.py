@@ -66,7 +66,7 @@ def test_several_expressions_are_numbered_from_0(tmp_path: Path) -> None:
         "a.jpg#2",
         "a.jpg#3",
     ]
-    numbers = [x.attributes["number"] for one in found for x in one.sample.expressions]
+    numbers = [x.number for one in found for x in one.sample.expressions]
     assert numbers == [0, 1, 0, 1, 2, 3]
     assert [one.run for one in found] == [0, 1, 2]
 

@@ -34,18 +34,16 @@ def samples_of(
     images: Iterable[Item],
     common: tuple[str, ...] | None,
     size: int,
-    sources: dict[int, Source | None],
     *,
     keep: bool,
     full_decode: bool,
-) -> Iterator[Sample]:
-    """The samples of what was given.
+) -> Iterator[tuple[Sample, Source | None]]:
+    """The samples of what was given, each with its image, for showing.
 
     Args:
         common: asked of every image that brings nothing of its own.
         size: the encoder's side.
-        sources: gets every image, for showing, by its number; None for one in memory unless
-            ``keep``.
+        keep: also give images that are in memory; without it None stands for them.
 
     Raises:
         UsageError: an item that is no image, or one that nothing is asked of.
@@ -59,8 +57,7 @@ def samples_of(
                 "give expressions, or pairs of an image and its expressions",
             )
         sample, source = sample_of(image, texts, size, number, full_decode=full_decode)
-        sources[number] = source if keep or isinstance(source, Path) else None
-        yield sample
+        yield sample, source if keep or isinstance(source, Path) else None
 
 
 def sample_of(
