@@ -186,6 +186,14 @@ class TextTokenizer:
             found if len(found) <= self.max_tokens else [*found[: self.max_tokens - 1], found[-1]]
         )
 
+    def unknown_words(self, text: str) -> tuple[str, ...]:
+        """What of an expression the vocabulary does not have, in order, each once."""
+        strange = getattr(self.tokenizer.model, "unk_token", None)
+        if strange is None:
+            return ()
+        spans = (piece.span for piece in self.pieces(text) if piece.unknown)
+        return tuple(dict.fromkeys(text[start:end] for start, end in spans))
+
     def to_json(self) -> str:
         """The tokenizer's own JSON, as ``tokenizer.json`` holds it."""
         text: str = self.tokenizer.to_str(pretty=False)

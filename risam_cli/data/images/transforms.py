@@ -56,20 +56,27 @@ def to_pixels(
     return normalize(batch.to(device), [image.shape[:2] for image in images])
 
 
-def normalize(batch: Tensor, fitted: Sequence[Sequence[int]]) -> Tensor:
+def normalize(
+    batch: Tensor,
+    fitted: Sequence[Sequence[int]],
+    mean: Sequence[float] = PIXEL_MEAN,
+    std: Sequence[float] = PIXEL_STD,
+    unit: float = 1.0,
+) -> Tensor:
     """Normalizes padded images on their device.
 
     Args:
-        batch: (B, S, S, 3) uint8; fitted: B pairs (h, w), the picture's part of the square.
+        batch: (B, H, W, 3) uint8; fitted: B pairs (h, w), the picture's part of the input.
+        mean, std: of samples divided by ``unit``.
 
     Returns:
-        (B, 3, S, S) float32, zero in the padding.
+        (B, 3, H, W) float32, zero in the padding.
     """
     import torch
 
-    mean = torch.tensor(PIXEL_MEAN, device=batch.device)
-    std = torch.tensor(PIXEL_STD, device=batch.device)
-    pixels = (batch.float() - mean) / std
+    pixels = batch.float() if unit == 1 else batch.float() / unit
+    device = batch.device
+    pixels = (pixels - torch.tensor(mean, device=device)) / torch.tensor(std, device=device)
     for row, (height, width) in zip(pixels, fitted, strict=True):
         row[height:] = 0
         row[:, width:] = 0

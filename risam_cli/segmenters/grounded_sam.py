@@ -1,0 +1,356 @@
+"""Grounding DINO or MM-Grounding-DINO for boxes, then SAM, SAM-HQ or SAM 2 for their masks.
+
+Boxes of an expression are scored by the mean probability of its tokens (ours): the maximum over
+tokens, which a detector of class names goes by, is that of a single word. SAM's and SAM-HQ's image
+encoder is the project's own, which is several times as fast, wherever its weights fit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from risam_cli.data.frames import Frame, Pixels
+from risam_cli.errors import ModelError
+from risam_cli.model.image_encoder import ImageEncoder
+from risam_cli.sam_weights import ENCODER, from_hugging_face
+from risam_cli.segmenters.published import (
+    Folder,
+    Published,
+    by_image,
+    load_tokenizer,
+    load_weights,
+    read_frame,
+)
+from risam_cli.segmenters.segmenter import (
+    Capabilities,
+    GridMaps,
+    Instances,
+    Segmenter,
+    Texts,
+    Thresholds,
+)
+
+THRESHOLDS = Thresholds(mask=0.5, no_target=1.0, instance=0.25)
+"""Instances as Grounding DINO's documentation has them."""
+
+_BOXES = 16  # that go through SAM at a time
+_ENDS = (".", "?")  # at which a prompt would fall apart into several
+
+
+class BoxSegmenter(Protocol):
+    """What is asked for the masks of boxes."""
+
+    frame: Frame
+
+    def encode(self, pixels: Tensor) -> Any:
+        """Features of one image, (1, 3, h, w)."""
+
+    def masks(self, features: Any, boxes: Tensor) -> Tensor:
+        """Mask logits (I, h, w) over the frame of boxes (I, 4), corners in pixels of the frame."""
+
+
+class Sam:
+    """SAM or SAM-HQ."""
+
+    def __init__(self, network: Any, frame: Frame, device: torch.device) -> None:
+        self.frame = frame
+        self._hq = network.config.model_type == "sam_hq"
+        own = fast_encoder(network)
+        if own is not None:
+            network.vision_encoder = nn.Identity()
+            own.to(device).eval().requires_grad_(False)
+        self._own = own
+        self._network: Any = network.to(device)
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Embeddings (1, C, h, w), and for SAM-HQ the first global block's output (1, h, w, D)."""
+        if self._own is not None:
+            found = self._own(pixels)
+            return found.deep, [found.shallow.permute(0, 2, 3, 1)]
+        if self._hq:
+            embeddings, between = self._network.get_image_embeddings(pixels.contiguous())
+            return embeddings, between[:1]
+        return self._network.get_image_embeddings(pixels.contiguous()), []
+
+    def masks(self, features: tuple[Tensor, list[Tensor]], boxes: Tensor) -> Tensor:
+        """See :class:`BoxSegmenter`."""
+        embeddings, between = features
+        more = {"intermediate_embeddings": between} if self._hq else {}
+        found = self._network(
+            image_embeddings=embeddings, input_boxes=boxes[None], multimask_output=False, **more
+        )
+        return found.pred_masks[0, :, 0]
+
+
+class Sam2:
+    """SAM 2."""
+
+    def __init__(self, network: Any, frame: Frame, device: torch.device) -> None:
+        self.frame = frame
+        self._network: Any = network.to(device)
+
+    def encode(self, pixels: Tensor) -> list[Tensor]:
+        """Embeddings at three resolutions."""
+        found: list[Tensor] = self._network.get_image_embeddings(pixels.contiguous())
+        return found
+
+    def masks(self, features: list[Tensor], boxes: Tensor) -> Tensor:
+        """See :class:`BoxSegmenter`."""
+        found = self._network(
+            image_embeddings=list(features), input_boxes=boxes[None], multimask_output=False
+        )
+        return found.pred_masks[0, :, 0]
+
+
+def fast_encoder(network: Any) -> ImageEncoder | None:
+    """The project's own encoder with a SAM network's weights; None where they do not fit it."""
+    vision = network.config.vision_config
+    globals_ = list(vision.global_attn_indexes or [])
+    depth = int(vision.num_hidden_layers)
+    usual = (
+        vision.hidden_act == "gelu"
+        and vision.layer_norm_eps == 1e-6
+        and vision.qkv_bias
+        and vision.use_abs_pos
+        and vision.use_rel_pos
+        and vision.num_channels == 3
+        and bool(globals_)
+        and globals_[0] < depth - 2
+    )
+    if not usual:
+        return None
+    # SAM-HQ's decoder looks at the first global block's output.
+    with torch.device("meta"):
+        encoder = ImageEncoder(
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            dim=vision.hidden_size,
+            depth=depth,
+            heads=vision.num_attention_heads,
+            mlp_ratio=(vision.mlp_dim + 0.5) / vision.hidden_size,  # it is rounded down
+            out_dim=vision.output_channels,
+            window=vision.window_size,
+            global_blocks=globals_,
+            taps=(globals_[0], depth - 2, depth - 1),
+            adapter_dim=0,
+            stem=None,
+        )
+    theirs = {f"vision_encoder.{k}": v for k, v in network.vision_encoder.state_dict().items()}
+    weights = {k.removeprefix(ENCODER): v for k, v in from_hugging_face(theirs).items()}
+    own = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
+    if own != {name: tensor.shape for name, tensor in weights.items()}:
+        return None
+    encoder.load_state_dict(weights, assign=True)
+    return encoder
+
+
+class Remembered(nn.Module):
+    """A detector's backbone that gives what it gave before, within :meth:`recall`.
+
+    What it recalls belongs to the caller and is told apart by thread: several images may be in the
+    network at a time.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self._recalled = threading.local()
+
+    @contextmanager
+    def recall(self, seen: Sequence[Any]) -> Iterator[None]:
+        """Within it the calling thread's forward gives ``seen``."""
+        self._recalled.seen = seen
+        try:
+            yield
+        finally:
+            self._recalled.seen = None
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> list[Any]:
+        """As the backbone: pairs of a feature map and its mask."""
+        seen = getattr(self._recalled, "seen", None)
+        return list(self.backbone(pixel_values, pixel_mask) if seen is None else seen)
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """Features of one image: the detector's input and backbone outputs, and SAM's."""
+
+    pixels: Tensor
+    mask: Tensor
+    seen: Any
+    sam: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """Tokens of one expression; ``own`` are the numbers of those that are words of it."""
+
+    tokens: dict[str, Tensor]
+    own: Tensor
+
+
+class GroundedSam(Published):
+    """See this module."""
+
+    def __init__(
+        self,
+        detector: Folder,
+        segmenter: Folder,
+        device: torch.device,
+        precision: torch.dtype,
+    ) -> None:
+        import transformers
+
+        kind = str(detector.config().get("model_type"))
+        mm = kind == "mm-grounding-dino"
+        network = load_weights(
+            transformers.MMGroundingDinoForObjectDetection
+            if mm
+            else transformers.GroundingDinoForObjectDetection,
+            detector,
+            # Tables of numbers from 0 on, which older files hold.
+            may_hold=("model.text_backbone.embeddings.position_ids",),
+        )
+        words: Any = network.config.text_config
+        boxes = _box_segmenter(segmenter, device)
+        super().__init__(
+            "grounded-sam",
+            {"detector": detector, "segmenter": segmenter},
+            (read_frame(detector, "shortest"), boxes.frame),
+            THRESHOLDS,
+            Capabilities(instances=True),
+            int(network.config.max_text_len),
+            device,
+            precision,
+        )
+        self._tokenizer = load_tokenizer(detector, words.vocab_size)
+        self._seen = Remembered(network.model.backbone.conv_encoder)
+        network.model.backbone.conv_encoder = self._seen
+        self._network: Any = network.to(device)
+        self._boxes = boxes
+
+    def encode_images(self, inputs: Sequence[Pixels]) -> list[_Image]:
+        """What the detector's backbone and SAM's encoder give, image by image."""
+        found = []
+        for row, (height, width) in enumerate(inputs[0].sizes):
+            pixels = inputs[0].values[row : row + 1, :, :height, :width].contiguous()
+            mask = torch.ones(1, height, width, dtype=torch.long, device=self.device)
+            with self.autocast():
+                seen = self._seen(pixels, mask)
+                sam = self._boxes.encode(inputs[1].values[row : row + 1])
+            found.append(_Image(pixels, mask, seen, sam))
+        return found
+
+    def encode_texts(self, texts: Sequence[str]) -> Texts:
+        """Token ids; the detector mixes words and image from its first layers on."""
+        features, cut_to, unknown = [], [], []
+        for text in texts:
+            # Lower case with a full stop, as it was trained; none within, where it would fall
+            # apart into two.
+            words = text.lower()
+            for end in _ENDS:
+                words = words.replace(end, " ")
+            words = " ".join(words.split())
+            ids, cut, odd = self.tokens_of(self._tokenizer, words, add_special_tokens=False)
+            room = self.max_tokens - 3
+            own = ids[0, :room].tolist()
+            stop, first, last = (
+                self._tokenizer.convert_tokens_to_ids(t)
+                for t in (".", self._tokenizer.cls_token, self._tokenizer.sep_token)
+            )
+            tokens = torch.tensor([[first, *own, stop, last]], device=self.device)
+            features.append(
+                _Prompt(
+                    {
+                        "input_ids": tokens,
+                        "attention_mask": torch.ones_like(tokens),
+                        "token_type_ids": torch.zeros_like(tokens),
+                    },
+                    torch.arange(1, 1 + len(own), device=self.device),
+                )
+            )
+            cut_to.append(self.max_tokens if cut or ids.shape[1] > room else 0)
+            unknown.append(odd)
+        return Texts(features, cut_to, unknown)
+
+    def decode(
+        self,
+        features: list[_Image],
+        texts: Texts,
+        rows: Sequence[int],
+        sizes: Sequence[tuple[int, int]],
+        instance_threshold: float | None = None,
+    ) -> list[Instances]:
+        """See :class:`risam_cli.segmenters.segmenter.Segmenter`."""
+        bar = THRESHOLDS.instance if instance_threshold is None else instance_threshold
+
+        def decode(row: int, numbers: list[int]) -> Instances:
+            image = features[row]
+            grids, scores, nothing = [], [], []
+            for number in numbers:
+                with self.autocast():
+                    boxes, score, most = self._detect(image, texts.features[number], bar or 0.0)
+                    grids.append(self._masks(image, boxes, sizes[row]))
+                scores.append(score)
+                nothing.append(1 - most)
+            maps = GridMaps(torch.cat(grids), self._boxes.frame, sizes[row])
+            counts = [len(score) for score in scores]
+            return Instances(maps, counts, torch.cat(scores), torch.stack(nothing))
+
+        return by_image(rows, decode)
+
+    def _detect(self, image: _Image, prompt: _Prompt, bar: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Corners (I, 4) in 0..1 and scores (I,) above the bar, best first; the best of all."""
+        with self._seen.recall(image.seen):
+            found = self._network(pixel_values=image.pixels, pixel_mask=image.mask, **prompt.tokens)
+        likely = found.logits[0].float().sigmoid()  # (queries, tokens)
+        scores = likely[:, prompt.own].mean(1) if len(prompt.own) else likely[:, 0] * 0
+        kept = (scores > bar).nonzero().flatten()
+        kept = kept[scores[kept].argsort(descending=True, stable=True)]
+        x, y, width, height = found.pred_boxes[0, kept].float().unbind(1)
+        sides = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+        return torch.stack(sides, dim=1), scores[kept], scores.max()
+
+    def _masks(self, image: _Image, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """(I, h, w) over SAM's frame."""
+        corners = self._boxes.frame.boxes_to_frame(boxes, size)
+        parts = [
+            self._boxes.masks(image.sam, corners[first : first + _BOXES]).float()
+            for first in range(0, len(corners), _BOXES)
+        ]
+        return torch.cat(parts) if parts else boxes.new_zeros((0, 1, 1))
+
+
+def _box_segmenter(folder: Folder, device: torch.device) -> BoxSegmenter:
+    """SAM, SAM-HQ or SAM 2, by the folder's config."""
+    import transformers
+
+    kind = str(folder.config().get("model_type"))
+    if kind in ("sam", "sam_hq"):
+        network = load_weights(
+            transformers.SamModel if kind == "sam" else transformers.SamHQModel, folder
+        )
+        return Sam(network, read_frame(folder, "pad"), device)
+    if kind in ("sam2", "sam2_video"):
+        network = load_weights(transformers.Sam2Model, folder)  # which leaves a video's parts out
+        return Sam2(network, read_frame(folder, "stretch"), device)
+    raise ModelError(
+        f"{folder.name} is a {kind!r}, which makes no masks of boxes",
+        "give a SAM, SAM-HQ or SAM 2 as the second part",
+    )
+
+
+def load(folders: Sequence[Folder], device: torch.device, precision: torch.dtype) -> Segmenter:
+    """Loads a detector and a segmenter of boxes.
+
+    Raises:
+        ModelError: files that are missing, damaged, or another model's.
+    """
+    return GroundedSam(folders[0], folders[1], device, precision)

@@ -1,0 +1,348 @@
+"""What the segmenters of published models share: folders read strictly, frames, tokenizers.
+
+Files come from Hugging Face folders. Nothing in them is executed: classes are named here, never by
+a file, and weights are safetensors alone. A tensor that is missing would otherwise stay at random
+values without a word, so missing and unexpected tensors are refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from risam_cli.data.frames import Filter, Fit, Frame
+from risam_cli.errors import ModelError
+from risam_cli.jsonlines import read_text
+from risam_cli.segmenters.segmenter import Capabilities, Instances, Texts, Thresholds
+
+_LONGEST_JSON = 1 << 24
+_READ = (".json", ".txt", ".safetensors", ".model")  # endings of the files that decide results
+_FIX = "download the folder again"
+# PIL.Image.Resampling, as image processors number it.
+_FILTERS: tuple[Filter, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A Hugging Face folder on this machine.
+
+    Attributes:
+        path: of the folder; name: as the user gave it, a hub's name or the path.
+    """
+
+    path: Path
+    name: str
+
+    def config(self) -> dict[str, Any]:
+        """Its ``config.json``.
+
+        Raises:
+            ModelError: missing or damaged.
+        """
+        return self.json("config.json")
+
+    def json(self, name: str) -> dict[str, Any]:
+        """One of its JSON files.
+
+        Raises:
+            ModelError: missing, damaged, or no object.
+        """
+        path = self.path / name
+        try:
+            value = json.loads(read_text(path, _LONGEST_JSON))
+        except FileNotFoundError:
+            raise ModelError(f"{self.path} lacks {name}", _FIX) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"{path} cannot be read: {error}", _FIX) from None
+        if not isinstance(value, dict):
+            raise ModelError(f"{path} holds no JSON object", _FIX)
+        return value
+
+    def files(self) -> list[Path]:
+        """The files that decide results, by name."""
+        return sorted(p for p in self.path.iterdir() if p.is_file() and p.suffix in _READ)
+
+
+def hash_folders(folders: Sequence[Folder]) -> str:
+    """SHA-256 over the names and the contents of the folders' files, wherever they lie."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in folder.files():
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.name} {content}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def load_weights(
+    kind: type[Any], folder: Folder, *, may_lack: Sequence[str] = (), may_hold: Sequence[str] = ()
+) -> Any:
+    """A network of ``transformers`` with a folder's weights, in float32, for inference.
+
+    Args:
+        kind: its class.
+        may_lack, may_hold: beginnings of names that may be missing, or that nothing uses.
+
+    Raises:
+        ModelError: damaged files, tensors that are missing, unexpected or of other shapes.
+    """
+    with quiet():
+        try:
+            network, info = kind.from_pretrained(
+                folder.path,
+                dtype=torch.float32,  # half-precision files would stay half otherwise
+                use_safetensors=True,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        except Exception as error:  # transformers passes on whatever a file's bytes lead to
+            raise _explained(folder, kind, error) from error
+    missing = [n for n in info["missing_keys"] if not n.startswith(tuple(may_lack))]
+    surplus = [n for n in info["unexpected_keys"] if not n.startswith(tuple(may_hold))]
+    wrong = [str(item[0] if isinstance(item, tuple) else item) for item in info["mismatched_keys"]]
+    for what, names in (
+        ("lacks", missing),
+        ("has unexpected", surplus),
+        ("has, of other shapes than its config.json says,", wrong),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+            raise ModelError(
+                f"{folder.name}: its weights file {what} {len(names)} tensors: {shown}",
+                f"{_FIX}; its weights and its config.json belong to different models",
+            )
+    return network.eval().requires_grad_(False)
+
+
+def _explained(folder: Folder, kind: type[Any], error: Exception) -> ModelError:
+    """What is wrong with a folder that cannot be loaded, on one line."""
+    weights = sorted(p.name for p in folder.path.glob("*.safetensors"))
+    if not weights:
+        pickles = sorted(p.name for p in folder.path.glob("*.bin"))
+        beside = f" (only {pickles[0]}, which may hold code)" if pickles else ""
+        return ModelError(
+            f"{folder.name}: {folder.path} holds no .safetensors weights{beside}",
+            "download a revision that has model.safetensors",
+        )
+    for name in weights:
+        try:
+            _open(folder.path / name)
+        except Exception as damage:  # safetensors has an error of its own
+            reason = " ".join(str(damage).split())[:120]
+            return ModelError(
+                f"{folder.path / name} is damaged or cut short: {reason}", "download it again"
+            )
+    reason = " ".join(str(error).split())[:200]
+    return ModelError(f"{folder.name}: cannot load it as {kind.__name__}: {reason}", _FIX)
+
+
+def _open(path: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy"):
+        pass
+
+
+def load_tokenizer(folder: Folder, words: int) -> Any:
+    """The tokenizer of a folder.
+
+    Args:
+        words: that the network embeds.
+
+    Raises:
+        ModelError: its files are missing or damaged, or it is another network's.
+    """
+    from transformers import AutoTokenizer
+
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder.path, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # tokenizers raises bare Exception
+            reason = " ".join(str(error).split())[:160]
+            raise ModelError(
+                f"{folder.name}: its tokenizer cannot be loaded: {reason}",
+                "put its tokenizer files (tokenizer.json, tokenizer_config.json, vocab.json, …) "
+                "into the folder",
+            ) from error
+    # transformers 5 makes a nearly empty tokenizer where a folder's files are missing.
+    if not words / 2 <= len(tokenizer) <= words:
+        raise ModelError(
+            f"{folder.name}: its network embeds {words} tokens, its tokenizer has {len(tokenizer)}",
+            "put its own tokenizer files (tokenizer.json, vocab.json, merges.txt, …) into the "
+            "folder",
+        )
+    return tokenizer
+
+
+def read_frame(folder: Folder, fit: Fit | None = None) -> Frame:
+    """The frame that a folder's image processor describes, without that processor.
+
+    ``transformers`` has some image processors with torchvision only. What they do is in their
+    numbers: a size, Pillow's filter, mean and standard deviation.
+
+    Args:
+        fit: what its network was trained with; None reads it from the size's keys.
+
+    Raises:
+        ModelError: no such file, or steps that a frame does not have.
+    """
+    numbers = _processor_numbers(folder)
+    where = f"{folder.name}: its image processor"
+    try:
+        size = numbers["size"]
+        size = {"height": size, "width": size} if isinstance(size, int) else dict(size)
+        if "longest_edge" in size and "shortest_edge" in size:
+            found: Fit = "shortest"
+            sides = size["shortest_edge"], size["longest_edge"]
+        elif "longest_edge" in size:
+            found, sides = "pad", (size["longest_edge"], size["longest_edge"])
+        else:
+            found, sides = "stretch", (size["height"], size["width"])
+        mean, std = (tuple(float(v) for v in numbers[k]) for k in ("image_mean", "image_std"))
+        unit = 1 / float(numbers.get("rescale_factor", 1 / 255))
+        resample = _FILTERS[int(numbers["resample"])]
+        height, width = (int(side) for side in sides)
+        if min(height, width) < 1 or max(height, width) > 1 << 14 or len(mean) != 3 != len(std):
+            raise ValueError(f"size {size}, mean {mean}")
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        raise ModelError(f"{where} cannot be read: {error!r}", _FIX) from None
+    off = [k for k in ("do_resize", "do_rescale", "do_normalize") if not numbers.get(k, True)]
+    crops = numbers.get("do_center_crop") and numbers.get("crop_size") != numbers["size"]
+    if off or crops or (fit is not None and found != fit):
+        what = "do_center_crop" if crops else off[0] + ": false" if off else f"size {size}"
+        raise ModelError(f"{where} says {what}, which this kind of model was not made with", _FIX)
+    return Frame(found, height, width, mean, std, round(unit, 9), resample)
+
+
+def _processor_numbers(folder: Folder) -> Mapping[str, Any]:
+    for name in _PROCESSORS:
+        if (folder.path / name).is_file():
+            values = folder.json(name)
+            inner = values.get("image_processor")
+            if isinstance(inner, dict):
+                return inner
+            if "image_mean" in values:
+                return values
+    raise ModelError(
+        f"{folder.name}: {folder.path} lacks {_PROCESSORS[0]}, which says how images are prepared",
+        "put it into the folder",
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' bars, reports and warnings off the terminal: what matters is checked."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class Published:
+    """What all published segmenters have; see :class:`risam_cli.segmenters.segmenter.Segmenter`.
+
+    Expressions are encoded and decoded one by one: batched they differ in the last bits, and a
+    record must not depend on its neighbours.
+
+    Args:
+        kind, name, folders: see there; the folders in order.
+        frames, thresholds, capabilities, max_tokens: see there.
+        device, precision: where it runs; a lower precision than float32 by autocast.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        folders: Mapping[str, Folder],
+        frames: tuple[Frame, ...],
+        thresholds: Thresholds,
+        capabilities: Capabilities,
+        max_tokens: int,
+        device: torch.device,
+        precision: torch.dtype,
+    ) -> None:
+        self.kind = kind
+        self.name = "+".join(folder.name for folder in folders.values())
+        self.folders = {part: folder.name for part, folder in folders.items()}
+        self.hash = hash_folders(list(folders.values()))
+        self.versions = {"transformers": version("transformers")}
+        self.frames = frames
+        self.thresholds = thresholds
+        self.capabilities = capabilities
+        self.max_tokens = max_tokens
+        self.device = device
+        self.precision = precision
+
+    def autocast(self) -> torch.autocast:
+        """The run's precision; nothing where that is float32."""
+        lower = self.precision != torch.float32
+        return torch.autocast(
+            self.device.type, dtype=self.precision if lower else None, enabled=lower
+        )
+
+    def tokens_of(
+        self, tokenizer: Any, text: str, **options: Any
+    ) -> tuple[Tensor, int, tuple[str, ...]]:
+        """Token ids (1, L) of an expression, what it was cut to or 0, and its unknown words.
+
+        A longer expression loses its last words, never its closing special tokens.
+        """
+        text = text[: 40 * self.max_tokens]  # no token of these vocabularies is so long
+        ids = tokenizer(text, **options)["input_ids"]
+        cut = len(ids) > self.max_tokens
+        if cut:
+            ids = tokenizer(text, truncation=True, max_length=self.max_tokens, **options)
+            ids = ids["input_ids"]
+        return (
+            torch.tensor([ids], device=self.device),
+            self.max_tokens if cut else 0,
+            unknown_words(tokenizer, text),
+        )
+
+
+def unknown_words(tokenizer: Any, text: str) -> tuple[str, ...]:
+    """The words of a text that a vocabulary does not have, in order, once each."""
+    strange = tokenizer.unk_token
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    if strange is None or inner is None or strange in text:
+        return ()
+    found = inner.encode(text, add_special_tokens=False)
+    spans = [
+        span for token, span in zip(found.tokens, found.offsets, strict=True) if token == strange
+    ]
+    return tuple(dict.fromkeys(text[start:end] for start, end in spans if end > start))
+
+
+def by_image(rows: Sequence[int], decode: Callable[[int, list[int]], Instances]) -> list[Instances]:
+    """Calls ``decode`` with each run of equal rows and the numbers of its expressions."""
+    return [
+        decode(row, [number for number, _ in group])
+        for row, group in groupby(enumerate(rows), key=lambda item: item[1])
+    ]
+
+
+def to_device(network: nn.Module, device: torch.device) -> nn.Module:
+    """Moves a network."""
+    return network.to(device)
