@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from risam_cli.data.frames import Pixels
+from risam_cli.data.images.frames import Pixels
 from risam_cli.segmenters.published import (
     Folder,
     Published,

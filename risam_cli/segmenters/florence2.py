@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from risam_cli.data.frames import Pixels
+from risam_cli.data.images.frames import Pixels
 from risam_cli.errors import ModelError
 from risam_cli.segmenters.published import (
     Folder,
@@ -182,8 +182,10 @@ class Florence2(Published):
                 cut = len(ids) >= self._limit
                 notes.append((f"polygons cut at {self._limit} tokens",) if cut else ())
             maps = PolygonMaps(self._parse, instances, self.device)
-            score = torch.tensor(scores, device=self.device)
-            return Instances(maps, counts, score, score.new_tensor(nothing), notes)
+            score_of, nothing_of = (
+                torch.tensor(values, device=self.device) for values in (scores, nothing)
+            )
+            return Instances(maps, counts, score_of, nothing_of, notes)
 
         return by_image(rows, decode)
 

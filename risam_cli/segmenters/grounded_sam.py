@@ -16,10 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from risam_cli.data.frames import Frame, Pixels
+from risam_cli.data.images.frames import Frame, Pixels
 from risam_cli.errors import ModelError
 from risam_cli.model.image_encoder import ImageEncoder
-from risam_cli.sam_weights import ENCODER, from_hugging_face
 from risam_cli.segmenters.published import (
     Folder,
     Published,
@@ -36,6 +35,7 @@ from risam_cli.segmenters.segmenter import (
     Texts,
     Thresholds,
 )
+from risam_cli.weights.sam import ENCODER, from_hugging_face
 
 THRESHOLDS = Thresholds(mask=0.5, no_target=1.0, instance=0.25)
 """Instances as Grounding DINO's documentation has them."""

@@ -89,7 +89,7 @@ def fetch(name: str) -> Path:
         reason = error.strerror or " ".join(str(error).split())[:120]
         raise _absent(name, reason) from None
     except Exception as error:  # the HTTP library's own, of a connection that broke
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests"):
+        if not type(error).__module__.startswith("http"):
             raise
         raise _absent(name, "the hub cannot be reached") from None
     if missing := lacking(found):
@@ -102,6 +102,6 @@ def _absent(name: str, why: str) -> ModelError:
 
     return ModelError(
         f"{name} is not in the cache {constants.HF_HUB_CACHE} and cannot be downloaded: {why}",
-        f"where there is a network, 'hf download {name}' gets its files ({_FILES}); copy that "
-        "folder here and name it in place of the hub's name",
+        f"where there is a network, 'hf download {name} --local-dir DIR' gets its files ({_FILES}); "
+        "copy DIR here and name it in place of the hub's name",
     )

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from risam_cli.data.frames import Filter, Fit, Frame
+from risam_cli.data.images.frames import Filter, Fit, Frame
 from risam_cli.errors import ModelError
-from risam_cli.jsonlines import read_text
-from risam_cli.segmenters.segmenter import Capabilities, Instances, Texts, Thresholds
+from risam_cli.files.jsonlines import read_text
+from risam_cli.segmenters.segmenter import Capabilities, Instances, Thresholds
 
 _LONGEST_JSON = 1 << 24
+_MOST_SIDE = 1 << 14  # pixels of an input
 _READ = (".json", ".txt", ".safetensors", ".model")  # endings of the files that decide results
 _FIX = "download the folder again"
 # PIL.Image.Resampling, as image processors number it.
@@ -105,6 +106,7 @@ def load_weights(
                 dtype=torch.float32,  # half-precision files would stay half otherwise
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told, and refused below
                 local_files_only=True,
                 trust_remote_code=False,
             )
@@ -213,12 +215,12 @@ def read_frame(folder: Folder, fit: Fit | None = None) -> Frame:
             found, sides = "pad", (size["longest_edge"], size["longest_edge"])
         else:
             found, sides = "stretch", (size["height"], size["width"])
-        mean, std = (tuple(float(v) for v in numbers[k]) for k in ("image_mean", "image_std"))
+        mean, std = (_three(numbers[key]) for key in ("image_mean", "image_std"))
         unit = 1 / float(numbers.get("rescale_factor", 1 / 255))
         resample = _FILTERS[int(numbers["resample"])]
         height, width = (int(side) for side in sides)
-        if min(height, width) < 1 or max(height, width) > 1 << 14 or len(mean) != 3 != len(std):
-            raise ValueError(f"size {size}, mean {mean}")
+        if min(height, width) < 1 or max(height, width) > _MOST_SIDE:
+            raise ValueError(f"size {size}")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
         raise ModelError(f"{where} cannot be read: {error!r}", _FIX) from None
     off = [k for k in ("do_resize", "do_rescale", "do_normalize") if not numbers.get(k, True)]
@@ -227,6 +229,11 @@ def read_frame(folder: Folder, fit: Fit | None = None) -> Frame:
         what = "do_center_crop" if crops else off[0] + ": false" if off else f"size {size}"
         raise ModelError(f"{where} says {what}, which this kind of model was not made with", _FIX)
     return Frame(found, height, width, mean, std, round(unit, 9), resample)
+
+
+def _three(values: Sequence[Any]) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
 
 
 def _processor_numbers(folder: Folder) -> Mapping[str, Any]:
@@ -250,7 +257,7 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(50)  # critical
     logging.disable_progress_bar()
     try:
         yield
@@ -341,8 +348,3 @@ def by_image(rows: Sequence[int], decode: Callable[[int, list[int]], Instances])
         decode(row, [number for number, _ in group])
         for row, group in groupby(enumerate(rows), key=lambda item: item[1])
     ]
-
-
-def to_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """Moves a network."""
-    return network.to(device)

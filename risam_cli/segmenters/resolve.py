@@ -1,4 +1,4 @@
-"""From what a user names to a segmenter: a folder, a short name, a kind with folders, a hub name."""
+"""From what a user names to a segmenter: a folder, a short name, a kind with its folders."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from risam_cli.checkpoints import bundled_models, find_model
 from risam_cli.errors import ModelError, UsageError
 from risam_cli.segmenters.hub import fetch, is_hub_name
 from risam_cli.segmenters.names import BOX_SEGMENTERS, DEFAULT_SECOND, KINDS, KNOWN
+from risam_cli.weights.folder import bundled_models, find_model
 
 if TYPE_CHECKING:
     import torch
@@ -140,8 +140,8 @@ def load_segmenter(
 
     named = parse_model(source)
     if named.kind == "risam":
-        from risam_cli.build import load_model
         from risam_cli.segmenters.risam import RisamSegmenter
+        from risam_cli.weights.load import load_model
 
         loaded = load_model(source, device=device, precision=precision, compiled=compiled)
         return RisamSegmenter(loaded, device, precision)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from risam_cli.build import LoadedModel
-from risam_cli.data.frames import Frame, Pixels
+from risam_cli.data.images.frames import Frame, Pixels
+from risam_cli.data.images.transforms import PIXEL_MEAN, PIXEL_STD
 from risam_cli.segmenters.segmenter import (
     Capabilities,
     GridMaps,
@@ -16,7 +16,7 @@ from risam_cli.segmenters.segmenter import (
     Texts,
     Thresholds,
 )
-from risam_cli.transforms import PIXEL_MEAN, PIXEL_STD
+from risam_cli.weights.load import LoadedModel
 
 if TYPE_CHECKING:
     from risam_cli.model.image_encoder import EncoderFeatures
@@ -40,13 +40,13 @@ class RisamSegmenter:
 
     kind = "risam"
     capabilities = Capabilities(attention=True, features=True, trainable=True)
-    versions: dict[str, str] = {}
 
     def __init__(self, loaded: LoadedModel, device: torch.device, precision: torch.dtype) -> None:
         self.loaded = loaded
         self.name = loaded.name
         self.hash = loaded.hash
         self.folders = {"model": loaded.name}
+        self.versions: dict[str, str] = {}
         self.frames = (sam_frame(loaded.image_size),)
         self.thresholds = Thresholds(loaded.threshold, loaded.no_target_threshold)
         self.max_tokens = loaded.tokenizer.max_tokens
@@ -123,8 +123,3 @@ class RisamSegmenter:
         owners = torch.tensor(rows, device=self.device)
         with self.autocast():
             return self.loaded.model.attention_maps(features, texts.features, owners)
-
-
-def features_of(segmenter: Any) -> RisamSegmenter | None:
-    """The segmenter, if its image features may be kept."""
-    return segmenter if isinstance(segmenter, RisamSegmenter) else None

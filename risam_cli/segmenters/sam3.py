@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from risam_cli.data.frames import Pixels
+from risam_cli.data.images.frames import Pixels
 from risam_cli.segmenters.published import (
     Folder,
     Published,
@@ -72,7 +72,7 @@ class Sam3(Published):
         """Text features with their attention masks, padded as the processor pads them."""
         features, cut_to, unknown = [], [], []
         for text in texts:
-            ids, cut, odd = self.tokens_of(self._tokenizer, text)
+            _, cut, odd = self.tokens_of(self._tokenizer, text)
             padded = self._tokenizer(
                 text[: 40 * self.max_tokens],
                 padding="max_length",

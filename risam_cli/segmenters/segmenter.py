@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from risam_cli.data.frames import Frame, Pixels
+from risam_cli.data.images.frames import Frame, Pixels
 
 if TYPE_CHECKING:
     import torch

@@ -12,12 +12,12 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from support import published
 from torch.nn import functional as F
 
 from risam_cli.segmenters import clipseg, florence2, grounded_sam, sam3
 from risam_cli.segmenters.published import Folder
 from risam_cli.segmenters.segmenter import Instances
-from tests.support import published
 
 TEXTS = [
     "the dog",
@@ -96,7 +96,11 @@ def iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
 def same(ours: list[Found], theirs: list[Found], least: float) -> None:
     """Equal counts, scores to 1e-5, masks to an IoU; and that the cases say anything at all."""
     assert [len(one) for one in ours] == [len(one) for one in theirs]
-    flat = [pair for one, other in zip(ours, theirs, strict=True) for pair in zip(one, other)]
+    flat = [
+        pair
+        for one, other in zip(ours, theirs, strict=True)
+        for pair in zip(one, other, strict=True)
+    ]
     assert len(flat) >= 4
     for (mask, score), (their_mask, their_score) in flat:
         assert score == pytest.approx(their_score, abs=1e-5)

@@ -133,7 +133,9 @@ def clipseg(folder: Path, seed: int = 0) -> Path:
         network.clip.text_model.embeddings.token_embedding.weight.mul_(30)
         network.clip.text_projection.weight.mul_(10)
         network.decoder.film_mul.weight.mul_(4)
-        network.decoder.transposed_convolution[-1].weight.mul_(0.03)
+        network.decoder.reduces[1].weight.mul_(0.05)
+        network.decoder.reduces[2].weight.mul_(0.05)
+        network.decoder.transposed_convolution[-1].weight.mul_(0.003)
     network.save_pretrained(folder)
     images = transformers.ViTImageProcessorPil(
         size={"height": 64, "width": 64}, resample=2, do_resize=True, **IMAGENET

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from risam_cli.transforms import fit_size, logits_to_size, normalize, resize_for_encoder
+from risam_cli.data.images.transforms import fit_size, logits_to_size, normalize, resize_for_encoder
 
 if TYPE_CHECKING:
     import torch
@@ -134,9 +134,6 @@ def _shortest(height: int, width: int, side: int, most: int) -> tuple[int, int]:
     if long / short * side > most:
         exact = most * short / long
         side = round(exact)
-    if short == side:
-        other = long
-    else:
-        other = int(exact * long / short)
+    other = long if short == side else int(exact * long / short)
     side, other = max(1, side), max(1, other)
     return (side, other) if height <= width else (other, side)
