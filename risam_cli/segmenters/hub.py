@@ -102,6 +102,6 @@ def _absent(name: str, why: str) -> ModelError:
 
     return ModelError(
         f"{name} is not in the cache {constants.HF_HUB_CACHE} and cannot be downloaded: {why}",
-        f"where there is a network, 'hf download {name} --local-dir DIR' gets its files ({_FILES}); "
-        "copy DIR here and name it in place of the hub's name",
+        f"where there is a network, 'hf download {name} --local-dir DIR' gets its files "
+        f"({_FILES}); copy DIR here and name it in place of the hub's name",
     )
