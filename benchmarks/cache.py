@@ -94,8 +94,8 @@ _STEPS = """
 import json, sys, time
 from pathlib import Path
 from risam_cli.settings.train import TrainSettings, check
-from risam_cli.training.tasks import ReferringTask
-from risam_cli.training.run import train
+from risam_cli.training.losses import ReferringTask
+from risam_cli.training.loop import train
 loss, spent = ReferringTask.loss, []
 def timed(self, *args, **kwargs):
     spent.append(time.process_time())

@@ -62,11 +62,12 @@ def count(config: str) -> None:
     import torch
     from transformers import BertConfig, BertModel
 
-    from risam_cli.training.settings import load_settings
-    from risam_cli.training.start import train_text_encoder
+    from risam_cli.settings.train import load_settings
     from risam_cli.weights.build import TextParts, add_lora, build_model, new_text_parts
+    from risam_cli.weights.folder import stored_settings
+    from risam_cli.weights.start import train_text_encoder
 
-    settings = load_settings(REPO / f"configs/{config}.yaml").model
+    settings = load_settings(REPO / f"configs/{config}.yaml", stored=stored_settings).model
     words = settings.text_encoder.model_copy(update={"source": None, "vocabulary": "refshapes"})
     plain = words.model_copy(update={"lora": None})
     tokenizer = new_text_parts(plain).tokenizer
@@ -93,13 +94,15 @@ def count(config: str) -> None:
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
     """Trains and prints what it took."""
-    from risam_cli.training.run import train
-    from risam_cli.training.settings import load_settings
+    from risam_cli.settings.train import load_settings
+    from risam_cli.training.loop import train
+    from risam_cli.weights.folder import stored_settings
 
     counts = write_refer_form(PHOTOS.parent / "instances.json", PHOTOS, folder / "data")
     print(f"photos in REFER's form: {counts}")
     config = REPO / f"configs/{options.config}.yaml"
-    size = make_sam(folder / "sam.pth", load_settings(config).model.image_encoder)
+    encoder = load_settings(config, stored=stored_settings).model.image_encoder
+    size = make_sam(folder / "sam.pth", encoder)
     make_bert(folder / "bert")
     print(f"made a SAM file of {size / 1e6:.0f} MB; peak {peak_bytes() / 1e9:.2f} GB so far")
     overrides = {
@@ -122,7 +125,8 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     }
     if options.threads:
         overrides["threads"] = options.threads
-    settings = load_settings(config, [f"{key}={value}" for key, value in overrides.items()])
+    chosen = [f"{key}={value}" for key, value in overrides.items()]
+    settings = load_settings(config, chosen, stored=stored_settings)
     clock = StepClock(settings.device)
     best = train(settings, resume=False)
     report(clock, options, best, folder / "run")

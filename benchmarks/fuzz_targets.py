@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from risam_cli.masks import rle as masks
 from risam_cli.outputs.naming import mask_name
 from risam_cli.outputs.records import from_json
 from risam_cli.runs.ledger import read_header, read_lines
-from risam_cli.training.settings import load_settings
+from risam_cli.settings.train import load_settings
 from risam_cli.types import Expression, Sample
+from risam_cli.weights.folder import stored_settings
 
 REPO = Path(__file__).resolve().parent.parent
 SIZE = (24, 32)
@@ -246,7 +248,7 @@ TARGETS: dict[str, Target] = {
     "ledger": Target([_LEDGER], _ledger),
     "settings": Target(
         _configs(),
-        load_settings,
+        partial(load_settings, stored=stored_settings),
         share=0.1,
     ),
     "category-map": Target([b"red circle: shape\n'*': other\n", b"a: &a x\nb: *a\n"], read_map),

@@ -37,7 +37,7 @@ from PIL import Image
 import risam_cli.evaluation.model
 import risam_cli.runs.merge
 import risam_cli.runs.run
-import risam_cli.training.run  # noqa: F401 - as those before, for all forks
+import risam_cli.training.loop  # noqa: F401 - as those before, for all forks
 from risam_cli.cli import main
 from risam_cli.weights.load import load_model
 

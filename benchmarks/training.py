@@ -18,9 +18,9 @@ from common import Options, Row, Times, in_turns, ratio
 from risam_cli.console.console import Console
 from risam_cli.settings.load import check
 from risam_cli.settings.train import TrainSettings
-from risam_cli.training.build import TrainingBuilder
 from risam_cli.training.data.collate import ReferringBatch
 from risam_cli.training.optimize import Stepper, to_device
+from risam_cli.training.stage import TrainingBuilder
 
 ONCE, EACH, CACHED = "once an image", "once an expression", "from the cache"
 
@@ -44,15 +44,13 @@ def steps(preset: str, images: int, each: int, trained: str, options: Options) -
         builder = TrainingBuilder(settings, Console(quiet=True))
         stage = builder.stage(settings.stages[0])
         task: Any = stage.task
-        optimizer = settings.optimizer
         step = Stepper(
             task,
             stage.groups,
             builder.device,
             builder.dtype,
             builder.processes,
-            beta2=optimizer.beta2,
-            clip_norm=optimizer.clip_norm,
+            settings.optimizer,
         )
         task.module.train()
         batch = stage.collate([stage.data[index] for index in range(images)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -39,24 +40,25 @@ def command(
       torchrun --nproc-per-node 2 -m risam_cli train configs/refshapes_tiny.yaml
     """
     from risam_cli.settings.load import dump
-    from risam_cli.training.settings import load_settings
+    from risam_cli.settings.train import load_settings
+    from risam_cli.weights.folder import stored_settings
 
+    read = partial(load_settings, config, overrides, stored=stored_settings)
     if print_config:
-        click.echo(dump(load_settings(config, overrides)), nl=False)
+        click.echo(dump(read()), nl=False)
         return None
-    if _is_one_of_several():
+    # A misspelt key is told of before torch is imported, unless several processes would tell it.
+    settings = None if _is_one_of_several() else read()
+    if settings is None:
         # Or DDP remarks, once a process, that it looked for unused parameters and found none.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    else:  # A misspelt key is told of before torch is imported.
-        load_settings(config, overrides)
     from risam_cli.training.distributed import Told, joined
-    from risam_cli.training.run import train
+    from risam_cli.training.loop import train
 
     try:
         with joined() as processes:
-            settings = load_settings(config, overrides)
             typed = ["risam", *sys.argv[1:]]
-            train(settings, resume=resume, processes=processes, command=typed)
+            train(settings or read(), resume=resume, processes=processes, command=typed)
     except Told as told:
         return told.exit_code
     return None

@@ -1,4 +1,4 @@
-"""YAML files of settings to plain values; one file may extend another."""
+"""YAML and ``--set`` to plain values, merged where one file extends another, and checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from risam_cli.errors import ConfigError
 from risam_cli.files.jsonlines import brief, read_text
 from risam_cli.files.safe_yaml import load_yaml
-from risam_cli.settings.base import Settings, merge
+from risam_cli.settings.base import Settings
 
 EXTENDS = "extends"
 _LONGEST = 16 << 20  # bytes
@@ -56,6 +56,25 @@ def _values(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds no settings at its top level", "write 'key: value' lines")
     return raw
+
+
+TAG = "dataset"
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested update: values of ``over`` win, sections are merged.
+
+    Data of another ``dataset`` takes the place of the old as a whole: its keys are others.
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            same = value.get(TAG, old.get(TAG)) == old.get(TAG)
+            merged[key] = merge(old, value) if same else value
+        else:
+            merged[key] = value
+    return merged
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

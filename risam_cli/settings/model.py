@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from risam_cli.settings.base import Positive, Settings, merge
+from risam_cli.settings.base import Positive, Settings
+from risam_cli.settings.load import merge
 from risam_cli.settings.presets import PRESETS
 
 

@@ -1,9 +1,11 @@
-"""Settings: YAML and ``--set`` to typed, checked values. Config objects end at the builder."""
+"""Everything that ``risam train`` is told, typed and checked, and how it is read from a file."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,6 +13,7 @@ from risam_cli.files.sizes import parse_size
 from risam_cli.metrics.figures import FIGURES
 from risam_cli.settings.base import Positive, Settings
 from risam_cli.settings.data import AugmentSettings, DataSettings, RefShapesData
+from risam_cli.settings.load import apply_override, check, merge, read_settings_file
 from risam_cli.settings.model import ModelSettings
 
 
@@ -196,3 +199,63 @@ class TrainSettings(Settings):
             ]
             hint = f"did you mean {near[0]!r}" if near else f"one of {', '.join(FIGURES)}"
             raise ValueError(f"{name!r} is no figure of the validation; {hint}")
+
+
+# --- from a file ----------------------------------------------------------------------------------
+
+StoredSettings = Callable[[str], Mapping[str, Any]]
+"""The raw model settings of a model folder, by its path or bundled name."""
+
+
+def complete(raw: Mapping[str, Any], stored: StoredSettings) -> dict[str, Any]:
+    """Raw training settings with two things put in, where they are not given.
+
+    A validation set that is null is left out, so that a file can drop one of those it extends.
+
+    - ``model``, with ``init_from``: the folder's own settings, unless ``model.preset`` chooses
+      others; single values beside them win.
+    - a COCO-style validation set's ``annotations``, with ``images``: those of the training set.
+
+    Args:
+        stored: gives the model settings of the folder that ``init_from`` names.
+    """
+    values = dict(raw)
+    source, model = values.get("init_from"), values.get("model")
+    if isinstance(source, str) and (model is None or _leaves_the_network_open(model)):
+        # Its weights are in the folder, or found through it.
+        start = merge(stored(source), {"image_encoder": {"checkpoint": None}})
+        values["model"] = merge(start, model or {})
+    train, val = values.get("train"), values.get("val")
+    if isinstance(train, Mapping) and isinstance(val, Mapping) and train.get("dataset") == "coco":
+        same = {key: train[key] for key in ("annotations", "images") if key in train}
+        values["val"] = val = {name: _with(data, same) for name, data in val.items()}
+    if isinstance(val, Mapping):
+        values["val"] = {name: data for name, data in val.items() if data is not None}
+    return values
+
+
+def _leaves_the_network_open(model: Any) -> bool:
+    return isinstance(model, Mapping) and model.get("preset") is None
+
+
+def _with(data: Any, same: Mapping[str, Any]) -> Any:
+    if not isinstance(data, Mapping) or data.get("dataset") != "coco" or data.get("annotations"):
+        return data
+    return {**same, **{key: value for key, value in data.items() if value is not None}}
+
+
+def load_settings(
+    path: Path, overrides: Sequence[str] = (), *, stored: StoredSettings
+) -> TrainSettings:
+    """Reads a YAML file and what it extends, applies ``a.b.c=value`` overrides, and checks it all.
+
+    Args:
+        stored: as in :func:`complete`, such as :func:`risam_cli.weights.folder.stored_settings`.
+
+    Raises:
+        ConfigError: naming file, key, value and what it could have been. What ``stored`` raises.
+    """
+    raw = read_settings_file(path)
+    for override in overrides:
+        raw = apply_override(raw, override)
+    return check(TrainSettings, complete(raw, stored), str(path))

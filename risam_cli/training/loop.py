@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,27 +15,178 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from risam_cli.console.console import Console, Progress
-from risam_cli.errors import ConfigError, Interrupted, RisamError
+from risam_cli.console.console import Progress, get_console
+from risam_cli.errors import ConfigError, Interrupted, OutputError, RisamError
+from risam_cli.files.confine import require_own_tree
+from risam_cli.files.locks import FolderLock
+from risam_cli.files.write import write_atomic
 from risam_cli.interrupts import StopRequest
-from risam_cli.model.risam import Risam
-from risam_cli.training.averaging import KeptWeights, weights_in
-from risam_cli.training.batches import DealtBatches, PlannedBatches, begin_worker
+from risam_cli.settings.load import dump
+from risam_cli.settings.train import TrainSettings
 from risam_cli.training.checkpoint import (
+    LAST,
     Checkpoints,
+    KeptWeights,
     MovingAverage,
     Place,
     Untrained,
     read_state,
     restore,
     stage_of_weights,
+    weights_in,
 )
+from risam_cli.training.data.collate import DealtBatches, PlannedBatches, begin_worker
 from risam_cli.training.distributed import Processes
 from risam_cli.training.log import TrainingLog
-from risam_cli.training.optimize import NotFinite, Stepper, autocast
-from risam_cli.training.stage import LoopSettings, SaveModel, Stage
+from risam_cli.training.optimize import NotFinite, Stepper, autocast, rate_factor
+from risam_cli.training.page import PAGE, write_page
+from risam_cli.training.stage import Stage, TrainingBuilder, stage_hashes
 
 _NAMED = 8  # images of a bad batch that a message names
+
+
+def train(
+    settings: TrainSettings,
+    *,
+    resume: bool,
+    processes: Processes | None = None,
+    command: Sequence[str] = (),
+) -> Path:
+    """Runs every stage and returns the folder of the best model.
+
+    Args:
+        processes: of which this is one; the first one writes.
+        command: as it was typed, to be shown in ``training.html``.
+
+    Raises:
+        OutputError: the output folder holds another run and ``resume`` is off, or another process
+            works in it.
+        RisamError: data, weights or settings that do not fit, or a loss that is not finite.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
+    """
+    processes = processes or Processes()
+    with _alone(Path(settings.output), processes):
+        return _train(settings, resume, processes, command)
+
+
+def _train(
+    settings: TrainSettings, resume: bool, processes: Processes, command: Sequence[str]
+) -> Path:
+    console = get_console()
+    folder = Path(settings.output)
+    resolved = folder / "config.resolved.yaml"
+    # All look before one writes.
+    if any(processes.gather(resolved.exists())) and not resume:
+        raise OutputError(
+            f"{folder} holds a training run", "go on with --resume, or --set output=OTHER"
+        )
+    require_own_tree(folder)
+    check_paths(settings)
+    builder = TrainingBuilder(settings, console, processes)
+    parameters = sum(p.numel() for p in builder.model.parameters())
+    several = f" in {processes.world} processes" if processes.world > 1 else ""
+    console.info(
+        f"{settings.name}: {parameters / 1e6:.2f} M parameters on {builder.device}{several}, "
+        f"{str(builder.dtype).removeprefix('torch.')}, output {folder}"
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if resume and processes.leads:
+            clear_leftovers(folder)
+        run = TrainingRun(folder, builder)
+        if resume:
+            run.resume()
+        # Only now: a refused --resume must not overwrite the settings that it asks for.
+        if processes.leads:
+            write_atomic(resolved, lambda part: part.write_text(dump(settings), encoding="utf-8"))
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {folder}: {error.strerror}", "see space and rights"
+        ) from error
+    with _page_at_the_end(folder, command, processes), closing(builder):
+        run.run()
+    console.info(f"done: best {run.place.best:.4f}, in {folder / 'best'} ({LAST} in checkpoints/)")
+    return folder / "best"
+
+
+@contextmanager
+def _alone(folder: Path, processes: Processes) -> Iterator[None]:
+    """Holds the output folder against other runs; one in which nothing was begun is not left."""
+    if not processes.leads:
+        yield
+        return
+    is_new = not folder.exists()
+    try:
+        lock = FolderLock(folder)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {folder}: {error.strerror}", "see space and rights"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def _page_at_the_end(folder: Path, command: Sequence[str], processes: Processes) -> Iterator[None]:
+    """Writes ``training.html``, however the run ends short of a kill."""
+    outcome = "Finished."
+    try:
+        yield
+    except KeyboardInterrupt:
+        outcome = "Interrupted."
+        raise
+    except RisamError as error:
+        outcome = f"Ended before its end: {error}"
+        raise
+    finally:
+        if processes.leads:
+            try:
+                write_page(folder, command, outcome)
+            except (OutputError, OSError) as error:
+                get_console().warn(f"{PAGE} is not written: {error}")
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Removes what a killed run left half written, and puts back what it was about to replace."""
+    for name in ("best", "averaged"):
+        whole, old = folder / name, folder / f".{name}-old"
+        if old.is_dir() and not whole.exists():
+            old.rename(whole)
+        for half in folder.glob(f".{name}-*"):
+            shutil.rmtree(half, ignore_errors=True)
+    for part in [*folder.glob(".*.part"), *folder.glob("*/.*.part"), *folder.glob("*/*/.*.part")]:
+        part.unlink(missing_ok=True)
+
+
+def check_paths(settings: TrainSettings) -> None:
+    """Looks whether what the settings name is there, before anything is built.
+
+    Raises:
+        ConfigError: naming key, path, and a name beside it that is nearly the same.
+    """
+    for key, path in _paths(settings):
+        if path.exists():
+            continue
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f"did you mean {str(path.with_name(near[0]))!r}?" if near else "give its path"
+        raise ConfigError(f"{key} = {str(path)!r}: nothing is there", hint)
+
+
+def _paths(settings: TrainSettings) -> Iterator[tuple[str, Path]]:
+    if settings.init_from is None and settings.model.image_encoder.checkpoint is not None:
+        yield "model.image_encoder.checkpoint", Path(settings.model.image_encoder.checkpoint)
+    for key, data in [
+        ("train", settings.train),
+        *((f"val.{name}", data) for name, data in settings.val.items()),
+    ]:
+        for part, path in data.paths():
+            yield f"{key}.{part}", path
 
 
 class TrainingRun:
@@ -41,40 +194,29 @@ class TrainingRun:
 
     Args:
         folder: output folder; ``checkpoints/`` and ``metrics.jsonl`` go there.
-        model: the network, on its device.
-        hashes: of the settings up to and with each stage; a checkpoint of others is refused.
-        save_model: writes a model folder of that name with the network as it is: ``best``
-            whenever the validated weights are the best so far, ``averaged`` at the end.
-        processes: of which this is one; the first one writes.
+        builder: has the settings and the network, and makes the stages.
 
     Raises:
         RisamError: a loss that is not finite, or a checkpoint that does not fit.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        model: Risam,
-        loop: LoopSettings,
-        hashes: Sequence[str],
-        save_model: SaveModel,
-        console: Console,
-        processes: Processes | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, builder: TrainingBuilder) -> None:
+        settings, averaging = builder.settings, builder.settings.averaging
         self.folder = folder
-        self.model = model
-        self.loop = loop
-        self.hashes = hashes
-        self.save_model = save_model
-        self.console = console
-        self.processes = processes or Processes()
+        self.builder = builder
+        self.settings = settings
+        self.model = builder.model
+        self.hashes = stage_hashes(settings)
+        self.console = builder.console
+        self.processes = builder.processes
         self.place = Place()
         self.state: dict[str, Any] | None = None
-        self.untrained = Untrained(model)
-        self.checkpoints = Checkpoints(folder / "checkpoints", loop.keep_last)
-        self.kept = KeptWeights(folder / "checkpoints" / "kept", loop.averaged, loop.average_of)
-        self.log = TrainingLog(folder, console, silent=not self.processes.leads)
+        self.untrained = Untrained(self.model)
+        self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep_last)
+        kept = folder / "checkpoints" / "kept"
+        self.kept = KeptWeights(kept, averaging.count, averaging.of) if averaging else None
+        self.log = TrainingLog(folder, self.console, silent=not self.processes.leads)
         self.stop = StopRequest()
         self.told = 0.0, 0  # seconds and expressions when the rate was last shown
         self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
@@ -91,20 +233,22 @@ class TrainingRun:
         last = self.checkpoints.last
         return read_state(last, self.hashes) if last.is_file() else None
 
-    def run(self, stages: Sequence[Callable[[], Stage]]) -> None:
+    def run(self) -> None:
         """Runs all stages that are not yet done; each is built when its turn comes."""
+        stages = self.settings.stages
         with self.log, self.stop:
-            for number, build in enumerate(stages):
+            for number, settings in enumerate(stages):
                 if number >= self.place.stage:
-                    self._run_stage(number, build(), last=number == len(stages) - 1)
-            if self.loop.averaged and not self.place.averaged:
-                self._average(stages[-1]())
+                    stage = self.builder.stage(settings)
+                    self._run_stage(number, stage, last=number == len(stages) - 1)
+            if self.kept is not None and not self.place.averaged:
+                self._average(self.builder.stage(stages[-1]), self.kept)
 
     def _run_stage(self, number: int, stage: Stage, *, last: bool) -> None:
-        if stage.images_per_step < self.processes.world:
+        if stage.settings.images_per_step < self.processes.world:
             raise ConfigError(
-                f"stage {stage.name!r}: images_per_step {stage.images_per_step} is less than the "
-                f"{self.processes.world} processes",
+                f"stage {stage.settings.name!r}: images_per_step {stage.settings.images_per_step} "
+                f"is less than the {self.processes.world} processes",
                 "start fewer, or take more images",
             )
         if self.state is not None and self.place.step == 0:
@@ -112,12 +256,13 @@ class TrainingRun:
             self.state = None
         module = stage.task.module
         module.train()
-        average = MovingAverage(module, self.loop.ema_decay) if self.loop.ema_decay else None
+        decay = self.settings.optimizer.ema_decay
+        average = MovingAverage(module, decay) if decay else None
         stepper = self._stepper(stage, average)
         self.untrained.stage_begins()
         if self.place.step == 0:
             self.place.kept, self.place.averaged = [], False
-        self._steps(number, stage, stepper, average, keep=last and bool(self.loop.averaged))
+        self._steps(number, stage, stepper, average, self.kept if last else None)
         if average is not None:
             average.swap()  # The next stage goes on from the average.
         p = self.place
@@ -130,11 +275,10 @@ class TrainingRun:
         stepper = Stepper(
             stage.task,
             stage.groups,
-            self.loop.device,
-            self.loop.dtype,
+            self.builder.device,
+            self.builder.dtype,
             self.processes,
-            beta2=self.loop.beta2,
-            clip_norm=self.loop.clip_norm,
+            self.settings.optimizer,
         )
         if self.state is not None:
             module, optimizer = stage.task.module, stepper.optimizer
@@ -148,22 +292,21 @@ class TrainingRun:
         stage: Stage,
         stepper: Stepper,
         average: MovingAverage | None,
-        *,
-        keep: bool,
+        kept: KeptWeights | None,
     ) -> None:
-        place, loop = self.place, self.loop
+        place, run, s = self.place, self.settings, stage.settings
         self.told = place.seconds, place.expressions
         begun = time.monotonic() - place.seconds
         dealt = self._dealt(number, stage)
         batches = self._batches(dealt, stage)
-        per_step = dealt.per_step(stage.images_per_step)
+        per_step = dealt.per_step(s.images_per_step)
         with self._progress(stage) as progress:
             if self._owes_validation(stage):
-                self._validate(stage, stepper, average, keep=keep)
-            while place.step < stage.steps and not place.stopped:
-                rate = loop.schedule(place.step, stage.steps, stage.warmup)
+                self._validate(stage, stepper, average, kept)
+            while place.step < s.steps and not place.stopped:
+                rate = rate_factor(run.optimizer, place.step, s.steps, s.warmup)
                 # Each step has its own seed, so that a resumed run needs no random state.
-                seed = loop.seed * 1_000_003 + number * 100_003 + place.step
+                seed = run.seed * 1_000_003 + number * 100_003 + place.step
                 try:
                     figures = stepper(list(islice(batches, per_step)), rate, seed)
                 except NotFinite as error:
@@ -176,28 +319,29 @@ class TrainingRun:
                 self._tell(progress, stage, figures, rate)
                 stopping = self.processes.any(self.stop.requested)
                 if self._owes_validation(stage) and not stopping:
-                    self._validate(stage, stepper, average, keep=keep)
-                ends = place.step == stage.steps or place.stopped
-                if stopping or ends or place.step % loop.checkpoint_every == 0:
+                    self._validate(stage, stepper, average, kept)
+                ends = place.step == s.steps or place.stopped
+                if stopping or ends or place.step % run.checkpoint_every == 0:
                     self._save(stage, stepper, average)
                 if stopping:
                     raise self._interrupted()
 
     def _owes_validation(self, stage: Stage) -> bool:
         step = self.place.step
-        due = step == stage.steps or step % self.loop.validate_every == 0
+        due = step == stage.settings.steps or step % self.settings.validate_every == 0
         return due and self.place.validated < step
 
     def _progress(self, stage: Stage) -> Any:
-        return self.console.progress(f"stage {stage.name}", stage.steps, "steps", self.place.step)
+        s = stage.settings
+        return self.console.progress(f"stage {s.name}", s.steps, "steps", self.place.step)
 
     def _tell(
         self, progress: Progress, stage: Stage, figures: Mapping[str, torch.Tensor], rate: float
     ) -> None:
         place = self.place
-        if place.step % self.loop.log_every == 0:
+        if place.step % self.settings.log_every == 0:
             recent = {name: float(value) for name, value in figures.items()}
-            self.log.row(place, stage.name, {**recent, "lr": rate}, "train")
+            self.log.row(place, stage.settings.name, {**recent, "lr": rate}, "train")
             shown: dict[str, Any] = {"loss": f"{recent['loss']:.3f}"}
             then, before = self.told
             if place.seconds > then:
@@ -224,8 +368,8 @@ class TrainingRun:
         named = ", ".join(name(index) for index in bad[:_NAMED])
         more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         return RisamError(
-            f"{error} at stage {stage.name!r}, step {self.place.step}, in the batch of images "
-            f"{named}{more}",
+            f"{error} at stage {stage.settings.name!r}, step {self.place.step}, in the batch of "
+            f"images {named}{more}",
             f"lower the learning rate, or look at these images{self.checkpoints.kept()}",
         )
 
@@ -233,17 +377,18 @@ class TrainingRun:
         """This process's parts of the batches that are still to come."""
         planned = PlannedBatches(
             len(stage.data),
-            stage.images_per_step,
+            stage.settings.images_per_step,
             self.place.step,
-            stage.steps,
-            self.loop.seed * 1009 + number,
+            stage.settings.steps,
+            self.settings.seed * 1009 + number,
         )
         processes = self.processes
         size = getattr(stage.data, "expressions_of", None)
-        return DealtBatches(planned, processes.rank, processes.world, stage.accumulate, size)
+        parts = stage.settings.accumulate
+        return DealtBatches(planned, processes.rank, processes.world, parts, size)
 
     def _batches(self, dealt: DealtBatches, stage: Stage) -> Iterator[Any]:
-        workers = self.loop.workers
+        workers = self.settings.workers
         return iter(
             DataLoader(
                 stage.data,
@@ -252,24 +397,28 @@ class TrainingRun:
                 num_workers=workers,
                 worker_init_fn=begin_worker,
                 prefetch_factor=4 if workers else None,
-                pin_memory=self.loop.device.type == "cuda",
+                pin_memory=self.builder.device.type == "cuda",
             )
         )
 
     def _validate(
-        self, stage: Stage, stepper: Stepper, average: MovingAverage | None, *, keep: bool
+        self,
+        stage: Stage,
+        stepper: Stepper,
+        average: MovingAverage | None,
+        kept: KeptWeights | None,
     ) -> None:
         place = self.place
         try:
             with average.applied() if average is not None else nullcontext():
                 figures = self._figures(stage)
                 place.validated = place.step
-                self.log.row(place, stage.name, figures, "val")
+                self.log.row(place, stage.settings.name, figures, "val")
                 if self.processes.leads:
-                    self.log.pictures(place, stage.name, stage.draw())
-                if keep and stage.answers:
+                    self.log.pictures(place, stage.settings.name, stage.draw())
+                if kept is not None and stage.answers:
                     leads = self.processes.leads
-                    self.kept.add(place, figures["best"], stage.task.module, write=leads)
+                    kept.add(place, figures["best"], stage.task.module, write=leads)
                 if figures["best"] > place.best:
                     place.best = figures["best"]
                     self._save_model("best", stage, figures)
@@ -279,45 +428,47 @@ class TrainingRun:
         self._watch(stage, figures.get("watched", figures["best"]))
 
     def _figures(self, stage: Stage, of: str = "") -> dict[str, float]:
-        with autocast(self.loop.device, self.loop.dtype), self.processes.together():
+        with autocast(self.builder.device, self.builder.dtype), self.processes.together():
             figures = stage.validate(self._stop_between)
         # All of them are in the log; one line has room for the foremost.
         plain = [k for k in figures if k not in ("best", "watched")]
         foremost = [k for k in plain if k.endswith(".miou")] or plain
         shown = ", ".join(f"{k} {figures[k]:.3f}" for k in [*foremost, "best"])
-        self.console.info(f"stage {stage.name}, {of or f'step {self.place.step}'}: {shown}")
+        self.console.info(
+            f"stage {stage.settings.name}, {of or f'step {self.place.step}'}: {shown}"
+        )
         return figures
 
     def _watch(self, stage: Stage, figure: float) -> None:
         """Early stopping."""
-        place, loop = self.place, self.loop
-        if figure > place.stage_best + loop.min_delta:
+        place, early, s = self.place, self.settings.early_stopping, stage.settings
+        if figure > place.stage_best + (early.min_delta if early else 0.0):
             place.stage_best, place.since_best = figure, 0
             return
         place.since_best += 1
-        if loop.patience is not None and place.since_best >= loop.patience:
+        if early is not None and place.since_best >= early.patience:
             place.stopped = True
-            if place.step < stage.steps:
-                self.log.row(place, stage.name, {"watched": place.stage_best}, "stop")
+            if place.step < s.steps:
+                self.log.row(place, stage.settings.name, {"watched": place.stage_best}, "stop")
                 self.console.info(
-                    f"stage {stage.name} ends at step {place.step} of {stage.steps}: no better "
+                    f"stage {s.name} ends at step {place.step} of {s.steps}: no better "
                     f"than {place.stage_best:.4f} in {place.since_best} validations"
                 )
 
-    def _average(self, stage: Stage) -> None:
+    def _average(self, stage: Stage, kept: KeptWeights) -> None:
         """The mean of the kept weights as a model folder, and as the best one if it is better."""
         if self.state is not None:
             self.untrained.load(self.state["model"], self.state["untrained"])
             self.state = None
         place = self.place
         if stage.answers and place.kept:
-            mean = self.processes.first(lambda: self.kept.mean(place))
+            mean = self.processes.first(lambda: kept.mean(place))
             with weights_in(stage.task.module, mean):
                 steps = [step for step, _ in place.kept]
                 told = f"mean of the weights after steps {', '.join(map(str, steps))}"
                 figures = self._figures(stage, told)
                 at = replace(place, stage=place.stage - 1, step=steps[-1])
-                self.log.row(at, stage.name, figures, "average")
+                self.log.row(at, stage.settings.name, figures, "average")
                 self._save_model("averaged", stage, figures, steps)
                 if figures["best"] > place.best:
                     place.best = figures["best"]
@@ -355,7 +506,8 @@ class TrainingRun:
             stepper.scaler if stepper else None,
             average,
         )
-        self.kept.prune(self.place)
+        if self.kept is not None:
+            self.kept.prune(self.place)
 
     def _save_model(
         self,
@@ -365,4 +517,4 @@ class TrainingRun:
         averaged: Sequence[int] = (),
     ) -> None:
         if self.processes.leads and stage.answers:
-            self.save_model(name, stage, figures, self.place, averaged)
+            self.builder.save_model(self.folder / name, stage, figures, self.place, averaged)

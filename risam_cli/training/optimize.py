@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,32 +14,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from risam_cli.settings.train import OptimizerSettings
 from risam_cli.training.distributed import Processes
-from risam_cli.training.tasks import Task
+from risam_cli.training.losses import Task
 
 _OVERFLOWS = 30  # fp16 steps in a row that may be left out while the scale is sought
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The factor of the base rate: linear warm-up, then down to ``floor`` (or constant).
+def rate_factor(settings: OptimizerSettings, step: int, steps: int, warmup: int) -> float:
+    """The factor of the base rate: linear warm-up, then down to ``floor``, or constant.
 
-    Attributes:
-        kind: cosine, polynomial or constant; power: of the polynomial; floor: in 0..1.
+    Args:
+        step: of ``steps``, of which the first ``warmup`` warm up.
     """
-
-    kind: str = "cosine"
-    power: float = 0.9
-    floor: float = 0.01
-
-    def __call__(self, step: int, steps: int, warmup: int) -> float:
-        """The factor at a step of ``steps``, of which the first ``warmup`` warm up."""
-        if step < warmup:
-            return (step + 1) / warmup
-        part = (step - warmup) / max(1, steps - warmup)
-        if self.kind == "constant":
-            return 1.0
-        left = (1 - part) ** self.power if self.kind == "polynomial" else _half_cosine(part)
-        return self.floor + (1 - self.floor) * left
+    if step < warmup:
+        return (step + 1) / warmup
+    if settings.schedule == "constant":
+        return 1.0
+    part = (step - warmup) / max(1, steps - warmup)
+    polynomial = settings.schedule == "polynomial"
+    left = (1 - part) ** settings.power if polynomial else _half_cosine(part)
+    return settings.floor + (1 - settings.floor) * left
 
 
 def _half_cosine(part: float) -> float:
@@ -69,7 +61,7 @@ class Stepper:
     the whole step before they are added, so that neither changes what is learned.
 
     Args:
-        groups: AdamW's, each with its ``base_lr``; beta2, clip_norm: its settings.
+        groups: AdamW's, each with its ``base_lr``.
         dtype: float32; bfloat16 or float16 compute under autocast, and float16 with loss scaling.
     """
 
@@ -80,16 +72,14 @@ class Stepper:
         device: torch.device,
         dtype: torch.dtype,
         processes: Processes,
-        *,
-        beta2: float,
-        clip_norm: float,
+        settings: OptimizerSettings,
     ) -> None:
         self.task = task
         self.device = device
         self.dtype = dtype
         self.processes = processes
-        self.clip_norm = clip_norm
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, beta2))
+        self.settings = settings
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, settings.beta2))
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.overflows = 0
         self.network: nn.Module = _Loss(task)
@@ -151,7 +141,7 @@ class Stepper:
             self._stop("loss", figures["loss"], [not bool(torch.isfinite(loss)) for loss in losses])
         self.scaler.unscale_(self.optimizer)
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(trained, self.clip_norm)
+        norm = nn.utils.clip_grad_norm_(trained, self.settings.clip_norm)
         if not torch.isfinite(norm):
             self.overflows += 1
             # With float16 it is the scale that was too large, unless it is so ever again.

@@ -1,19 +1,49 @@
-"""What a training run is made of: its stages, and what they share."""
+"""What a training run is made of: its network, its data and its stages, out of the settings."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from risam_cli.console.console import Console
+from risam_cli.data.images.transforms import normalize
+from risam_cli.data.refshapes.vocabulary import COLORS, SHAPES, SIZES
+from risam_cli.files.sizes import parse_size
+from risam_cli.inference.device import choose_device, training_precision
+from risam_cli.inference.feature_cache import CacheSettings, FeatureCache, open_feature_cache
+from risam_cli.model.image_encoder import EncoderFeatures, ImageEncoder
+from risam_cli.settings.train import DenseStage, ReferringStage, TrainSettings
 from risam_cli.training.checkpoint import Place
+from risam_cli.training.data.build import DataBuilder
+from risam_cli.training.data.collate import (
+    KeyedBatch,
+    KeyedCollate,
+    ReferringCollate,
+    collate_dense,
+)
+from risam_cli.training.data.dataset import DenseScenes
+from risam_cli.training.distributed import Processes
 from risam_cli.training.log import Example
-from risam_cli.training.optimize import Schedule
-from risam_cli.training.tasks import Task
+from risam_cli.training.losses import DenseHead, DenseTask, ReferringLoss, ReferringTask, Task
+from risam_cli.training.optimize import parameter_groups
+from risam_cli.training.validate import Validation, validate_dense
+from risam_cli.weights import folder as model_folders
+from risam_cli.weights import frozen
+from risam_cli.weights.export import NEEDS_TITLE
+from risam_cli.weights.start import start_model, train_text_encoder
+from risam_cli.weights.tokenizer import TextTokenizer
+
+_READERS = 8  # threads that read cached features
 
 
 @dataclass(frozen=True)
@@ -22,11 +52,10 @@ class Stage:
 
     Attributes:
         groups: AdamW's parameter groups, each with its ``base_lr``.
-        data: examples, by epoch too (see :class:`risam_cli.training.batches.PlannedBatches`).
+        data: examples, by epoch too (see :class:`risam_cli.training.data.collate.PlannedBatches`).
             Where it has them, ``expressions_of(index)`` evens out the processes, and
             ``name_of(index)`` names an example in messages.
         collate: makes a batch of examples.
-        accumulate: parts that a step's images go through the network in.
         validate: gives figures of the present weights, ``best`` to maximize, ``watched`` for early
             stopping; raises what ``stopping`` raises, which it calls between its batches.
         draw: the fixed validation examples as they are answered now.
@@ -34,52 +63,321 @@ class Stage:
             a model folder.
     """
 
-    name: str
+    settings: DenseStage | ReferringStage
     task: Task
     groups: list[dict[str, Any]]
     data: Any
     collate: Callable[[Any], Any]
-    steps: int
-    images_per_step: int
-    warmup: int
     validate: Callable[[Callable[[], None]], dict[str, float]]
-    accumulate: int = 1
     draw: Callable[[], list[Example]] = list
     answers: bool = True
 
 
-@dataclass(frozen=True)
-class LoopSettings:
-    """What all stages share; see :class:`risam_cli.settings.train.TrainSettings`.
+class TrainingBuilder:
+    """Builds a run out of settings.
 
-    Attributes:
-        patience: validations in a row without ``min_delta`` more that end a stage; None: none do.
-        averaged: how many validated weights are averaged at the end, 0 for none; average_of:
-            "best" or "last".
+    Args:
+        settings: checked; console: for messages; processes: of the run.
+
+    Raises:
+        RisamError: data or weights that are not there or do not fit.
     """
 
-    seed: int
-    device: torch.device
-    dtype: torch.dtype
-    workers: int
-    beta2: float
-    clip_norm: float
-    ema_decay: float
-    validate_every: int
-    checkpoint_every: int
-    log_every: int
-    schedule: Schedule = field(default_factory=Schedule)
-    patience: int | None = None
-    min_delta: float = 0.0
-    averaged: int = 0
-    average_of: str = "best"
-    keep_last: int = 1
+    def __init__(
+        self, settings: TrainSettings, console: Console, processes: Processes | None = None
+    ) -> None:
+        self.settings = settings
+        self.console = console
+        self.processes = processes or Processes()
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        torch.manual_seed(settings.seed)
+        self.device = choose_device(settings.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.dtype = training_precision(settings.precision, self.device)
+        self.model, self.text, self.needs = start_model(settings, console)
+        self.model.to(self.device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.size = settings.model.image_encoder.image_size
+        keyed = KeyedCollate if settings.feature_cache is not None else ReferringCollate
+        self.collate = keyed(self.tokenizer, self.size)
+        self.cached: CachedEncoder | None = None
+        self.data = DataBuilder(settings, console)
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """Of the text encoder."""
+        return self.text.tokenizer
+
+    def stage(self, settings: DenseStage | ReferringStage) -> Stage:
+        """One stage, finished. To be called when the stage before it is done."""
+        self.close()
+        if number := self.settings.stages.index(settings):
+            # A head's random start must not depend on whether the run was cut before this stage.
+            torch.manual_seed(self.settings.seed * 1_000_003 + number)
+        if isinstance(settings, DenseStage):
+            return self._dense(settings)
+        return self._referring(settings)
+
+    def _dense(self, settings: DenseStage) -> Stage:
+        encoder = self.settings.model.image_encoder
+        head = DenseHead(
+            encoder.dim,
+            encoder.out_dim,
+            encoder.stem[1] if encoder.stem else 0,
+            (len(SHAPES), len(COLORS), len(SIZES)),
+        ).to(self.device)
+        self.model.requires_grad_(False)
+        self.model.image_encoder.requires_grad_(True)
+        task = DenseTask(self.model.image_encoder, head, settings.background_weight)
+        groups = parameter_groups([(task.module, settings.learning_rate)], self.settings.optimizer)
+        cells = 4 * encoder.image_size // encoder.patch_size
+        return Stage(
+            settings=settings,
+            task=task,
+            groups=groups,
+            data=DenseScenes(self.data.scenes(self.settings.train), cells),
+            collate=collate_dense,
+            validate=lambda between: validate_dense(
+                task, self.size, cells, self.device, self.processes, between
+            ),
+            answers=False,
+        )
+
+    def _referring(self, settings: ReferringStage) -> Stage:
+        model, s = self.model, self.settings
+        model.requires_grad_(True)
+        train_text_encoder(model, s.model.text_encoder)
+        encoder_parts = self._encoder_parts(settings)
+        model.image_encoder.checkpoint_blocks = s.gradient_checkpointing
+        loss = ReferringLoss(**s.loss.model_dump(exclude={"target_size"}))
+        frozen_encoder = not encoder_parts
+        self.cached = self._cached_encoder() if frozen_encoder else None
+        task = ReferringTask(model, loss, encoder_frozen=frozen_encoder, features=self.cached)
+        text_rate = settings.text_learning_rate or settings.learning_rate
+        # Read now, so that a damaged file is told of before the first step.
+        held_out = self.data.held_out()
+        validation = Validation(s, task, held_out, self.collate, self.processes)
+        groups = parameter_groups(
+            [
+                *encoder_parts,
+                (model.text_encoder.backbone, text_rate),
+                (model, settings.learning_rate),
+            ],
+            s.optimizer,
+        )
+        return Stage(
+            settings=settings,
+            task=task,
+            groups=groups,
+            data=self.data.train(),
+            collate=self.collate,
+            validate=validation,
+            draw=validation.draw,
+        )
+
+    def close(self) -> None:
+        """Ends what a stage has open."""
+        if self.cached is not None:
+            self.cached.close()
+            self.cached = None
+
+    def _cached_encoder(self) -> CachedEncoder | None:
+        """The encoder behind its cache, if the settings name one."""
+        asked, encoder = self.settings.feature_cache, self.model.image_encoder
+        if asked is None:
+            return None
+        shape = self.settings.model.image_encoder
+        kept = CacheSettings(Path(asked.folder), parse_size(asked.limit))
+        images = len(self.data.train()) + sum(map(len, self.data.held_out().values()))
+
+        def open_cache(runs: ImageEncoder) -> AbstractContextManager[FeatureCache]:
+            device, precision = self.device, self.dtype
+            return open_feature_cache(
+                kept, runs, shape, device=device, precision=precision, images=images
+            )
+
+        return CachedEncoder(encoder, self.dtype, open_cache)
+
+    def _encoder_parts(self, settings: ReferringStage) -> list[tuple[nn.Module, float]]:
+        encoder = self.model.image_encoder
+        rate = settings.encoder_learning_rate or settings.learning_rate
+        if settings.train_encoder == "yes":
+            return [(encoder, rate)]
+        encoder.requires_grad_(False)
+        if settings.train_encoder == "no":
+            return []
+        blocks: Any = encoder.blocks
+        adapters = [block.adapter for block in blocks if block.adapter is not None]
+        for adapter in adapters:
+            adapter.requires_grad_(True)
+        return [(nn.ModuleList(adapters), rate)]
+
+    def save_model(
+        self,
+        folder: Path,
+        stage: Stage,
+        figures: Mapping[str, float],
+        place: Place,
+        averaged: Sequence[int] = (),
+    ) -> None:
+        """Writes the model as it is to a folder that ``--model`` takes, with its card.
+
+        Args:
+            averaged: the steps whose weights are averaged in it, if they are.
+        """
+        self.write_model(folder, card_of(self.settings, stage, figures, place, averaged))
+
+    def write_model(self, folder: Path, card: dict[str, Any]) -> None:
+        """Writes the model as it is to a folder that ``--model`` takes, frozen files left out."""
+        weights = self.model.state_dict()
+        model_folders.write_model_folder(
+            folder,
+            {name: t for name, t in weights.items() if not frozen.covers(self.needs, name)},
+            self.settings.model.model_dump(mode="json"),
+            json.loads(self.text.config.to_json_string(use_diff=False)),
+            self.tokenizer.to_json(),
+            card,
+            model_readme(card, self.needs),
+            frozen.plain(self.needs),
+        )
 
 
-SaveModel = Callable[[str, Stage, Mapping[str, float], Place, Sequence[int]], None]
-"""Writes a model folder: its name, and the steps whose weights are averaged in it, if they are."""
+_OPERATIONAL = {
+    "averaging",
+    "best_by",
+    "checkpoint_every",
+    "device",
+    "gradient_checkpointing",
+    "keep_last",
+    "log_every",
+    "output",
+    "pictures",
+    "val",
+    "validate_every",
+    "workers",
+}
+_STOPPING = {"best_by", "val", "validate_every"}  # these decide when a stage stops early
+_EXPRESSIONS_ONLY = {"expressions_per_scene", "unknown_word_rate"}
+
+
+def stage_hashes(settings: TrainSettings) -> list[str]:
+    """For each stage, a hash of all settings that bear on the weights at its end.
+
+    Later stages may be edited, and a run moved, without losing what is done. Settings at their
+    defaults are left out, so that a version with more of them goes on with older checkpoints.
+    """
+    without = _OPERATIONAL - (_STOPPING if settings.early_stopping is not None else set())
+    if settings.train.dataset == "mixed":
+        without = without - {"val"}  # a mixture leaves out what this run validates on
+    values = settings.model_dump(mode="json", exclude_defaults=True, exclude={*without, "stages"})
+    # Dense stages know nothing of expressions.
+    train = {k: v for k, v in values["train"].items() if k not in _EXPRESSIONS_ONLY}
+    dense = {**values, "train": train, "loss": None}
+    if "feature_cache" in values:
+        values["feature_cache"] = "half precision"  # wherever it is
+    for unknown in ("augment", "feature_cache"):
+        dense.pop(unknown, None)
+    hashes = []
+    for number in range(len(settings.stages)):
+        stages = settings.stages[: number + 1]
+        only_dense = all(stage.kind == "dense" for stage in stages)
+        done = [
+            stage.model_dump(mode="json", exclude_defaults=True, exclude={"accumulate"})
+            for stage in stages
+        ]
+        hashes.append(hash_settings([dense if only_dense else values, done]))
+    return hashes
+
+
+def model_readme(card: Mapping[str, Any], needs: Sequence[frozen.Needed] = ()) -> str:
+    """A model folder's README.md out of its card and the frozen parts that it leaves out."""
+    lines = [f"# {card['name']}", "", "Written by `risam train`.", ""]
+    lines += [f"- {key}: {value}" for key, value in card.items() if key != "figures"]
+    lines += ["", "| figure on held-out data while training | value |", "| --- | --- |"]
+    lines += [f"| {name} | {value:.4f} |" for name, value in card["figures"].items()]
+    if needs:
+        lines += ["", NEEDS_TITLE, ""]
+        lines += [f"- {n.name}, {n.size} bytes, SHA-256 {n.sha256}" for n in needs]
+    return "\n".join(lines) + "\n"
+
+
+def card_of(
+    settings: TrainSettings,
+    stage: Stage,
+    figures: Mapping[str, float],
+    place: Place,
+    averaged: Sequence[int],
+) -> dict[str, Any]:
+    """What a model folder says of its making."""
+    card: dict[str, Any] = {
+        "name": settings.name,
+        "stage": stage.settings.name,
+        "step": place.step,
+        "seconds": round(place.seconds, 1),
+        "expressions": place.expressions,
+        "seed": settings.seed,
+        "best_by": settings.best_by,
+    }
+    if averaged:
+        card["averaged"] = list(averaged)
+    return {**card, "figures": {k: v for k, v in figures.items() if v == v}}
 
 
 def hash_settings(values: Any) -> str:
     """SHA-256 of plain settings values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+class CachedEncoder:
+    """Gives the encoder's features of batches from disk, or computes and keeps them.
+
+    The cache is opened with the first batch: what a resumed run loads is then in the encoder.
+
+    Args:
+        encoder: frozen. In half precision a copy runs in its place, which holds its weights as
+            predict and eval do, so that features are theirs to the bit.
+        precision: of the training.
+        open_cache: opens the cache of the encoder that runs.
+    """
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        precision: torch.dtype,
+        open_cache: Callable[[ImageEncoder], AbstractContextManager[FeatureCache]],
+    ) -> None:
+        self._encoder = encoder
+        self._precision = precision
+        self._open_cache = open_cache
+        self._closing = ExitStack()
+        self._cache: FeatureCache | None = None
+        self._readers = ThreadPoolExecutor(_READERS, "risam-features")
+
+    @torch.no_grad()
+    def __call__(self, batch: KeyedBatch) -> EncoderFeatures:
+        """The taps of B images, on the device of the batch."""
+        cache = self._cache or self._open()
+        fitted = batch.fitted.tolist()
+
+        def encode(rows: Sequence[int]) -> EncoderFeatures:
+            pixels = normalize(batch.images[list(rows)], [fitted[row] for row in rows])
+            features: EncoderFeatures = self._encoder(pixels)
+            return features
+
+        found = list(self._readers.map(cache.find, batch.keys))
+        with torch.autocast(batch.images.device.type, enabled=False):
+            return cache.features(batch.keys, found, encode)
+
+    def _open(self) -> FeatureCache:
+        if self._precision != torch.float32:
+            self._encoder = copy.deepcopy(self._encoder).eval()
+            self._encoder.hold_weights_in(self._precision)
+        self._cache = self._closing.enter_context(self._open_cache(self._encoder))
+        return self._cache
+
+    def close(self) -> None:
+        """Waits until all is written, and says what the cache did."""
+        self._readers.shutdown()
+        self._closing.close()

@@ -17,18 +17,18 @@ from risam_cli.errors import ConfigError
 from risam_cli.metrics.figures import summarize
 from risam_cli.metrics.table import ExpressionScore
 from risam_cli.settings.train import TrainSettings
-from risam_cli.training.batches import begin_worker
 from risam_cli.training.data.collate import (
     DenseBatch,
     ReferringBatch,
     ReferringCollate,
+    begin_worker,
     collate_dense,
 )
 from risam_cli.training.data.dataset import DenseScenes, Examples, ReferringExample
 from risam_cli.training.distributed import Processes
 from risam_cli.training.log import Example
+from risam_cli.training.losses import DenseTask, ReferringTask, inside
 from risam_cli.training.optimize import to_device
-from risam_cli.training.tasks import DenseTask, ReferringTask, inside
 
 
 @torch.no_grad()

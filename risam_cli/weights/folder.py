@@ -128,6 +128,11 @@ def read_model_folder(folder: Path) -> StoredModel:
     )
 
 
+def stored_settings(source: str | Path) -> Mapping[str, Any]:
+    """The raw model settings of a folder or a bundled model; raises as reading it does."""
+    return read_model_folder(find_model(source)).settings
+
+
 def _read_json(path: Path) -> Any:
     """A value that is neither long nor deep: what shows it must not be brought down by it.
 

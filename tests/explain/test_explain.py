@@ -25,7 +25,7 @@ from risam_cli.explain.explanation import spread
 from risam_cli.explain.page import PAGE_BYTES, chosen_maps
 from risam_cli.explain.picture import draw_explanation, enlarge
 from risam_cli.model.layers import sine_positions_1d, sine_positions_2d
-from risam_cli.settings.base import merge
+from risam_cli.settings.load import merge
 from risam_cli.weights.build import build_model, new_text_parts
 from risam_cli.weights.folder import write_model_folder
 from risam_cli.weights.text import pretrained_text

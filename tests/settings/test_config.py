@@ -11,15 +11,14 @@ import pytest
 import yaml
 from support.networks import SMALL
 from support.paths import REPO
+from support.settings_files import load_settings
 
 from risam_cli.errors import ConfigError
-from risam_cli.settings.base import merge
-from risam_cli.settings.load import apply_override, check, dump
+from risam_cli.settings.load import apply_override, check, dump, merge
 from risam_cli.settings.model import ModelSettings
 from risam_cli.settings.presets import PRESETS
 from risam_cli.settings.train import TrainSettings
-from risam_cli.training.run import check_paths
-from risam_cli.training.settings import load_settings
+from risam_cli.training.loop import check_paths
 
 CONFIGS = sorted((REPO / "configs").glob("**/*.yaml"))
 

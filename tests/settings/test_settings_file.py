@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from support.paths import REPO
+from support.settings_files import load_settings
 
 from risam_cli.errors import ConfigError
 from risam_cli.settings.load import read_settings_file
-from risam_cli.training.settings import load_settings
 
 CONFIGS = REPO / "configs"
 

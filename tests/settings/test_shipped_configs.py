@@ -12,14 +12,13 @@ import yaml
 from click.testing import CliRunner
 from support.made_parts import ENCODER, TEXT_MAKERS, sam_file
 from support.paths import REPO
+from support.settings_files import complete, load_settings
 
 from risam_cli.commands.refshapes import command as refshapes
-from risam_cli.settings.base import merge
-from risam_cli.settings.load import check, read_settings_file
+from risam_cli.settings.load import check, merge, read_settings_file
 from risam_cli.settings.model import ModelSettings
 from risam_cli.settings.train import TrainSettings
-from risam_cli.training.run import train
-from risam_cli.training.settings import complete, load_settings
+from risam_cli.training.loop import train
 from risam_cli.weights.load import load_model
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))

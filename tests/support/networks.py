@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.model.risam import Risam
 from risam_cli.model.sam_baseline import segment_anything_modeling
-from risam_cli.settings.base import merge
-from risam_cli.settings.load import check
+from risam_cli.settings.load import check, merge
 from risam_cli.settings.model import ModelSettings
 from risam_cli.weights.build import build_model, new_text_parts
 from risam_cli.weights.tokenizer import TextTokenizer

@@ -34,9 +34,9 @@ from typing import Any
 import torch.nn.parallel
 import torch.utils.tensorboard  # noqa: F401 - as the next, for all forks
 
-import risam_cli.training.run  # noqa: F401
+import risam_cli.training.loop  # noqa: F401
 from risam_cli.cli import main
-from risam_cli.training import checkpoint, tasks
+from risam_cli.training import checkpoint, losses
 from risam_cli.weights import folder as model_folders
 
 PATIENCE = 300.0
@@ -124,7 +124,7 @@ def strand(replace: Callable[..., None], temporary: Path, folder: Path) -> None:
 
 def spoil(step: int) -> None:
     """The loss of one part of the Nth step is NaN, in the process that has that part."""
-    usual = tasks.ReferringTask.loss
+    usual = losses.ReferringTask.loss
     calls = 0
 
     def loss(self: Any, batch: Any, counts: Any = None) -> Any:
@@ -133,7 +133,7 @@ def spoil(step: int) -> None:
         total, figures = usual(self, batch, counts)
         return (total * float("nan"), figures) if calls == step else (total, figures)
 
-    tasks.ReferringTask.loss = loss  # type: ignore[method-assign]
+    losses.ReferringTask.loss = loss  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

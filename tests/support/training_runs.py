@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from risam_cli.settings.base import merge
-from risam_cli.settings.load import check
+from risam_cli.settings.load import check, merge
 from risam_cli.settings.train import TrainSettings
-from risam_cli.training.run import train
+from risam_cli.training.loop import train
 from support.networks import SMALL
 
 MODEL = merge(

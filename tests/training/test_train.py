@@ -17,16 +17,17 @@ import torch
 import yaml
 from support.cli import Cli
 from support.paths import REPO
+from support.settings_files import load_settings
 from support.training_runs import RAW, last_weights, rows, run, settings, write_coco
 
 from risam_cli.console.console import get_console
 from risam_cli.errors import ModelError, OutputError, RisamError
+from risam_cli.settings.train import OptimizerSettings
 from risam_cli.training import optimize
-from risam_cli.training.batches import PlannedBatches
-from risam_cli.training.build import TrainingBuilder
 from risam_cli.training.checkpoint import MovingAverage
-from risam_cli.training.optimize import Schedule, Stepper
-from risam_cli.training.settings import load_settings
+from risam_cli.training.data.collate import PlannedBatches
+from risam_cli.training.optimize import Stepper, rate_factor
+from risam_cli.training.stage import TrainingBuilder
 from risam_cli.weights.load import load_model
 
 
@@ -352,18 +353,18 @@ def test_own_photos_with_adapters_and_a_frozen_text_encoder(tmp_path: Path) -> N
 
 
 def test_the_learning_rate_warms_up_and_comes_down() -> None:
-    rates = [Schedule()(step, 100, 10) for step in range(100)]
+    rates = [rate_factor(OptimizerSettings(), step, 100, 10) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.01 + 0.99 / 2)
     assert 0.01 < rates[99] < 0.012
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert Schedule()(0, 5, 0) == 1.0
-    polynomial = Schedule("polynomial", power=2.0, floor=0.1)
-    assert polynomial(5, 100, 10) == pytest.approx(0.6)
-    assert polynomial(55, 100, 10) == pytest.approx(0.1 + 0.9 * 0.25)
-    assert polynomial(100, 100, 10) == pytest.approx(0.1)
-    assert Schedule("constant")(99, 100, 10) == 1.0
+    assert rate_factor(OptimizerSettings(), 0, 5, 0) == 1.0
+    polynomial = OptimizerSettings(schedule="polynomial", power=2.0, floor=0.1)
+    assert rate_factor(polynomial, 5, 100, 10) == pytest.approx(0.6)
+    assert rate_factor(polynomial, 55, 100, 10) == pytest.approx(0.1 + 0.9 * 0.25)
+    assert rate_factor(polynomial, 100, 100, 10) == pytest.approx(0.1)
+    assert rate_factor(OptimizerSettings(schedule="constant"), 99, 100, 10) == 1.0
 
 
 def test_batches_are_permutations_and_a_function_of_the_step() -> None:

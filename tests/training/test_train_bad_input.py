@@ -17,7 +17,7 @@ from support.made_parts import TEXT_MAKERS, frozen_run, sam_file
 from support.training_runs import RAW, settings, write_coco
 
 from risam_cli.cli import main
-from risam_cli.settings.base import merge
+from risam_cli.settings.load import merge
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_an_augmented_run_that_is_cut_goes_on_to_the_same_bits(made: Path, tmp_p
     }  # fmt: skip
     changes["stages"][0] |= {"steps": 6, "name": "all"}
     changes |= {"checkpoint_every": 3, "validate_every": 6}
-    from risam_cli.training.run import train
+    from risam_cli.training.loop import train
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(settings(whole, **changes), resume=False)
@@ -243,7 +243,7 @@ def test_a_loader_at_work_does_not_keep_the_process_from_ending() -> None:
     """Its workers ignore SIGTERM, which multiprocessing sends at exit, to wait for their end."""
     script = """
 import torch
-from risam_cli.training.batches import begin_worker
+from risam_cli.training.data.collate import begin_worker
 loader = iter(torch.utils.data.DataLoader(range(9), num_workers=1, worker_init_fn=begin_worker))
 print(next(loader))
 held = [loader]

@@ -77,7 +77,7 @@ def test_a_run_cut_in_its_cached_stage_goes_on_to_the_same_bits(
     first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cache is of the weights that it loads, not of those that it was built with."""
-    from risam_cli.training.tasks import ReferringTask
+    from risam_cli.training.losses import ReferringTask
 
     class Killed(BaseException):
         pass

@@ -14,7 +14,7 @@ from support.training_runs import last_weights, rows
 
 from risam_cli.errors import ModelError
 from risam_cli.training.checkpoint import read_state
-from risam_cli.training.run import clear_leftovers
+from risam_cli.training.loop import clear_leftovers
 
 STEPS = 14  # of the unbroken run: 6 and 8
 LOGGED = 6 + 3 + 8 + 4 + 2  # steps, validations, the stop, the average

@@ -17,16 +17,13 @@ from risam_cli.errors import ConfigError, RisamError
 from risam_cli.inference.device import training_precision
 from risam_cli.settings.load import check
 from risam_cli.settings.train import OptimizerSettings, TrainSettings
-from risam_cli.training.averaging import KeptWeights, weights_in
-from risam_cli.training.checkpoint import Checkpoints, Place, Untrained
+from risam_cli.training.checkpoint import Checkpoints, KeptWeights, Place, Untrained, weights_in
 from risam_cli.training.data.collate import DenseBatch, ReferringBatch
-from risam_cli.training.dense_head import DenseHead
 from risam_cli.training.distributed import Processes
 from risam_cli.training.log import Example, TrainingLog
-from risam_cli.training.losses import ReferringLoss
+from risam_cli.training.losses import DenseHead, DenseTask, ReferringLoss, ReferringTask
 from risam_cli.training.optimize import NotFinite, Stepper, parameter_groups
 from risam_cli.training.page import read_rows, to_html
-from risam_cli.training.tasks import DenseTask, ReferringTask
 
 CPU = torch.device("cpu")
 
@@ -61,7 +58,7 @@ def batch(images: list[int]) -> ReferringBatch:
 
 def stepper(task: Any, dtype: torch.dtype = torch.float32, clip: float = 1e9) -> Stepper:
     groups = parameter_groups([(task.module, 1e-3)], OptimizerSettings())
-    return Stepper(task, groups, CPU, dtype, Processes(), beta2=0.99, clip_norm=clip)
+    return Stepper(task, groups, CPU, dtype, Processes(), OptimizerSettings(clip_norm=clip))
 
 
 def gradients(task: Any, parts: list[Any]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
@@ -173,7 +170,7 @@ def test_float16_trains_on_a_gpu() -> None:
     task = referring_task()
     task.module.to(device)
     groups = parameter_groups([(task.module, 1e-3)], OptimizerSettings())
-    step = Stepper(task, groups, device, torch.float16, Processes(), beta2=0.99, clip_norm=1.0)
+    step = Stepper(task, groups, device, torch.float16, Processes(), OptimizerSettings())
     losses = [float(step([batch([0, 1])], 1.0, n)["loss"]) for n in range(20)]
     assert losses[-1] < losses[0]
 

@@ -16,7 +16,7 @@ from support.paths import REPO
 from support.train_cases import STAGES, everything, fork_runs, write_config
 from support.training_runs import last_weights, rows
 
-from risam_cli.training.batches import DealtBatches, PlannedBatches, deal
+from risam_cli.training.data.collate import DealtBatches, PlannedBatches, deal
 
 RATE = 1e-4
 STEPS = 10

@@ -10,7 +10,7 @@ import torch
 
 from risam_cli.errors import ModelError
 from risam_cli.model.image_encoder import ImageEncoder
-from risam_cli.weights.encoder_start import start_encoder
+from risam_cli.weights.start import start_encoder
 
 
 def encoder(**changes: Any) -> ImageEncoder:

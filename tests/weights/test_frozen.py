@@ -19,7 +19,7 @@ from torch import Tensor
 from risam_cli.commands.models import command as models
 from risam_cli.console.console import Console
 from risam_cli.errors import ConfigError, ModelError, OutputError
-from risam_cli.training.build import TrainingBuilder
+from risam_cli.training.stage import TrainingBuilder
 from risam_cli.weights import folder as model_folders
 from risam_cli.weights import frozen
 from risam_cli.weights.export import export_model

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from risam_cli.settings.data import AugmentSettings
 from risam_cli.training.data.wording import flipped, speaks_of_color, survives_cutting
 
 Rgb = NDArray[np.uint8]
@@ -38,29 +39,17 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """What may be done to training pictures. All chances are in 0..1; 0 does nothing.
+    """What may be done to training pictures, as the settings say.
+
+    A picture is not mirrored if one of its expressions cannot be turned for sure, not cropped if
+    one speaks of places or of other things in the picture, and keeps its colours if one speaks of
+    colour.
 
     Attributes:
-        flip: chance to mirror a picture left to right, and to turn the words with it. A picture
-            is left alone if one of its expressions cannot be turned for sure.
-        crop: chance to cut out a part that holds every referent whole. A picture is left alone
-            if an expression speaks of places or of other things in the picture.
-        crop_least: the least part of each side that is kept.
-        shrink: the smallest part of the square that a picture's longest side takes; drawn evenly
-            from here to 1.
-        jitter: chance to change brightness, contrast, saturation and hue; never done where an
-            expression of the picture speaks of colour.
-        expressions: the most expressions of an image to use at a time, drawn anew in each epoch;
-            None for all.
         seed: another one draws other changes.
     """
 
-    flip: float = 0.0
-    crop: float = 0.0
-    crop_least: float = 0.5
-    shrink: float = 1.0
-    jitter: float = 0.0
-    expressions: int | None = None
+    settings: AugmentSettings
     seed: int = 0
 
     def __call__(self, picture: Picture, epoch: int, item: int) -> Picture:
@@ -69,14 +58,15 @@ class Augmentation:
         chosen, mirror, cut, size, color = (
             np.random.default_rng([self.seed, epoch, item, number]) for number in range(5)
         )
-        picture = choose(picture, self.expressions, chosen)
-        if mirror.random() < self.flip:
+        s = self.settings
+        picture = choose(picture, s.expressions_per_image, chosen)
+        if mirror.random() < s.flip:
             picture = flip(picture)
-        if cut.random() < self.crop:
-            picture = crop(picture, self.crop_least, cut)
-        if color.random() < self.jitter and not any(map(speaks_of_color, picture.texts)):
+        if cut.random() < s.crop:
+            picture = crop(picture, s.crop_least, cut)
+        if color.random() < s.jitter and not any(map(speaks_of_color, picture.texts)):
             picture = Picture(jittered(picture.image, color), picture.masks, picture.texts)
-        scale = float(size.uniform(self.shrink, 1.0)) if self.shrink < 1 else 1.0
+        scale = float(size.uniform(s.shrink, 1.0)) if s.shrink < 1 else 1.0
         return Picture(picture.image, picture.masks, picture.texts, scale)
 
 

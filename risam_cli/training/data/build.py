@@ -23,9 +23,13 @@ from risam_cli.settings.data import (
 )
 from risam_cli.settings.train import TrainSettings
 from risam_cli.training.data.augment import Augmentation
-from risam_cli.training.data.dataset import Examples, ReferringSamples, ReferringScenes
+from risam_cli.training.data.dataset import (
+    Examples,
+    PackedSamples,
+    ReferringSamples,
+    ReferringScenes,
+)
 from risam_cli.training.data.mixed import MixedExamples, image_key, image_keys, without_images
-from risam_cli.training.data.packed import PackedSamples
 
 
 class DataBuilder:
@@ -87,17 +91,7 @@ class DataBuilder:
 
     def _augmentation(self) -> Augmentation | None:
         chosen = self.settings.augment
-        if not chosen.changes:
-            return None
-        return Augmentation(
-            flip=chosen.flip,
-            crop=chosen.crop,
-            crop_least=chosen.crop_least,
-            shrink=chosen.shrink,
-            jitter=chosen.jitter,
-            expressions=chosen.expressions_per_image,
-            seed=self.settings.seed,
-        )
+        return Augmentation(chosen, self.settings.seed) if chosen.changes else None
 
     def _one(self, key: str, data: OneData) -> Examples:
         return self._examples(key, data, self._augmentation())

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from risam_cli.data.refshapes.dataset import RefShapes
 from risam_cli.data.refshapes.phrases import Noun, Phrase, View, write
 from risam_cli.data.refshapes.scene import Dice
+from risam_cli.settings.data import AugmentSettings
 from risam_cli.training.data.augment import Augmentation, Picture, crop, flip, jittered
 from risam_cli.training.data.dataset import make_example
 from risam_cli.training.data.wording import flipped, speaks_of_color, survives_cutting
@@ -282,7 +283,9 @@ def test_jitter_changes_colors_a_little_and_nothing_else() -> None:
     assert (np.diff(after[..., 0].ravel()[order]) >= 0).all()
 
 
-ALL = Augmentation(flip=0.5, crop=0.5, crop_least=0.4, shrink=0.5, jitter=0.5, seed=3)
+ALL = Augmentation(
+    AugmentSettings(flip=0.5, crop=0.5, crop_least=0.4, shrink=0.5, jitter=0.5), seed=3
+)
 
 
 def test_what_is_drawn_is_a_function_of_seed_epoch_and_item() -> None:
@@ -298,7 +301,7 @@ def test_what_is_drawn_is_a_function_of_seed_epoch_and_item() -> None:
 
 
 def test_colors_stay_where_one_expression_names_one() -> None:
-    only = Augmentation(jitter=1.0)
+    only = Augmentation(AugmentSettings(jitter=1.0))
     named = _picture("a dog", "red car")
     assert np.array_equal(only(named, 0, 0).image, named.image)
     unnamed = _picture("a dog", "a car")
@@ -308,8 +311,8 @@ def test_colors_stay_where_one_expression_names_one() -> None:
 def test_each_change_draws_its_own_numbers() -> None:
     """So that switching one on leaves the others as they were."""
     picture = _picture("a dog")
-    with_crop = Augmentation(crop=1.0, crop_least=0.4, seed=1)
-    with_both = replace(with_crop, flip=1.0)
+    with_crop = Augmentation(AugmentSettings(crop=1.0, crop_least=0.4), seed=1)
+    with_both = Augmentation(AugmentSettings(flip=1.0, crop=1.0, crop_least=0.4), seed=1)
     for item in range(4):
         mirrored = with_both(picture, 0, item).image[:, ::-1]
         assert mirrored.shape == with_crop(picture, 0, item).image.shape
@@ -317,7 +320,7 @@ def test_each_change_draws_its_own_numbers() -> None:
 
 def test_expressions_are_drawn_anew_each_epoch_until_all_were_there() -> None:
     picture = _picture(*(f"dog {k}" for k in "abcdefg"))
-    few = Augmentation(expressions=3)
+    few = Augmentation(AugmentSettings(expressions_per_image=3))
     seen = [few(picture, epoch, 0).texts for epoch in range(30)]
     assert all(len(texts) == 3 and list(texts) == sorted(texts) for texts in seen)
     assert {text for texts in seen for text in texts} == set(picture.texts)

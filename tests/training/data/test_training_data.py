@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from support.settings_files import load_settings
 from support.training_runs import RAW, settings, write_coco
 
 from risam_cli.commands.refshapes import command as refshapes
@@ -23,13 +24,11 @@ from risam_cli.data.readers.catalog import open_dataset
 from risam_cli.data.refshapes.dataset import RefShapes
 from risam_cli.errors import ConfigError, DataError
 from risam_cli.masks import rle as masks
-from risam_cli.training.batches import PlannedBatches
 from risam_cli.training.data.build import DataBuilder
-from risam_cli.training.data.dataset import ReferringSamples, ReferringScenes
+from risam_cli.training.data.collate import PlannedBatches
+from risam_cli.training.data.dataset import PackedSamples, ReferringSamples, ReferringScenes
 from risam_cli.training.data.mixed import MixedExamples, image_key
-from risam_cli.training.data.packed import PackedSamples
-from risam_cli.training.run import check_paths
-from risam_cli.training.settings import load_settings
+from risam_cli.training.loop import check_paths
 
 FAMILIES = ("refcoco", "refcoco+", "refcocog", "grefcoco")
 REFERRING = [RAW["stages"][1]]
