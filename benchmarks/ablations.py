@@ -1,23 +1,30 @@
-"""RISAM, every part of it switched off in turn, and SAM directly: the table of docs/ablations.md.
+"""The ablations of docs/ablations.md: forms of the block, its parts, and RISAM's rivals.
 
     risam train configs/ablations/encoder.yaml
-    python benchmarks/ablations.py -o runs/ablations [--seeds 3] [--all-seeds] [--jobs 2]
+    python benchmarks/ablations.py -o runs/ablations [--steps N] [--only A,B] [--until N]
 
-Trains each settings file of ``configs/ablations`` under the same budget, data and seeds from one
-image encoder, evaluates each on scenes that training never drew, and prints the table. What is
-there already is taken as it is, so that a cut run goes on; ``--table`` only prints.
+Trains each variant under the same budget, data and seeds from one image encoder, evaluates each on
+scenes that training never drew, writes what was found to ``--results`` and prints the tables. What
+is there already is taken as it is, so that a cut run goes on; ``--until`` cuts every run at a step,
+to be gone on with by a later call; ``--table`` only reads. Runs of another budget have other
+folders, and stay in the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,16 +35,92 @@ from risam_cli.metrics.intervals import Change, compare, intervals
 
 REPO = Path(__file__).parent.parent
 CONFIGS = REPO / "configs" / "ablations"
-NAMES = {
-    "risam": "RISAM",
-    "no_vision_guided": "without Vision-Guided Attention",
-    "no_language_guided": "without Language-Guided Attention",
-    "no_query_token": "without the multi-modal query token",
-    "no_feature_enhancement": "without Feature Enhancement",
-    "no_adapters": "without adapters",
-    "sam": "SAM directly",
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table.
+
+    Attributes:
+        label: what the table calls it; config: its settings file's name in ``configs/ablations``.
+        changes: ``--set`` on top of it.
+    """
+
+    label: str
+    config: str
+    changes: tuple[str, ...] = ()
+
+
+_TEXT = ("model.fusion.identity_start=language", "model.fusion.vision_guided_reads=text")
+_BOTH = ("model.fusion.identity_start=language", "model.fusion.vision_guided_reads=both")
+VARIANTS = {
+    "risam": Variant("RISAM", "risam"),
+    "no_vision_guided": Variant("without Vision-Guided Attention", "no_vision_guided"),
+    "no_language_guided": Variant("without Language-Guided Attention", "no_language_guided"),
+    "no_query_token": Variant("without the multi-modal query token", "no_query_token"),
+    "no_feature_enhancement": Variant("without Feature Enhancement", "no_feature_enhancement"),
+    "no_adapters": Variant("without adapters", "no_adapters"),
+    "sam": Variant("SAM directly", "sam"),
+    "cris": Variant("CRIS", "cris"),
+    "rela": Variant("ReLA", "rela"),
+    "identity": Variant(
+        "Language-Guided branch starts as an identity",
+        "risam",
+        ("model.fusion.identity_start=language",),
+    ),
+    "identity_both": Variant(
+        "both branches start as an identity", "risam", ("model.fusion.identity_start=both",)
+    ),
+    "last": Variant(
+        "Language-Guided Attention in the last block alone",
+        "risam",
+        ("model.fusion.language_blocks=last",),
+    ),
+    "text": Variant("identity, regions read the text", "risam", _TEXT),
+    "both": Variant("identity, regions read the text and what words have seen", "risam", _BOTH),
+    "text_decoder_both": Variant(
+        "identity, regions read the text, the decoder both",
+        "risam",
+        (*_TEXT, "model.fusion.decoder_reads=both"),
+    ),
+    "both_decoder_both": Variant(
+        "identity, regions and decoder read both",
+        "risam",
+        (*_BOTH, "model.fusion.decoder_reads=both"),
+    ),
+    "both_temperature": Variant(
+        "identity, regions read both, own temperature",
+        "risam",
+        (*_BOTH, "model.fusion.own_temperature=true"),
+    ),
 }
-REPEATED = ("risam", "sam")
+"""The paper's parts and the rivals first, then forms of the block."""
+PARTS = tuple(VARIANTS)[:9]
+REPEATED = ("risam", "sam", "cris", "rela")
+FROZEN = ("model.image_encoder.adapter_dim=0", 'stages.0.train_encoder="no"')
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long and on what every run trains.
+
+    Attributes:
+        steps: of 8 scenes and 64 expressions; frozen: without adapters, whatever the variant.
+        until: the step at which a run is cut, to go on another time; None runs to its end.
+        encoder: the model folder or checkpoint that the image encoder starts from.
+        limit: expressions of each family that a finished run is scored on.
+    """
+
+    steps: int
+    frozen: bool
+    until: int | None
+    encoder: str
+    limit: int
+
+    @property
+    def name(self) -> str:
+        """Of the folder of this budget's runs."""
+        return f"{self.steps}{'-frozen' if self.frozen else ''}"
 
 
 @dataclass(frozen=True)
@@ -57,62 +140,210 @@ class Expressions:
 
 
 def main() -> None:
-    """Trains and evaluates what is not there yet, and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Trains and evaluates what is not there yet, writes the results and prints the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/ablations"))
-    parser.add_argument("--encoder", type=Path, help="the dense stage's checkpoints/last.pt")
-    parser.add_argument("--seeds", type=int, default=3, help="of RISAM and of SAM directly")
-    parser.add_argument("--all-seeds", action="store_true", help="as many of every ablation")
+    parser.add_argument("--encoder", help="model folder or checkpoint of the image encoder")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--frozen", action="store_true", help="no variant has adapters")
+    parser.add_argument("--until", type=int, help="cut each run at this step")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--seeds", type=int, default=3, help="of RISAM and its rivals")
+    parser.add_argument("--all-seeds", action="store_true", help="as many of every variant")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each")
     parser.add_argument("--limit", type=int, default=240, help="expressions of a family")
-    parser.add_argument("--table", action="store_true", help="print what is there")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--results", type=Path, default=REPO / "benchmarks/results/ablations.json")
     options = parser.parse_args()
-    encoder = options.encoder or options.output / "encoder" / "checkpoints" / "last.pt"
-    runs = planned(options.seeds, options.all_seeds)
+    names = options.only.split(",")
+    if unknown := sorted(set(names) - set(VARIANTS)):
+        parser.error(f"--only {unknown[0]}: take some of {', '.join(VARIANTS)}")
+    encoder = options.encoder or str(options.output / "encoder" / "checkpoints" / "last.pt")
+    budget = Budget(options.steps, options.frozen, options.until, encoder, options.limit)
+    runs = options.output / budget.name
+
+    def one(planned: tuple[str, int]) -> None:
+        run(*planned, runs, budget)
+        keep(options.results, runs, budget)
+
     if not options.table:
         with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda r: run(r[0], r[1], options.output, encoder, options.limit), runs))
-    print(table(options.output))
+            list(pool.map(one, planned(names, options.seeds, options.all_seeds)))
+    keep(options.results, runs, budget)
+    print(table(runs), "", curves(json.loads(options.results.read_text("utf-8"))), sep="\n")
 
 
-def planned(seeds: int, all_seeds: bool) -> list[tuple[str, int]]:
+def planned(names: Sequence[str], seeds: int, all_seeds: bool) -> list[tuple[str, int]]:
     """Variants and seeds, what the table needs most first."""
-    first = [(name, 0) for name in NAMES]
-    more = [(name, seed) for seed in range(1, seeds) for name in REPEATED]
-    others = [(n, s) for s in range(1, seeds) for n in NAMES if n not in REPEATED]
+    first = [(name, 0) for name in names]
+    more = [(name, seed) for seed in range(1, seeds) for name in names if name in REPEATED]
+    others = [(n, s) for s in range(1, seeds) for n in names if n not in REPEATED]
     return first + more + (others if all_seeds else [])
 
 
-def run(name: str, seed: int, output: Path, encoder: Path, limit: int) -> None:
-    """Trains one variant with one seed and evaluates it on every family."""
-    folder = output / f"{name}-{seed}"
-    changes = {
-        "seed": seed,
-        "output": folder,
-        "init_encoder_from": encoder,
-        "threads": 1,
-        "workers": 0,
-    }
-    train = ["train", str(CONFIGS / f"{name}.yaml"), "--resume"]
-    for key, value in changes.items():
-        train += ["--set", f"{key}={value}"]
-    if not (folder / "eval-grefshapes" / "report.json").is_file():
-        call(train, folder)
+def run(name: str, seed: int, output: Path, budget: Budget) -> None:
+    """Trains one variant with one seed, and evaluates it on every family when it is done."""
+    folder, variant = output / f"{name}-{seed}", VARIANTS[name]
+    every = max(1, budget.steps // 20)
+    changes = [
+        *(FROZEN if budget.frozen else ()),
+        *variant.changes,
+        f"seed={seed}",
+        f"output={folder}",
+        f"init_encoder_from={budget.encoder}",
+        "threads=1",
+        "workers=0",
+        "pictures=0",
+        f"stages.0.steps={budget.steps}",
+        f"stages.0.warmup={budget.steps // 10}",
+        f"validate_every={every}",
+        f"checkpoint_every={every}",
+    ]
+    without = budget.frozen and variant.config == "risam"
+    config = CONFIGS / f"{'no_adapters' if without else variant.config}.yaml"
+    train = ["train", str(config), "--resume"]
+    for change in changes:
+        train += ["--set", change]
+    until = budget.until or budget.steps
+    if validated(folder) < until:
+        call(train, folder, until)
+    if validated(folder) < budget.steps:
+        return
     for family in FAMILIES:
         report = folder / f"eval-{family}"
         if not (report / "report.json").is_file():
             evaluate = ["eval", "--dataset", "refshapes", "--family", family, "--split", "val"]
-            evaluate += ["--limit", str(limit), "--model", str(folder / "best")]
+            evaluate += ["--limit", str(budget.limit), "--model", str(folder / "best")]
             call([*evaluate, "--workers", "0", "-o", str(report), "--overwrite"], folder)
 
 
-def call(arguments: Sequence[str], folder: Path) -> None:
-    """Runs one command of risam, its messages in ``FOLDER.log``."""
+def validated(folder: Path) -> int:
+    """The last step with a validation in a run's log, 0 where there is none."""
+    return max((row["step"] for row in log(folder)), default=0)
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    """A run's validations, in order."""
+    file = folder / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    rows = []
+    for line in file.read_text("utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):  # the last one may be half written
+            rows.append(json.loads(line))
+    return [row for row in rows if row["kind"] == "val"]
+
+
+def call(arguments: Sequence[str], folder: Path, until: int | None = None) -> None:
+    """Runs one command of risam, its messages in ``FOLDER.log``.
+
+    Args:
+        until: interrupt it when its log has a validation at this step or later. It then writes a
+            checkpoint and ends with 130.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".log").open("a", encoding="utf-8") as log:
-        subprocess.run(
-            [sys.executable, "-m", "risam_cli", *arguments], stderr=log, stdout=log, check=True
+    with folder.with_suffix(".log").open("a", encoding="utf-8") as told:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "risam_cli", *arguments],
+            stderr=told,
+            stdout=told,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
+        cut = False
+        try:
+            while child.poll() is None:
+                time.sleep(2)
+                if until is not None and not cut and validated(folder) >= until:
+                    child.send_signal(signal.SIGINT)
+                    cut = True
+        finally:
+            if child.poll() is None:
+                child.send_signal(signal.SIGINT)
+                child.wait()
+    if child.returncode not in ((0, 130) if cut else (0,)):
+        raise SystemExit(f"{' '.join(arguments)}: exit {child.returncode}; see {told.name}")
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def keep(results: Path, output: Path, budget: Budget) -> None:
+    """Writes what the runs of a budget have come to beside what the file has of others."""
+    known: dict[str, Any] = {}
+    if results.is_file():
+        known = {row["run"]: row for row in json.loads(results.read_text("utf-8"))["runs"]}
+    for folder in sorted(output.glob("*-[0-9]*")):
+        name, _, seed = folder.name.rpartition("-")
+        if found := log(folder):
+            row = summary(name, int(seed), found, budget)
+            row["scores"] = scores(folder)
+            known[row["run"]] = row
+    text = json.dumps({"runs": [known[key] for key in sorted(known)]}, indent=1) + "\n"
+    results.parent.mkdir(parents=True, exist_ok=True)
+    new = results.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(results)
+
+
+def summary(
+    name: str, seed: int, found: Sequence[Mapping[str, Any]], budget: Budget
+) -> dict[str, Any]:
+    """A run as the results hold it."""
+    last = found[-1]
+    return {
+        "run": f"{budget.name}/{name}-{seed}",
+        "variant": name,
+        "label": VARIANTS[name].label if name in VARIANTS else name,
+        "seed": seed,
+        "steps": budget.steps,
+        "frozen": budget.frozen,
+        "encoder": Path(budget.encoder).name,
+        "done": last["step"],
+        "expressions": last["expressions"],
+        "seconds": last["seconds"],
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, one thread a run",
+        "curve": [
+            {
+                "step": row["step"],
+                "miou": round(float(np.mean([row[f"{f}.miou"] for f in FAMILIES])), 4),
+                **{f: round(row[f"{f}.miou"], 4) for f in FAMILIES},
+                "n_acc": row["grefshapes.n_acc"],
+                "t_acc": row["grefshapes.t_acc"],
+            }
+            for row in found
+        ],
+    }
+
+
+def scores(folder: Path) -> dict[str, float] | None:
+    """A finished run's figures by ``risam eval``, of all families' expressions together."""
+    if not (folder / f"eval-{FAMILIES[-1]}" / "report.json").is_file():
+        return None
+    terms = figures(read(folder))
+    return {name: round(float(a.sum() / b.sum()), 4) for name, (a, b) in terms.items()}
+
+
+def curves(results: Mapping[str, Any]) -> str:
+    """Markdown: mean mIoU of the families' val (refshapesg's), at fifths of the schedule."""
+    lines = []
+    budgets = sorted({(row["steps"], row["frozen"]) for row in results["runs"]})
+    for steps, frozen in budgets:
+        rows = [r for r in results["runs"] if (r["steps"], r["frozen"]) == (steps, frozen)]
+        at = [max(1, steps // 20) * k for k in (2, 4, 6, 8, 10, 12, 16, 20)]
+        title = f"{steps} steps{', frozen encoder' if frozen else ''}"
+        lines += ["", f"| {title} | seed | " + " | ".join(f"step {s}" for s in at) + " |"]
+        lines.append("|---" * (len(at) + 2) + "|")
+        order = list(VARIANTS)
+        for row in sorted(rows, key=lambda r: (order.index(r["variant"]), r["seed"])):
+            by_step = {point["step"]: point for point in row["curve"]}
+            cells = [
+                f"{by_step[s]['miou']:.3f} ({by_step[s]['refshapesg']:.2f})" if s in by_step else ""
+                for s in at
+            ]
+            lines.append(f"| {row['label']} | {row['seed']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def read(folder: Path) -> Expressions:
@@ -164,7 +395,7 @@ def table(output: Path) -> str:
             for folder in sorted(output.glob(f"{name}-[0-9]*"))
             if (folder / f"eval-{FAMILIES[-1]}" / "report.json").is_file()
         }
-        for name in NAMES
+        for name in VARIANTS
     }
     columns = ["mIoU", *(f"{family} mIoU" for family in FAMILIES), "N-acc", "T-acc"]
     lines = [
@@ -184,7 +415,9 @@ def table(output: Path) -> str:
         cells[0] += spread(runs)
         base = [found["risam"][seed] for seed in seeds if seed in found["risam"]]
         change = "" if name == "risam" or len(base) != len(runs) else against(base, runs)
-        lines.append(f"| {NAMES[name]} | {len(runs)} | " + " | ".join([*cells, change]) + " |")
+        lines.append(
+            f"| {VARIANTS[name].label} | {len(runs)} | " + " | ".join([*cells, change]) + " |"
+        )
     return "\n".join(lines)
 
 
