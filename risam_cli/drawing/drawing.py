@@ -57,3 +57,37 @@ def webp_uri(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> str:
     if not done:
         raise RuntimeError("OpenCV was built without WebP")
     return f"data:image/webp;base64,{base64.b64encode(data.tobytes()).decode('ascii')}"
+
+
+def fitted(rgb: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    """A picture (H, W, 3) as large as fits into width and height."""
+    scale = min(width / rgb.shape[1], height / rgb.shape[0])
+    size = max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale))
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(rgb, size, interpolation=how), np.uint8)
+
+
+def with_outline(picture: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """A picture (h, w, 3), dim but for a mask (H, W) of any size, whose outline is drawn."""
+    height, width = picture.shape[:2]
+    how = cv2.INTER_AREA if mask.shape[1] > width else cv2.INTER_LINEAR
+    share = cv2.resize(mask.astype(np.float32), (width, height), interpolation=how)
+    inside = (np.asarray(share) >= 0.5).astype(np.uint8)
+    if not inside.any():
+        return picture.copy()
+    # No colour stands out on every picture; its own do, once all the rest is dim.
+    drawn = np.where(inside[..., None] > 0, picture, (0.4 * picture).astype(np.uint8))
+    rings, _ = cv2.findContours(inside, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(drawn, rings, -1, (0, 0, 0), 4, cv2.LINE_AA)
+    cv2.drawContours(drawn, rings, -1, (255, 255, 255), 2, cv2.LINE_AA)
+    return drawn
+
+
+def write_text(
+    area: NDArray[np.uint8], text: NDArray[np.uint8], tint: tuple[int, int, int]
+) -> None:
+    """Writes coverage (h, w) in 0..255 in a colour into the upper left of an area (H, W, 3)."""
+    height, width = min(area.shape[0], text.shape[0]), min(area.shape[1], text.shape[1])
+    share = text[:height, :width, None].astype(np.float32) / 255
+    under = area[:height, :width]
+    under[:] = np.round((1 - share) * under + share * np.array(tint)).astype(np.uint8)

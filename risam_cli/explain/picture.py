@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from risam_cli.drawing.drawing import fitted, with_outline, write_text
 from risam_cli.drawing.palette import Color, color, ink
 from risam_cli.drawing.text import fit_text, text_mask
 from risam_cli.explain.attention import Attention, Word
@@ -103,9 +104,9 @@ def _overview(explanation: Explanation, explained: Explained) -> Rgb:
     """The mask on the left, the informing words on the right."""
     attention = explained.attention
     room = (_INNER - _GAP) // 2
-    picture = _fitted(explanation.rgb, room, 620)
+    picture = fitted(explanation.rgb, room, 620)
     mask = masks.decode(explained.prediction.segmentation)
-    left = _with_outline(picture, mask)
+    left = with_outline(picture, mask)
     caption = "nothing fits" if explained.prediction.no_target else "predicted mask"
     panels = [_panel(left, caption, room)]
     if attention.tokens_of_region is not None:
@@ -114,21 +115,6 @@ def _overview(explanation: Explanation, explained: Explained) -> Rgb:
         title = f"Vision-Guided Attention: the word that informs most, {where}"
         panels.append(_panel(right, title, room))
     return _row(panels)
-
-
-def _with_outline(picture: Rgb, mask: NDArray[np.bool_]) -> Rgb:
-    height, width = picture.shape[:2]
-    how = cv2.INTER_AREA if mask.shape[1] > width else cv2.INTER_LINEAR
-    share = cv2.resize(mask.astype(np.float32), (width, height), interpolation=how)
-    inside = (np.asarray(share) >= 0.5).astype(np.uint8)
-    if not inside.any():
-        return picture.copy()
-    # No colour stands out on every picture; its own do, once all the rest is dim.
-    drawn = np.where(inside[..., None] > 0, picture, (0.4 * picture).astype(np.uint8))
-    rings, _ = cv2.findContours(inside, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(drawn, rings, -1, (0, 0, 0), 4, cv2.LINE_AA)
-    cv2.drawContours(drawn, rings, -1, (255, 255, 255), 2, cv2.LINE_AA)
-    return drawn
 
 
 def _informed(explanation: Explanation, attention: Attention, picture: Rgb) -> Rgb:
@@ -164,7 +150,7 @@ def _plate(drawn: Rgb, text: NDArray[np.uint8], middle: tuple[float, float], tin
     top = y + 7 if y + 7 + height <= drawn.shape[0] else max(0, y - 7 - height)
     area = drawn[top : top + height, left : left + width]
     area[:] = tint
-    _write(area[1:, 4:], text, ink(tint))
+    write_text(area[1:, 4:], text, ink(tint))
     cv2.rectangle(drawn, (left, top), (left + width - 1, top + height - 1), (0, 0, 0), 1)
 
 
@@ -187,7 +173,7 @@ def _word_panels(explanation: Explanation, attention: Attention) -> list[Rgb]:
     assert weights is not None
     assert outside is not None
     room = (_INNER - (_COLUMNS - 1) * _GAP) // _COLUMNS
-    picture = to_gray(_fitted(explanation.rgb, room, 280))
+    picture = to_gray(fitted(explanation.rgb, room, 280))
     even = 1 / attention.cells
     panels = []
     for word, own, lost in zip(attention.words, weights, outside, strict=True):
@@ -217,25 +203,17 @@ def _legend(even: float) -> Rgb:
         if piece.ndim == 3:
             strip[top : top + piece.shape[0], at : at + piece.shape[1]] = piece
         else:
-            _write(strip[top:, at:], piece, _SOFT)
+            write_text(strip[top:, at:], piece, _SOFT)
         at += piece.shape[1] + 8
     words = (
         f"even: every region the same, {even:.2g}.  over N of M: as spread out as N regions of "
         "the same weight."
     )
-    _write(strip[2:, at + 16 :], fit_text(words, 13, _WIDTH - _MARGIN - at - 16), _SOFT)
+    write_text(strip[2:, at + 16 :], fit_text(words, 13, _WIDTH - _MARGIN - at - 16), _SOFT)
     return strip
 
 
 # --- setting --------------------------------------------------------------------------------------
-
-
-def _fitted(rgb: Rgb, width: int, height: int) -> Rgb:
-    """The picture as large as fits."""
-    scale = min(width / rgb.shape[1], height / rgb.shape[0])
-    size = max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale))
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    return np.asarray(cv2.resize(rgb, size, interpolation=how), np.uint8)
 
 
 def _panel(picture: Rgb, title: str, width: int, facts: Sequence[str] = ()) -> Rgb:
@@ -260,7 +238,7 @@ def _line(text: str, size: int, tint: Color, width: int | None = None) -> Rgb:
     """One line of text; over the whole page, with its margins, where no width is given."""
     margin = _MARGIN if width is None else 0
     strip = _blank(round(1.5 * size), width)
-    _write(strip[:, margin:], fit_text(text, size, strip.shape[1] - 2 * margin), tint)
+    write_text(strip[:, margin:], fit_text(text, size, strip.shape[1] - 2 * margin), tint)
     return strip
 
 
@@ -276,10 +254,3 @@ def _space(height: int, width: int | None = None) -> Rgb:
 
 def _blank(height: int, width: int | None = None) -> Rgb:
     return np.full((height, width or _WIDTH, 3), _PAPER, np.uint8)
-
-
-def _write(area: Rgb, text: NDArray[np.uint8], tint: Color) -> None:
-    height, width = min(area.shape[0], text.shape[0]), min(area.shape[1], text.shape[1])
-    share = text[:height, :width, None].astype(np.float32) / 255
-    under = area[:height, :width]
-    under[:] = np.round((1 - share) * under + share * np.array(tint)).astype(np.uint8)

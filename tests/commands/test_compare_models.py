@@ -1,0 +1,106 @@
+"""``risam compare-models``: one picture, the figures beneath it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from support.cli import Cli
+
+from risam_cli.api.model import load
+from risam_cli.drawing.comparison import CELL, ComparisonRow, Panel, draw_comparison
+
+IMAGE = (60, 80)  # rows, columns
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        Image.fromarray(rng.integers(0, 255, (*IMAGE, 3), dtype=np.uint8)).save(
+            tmp_path / f"{name}.png"
+        )
+    return tmp_path
+
+
+def test_the_figures_are_those_of_the_masks(folder: Path, model_folder: Path, cli: Cli) -> None:
+    own = load(model_folder, "cpu").predict(str(folder / "a.png"), "red circle")
+    truth = np.zeros(IMAGE, np.uint8)
+    truth[: IMAGE[0] // 2] = 255
+    cv2.imwrite(str(folder / "truth.png"), truth)
+    done = cli(
+        *("compare-models", folder / "a.png", "-e", "red circle", "--model", model_folder),
+        *("--model", "refshapes-tiny", "--truth", folder / "truth.png", "--json"),
+        *("-o", folder / "out"),
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [a["model"] for a in told["answers"]] == [model_folder.name, "refshapes-tiny"]
+    first = told["answers"][0]
+    both = (own.mask & (truth > 0)).sum() / (own.mask | (truth > 0)).sum()
+    assert first["iou"] == pytest.approx(0.0 if own.no_target else both)
+    assert first["no_target"] == own.no_target
+    picture = np.asarray(Image.open(told["picture"]))
+    assert picture.shape[1] > 4 * CELL  # image, truth and two models
+
+
+def test_every_image_and_expression_has_its_row(folder: Path, model_folder: Path, cli: Cli) -> None:
+    done = cli(
+        *("compare-models", folder / "a.png", folder / "b.png", "-e", "red circle", "-e", "star"),
+        *("--model", model_folder, "--json", "-o", folder / "out"),
+    )
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)["answers"]
+    found = [(Path(a["image"]).name, a["expression"]) for a in answers]
+    assert found == [(i, e) for i in ("a.png", "b.png") for e in ("red circle", "star")]
+    assert all(a["iou"] is None and 0 <= a["score"] <= 1 for a in answers)
+    assert {p.name for p in (folder / "out").iterdir()} >= {"comparison.png"}
+    again = cli(
+        *("compare-models", folder / "a.png", "-e", "star", "--model", model_folder),
+        *("-o", folder / "out"),
+    )
+    assert again.returncode == 1
+    assert "is not empty" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a.png", "-e", "star", "--truth", "a.png", "--truth", "b.png"), "2 true masks for 1"),
+        (("a.png", "-e", " "), "an expression is empty"),
+        (("none.png", "-e", "star"), "none.png"),
+        (("a.png", "-e", "star", "--truth", "small.png"), "small.png is 8x6, its image 80x60"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_one_line(
+    folder: Path, model_folder: Path, cli: Cli, arguments: tuple[str, ...], message: str
+) -> None:
+    Image.fromarray(np.zeros((6, 8), np.uint8)).save(folder / "small.png")
+    done = cli("compare-models", *arguments, "--model", model_folder, "-o", "out", cwd=folder)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (folder / "out").exists()
+
+
+def test_a_mask_is_outlined_and_the_rest_dimmed_in_its_own_panel_alone() -> None:
+    rgb = np.full((*IMAGE, 3), 200, np.uint8)
+    mask = np.zeros(IMAGE, bool)
+    mask[20:40, 20:60] = True
+    drawn = draw_comparison(
+        [ComparisonRow(rgb, "x", (Panel("image"), Panel("model", mask, "IoU 1.000")))]
+    )
+    left, right = drawn[:, : drawn.shape[1] // 2], drawn[:, drawn.shape[1] // 2 :]
+    assert not (left == 80).all(axis=2).any()  # 0.4 of 200: dimmed
+    dimmed, kept = (right == 80).all(axis=2).sum(), (right == 200).all(axis=2).sum()
+    assert dimmed / kept == pytest.approx((60 * 80 - 800) / 800, rel=0.25)
+
+
+def test_a_comparison_needs_rows_with_panels() -> None:
+    for rows in ([], [ComparisonRow(np.zeros((4, 4, 3), np.uint8), "x", ())]):
+        with pytest.raises(ValueError, match="rows with panels"):
+            draw_comparison(rows)
