@@ -90,6 +90,9 @@ def batch_pixels(
 
 
 def _pinned(rgb: NDArray[np.uint8]) -> Tensor:
+    tensor = torch.from_numpy(rgb)
+    if tensor.is_pinned():  # as it comes from worker processes
+        return tensor
     pinned = torch.empty(rgb.shape, dtype=torch.uint8, pin_memory=True)
     pinned.numpy()[:] = rgb
     return pinned

@@ -1,29 +1,39 @@
 """Decodes images ahead of the network, in threads or in processes, and survives both.
 
-A worker process that dies, on a file that crashes a decoder or by the hand of the kernel, is
-replaced and its image retried once. An image that takes longer than the time limit, on a network
-drive that stalls, fails alone. Results are futures, so the order is the caller's.
+A worker process that dies, on a file that crashes a decoder or by the hand of the kernel, costs its
+image one try; the second time the image fails. An image that takes longer than the time limit, on a
+network drive that stalls, fails alone. Results are futures, so the order is the caller's.
 """
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import queue
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from risam_cli.data.images.files import FileStamp, file_stamp
 from risam_cli.data.images.images import MAX_PIXELS, EncoderImage, read_for_encoder
-from risam_cli.errors import ImageError
+from risam_cli.errors import ImageError, RisamError
 
 if TYPE_CHECKING:
     from risam_cli.inference.ahead import Ahead
@@ -31,7 +41,13 @@ if TYPE_CHECKING:
 TIMEOUT = 120.0
 """Seconds that reading and decoding one image may take."""
 
-_START_TIMEOUT = 300.0
+_START_TIMEOUT = 300.0  # seconds that a worker process may take to begin its first image
+_TICK = 0.25  # seconds between two looks at processes that send nothing
+_EACH = 2  # images that each process is given ahead, as DataLoader has it
+_NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
+
+# How many worker processes suit a machine is settings' and users' business.
+warnings.filterwarnings("ignore", message="This DataLoader will create")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +61,7 @@ class LoaderSettings:
         timeout: seconds for one image.
         full_decode: decode every pixel before scaling; see :mod:`risam_cli.data.images.images`.
         threads: that decode where there are no processes.
+        pinned: whether processes' images come in memory that a GPU copies from.
     """
 
     size: int
@@ -53,6 +70,7 @@ class LoaderSettings:
     timeout: float = TIMEOUT
     full_decode: bool = False
     threads: int = 2
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +80,7 @@ class Loaded:
     Attributes:
         image: None where it failed.
         error: one line, where it failed.
-        stamp: of the file, as far as there was one: by it a later run knows a mended file.
+        stamp: of the file, as far as there was one: by it a later run knows a repaired file.
         seconds: taken to read, decode and scale.
         ahead: what was got ready of the image in this process, if the loader was asked to.
     """
@@ -72,9 +90,6 @@ class Loaded:
     stamp: FileStamp | None
     seconds: float
     ahead: Ahead | None = None
-
-
-Load = Callable[[Path, LoaderSettings], Loaded]
 
 
 def default_workers(device_type: str) -> int:
@@ -88,240 +103,8 @@ def default_workers(device_type: str) -> int:
     return max(1, min(8, (os.cpu_count() or 2) - 1))
 
 
-class ImageLoader:
-    """Loads images in the background; a context manager that leaves no process behind.
-
-    Args:
-        load: loads one file; a function of a module, so that processes can be given it.
-        prepare: called with each loaded image, in a thread of this process.
-    """
-
-    def __init__(
-        self,
-        settings: LoaderSettings,
-        load: Load | None = None,
-        prepare: Callable[[EncoderImage], Ahead] | None = None,
-    ) -> None:
-        self._settings = settings
-        self._load = load or load_image
-        self._prepare = prepare
-        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._lanes: list[_Lane] = []
-        self._context = _process_context() if settings.workers else None
-        for _ in range(settings.workers or settings.threads):
-            self._open_lane()
-
-    @property
-    def lanes(self) -> int:
-        """How many images are loaded at a time."""
-        return len(self._lanes)
-
-    def __enter__(self) -> ImageLoader:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def submit(self, path: Path) -> Future[Loaded]:
-        """Starts on a file; the future never raises what the file caused."""
-        task = _Task(path, Future())
-        self._tasks.put(task)
-        return task.future
-
-    def give_up_on_stalled(self) -> None:
-        """Fails the images over their time and goes on without the threads that hold them.
-
-        Processes are killed by their own lane; a thread cannot be, it is left behind.
-        """
-        if self._context is not None:
-            return
-        limit = time.monotonic() - self._settings.timeout
-        with self._lock:
-            stalled = [lane for lane in self._lanes if lane.busy_since() < limit]
-            for lane in stalled:
-                self._lanes.remove(lane)
-        for lane in stalled:
-            lane.abandon(timed_out(self._settings.timeout))
-            self._open_lane()
-
-    def close(self) -> None:
-        """Ends all workers; images that were not begun are dropped."""
-        with self._lock:
-            lanes, self._lanes = self._lanes, []
-        for lane in lanes:
-            lane.stop()
-        for _ in lanes:
-            self._tasks.put(None)
-
-    def _open_lane(self) -> None:
-        work: _Work = (
-            _InProcess(self._settings, self._load, self._context)
-            if self._context is not None
-            else _InThread(self._settings, self._load)
-        )
-        lane = _Lane(self._tasks, work, self._prepare)
-        with self._lock:
-            self._lanes.append(lane)
-        lane.start()
-
-
-# --- lanes: one thread each, that works itself or minds a process ---------------------------------
-
-
-@dataclass(slots=True)
-class _Task:
-    path: Path
-    future: Future[Loaded]
-
-
-class _Work(Protocol):
-    def load(self, path: Path) -> Loaded: ...
-
-    def stop(self) -> None: ...
-
-
-class _Lane(threading.Thread):
-    """Takes one task after another; a daemon, so that a stalled drive cannot hold the exit."""
-
-    def __init__(
-        self,
-        tasks: queue.SimpleQueue[_Task | None],
-        work: _Work,
-        prepare: Callable[[EncoderImage], Ahead] | None,
-    ) -> None:
-        super().__init__(daemon=True, name="risam-loader")
-        self._tasks = tasks
-        self._work = work
-        self._prepare = prepare
-        self._lock = threading.Lock()
-        self._task: _Task | None = None
-        self._since = float("inf")
-        self._stopped = False
-
-    def run(self) -> None:
-        while not self._stopped:
-            task = self._tasks.get()
-            if task is None:
-                break
-            with self._lock:
-                self._task, self._since = task, time.monotonic()
-            try:
-                loaded = self._work.load(task.path)
-                if self._prepare is not None and loaded.image is not None:
-                    loaded = replace(loaded, ahead=self._prepare(loaded.image))
-            except Exception as error:  # a lane must outlive whatever one image does to it
-                loaded = _failed(task.path, f"{type(error).__name__}: {error}", 0.0)
-            # Set outside of the lock: whoever waits on the future may come back for it.
-            if self._release(task):
-                task.future.set_result(loaded)
-        self._work.stop()
-
-    def busy_since(self) -> float:
-        """When the task in hand was begun, on the monotonic clock; infinite where there is none."""
-        return self._since
-
-    def abandon(self, why: str) -> None:
-        """Fails the task in hand and ends the lane, should it ever come back."""
-        self._stopped = True
-        task = self._task
-        if task is not None and self._release(task):
-            # No look at the file: the drive that stalls would stall this thread as well.
-            task.future.set_result(Loaded(None, f"{task.path}: {why}", None, 0.0))
-
-    def stop(self) -> None:
-        self._stopped = True
-        self._work.stop()
-
-    def _release(self, task: _Task) -> bool:
-        """Whether the caller, alone, may say what became of the task."""
-        with self._lock:
-            mine = self._task is task
-            if mine:
-                self._task, self._since = None, float("inf")
-            return mine
-
-
-class _InThread:
-    """Decoding in the lane's own thread: Pillow and OpenCV let others run meanwhile."""
-
-    def __init__(self, settings: LoaderSettings, load: Load) -> None:
-        self._settings = settings
-        self._load = load
-
-    def load(self, path: Path) -> Loaded:
-        return self._load(path, self._settings)
-
-    def stop(self) -> None:
-        pass
-
-
-class _InProcess:
-    """Decoding in a process of its own, started when it is first needed."""
-
-    def __init__(self, settings: LoaderSettings, load: Load, context: BaseContext) -> None:
-        self._settings = settings
-        self._load = load
-        self._context = context
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._connection: Connection | None = None
-        self._stopping = False
-
-    def load(self, path: Path) -> Loaded:
-        started = time.monotonic()
-        for _ in range(2):
-            try:
-                connection = self._connect()
-                connection.send(path)
-                if connection.poll(self._settings.timeout):
-                    loaded: Loaded = connection.recv()
-                    return loaded
-                self._kill()
-                why = timed_out(self._settings.timeout)
-                return Loaded(None, f"{path}: {why}", None, self._settings.timeout)
-            except (EOFError, OSError):
-                code = self._kill()
-                if self._stopping:
-                    break
-        why = f"the loader process died on it twice ({_ending(code)})"
-        return _failed(path, why, time.monotonic() - started)
-
-    def stop(self) -> None:
-        self._stopping = True
-        self._kill()
-
-    def _connect(self) -> Connection:
-        if self._connection is None or self._process is None or not self._process.is_alive():
-            self._kill()
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(  # type: ignore[attr-defined]
-                target=_serve,
-                args=(theirs, self._load, self._settings),
-                daemon=True,
-                name="risam-loader",
-            )
-            process.start()
-            theirs.close()
-            self._process, self._connection = process, ours
-            # Its start is not the image's time.
-            if not ours.poll(_START_TIMEOUT):
-                raise OSError("a loader process did not start")
-            ours.recv()
-        return self._connection
-
-    def _kill(self) -> int | None:
-        process, connection = self._process, self._connection
-        self._process = self._connection = None
-        code = None
-        if process is not None:
-            process.join(0.2 if connection is not None and not self._stopping else 0)
-            code = process.exitcode
-            if code is None:
-                process.kill()
-                process.join(5)
-        if connection is not None:
-            connection.close()
-        return code
+Load = Callable[[Path, LoaderSettings], Loaded]
+Prepare = Callable[[EncoderImage], "Ahead"]
 
 
 def load_image(path: Path, settings: LoaderSettings) -> Loaded:
@@ -339,26 +122,498 @@ def load_image(path: Path, settings: LoaderSettings) -> Loaded:
     return Loaded(image, "", image.stamp, time.perf_counter() - started)
 
 
-def _serve(connection: Connection, load: Load, settings: LoaderSettings) -> None:
-    """A worker process: paths in, results out, until the other end is gone."""
+def open_loader(
+    settings: LoaderSettings, load: Load = load_image, prepare: Prepare | None = None
+) -> ImageLoader:
+    """A loader; a context manager that leaves no process behind.
+
+    Args:
+        load: loads one file; a function of a module, so that processes can be given it.
+        prepare: called with each loaded image, in a thread of this process.
+    """
+    if settings.workers:
+        return ProcessLoader(settings, load, prepare)
+    return ThreadLoader(settings, load, prepare)
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """One image on its way."""
+
+    number: int
+    path: Path
+    future: Future[Loaded]
+    deaths: int = 0  # of processes that had it in hand
+
+
+class _Loader:
+    """What both kinds of loader have."""
+
+    def __init__(self, settings: LoaderSettings, load: Load, prepare: Prepare | None) -> None:
+        self._settings = settings
+        self._load = load
+        self._prepare = prepare
+
+    def _prepared(self, task: _Task, loaded: Loaded) -> Loaded:
+        try:
+            if self._prepare is None or loaded.image is None:
+                return loaded
+            return replace(loaded, ahead=self._prepare(loaded.image))
+        except Exception as error:  # whatever one image does must not end the others
+            return _failed(task.path, f"{type(error).__name__}: {error}", loaded.seconds)
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+
+class ThreadLoader(_Loader):
+    """Decodes in threads of this process: Pillow and OpenCV let others run meanwhile."""
+
+    def __init__(
+        self, settings: LoaderSettings, load: Load = load_image, prepare: Prepare | None = None
+    ) -> None:
+        super().__init__(settings, load, prepare)
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._lanes: list[_Lane] = []
+        for _ in range(settings.threads):
+            self._open_lane()
+
+    @property
+    def lanes(self) -> int:
+        """How many images are loaded at a time."""
+        return len(self._lanes)
+
+    def __enter__(self) -> ThreadLoader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Ends all threads; images that were not begun are dropped."""
+        with self._lock:
+            lanes, self._lanes = self._lanes, []
+        for lane in lanes:
+            lane.stopped = True
+            self._tasks.put(None)
+
+    def submit(self, path: Path) -> Future[Loaded]:
+        """Starts on a file; the future never raises what the file caused."""
+        task = _Task(0, path, Future())
+        self._tasks.put(task)
+        return task.future
+
+    def give_up_on_stalled(self) -> None:
+        """Fails the images over their time and goes on without the threads that hold them.
+
+        A thread cannot be ended from outside; it is left behind.
+        """
+        limit = time.monotonic() - self._settings.timeout
+        with self._lock:
+            stalled = [lane for lane in self._lanes if lane.since < limit]
+            for lane in stalled:
+                self._lanes.remove(lane)
+        for lane in stalled:
+            lane.abandon(self._settings.timeout)
+            self._open_lane()
+
+    def _open_lane(self) -> None:
+        lane = _Lane(self._tasks, self._loaded)
+        with self._lock:
+            self._lanes.append(lane)
+        lane.start()
+
+    def _loaded(self, task: _Task) -> Loaded:
+        try:
+            loaded = self._load(task.path, self._settings)
+        except Exception as error:  # a lane must outlive whatever one image does to it
+            return _failed(task.path, f"{type(error).__name__}: {error}", 0.0)
+        return self._prepared(task, loaded)
+
+
+class _Lane(threading.Thread):
+    """Takes one task after another; a daemon, so that a stalled drive cannot hold the exit.
+
+    Attributes:
+        since: when the task in hand was begun, on the monotonic clock; infinite without one.
+        stopped: set from outside, ends the lane after the task in hand.
+    """
+
+    def __init__(
+        self, tasks: queue.SimpleQueue[_Task | None], load: Callable[[_Task], Loaded]
+    ) -> None:
+        super().__init__(daemon=True, name="risam-loader")
+        self._tasks = tasks
+        self._load = load
+        self._lock = threading.Lock()
+        self._task: _Task | None = None
+        self.since = float("inf")
+        self.stopped = False
+
+    def run(self) -> None:
+        while not self.stopped:
+            task = self._tasks.get()
+            if task is None:
+                break
+            with self._lock:
+                self._task, self.since = task, time.monotonic()
+            loaded = self._load(task)
+            # Set outside of the lock: whoever waits on the future may come back for it.
+            if self._release(task):
+                task.future.set_result(loaded)
+
+    def abandon(self, seconds: float) -> None:
+        """Fails the task in hand and ends the lane, should it ever come back."""
+        self.stopped = True
+        task = self._task
+        if task is not None and self._release(task):
+            task.future.set_result(_over_time(task.path, seconds))
+
+    def _release(self, task: _Task) -> bool:
+        """Whether the caller, alone, may say what became of the task."""
+        with self._lock:
+            mine = self._task is task
+            if mine:
+                self._task, self.since = None, float("inf")
+            return mine
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+class ProcessLoader(_Loader, threading.Thread):
+    """Decodes in the worker processes of torch's ``DataLoader``.
+
+    This thread drives one: its sampler hands out images as they are submitted, so it knows what is
+    in flight. Where nothing is submitted it hands out nothing at all (None), for a sampler that
+    waited would hold up the images that are loaded already. After a process died or an image was
+    over its time, another DataLoader begins with what was in flight.
+    """
+
+    def __init__(
+        self, settings: LoaderSettings, load: Load = load_image, prepare: Prepare | None = None
+    ) -> None:
+        _Loader.__init__(self, settings, load, prepare)
+        # Not in the main thread, where DataLoader would raise from a signal handler, anywhere.
+        threading.Thread.__init__(self, daemon=True, name="risam-loader")
+        self._changed = threading.Condition()
+        self._numbers = itertools.count()
+        self._waiting: deque[_Task] = deque()
+        self._in_flight: dict[int, _Task] = {}  # in the order in which they are to come back
+        self._closed = False
+        self._error: RisamError | None = None
+        self.lanes, self._ahead = _fit_shared_memory(settings)
+        self._context = _Processes()
+        self._pool = ThreadPoolExecutor(min(4, self.lanes), "risam-prepare")
+        self.start()
+
+    def __enter__(self) -> ProcessLoader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Ends all processes; images that are not loaded by now are dropped."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self.join()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, path: Path) -> Future[Loaded]:
+        """Starts on a file; the future never raises what the file caused."""
+        task = _Task(next(self._numbers), path, Future())
+        with self._changed:
+            if self._error is not None:
+                task.future.set_exception(self._error)
+            else:
+                self._waiting.append(task)
+                self._changed.notify_all()
+        return task.future
+
+    def give_up_on_stalled(self) -> None:
+        """Nothing to do: the thread of this loader looks itself."""
+
+    def run(self) -> None:
+        """Drives one DataLoader after another until the loader is closed."""
+        try:
+            while self._has_work():
+                self._drive()
+        except Exception as caught:  # no processes to be had: raised where images are taken
+            error = RisamError(
+                f"images cannot be read in processes of their own: {caught}",
+                "take 0 workers, which reads them in threads",
+            )
+            with self._changed:
+                self._error = error
+                left = [*self._in_flight.values(), *self._waiting]
+                self._in_flight.clear()
+                self._waiting.clear()
+            for task in left:
+                task.future.set_exception(error)
+
+    def _has_work(self) -> bool:
+        """Waits until an image is to be loaded; False once closed."""
+        with self._changed:
+            while not (self._closed or self._in_flight or self._waiting):
+                self._changed.wait()
+            return not self._closed
+
+    def _drive(self) -> None:
+        """One DataLoader, until it is closed, a process dies or an image is over its time."""
+        hands = _Hands(self._context, self.lanes)
+        self._context.started.clear()
+        images = iter(
+            DataLoader(
+                _Images(self._load, self._settings, hands),
+                batch_size=None,
+                sampler=self._hand_out(),
+                num_workers=self.lanes,
+                prefetch_factor=self._ahead,
+                collate_fn=_as_it_is,
+                pin_memory=self._settings.pinned,
+                timeout=min(_TICK, self._settings.timeout),
+                worker_init_fn=_begin_worker,
+                multiprocessing_context=self._context,
+                generator=torch.Generator(),  # the caller's random numbers stay what they are
+            )
+        )
+        heard = time.monotonic()
+        broken = False
+        try:
+            while not broken and self._has_work():
+                if not self._in_flight:
+                    heard = time.monotonic()
+                try:
+                    sent = next(images)
+                except Exception as error:
+                    # What DataLoader raises after its timeout leaves it as it was.
+                    quiet = "timed out" in str(error)
+                    starting = not hands.held() and time.monotonic() - heard > _START_TIMEOUT
+                    broken = self._over_time(hands)
+                    if not quiet or starting:
+                        broken = True
+                        self._died(hands, error)
+                    continue
+                heard = time.monotonic()
+                if sent is not None:
+                    task = self._in_flight.pop(sent.number)
+                    self._pool.submit(self._finish, task, sent)
+        finally:
+            if broken or self._in_flight:
+                self._context.kill()
+            del images  # joins its processes
+
+    def _hand_out(self) -> Iterator[_Asked]:
+        """The sampler; iterated in this thread."""
+        # What the DataLoader before this one had in flight.
+        yield from [(task.number, task.path) for task in self._in_flight.values()]
+        while True:
+            with self._changed:
+                task = self._waiting.popleft() if self._waiting else None
+                if task is not None:
+                    self._in_flight[task.number] = task
+            yield None if task is None else (task.number, task.path)
+
+    def _over_time(self, hands: _Hands) -> bool:
+        """Fails the images over their time; gives whether there are any."""
+        limit = time.monotonic() - self._settings.timeout
+        held = [(number, since) for number, since in hands.held() if number in self._in_flight]
+        # Those that were begun a moment later are given that moment: what is in hand is lost.
+        if not any(since < limit - _TICK for _, since in held):
+            return False
+        late = [number for number, since in held if since < limit]
+        for number in late:
+            task = self._in_flight.pop(number)
+            task.future.set_result(_over_time(task.path, self._settings.timeout))
+        return True
+
+    def _died(self, hands: _Hands, error: Exception) -> None:
+        """Counts a death against the images that dead processes had in hand."""
+        dead = [(k, p) for k, p in enumerate(self._context.started) if p.exitcode is not None]
+        ends = {hands.number_of(place): process.exitcode for place, process in dead}
+        guilty = {n: end for n, end in ends.items() if n in self._in_flight}
+        if not guilty and self._in_flight:
+            # It died on its way, or never came up: the image that is waited for pays for it, so
+            # that this comes to an end.
+            guilty = {next(iter(self._in_flight)): dead[0][1].exitcode if dead else None}
+        for number, code in guilty.items():
+            task = self._in_flight[number]
+            task.deaths += 1
+            if task.deaths == 2:
+                del self._in_flight[number]
+                how = _ending(code) if dead else " ".join(str(error).split())[:200]
+                why = f"the loader process died on it twice ({how})"
+                task.future.set_result(_failed(task.path, why, 0.0))
+
+    def _finish(self, task: _Task, sent: _Sent) -> None:
+        """In a thread of the pool: the image out of memory that is shared with its process."""
+        loaded = sent.loaded
+        if loaded.image is not None and sent.pixels is not None:
+            rgb = sent.pixels.numpy() if self._settings.pinned else sent.pixels.numpy().copy()
+            loaded = replace(loaded, image=replace(loaded.image, rgb=rgb))
+        task.future.set_result(self._prepared(task, loaded))
+
+
+ImageLoader: TypeAlias = ThreadLoader | ProcessLoader
+_Asked = tuple[int, Path] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """What a worker process sends of one image; its pixels go through shared memory."""
+
+    number: int
+    loaded: Loaded
+    pixels: Tensor | None
+
+    def pin_memory(self) -> _Sent:
+        """Called by DataLoader, for a GPU."""
+        return self if self.pixels is None else replace(self, pixels=self.pixels.pin_memory())
+
+
+class _Images(Dataset[_Sent | None]):
+    """The images that the sampler hands out, in a worker process."""
+
+    def __init__(self, load: Load, settings: LoaderSettings, hands: _Hands) -> None:
+        self._load = load
+        self._settings = settings
+        self._hands = hands
+
+    def __getitem__(self, asked: _Asked) -> _Sent | None:
+        if asked is None:
+            return None
+        number, path = asked
+        worker = _worker()
+        self._hands.take(worker, number)
+        try:
+            loaded = self._load(path, self._settings)
+        except Exception as error:
+            loaded = _failed(path, f"{type(error).__name__}: {error}", 0.0)
+        finally:
+            self._hands.release(worker)
+        if loaded.image is None:
+            return _Sent(number, loaded, None)
+        pixels = torch.from_numpy(loaded.image.rgb)
+        without = replace(loaded, image=replace(loaded.image, rgb=_NO_PIXELS))
+        return _Sent(number, without, pixels)
+
+
+class _Hands:
+    """Which image each worker process has in hand, and since when; shared with them."""
+
+    def __init__(self, context: BaseContext, workers: int) -> None:
+        self._numbers: Any = context.RawArray("q", [-1] * workers)
+        self._since: Any = context.RawArray("d", workers)
+
+    def take(self, worker: int, number: int) -> None:
+        """In a worker: it begins an image."""
+        self._since[worker] = time.monotonic()  # first, so that the number finds its own time
+        self._numbers[worker] = number
+
+    def release(self, worker: int) -> None:
+        """In a worker: it has ended its image."""
+        self._numbers[worker] = -1
+
+    def number_of(self, worker: int) -> int:
+        """The image that a worker has in hand; -1 for none."""
+        return int(self._numbers[worker])
+
+    def held(self) -> list[tuple[int, float]]:
+        """All images in hand, with the time of the monotonic clock when each was begun."""
+        return [(n, float(t)) for n, t in zip(self._numbers, self._since, strict=True) if n >= 0]
+
+
+_CLEAN = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+_Clean: Any = type(multiprocessing.get_context(_CLEAN))
+
+
+class _Processes(_Clean):  # type: ignore[misc]
+    """Processes forked from a clean server, so that none inherits torch's threads or locks.
+
+    Attributes:
+        started: those of the DataLoader that is driven, in the order of its workers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[BaseProcess] = []
+        if _CLEAN == "forkserver":
+            self.set_forkserver_preload([__name__])
+
+    def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:
+        """Makes a process and remembers it: DataLoader itself tells neither images nor exits."""
+        process: BaseProcess = super().Process(*args, name="risam-loader", **kwargs)
+        self.started.append(process)
+        return process
+
+    def kill(self) -> None:
+        """Ends the processes, whatever they are at."""
+        for process in self.started:
+            with suppress(ValueError, AttributeError):  # never started
+                process.kill()
+
+
+def _worker() -> int:
+    info = get_worker_info()
+    assert info is not None, "called outside of a worker process"
+    return info.id
+
+
+def _as_it_is(sent: Any) -> Any:
+    """In place of what makes batches."""
+    return sent
+
+
+def _begin_worker(worker: int) -> None:
+    """Signals and end of a worker process."""
     # Ctrl-C reaches the whole group; it is the main process that decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # DataLoader's own handlers write to stderr; the loader says itself what an image died of.
+    for name in ("SIGSEGV", "SIGBUS", "SIGFPE"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True, name="risam-parent").start()
+
+
+def _end_with_parent() -> None:
+    """Ends this process once the main process is gone, however that ended.
+
+    DataLoader's own watch looks at the process that forked this one: the server, which waits for
+    its children.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "called outside of a worker process"
+    parent.join()
+    os._exit(1)
+
+
+def _fit_shared_memory(settings: LoaderSettings) -> tuple[int, int]:
+    """Processes, and images that each is given ahead, as /dev/shm has room for their pixels.
+
+    In containers it may be as small as 64 MB, and who writes over its end is killed.
+    """
     try:
-        connection.send("ready")
-        while True:
-            connection.send(load(connection.recv(), settings))
-    except (EOFError, OSError):
-        pass
+        room = shutil.disk_usage("/dev/shm").free // 2
+    except OSError:
+        return settings.workers, _EACH
+    images = max(2, room // (3 * settings.size**2))
+    workers = min(settings.workers, images // 2)
+    return workers, min(_EACH, images // workers - 1)
 
 
-def _failed(path: Path, why: str, seconds: float) -> Loaded:
-    text = why if str(path) in why else f"{path}: {why}"
-    return Loaded(None, text, file_stamp(path), seconds)
+# --- words ----------------------------------------------------------------------------------------
 
 
 def timed_out(seconds: float) -> str:
     """What is said of a file that took longer than the limit."""
     return f"reading it took longer than {seconds:g} s; the drive may be stalled"
+
+
+def _over_time(path: Path, seconds: float) -> Loaded:
+    # No look at the file: the drive that stalls would stall this thread as well.
+    return Loaded(None, f"{path}: {timed_out(seconds)}", None, seconds)
+
+
+def _failed(path: Path, why: str, seconds: float) -> Loaded:
+    text = why if str(path) in why else f"{path}: {why}"
+    return Loaded(None, text, file_stamp(path), seconds)
 
 
 def _ending(code: int | None) -> str:
@@ -367,12 +622,3 @@ def _ending(code: int | None) -> str:
     if code < 0:
         return f"signal {-code}, {signal.Signals(-code).name}"
     return f"exit code {code}"
-
-
-def _process_context() -> BaseContext:
-    """Processes forked from a clean server, so that none inherits torch's threads or locks."""
-    if "forkserver" in multiprocessing.get_all_start_methods():
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        return context
-    return multiprocessing.get_context("spawn")

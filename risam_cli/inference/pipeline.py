@@ -26,7 +26,7 @@ from risam_cli.inference.feature_cache import FeatureCache
 from risam_cli.inference.feeder import Feeder, ImageJob
 from risam_cli.inference.finish import Finishers, ImageResult, MaskSink, Raw
 from risam_cli.inference.jobs import Job
-from risam_cli.inference.loader import TIMEOUT, ImageLoader, LoaderSettings, default_workers
+from risam_cli.inference.loader import TIMEOUT, LoaderSettings, default_workers, open_loader
 from risam_cli.inference.mask_rules import MaskRule, at_image_size
 from risam_cli.types import Sample
 
@@ -116,7 +116,7 @@ def predict_samples(
     runs = [Compute(loaded, computing, rule, cache, room) for _ in range(lanes)]
     with (
         threads_of(0),  # the lanes set it for themselves, and for whatever thread is new
-        ImageLoader(_loading(loaded, settings, lanes), prepare=runs[0].prepare) as loader,
+        open_loader(_loading(loaded, settings, lanes), prepare=runs[0].prepare) as loader,
         Finishers[T](bar, settings.keep_raw, sink) as finishers,
     ):
         feeder = Feeder(samples, loader, settings.lookahead, 2 * batch * lanes + loader.lanes)
@@ -144,6 +144,7 @@ def _loading(loaded: Model, settings: PredictSettings, lanes: int) -> LoaderSett
         settings.timeout,
         settings.full_decode,
         threads=max(2, lanes),
+        pinned=settings.device.type == "cuda",
     )
 
 

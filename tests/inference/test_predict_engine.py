@@ -125,7 +125,8 @@ def test_the_source_is_not_read_far_ahead(pictures: list[Path]) -> None:
         assert read <= out + 16 + 3
 
 
-def test_a_source_that_waits_is_answered_meanwhile(pictures: list[Path]) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_source_that_waits_is_answered_meanwhile(pictures: list[Path], workers: int) -> None:
     answered = threading.Event()
 
     def source() -> Iterator[tuple[Sample, int]]:
@@ -133,7 +134,7 @@ def test_a_source_that_waits_is_answered_meanwhile(pictures: list[Path]) -> None
         assert answered.wait(60), "no answer came while the source was waiting"
         yield sample(pictures[1], "x"), 1
 
-    results = predict_samples(source(), FakeModel(), SETTINGS)
+    results = predict_samples(source(), FakeModel(), PredictSettings(CPU, workers=workers))
     assert next(results)[0] == 0
     answered.set()
     assert [number for number, _ in results] == [1]

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
-from support.predict_loaders import load_or_die, load_or_die_once, load_or_raise, load_or_stall
+from support.predict_loaders import (
+    load_or_die,
+    load_or_die_once,
+    load_or_raise,
+    load_or_stall,
+    load_slowly,
+)
 
-from risam_cli.inference.loader import ImageLoader, LoaderSettings, default_workers
+from risam_cli.data.images.files import file_sha256
+from risam_cli.inference.loader import (
+    LoaderSettings,
+    ProcessLoader,
+    _fit_shared_memory,
+    default_workers,
+    open_loader,
+)
 
 
 def picture(path: Path) -> Path:
@@ -28,7 +46,7 @@ def settings(workers: int, timeout: float = 60) -> LoaderSettings:
 def test_images_and_failures_come_back(tmp_path: Path, workers: int) -> None:
     good = [picture(tmp_path / f"{n}.png") for n in range(5)]
     bad = tmp_path / "none.png"
-    with ImageLoader(settings(workers)) as loader:
+    with open_loader(settings(workers)) as loader:
         futures = [loader.submit(path) for path in [*good, bad]]
         loaded = [future.result(120) for future in futures]
         assert loader.lanes == 2
@@ -47,7 +65,7 @@ def test_threads_and_processes_load_the_same(tmp_path: Path) -> None:
     path = picture(tmp_path / "a.png")
     results = []
     for workers in (0, 1):
-        with ImageLoader(settings(workers)) as loader:
+        with open_loader(settings(workers)) as loader:
             results.append(loader.submit(path).result(120).image)
     assert (results[0].rgb == results[1].rgb).all()
     assert results[0].sha256 == results[1].sha256
@@ -55,10 +73,10 @@ def test_threads_and_processes_load_the_same(tmp_path: Path) -> None:
 
 def test_a_process_that_dies_is_replaced_and_the_image_tried_again(tmp_path: Path) -> None:
     deadly, good = picture(tmp_path / "deadly.png"), picture(tmp_path / "good.png")
-    with ImageLoader(settings(1), load_or_die_once) as loader:
+    with open_loader(settings(1), load_or_die_once) as loader:
         assert loader.submit(deadly).result(120).image is not None
     (tmp_path / "deadly.tried").unlink()
-    with ImageLoader(settings(1), load_or_die) as loader:
+    with open_loader(settings(1), load_or_die) as loader:
         first, second = loader.submit(deadly), loader.submit(good)
         died = first.result(120)
         assert died.image is None
@@ -67,10 +85,98 @@ def test_a_process_that_dies_is_replaced_and_the_image_tried_again(tmp_path: Pat
         assert second.result(120).image is not None
 
 
+def test_a_death_costs_nothing_but_its_own_image(tmp_path: Path) -> None:
+    names = ["a", "b", "deadly", "c", "d", "deadly2", "e", "f"]
+    paths = [picture(tmp_path / f"{name}.png") for name in names]
+    with open_loader(settings(2), load_slowly) as loader:
+        futures = [loader.submit(path) for path in paths]
+        results = [future.result(120) for future in futures]
+    assert [one.image is None for one in results] == ["deadly" in name for name in names]
+    for path, one in zip(paths, results, strict=True):
+        if one.image is not None:
+            assert one.image.sha256 == file_sha256(path)
+
+
+def test_processes_that_die_between_two_images_are_replaced(tmp_path: Path) -> None:
+    paths = [picture(tmp_path / f"{n}.png") for n in range(4)]
+    before = set(multiprocessing.active_children())
+    with open_loader(settings(2)) as loader:
+        assert loader.submit(paths[0]).result(120).image is not None
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+        futures = [loader.submit(path) for path in paths]
+        assert all(future.result(120).image is not None for future in futures)
+
+
+def test_images_that_stall_side_by_side_fail_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["good", *(f"stalled{n}" for n in range(6)), "also good"]
+    paths = [picture(tmp_path / f"{name}.png") for name in names]
+    begun = []
+    drive = ProcessLoader._drive
+
+    def counted(self: ProcessLoader) -> None:
+        begun.append(self)
+        drive(self)
+
+    monkeypatch.setattr(ProcessLoader, "_drive", counted)
+    with open_loader(settings(2, timeout=1.5), load_or_stall) as loader:
+        futures = [loader.submit(path) for path in paths]
+        results = [future.result(120) for future in futures]
+    assert [one.image is None for one in results] == [False, *[True] * 6, False]
+    assert len(begun) < 6, "each waited for the one before it"
+
+
+def test_a_process_that_is_killed_takes_its_workers_with_it(tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png")
+    code = (
+        "import multiprocessing, os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from risam_cli.inference.loader import LoaderSettings, open_loader\n"
+        "if __name__ == '__main__':\n"
+        "    loader = open_loader(LoaderSettings(16, 2))\n"
+        "    assert loader.submit(Path(sys.argv[1])).result(120).image is not None\n"
+        "    print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    (tmp_path / "main.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "main.py", path], capture_output=True, timeout=180
+    )
+    workers = [int(word) for word in done.stdout.split()]
+    assert len(workers) == 2, done.stderr.decode()
+    deadline = time.monotonic() + 30
+    while any(map(_lives, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(_lives, workers))
+
+
+def _lives(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"), [(1 << 40, (8, 2)), (64 << 20, (5, 1)), (8 << 20, (1, 1)), (0, (1, 1))]
+)
+def test_no_more_goes_through_shared_memory_than_it_holds(
+    monkeypatch: pytest.MonkeyPatch, free: int, expected: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    workers, ahead = _fit_shared_memory(LoaderSettings(1024, 8))
+    assert (workers, ahead) == expected
+    if free >= 64 << 20:
+        assert workers * ahead * 3 * 1024**2 <= free // 2
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_stalls_fails_alone(tmp_path: Path, workers: int) -> None:
     stalled, good = picture(tmp_path / "stalled.png"), picture(tmp_path / "good.png")
-    with ImageLoader(settings(workers, timeout=3 if workers else 0.3), load_or_stall) as loader:
+    with open_loader(settings(workers, timeout=3 if workers else 0.3), load_or_stall) as loader:
         futures = [loader.submit(path) for path in (stalled, stalled, good)]
         deadline = time.monotonic() + 120
         while not all(future.done() for future in futures) and time.monotonic() < deadline:
@@ -81,20 +187,19 @@ def test_an_image_that_stalls_fails_alone(tmp_path: Path, workers: int) -> None:
     assert "took longer than" in results[0].error
 
 
-def test_a_bug_fails_the_image_not_the_loader(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bug_fails_the_image_not_the_loader(tmp_path: Path, workers: int) -> None:
     path = picture(tmp_path / "a.png")
-    with ImageLoader(settings(0), load_or_raise) as loader:
+    with open_loader(settings(workers), load_or_raise) as loader:
         results = [loader.submit(path).result(60) for _ in range(5)]
     assert {one.error for one in results} == {f"{path}: LookupError: a bug"}
 
 
 def test_no_thread_and_no_process_is_left(tmp_path: Path) -> None:
-    import multiprocessing
-
     path = picture(tmp_path / "a.png")
     before = set(threading.enumerate())
     for workers in (0, 1):
-        with ImageLoader(settings(workers)) as loader:
+        with open_loader(settings(workers)) as loader:
             loader.submit(path).result(120)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:

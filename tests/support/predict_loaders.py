@@ -1,4 +1,4 @@
-"""Loaders that break, for the tests of predict. No torch: processes import this module."""
+"""Loaders that break, for the tests of predict; processes import this module."""
 
 from __future__ import annotations
 
@@ -37,3 +37,9 @@ def load_or_stall(path: Path, settings: LoaderSettings) -> Loaded:
 def load_or_raise(path: Path, settings: LoaderSettings) -> Loaded:
     """Has a bug."""
     raise LookupError("a bug")
+
+
+def load_slowly(path: Path, settings: LoaderSettings) -> Loaded:
+    """Takes a moment, so that several images are in hand at a time; dies on some."""
+    time.sleep(0.05)
+    return load_or_die(path, settings)
