@@ -158,7 +158,7 @@ def command(
       risam export-masks risam-out --to coco -o coco
       risam export-masks risam-out --to yolo -o yolo --one-class dog --copy-images
     """
-    from risam_cli.data.images.images import open_rgb
+    from risam_cli.data.images.images import image_size, open_rgb
     from risam_cli.export.format import Settings
     from risam_cli.export.run_export import Request, run_export
 
@@ -180,6 +180,7 @@ def command(
         outcome = run_export(
             request,
             open_rgb,
+            image_size,
             lambda masks, failures: progress.advance(masks, failures=failures),
             begin=lambda total: progress.update(total=total),
         )
@@ -226,7 +227,7 @@ def _tell(outcome: Outcome, output: Path, kind: str) -> None:
         )
     if tally.hidden:
         console.warn(f"{tally.hidden} pixels lie under another mask of their image and are lost")
-    for note, count in tally.notes.items():
-        console.warn(f"{count} {note}")
+    for line in (*(f"{count} {note}" for note, count in tally.notes.items()), *tally.remarks):
+        console.warn(line)
     if outcome.failures:
         console.warn(f"{outcome.failures} failed; see {output / 'failures.jsonl'}")

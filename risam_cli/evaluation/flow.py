@@ -85,12 +85,14 @@ def _from_predictions(
     assert asked.predictions is not None
     console = get_console()
     side = protocol.canvas if protocol.resolution == "stretch" else 0
-    with PredictionIndex(asked.predictions, failures, canvas=side) as index:
+    with PredictionIndex(asked.predictions, failures, canvas=side, source=source) as index:
         absent, wanted = count_missing_images(source)
         if absent:
             console.warn(f"{absent} of {wanted} images are missing; pictures show masks only")
         answers = answers_from_predictions(source, index, failures)
         run = run_evaluation(source, answers, protocol, asked.output, console)
+        for line in index.notes():
+            console.warn(line)
         surplus = _tell_surplus(index, source, asked.output)
         answered = AnswersPart(
             kind="predictions",

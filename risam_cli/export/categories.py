@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
 from risam_cli.console.text import sanitize
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief, read_text
+from risam_cli.files.plain import open_plain
 from risam_cli.files.safe_yaml import load_yaml
+from risam_cli.files.tables import Table
 
 _LONGEST = 1 << 28  # bytes
 OTHERS = "*"
 """The key of a map that stands for every expression not named in it."""
+UNNAMED = "object"
+"""The category of records that have an id but no expression."""
 
 
 class Naming(Protocol):
@@ -25,6 +29,9 @@ class Naming(Protocol):
     def name(self, expression: str) -> str:
         """The category's name. Raises DataError where there is none."""
 
+    def entries(self) -> Iterable[Entry]:
+        """Categories that are known before any expression is."""
+
 
 class ByExpression:
     """Each expression is its own category."""
@@ -32,6 +39,10 @@ class ByExpression:
     def name(self, expression: str) -> str:
         """The expression."""
         return expression
+
+    def entries(self) -> Iterable[Entry]:
+        """None is known beforehand."""
+        return ()
 
 
 class OneClass:
@@ -44,13 +55,24 @@ class OneClass:
         """The one name."""
         return self._name
 
+    def entries(self) -> Iterable[Entry]:
+        """The one."""
+        return (Entry(self._name),)
+
 
 class ByMap:
-    """Categories by a map; see :func:`read_map`."""
+    """Categories by a map; see :func:`read_map`.
 
-    def __init__(self, table: Mapping[str, str], path: Path) -> None:
+    Args:
+        numbers: of categories that the map numbers itself.
+    """
+
+    def __init__(
+        self, table: Mapping[str, str], path: Path, numbers: Mapping[str, int] | None = None
+    ) -> None:
         self._table = table
         self._path = path
+        self._numbers = numbers or {}
 
     def name(self, expression: str) -> str:
         """What the map says for the expression, else what it says for ``*``."""
@@ -62,26 +84,96 @@ class ByMap:
             )
         return found
 
+    def entries(self) -> Iterable[Entry]:
+        """All, in the map's order: so their numbers depend on nothing but the map."""
+        return (
+            Entry(name, self._numbers.get(name)) for name in dict.fromkeys(self._table.values())
+        )
 
-class Categories:
-    """Categories in the order in which they first occur, numbered from 0.
 
-    This table is all that grows with the number of different categories.
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A category.
+
+    Attributes:
+        number: of its class, its COCO id and its value in masks, where it was given; else None.
     """
 
-    def __init__(self, naming: Naming) -> None:
+    name: str
+    number: int | None = None
+
+
+class Categories:
+    """The categories of an export: those known beforehand, then others as they first occur.
+
+    This table is all that grows with the number of different categories.
+
+    Args:
+        given: categories of a COCO file by their ids as text, which decide where each expression is
+            its own category.
+
+    Attributes:
+        names: by place, from 0.
+        class_numbers: by place: the number that was given, else the next free one from 0.
+        mask_values: by place: the number that was given, else the next free one from 1.
+        coco_ids: by place: the COCO file's id or the given number, else the next free one from 1.
+        unnamed: expressions without a word so far.
+    """
+
+    def __init__(self, naming: Naming, given: Mapping[str, tuple[Any, str]] | None = None) -> None:
         self._naming = naming
         self._index: dict[str, int] = {}
+        self._given: dict[str, int] = {}
+        self.names: list[str] = []
+        self.class_numbers: list[int] = []
+        self.mask_values: list[int] = []
+        self.coco_ids: list[Any] = []
+        self.unnamed = 0
+        entries = tuple(naming.entries())
+        rows = given if given and isinstance(naming, ByExpression) else {}
+        numbers = {entry.number for entry in entries}
+        ids = numbers | {own for own, _ in rows.values()}
+        self._free = [
+            (number for number in count(first) if number not in taken)
+            for first, taken in ((0, numbers), (1, numbers), (1, ids))
+        ]
+        for key, (own, name) in rows.items():
+            self._given[key] = len(self.names)
+            self._index.setdefault(name, len(self.names))
+            self._add(name, None, own)
+        for entry in entries:
+            self._index[entry.name] = len(self.names)
+            self._add(entry.name, entry.number)
 
-    def index(self, expression: str) -> tuple[int, str]:
-        """Number and name of an expression's category. Raises DataError where it has none."""
+    def _add(self, name: str, number: int | None = None, coco_id: Any = None) -> None:
+        self.names.append(name)
+        classes, values, ids = self._free
+        self.class_numbers.append(next(classes) if number is None else number)
+        self.mask_values.append(next(values) if number is None else number)
+        if coco_id is None:
+            coco_id = next(ids) if number is None else number
+        self.coco_ids.append(coco_id)
+
+    def index(self, expression: str, category: str | None = None) -> tuple[int, str]:
+        """Place of an expression's category, from 0, and its name.
+
+        Args:
+            category: the id that a COCO file gives it, as text.
+
+        Raises:
+            DataError: the naming has none for it.
+        """
+        if category in self._given:
+            place = self._given[category or ""]
+            return place, self.names[place]
         name = self._naming.name(expression)
-        return self._index.setdefault(name, len(self._index)), name
-
-    @property
-    def names(self) -> list[str]:
-        """All names so far, by number."""
-        return list(self._index)
+        if not name.strip():
+            self.unnamed += 1
+            name = UNNAMED
+        if name not in self._index:
+            self._index[name] = len(self.names)
+            self._add(name)
+        return self._index[name], name
 
 
 def read_map(path: Path) -> ByMap:
@@ -89,7 +181,9 @@ def read_map(path: Path) -> ByMap:
 
     Args:
         path: ``.json`` or ``.yaml``: an object from expression to category; ``.csv`` or ``.tsv``:
-            columns ``expression`` and ``category``. The key ``*`` stands for all others.
+            columns ``expression`` and ``category``, and maybe ``number``. The key ``*`` stands for
+            all others. In place of a category's name there may be an object with ``name`` and
+            ``number``.
 
     Raises:
         DataError: the file cannot be read or is something else.
@@ -100,19 +194,33 @@ def read_map(path: Path) -> ByMap:
         odd = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
         reason = error.strerror if isinstance(error, OSError) else odd
         raise DataError(f"category map {path}: {reason}", "name a JSON, YAML or CSV file") from None
-    suffix = path.suffix.lower()
-    table = _from_csv(text, suffix, path) if suffix in {".csv", ".tsv"} else _from_yaml(text, path)
+    table = _from_csv(path) if path.suffix.lower() in {".csv", ".tsv"} else _from_yaml(text, path)
     if not isinstance(table, dict) or not table:
         raise DataError(
             f"category map {path} is not a map", 'write {"expression": "category", ...}'
         )
+    names: dict[str, str] = {}
+    numbers: dict[str, int] = {}
     for key, value in table.items():
-        if not isinstance(key, str) or not isinstance(value, str) or not value.strip():
+        name, number = value, None
+        if isinstance(value, dict):
+            name, number = value.get("name"), value.get("number")
+        if not isinstance(key, str) or not isinstance(name, str) or not name.strip():
             raise DataError(
                 f"category map {path}: {brief(key)}: {brief(value)} is not a pair of texts",
                 "put both in quotes",
             )
-    return ByMap(table, path)
+        names[key] = name
+        if number is None:
+            continue
+        if type(number) is not int or number < 0 or numbers.setdefault(name, number) != number:
+            raise DataError(
+                f"category map {path}: the category {name!r} has the number {brief(number)}",
+                "give one whole number from 0 for each category",
+            )
+    if len(set(numbers.values())) < len(numbers):
+        raise DataError(f"category map {path}: two categories have one number", "let them differ")
+    return ByMap(names, path, numbers)
 
 
 def _from_yaml(text: str, path: Path) -> Any:
@@ -123,12 +231,17 @@ def _from_yaml(text: str, path: Path) -> Any:
         raise DataError(f"category map {path} cannot be read: {reason}") from None
 
 
-def _from_csv(text: str, suffix: str, path: Path) -> dict[str, str] | None:
-    delimiter = "\t" if suffix == ".tsv" else ","
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    try:
-        if not {"expression", "category"} <= set(rows.fieldnames or ()):
+def _from_csv(path: Path) -> dict[str, Any] | None:
+    with open_plain(path) as stream:
+        table = Table(stream, f"category map {path}", ("expression", "category", "number"))
+        if not {"expression", "category"} <= {*table.columns}:
             return None
-        return {row["expression"] or "": row["category"] or "" for row in rows}
-    except csv.Error as error:
-        raise DataError(f"category map {path} cannot be read: {error}") from None
+        found: dict[str, Any] = {}
+        for row in table:
+            if row.error is not None:
+                raise row.error
+            value: Any = row.cells["category"]
+            if number := row.cells.get("number"):
+                value = {"name": value, "number": int(number) if number.isdecimal() else number}
+            found[row.cells["expression"]] = value
+        return found

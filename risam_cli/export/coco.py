@@ -8,10 +8,11 @@ kept there, though it has no annotation.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from risam_cli.export.format import Context, Labeled, LabeledImage, back_from
+from risam_cli.export.format import Context, Labeled, LabeledImage, read_back
 from risam_cli.masks.outlines import EDGE
 from risam_cli.types import Prediction
 
@@ -37,25 +38,38 @@ class _Coco:
 
     def add(self, image: LabeledImage) -> None:
         """Append the image, its annotations and its expressions."""
-        image_id = image.index + 1
-        height, width = image.size
-        row = {"id": image_id, "file_name": image.image, "height": height, "width": width}
-        self._images.add(_dump(row), between=",\n")
+        image_id = self._add_image(image)
         written = {}
         for item in image.items:
             self._annotation += 1
-            written[item.number] = (item.prediction, [self._annotation])
-            self._add_item(image_id, item)
+            own = self._annotation if item.annotation is None else item.annotation
+            written[item.number] = (item.prediction, [own])
+            self._add_item(image_id, item, own)
         empty = {number: (prediction, list[int]()) for number, prediction in image.empty}
         for _, (prediction, ids) in sorted((written | empty).items()):
             self._add_expression(image_id, prediction, ids)
 
-    def _add_item(self, image_id: int, item: Labeled) -> None:
+    def _add_image(self, image: LabeledImage) -> Any:
+        """Append the image as it was given, or a new entry; gives its id."""
+        if image.entry is not None:
+            self._images.add(_dump(image.entry), between=",\n")
+            return image.entry["id"]
+        image_id = image.index + 1
+        height, width = image.size
+        row = {"id": image_id, "file_name": image.image, "height": height, "width": width}
+        self._images.add(_dump(row), between=",\n")
+        return image_id
+
+    def add_entry(self, entry: Mapping[str, Any]) -> None:
+        """Append an image that was given and has no record."""
+        self._images.add(_dump(entry), between=",\n")
+
+    def _add_item(self, image_id: Any, item: Labeled, annotation: int) -> None:
         p = item.prediction
         row = {
-            "id": self._annotation,
+            "id": annotation,
             "image_id": image_id,
-            "category_id": item.category + 1,
+            "category_id": self.context.categories.coco_ids[item.category],
             "segmentation": self.segmentation(item),
             "area": p.area,
             "bbox": list(p.bbox),
@@ -66,7 +80,7 @@ class _Coco:
         }
         self._annotations.add(_dump(row), between=",\n")
 
-    def _add_expression(self, image_id: int, p: Prediction, ids: list[int]) -> None:
+    def _add_expression(self, image_id: Any, p: Prediction, ids: list[int]) -> None:
         self._expression += 1
         row = {
             "id": self._expression,
@@ -83,8 +97,10 @@ class _Coco:
 
     def finish(self) -> None:
         """Put ``instances.json`` together."""
-        names = self.context.categories.names
-        categories = [{"id": k + 1, "name": name} for k, name in enumerate(names)]
+        known = self.context.categories
+        categories = [
+            {"id": own, "name": name} for own, name in zip(known.coco_ids, known.names, strict=True)
+        ]
         self.context.folder.publish(
             "instances.json",
             [
@@ -113,12 +129,12 @@ class CocoMasks(_Coco):
         """RLE, compressed."""
         return item.prediction.segmentation
 
-    def _add_item(self, image_id: int, item: Labeled) -> None:
-        super()._add_item(image_id, item)
+    def _add_item(self, image_id: Any, item: Labeled, annotation: int) -> None:
+        super()._add_item(image_id, item, annotation)
         p = item.prediction
         row = {
             "image_id": image_id,
-            "category_id": item.category + 1,
+            "category_id": self.context.categories.coco_ids[item.category],
             "segmentation": p.segmentation,
             "bbox": list(p.bbox),
             "score": p.score,
@@ -143,7 +159,8 @@ class CocoPolygons(_Coco):
         traced = self.context.settings.trace(item.mask, EDGE)
         rings = [ring.round(2).ravel().tolist() for ring in traced.rings]
         p = item.prediction
-        back = back_from(rings, (p.height, p.width))
+        vertices = self.context.settings.vertices_of(EDGE)
+        back = read_back(rings, (p.height, p.width), vertices)
         self.context.tally.measure(p.id or p.image, p.segmentation, back, traced)
         return rings
 

@@ -18,9 +18,9 @@ from risam_cli.export.format import (
     Context,
     Labeled,
     LabeledImage,
-    back_from,
     copy_image,
     points_text,
+    read_back,
 )
 from risam_cli.masks.outlines import EDGE
 
@@ -77,7 +77,8 @@ class Cvat:
         group = f' group_id="{item.number + 1}"' if len(traced.rings) > 1 else ""
         rings = [list(points_text(ring)) for ring in traced.rings]
         flat = [[float(v) for point in ring for v in point] for ring in rings]
-        back = back_from(flat, (p.height, p.width))
+        vertices = self.context.settings.vertices_of(EDGE)
+        back = read_back(flat, (p.height, p.width), vertices)
         self.context.tally.measure(p.id or p.image, p.segmentation, back, traced)
         texts = [";".join(f"{x},{y}" for x, y in ring) for ring in rings]
         return "".join(

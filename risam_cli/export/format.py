@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Any, Protocol, overload, runtime_checkable
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -44,12 +45,15 @@ class Settings:
     style: str = "binary"
     padding: int = 0
 
+    def vertices_of(self, usual: Vertices) -> Vertices:
+        """Where vertices go; ``usual`` is the format's own choice."""
+        return {"edge": EDGE, "center": CENTER, None: usual}[self.vertices]
+
     def trace(self, mask: NDArray[np.bool_], usual: Vertices) -> Outlines:
         """Rings of a mask as these settings want them; ``usual`` is the format's own choice."""
-        vertices = {"edge": EDGE, "center": CENTER, None: usual}[self.vertices]
         return outlines(
             mask,
-            vertices,
+            self.vertices_of(usual),
             simplify=self.simplify,
             bridge=self.holes == "bridge",
             join=self.parts == "join",
@@ -66,6 +70,8 @@ class Tally:
         holes, holes_lost: in masks written as polygons.
         split: masks that became several objects, because the format has no parts.
         hidden: pixels under other masks, where one file holds several.
+        notes: what else the user must know, each with its number.
+        remarks: lines on the source.
     """
 
     images: int = 0
@@ -81,6 +87,7 @@ class Tally:
     split: int = 0
     hidden: int = 0
     notes: dict[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     def measure(self, name: str, source: Rle, back: Rle, traced: Outlines) -> None:
         """Count one mask that was written as polygons and reads back as ``back``."""
@@ -117,7 +124,9 @@ class Tally:
             }
         if self.hidden:
             out["pixels_hidden"] = self.hidden
-        return out | ({"notes": self.notes} if self.notes else {})
+        if self.notes:
+            out["notes"] = self.notes
+        return out | ({"remarks": self.remarks} if self.remarks else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +135,15 @@ class Labeled:
 
     Attributes:
         number: which of its image's records it is, from 0, filtered ones counted.
-        category: its number, from 0.
+        category: its place among the categories, from 0.
+        annotation: the id that a COCO file gave it, or None.
     """
 
     prediction: Prediction
     number: int
     category: int
     category_name: str
+    annotation: int | None = None
 
     @property
     def mask(self) -> NDArray[np.bool_]:
@@ -173,6 +184,8 @@ class LabeledImage:
         size: (H, W).
         items: masks that are not empty; may be none.
         empty: records whose mask is empty.
+        own_name: what ``target`` would be if no name had to change.
+        entry: the image's entry in the COCO file that was given, or None.
     """
 
     index: int
@@ -182,6 +195,8 @@ class LabeledImage:
     size: tuple[int, int]
     items: tuple[Labeled, ...]
     empty: tuple[tuple[int, Prediction], ...] = ()
+    own_name: str = ""
+    entry: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +222,14 @@ class Context:
         return rgb
 
 
+@runtime_checkable
+class TakesEntries(Protocol):
+    """A format that keeps the entries of images without a record."""
+
+    def add_entry(self, entry: Mapping[str, Any]) -> None:
+        """Write an image's entry as the COCO file has it."""
+
+
 class Format(Protocol):
     """One open export. A DataError from ``add`` fails the image; others end the run."""
 
@@ -223,9 +246,18 @@ def points_text(ring: NDArray[np.float64]) -> Iterator[tuple[str, str]]:
         yield f"{x:.2f}".rstrip("0").rstrip("."), f"{y:.2f}".rstrip("0").rstrip(".")
 
 
-def back_from(rings: list[list[float]], size: tuple[int, int]) -> Rle:
-    """What pycocotools makes of rings as they were written."""
-    return masks.from_polygons(rings, size)
+def read_back(rings: list[list[float]], size: tuple[int, int], vertices: Vertices) -> Rle:
+    """What the readers that ``vertices`` are for make of rings as they were written.
+
+    By pixel centres, that is pycocotools; by whole pixels, OpenCV's ``fillPoly`` on coordinates cut
+    to whole numbers, as supervision has it.
+    """
+    if vertices is EDGE:
+        return masks.from_polygons(rings, size)
+    out = np.zeros(size, np.uint8)
+    for ring in rings:
+        cv2.fillPoly(out, [np.array(ring).reshape(-1, 2).astype(np.int32)], 1)
+    return masks.encode(out.view(np.bool_))
 
 
 def copy_image(context: Context, image: LabeledImage, folder: str) -> None:

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from risam_cli.drawing.png import encode_mask
-from risam_cli.export.format import Context, Labeled, LabeledImage, copy_image
+from risam_cli.export.format import Context, Labeled, LabeledImage, copy_image, read_back
 from risam_cli.export.targets import replace_suffix
 from risam_cli.masks import rle as masks
-from risam_cli.masks.outlines import EDGE
+from risam_cli.masks.outlines import CENTER, EDGE
 
 _VERSION = "5.5.0"  # the first whose loader knows all that is written here
 
@@ -70,7 +70,11 @@ class Labelme:
             return [_shape(item, "mask", *_cropped(mask, p.bbox))]
         traced = self.context.settings.trace(mask, EDGE)
         rings = [ring.round(2).tolist() for ring in traced.rings]
-        back = masks.encode(_filled(rings, (p.height, p.width)))
+        size = (p.height, p.width)
+        if self.context.settings.vertices_of(EDGE) is EDGE:
+            back = masks.encode(_filled(rings, size))
+        else:
+            back = read_back([np.ravel(ring).tolist() for ring in rings], size, CENTER)
         self.context.tally.measure(p.id or p.image, p.segmentation, back, traced)
         group = item.number if len(rings) > 1 else None
         return [_shape(item, "polygon", ring, None, group) for ring in rings]

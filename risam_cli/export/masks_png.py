@@ -144,13 +144,23 @@ class Semantic(_Layered):
 
     def value(self, item: Labeled, place: int) -> int:
         """The category's number, from 1."""
-        return item.category + 1
+        value = self.context.categories.mask_values[item.category]
+        if value == 0:
+            raise DataError(
+                f"the category {item.category_name!r} has the number 0, which is the background's",
+                "number the categories of the map from 1",
+            )
+        return value
 
     def finish(self) -> None:
         """Publish the list and the categories."""
         super().finish()
-        names = self.context.categories.names
-        rows = [{"value": k + 1, "name": n, "color": list(color(k))} for k, n in enumerate(names)]
+        known = self.context.categories
+        rows = [
+            {"value": value, "name": name, "color": list(color(value - 1))}
+            for value, name in zip(known.mask_values, known.names, strict=True)
+            if value
+        ]
         self.context.folder.write_json(
             "categories.json", [{"value": 0, "name": "background", "color": [0, 0, 0]}, *rows]
         )

@@ -20,6 +20,8 @@ class FormatInfo:
         options: settings that mean something to it, beside those that all formats share.
         needs_image: whether it draws on the image.
         copies: whether ``--copy-images`` means something to it.
+        without: a folder's name that no path in it may have; see
+            :class:`risam_cli.export.targets.Placement`.
     """
 
     open: Callable[[Context], AbstractContextManager[Format]]
@@ -27,6 +29,7 @@ class FormatInfo:
     options: frozenset[str] = frozenset()
     needs_image: bool = False
     copies: bool = False
+    without: str | None = None
 
 
 def formats() -> dict[str, FormatInfo]:
@@ -39,7 +42,11 @@ def formats() -> dict[str, FormatInfo]:
         "coco": FormatInfo(coco.CocoMasks, ("instances.json", "results.json")),
         "coco-polygons": FormatInfo(coco.CocoPolygons, ("instances.json",), outline),
         "yolo": FormatInfo(
-            yolo.Yolo, ("labels", "images", "data.yaml"), outline | {"parts"}, copies=True
+            yolo.Yolo,
+            ("labels", "images", "data.yaml", "mapping.jsonl"),
+            outline | {"parts"},
+            copies=True,
+            without="images",
         ),
         "labelme": FormatInfo(labelme.Labelme, ("labelme",), shapes, copies=True),
         "cvat": FormatInfo(cvat.Cvat, ("annotations.xml", "images"), shapes, copies=True),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from risam_cli.data.identity import existing, id_text
 from risam_cli.errors import DataError
-from risam_cli.export.categories import Categories, Naming
+from risam_cli.export.categories import UNNAMED, Categories, Naming
 from risam_cli.export.folder import ExportFolder
 from risam_cli.export.format import (
     Context,
@@ -17,11 +19,12 @@ from risam_cli.export.format import (
     LabeledImage,
     OpenImage,
     Settings,
+    TakesEntries,
     Tally,
 )
 from risam_cli.export.registry import check_options, formats
 from risam_cli.export.sources import MAX_PIXELS, ImageGroup, OnFailure, Source
-from risam_cli.export.targets import target_name
+from risam_cli.export.targets import Placement
 from risam_cli.outputs.records import FAILURES, failure_to_json
 from risam_cli.types import Failure, Prediction
 
@@ -63,6 +66,7 @@ class Outcome:
 def run_export(
     request: Request,
     open_image: OpenImage,
+    measure: Callable[[Path], tuple[int, int]],
     advance: Callable[[int, int], None],
     *,
     begin: Callable[[int], None] = lambda total: None,
@@ -71,6 +75,7 @@ def run_export(
 
     Args:
         open_image: gives an image file as upright RGB, or raises DataError.
+        measure: gives an image file's upright (H, W), or raises DataError.
         advance: told after each image how many records it had, and all failures so far.
         begin: told the number of records once it is known.
 
@@ -88,12 +93,14 @@ def run_export(
     def fail(failure: Failure) -> None:
         sink[0](failure)
 
+    placement = Placement(info.without)
     with (
         Source(
             request.predictions,
             fail,
             annotations=request.annotations,
             max_pixels=request.max_pixels,
+            placement=placement,
         ) as source,
         ExitStack() as stack,
     ):
@@ -101,7 +108,8 @@ def run_export(
         folder = stack.enter_context(
             ExportFolder(request.output, request.kind, info.owns, overwrite=request.overwrite)
         )
-        tally, categories = Tally(), Categories(request.naming)
+        given = source.names.categories if source.names is not None else None
+        tally, categories = Tally(), Categories(request.naming, given)
         context = Context(
             folder, request.settings, categories, tally, open_image, request.copy_images
         )
@@ -109,10 +117,18 @@ def run_export(
             sink[0] = lambda failure: failed.add(failure_to_json(failure) + "\n")
             for failure in early:
                 fail(failure)
+            seen = set()
             for group in source.groups():
-                _add(group, request, source, context, out, fail)
-                advance(len(group.predictions), failed.count)
+                _add(group, request, placement, context, out, measure, fail)
+                if group.entry is not None:
+                    seen.add(id_text(group.entry["id"]))
+                advance(len(group.records), failed.count)
+            if source.names is not None and isinstance(out, TakesEntries):
+                for name, entry in source.names.images.items():
+                    if name not in seen:
+                        out.add_entry(entry)
             out.finish()
+            _note(tally, categories, source)
             if failed.count:
                 folder.publish(FAILURES, [failed])
             count = failed.count
@@ -124,32 +140,44 @@ def run_export(
 def _add(
     group: ImageGroup,
     request: Request,
-    source: Source,
+    placement: Placement,
     context: Context,
     out: Format,
+    measure: Callable[[Path], tuple[int, int]],
     fail: OnFailure,
 ) -> None:
     tally = context.tally
+    path = Path(existing(str(request.image_root / group.image)))
+    try:
+        _check_size(group, path, measure)
+    except DataError as error:
+        for given in group.records:
+            fail(_failure(group, given.prediction, error))
+        return
     items: list[Labeled] = []
     empty: list[tuple[int, Prediction]] = []
-    for number, p in enumerate(group.predictions):
+    for number, given in enumerate(group.records):
+        p = given.prediction
         if p.score < request.min_score or 0 < p.area < request.min_area:
             tally.filtered += 1
         elif p.area == 0:
             empty.append((number, p))
         else:
             try:
-                items.append(Labeled(p, number, *context.categories.index(p.expression)))
+                category = context.categories.index(p.expression, given.category)
+                items.append(Labeled(p, number, *category, given.annotation))
             except DataError as error:
                 fail(_failure(group, p, error))
     image = LabeledImage(
         index=tally.images,
         image=group.image,
-        target=target_name(group.image, source.meeting),
-        path=request.image_root / group.image,
+        target=placement.target(group.image),
+        path=path,
         size=group.size,
         items=tuple(items),
         empty=tuple(empty),
+        own_name=placement.own_name(group.image),
+        entry=group.entry,
     )
     try:
         out.add(image)
@@ -162,6 +190,36 @@ def _add(
     tally.images += 1
     tally.masks += len(items)
     tally.empty += len(empty)
+
+
+def _check_size(group: ImageGroup, path: Path, measure: Callable[[Path], tuple[int, int]]) -> None:
+    """Hold masks against their image, where it can be looked at: an RLE may have its size turned.
+
+    Raises:
+        DataError: they differ.
+    """
+    if not os.path.isfile(path):
+        return
+    try:
+        size = measure(path)
+    except DataError:  # no image: what needs it will say so
+        return
+    if size == group.size:
+        return
+    turned = size == group.size[::-1]
+    raise DataError(
+        f"the masks of {group.image} are {group.size[0]}x{group.size[1]} (height x width), the "
+        f"image {path} is {size[0]}x{size[1]}",
+        "the RLE's size is [width, height]; COCO has [height, width]"
+        if turned
+        else "name the folder of the images that were predicted on",
+    )
+
+
+def _note(tally: Tally, categories: Categories, source: Source) -> None:
+    if categories.unnamed:
+        tally.note(f"records have no expression; their class is {UNNAMED!r}", categories.unnamed)
+    tally.remarks += source.notes()
 
 
 def _failure(group: ImageGroup, p: Prediction, error: DataError) -> Failure:

@@ -11,8 +11,14 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from array import array
 from collections.abc import Container
+from itertools import takewhile
 from pathlib import PurePosixPath
+
+import numpy as np
+
+from risam_cli.data.identity import image_key
 
 # Refused by some system, or turning round how a name is shown.
 _UNSAFE = re.compile(
@@ -25,17 +31,73 @@ _PART = 180  # bytes of one part; the hash and a suffix still fit in the 255 tha
 _WHOLE = 600  # bytes of the whole
 
 
-def target_name(image: str, meeting: Container[int] = ()) -> str:
+class Placement:
+    """Names the files of an export's images; is shown every image before it names any.
+
+    Args:
+        without: a folder's name that is left out of all paths: readers of YOLO look for labels by
+            exchanging the last ``images`` of a path, so there may be no other.
+    """
+
+    def __init__(self, without: str | None = None) -> None:
+        self._without = without
+        self._keys = array("Q")  # pairs of a target's key and its image's
+        self._meeting: frozenset[int] | None = None
+        self._common: list[str] | None = None
+        self._all = True
+
+    def see(self, image: str) -> None:
+        """Take note of an image; a second time does no harm."""
+        self._keys.extend((meeting_key("/".join(self._parts(image))), _image_hash(image)))
+        *folders, _ = self._parts(image) or [""]
+        if self._common is None:
+            self._common = folders
+        else:
+            shared = zip(self._common, folders, strict=False)
+            self._common = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], shared)]
+        if self._without is not None:
+            self._all &= self._without in image_key(image).split("/")[:-1]
+
+    def target(self, image: str) -> str:
+        """Relative path, with forward slashes and the image's suffix, for an image's files."""
+        if self._meeting is None:
+            pairs = np.unique(np.frombuffer(self._keys, np.uint64).reshape(-1, 2), axis=0)
+            met, times = np.unique(pairs[:, 0], return_counts=True)
+            self._meeting = frozenset(met[times > 1].tolist())
+        parts = self._parts(image)
+        whole = "/".join(parts)
+        marked = self._meeting if meeting_key(whole) in self._meeting else ()
+        # Where every image lies below such a folder, what leads to it is the data set's own place.
+        drop = len(self._common or []) if self._without is not None and self._all else 0
+        short = "/".join(parts[min(drop, len(parts) - 1) :])
+        mark = {meeting_key(short)} if marked else ()
+        return target_name(short, mark, exact=image)
+
+    def own_name(self, image: str) -> str:
+        """What :meth:`target` would be if no name had to change."""
+        drop = len(self._common or []) if self._without is not None and self._all else 0
+        return "/".join(self._parts(image)[drop:])
+
+    def _parts(self, image: str) -> list[str]:
+        if self._without is None:
+            return [part for part in image.split("/") if part not in {"", "."}]
+        *folders, name = image_key(image).strip("/").split("/")
+        return [*(folder for folder in folders if folder != self._without), name]
+
+
+def target_name(image: str, meeting: Container[int] = (), *, exact: str | None = None) -> str:
     """Relative path, with forward slashes and the image's suffix, for an image's files.
 
     Args:
         meeting: keys (see :func:`meeting_key`) that more than one image has.
+        exact: what the image is called as a whole, where ``image`` is a part of it.
     """
     safe = _safe(image)
     if meeting_key(image) not in meeting:
         return safe
     path = PurePosixPath(safe)
-    mark = hashlib.sha256(image.encode("utf-8", "surrogatepass")).hexdigest()[:10]
+    whole = image if exact is None else exact
+    mark = hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:10]
     # Not with_suffix: a name such as "v1.2" has no suffix that is one.
     stem = path.name[: len(path.name) - len(path.suffix)]
     return str(path.with_name(f"{stem}.{mark}{path.suffix}"))
@@ -48,6 +110,11 @@ def meeting_key(image: str) -> int:
     folded = unicodedata.normalize("NFC", stem).casefold()
     digest = hashlib.blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+def _image_hash(image: str) -> int:
+    data = image_key(image).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def replace_suffix(target: str, suffix: str) -> str:

@@ -1,5 +1,8 @@
 """YOLO segmentation: one label file an image, ``data.yaml``; read by OpenCV's ``fillPoly``.
 
+Ultralytics finds an image's labels by exchanging the last ``/images/`` of its path for
+``/labels/``, so below ``images/`` there is no other folder of that name.
+
 A line is one object: its class and one closed ring, in shares of the width and the height. The
 format has neither holes nor parts: holes are bridged, and a mask of several parts becomes one line
 each, or with ``parts="join"`` one line whose parts are joined by lines over the background.
@@ -7,15 +10,18 @@ each, or with ``parts="join"`` one line whose parts are joined by lines over the
 
 from __future__ import annotations
 
+import json
+from contextlib import ExitStack
+
 import cv2
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from risam_cli.export.format import Context, Labeled, LabeledImage, copy_image
+from risam_cli.export.format import Context, Labeled, LabeledImage, copy_image, read_back
 from risam_cli.export.targets import replace_suffix
 from risam_cli.masks import rle as masks
-from risam_cli.masks.outlines import CENTER
+from risam_cli.masks.outlines import CENTER, EDGE
 
 
 class Yolo:
@@ -23,12 +29,14 @@ class Yolo:
 
     def __init__(self, context: Context) -> None:
         self.context = context
+        self._stack = ExitStack()
 
     def __enter__(self) -> Yolo:
+        self._mapping = self._stack.enter_context(self.context.folder.spool("mapping"))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        return
+        self._stack.close()
 
     def add(self, image: LabeledImage) -> None:
         """Write one label file; an empty one where nothing was found."""
@@ -36,6 +44,20 @@ class Yolo:
         lines = [line for item in image.items for line in self._lines(item)]
         name = f"labels/{replace_suffix(image.target, '.txt')}"
         self.context.folder.write(name, "".join(f"{line}\n" for line in lines).encode())
+        row = {"image": image.image, "label": name}
+        if self.context.copy_images:
+            row["copy"] = f"images/{image.target}"
+            if "/" in image.target:
+                self.context.tally.note(
+                    "images lie in folders below images/: Ultralytics reads them, supervision's "
+                    "reader takes one folder at a time"
+                )
+        elif image.target != image.own_name:
+            self.context.tally.note(
+                "labels are not called as their image, so readers will not find them by name; "
+                "mapping.jsonl says which belongs to which, --copy-images names both alike"
+            )
+        self._mapping.add(json.dumps(row) + "\n")
 
     def _lines(self, item: Labeled) -> list[str]:
         p = item.prediction
@@ -43,17 +65,26 @@ class Yolo:
         traced = self.context.settings.trace(item.mask, CENTER)
         texts = [_shares(ring, size) for ring in traced.rings]
         tally = self.context.tally
-        back = masks.encode(_filled(texts, size))
+        if self.context.settings.vertices_of(CENTER) is CENTER:
+            back = masks.encode(_filled(texts, size))
+        else:
+            back = read_back([ring.ravel().tolist() for ring in traced.rings], size, EDGE)
         tally.measure(p.id or p.image, p.segmentation, back, traced)
         tally.split += len(texts) > 1
-        return [f"{item.category} {text}" for text in texts]
+        number = self.context.categories.class_numbers[item.category]
+        return [f"{number} {text}" for text in texts]
 
     def finish(self) -> None:
-        """Write ``data.yaml``."""
-        names = dict(enumerate(self.context.categories.names))
+        """Write ``data.yaml`` and the mapping. Numbers that no class has get a name: readers want
+        all from 0 on.
+        """
+        known = self.context.categories
+        given = dict(zip(known.class_numbers, known.names, strict=True))
+        names = {k: given.get(k, f"unused {k}") for k in range(max(given, default=-1) + 1)}
         head = {"train": "images", "val": "images", "nc": len(names), "names": names}
         text = yaml.safe_dump(head, allow_unicode=True, sort_keys=False, width=1 << 20)
         self.context.folder.write("data.yaml", text.encode("utf-8", "backslashreplace"))
+        self.context.folder.publish("mapping.jsonl", [self._mapping])
 
 
 def _shares(ring: NDArray[np.float64], size: tuple[int, int]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from risam_cli.errors import DataError
+from risam_cli.files.plain import open_plain, plain_chunks
 
 _CHUNK = 1 << 16
 
@@ -24,12 +25,17 @@ def read_lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None
     """Lines with their numbers from 1, without their ends; None for one longer than ``limit``.
 
     Of a longer line no more than the limit is ever held. Lines end at a newline only, and a line
-    is given as soon as it is there, so that a pipe can be answered line by line.
+    is given as soon as it is there, so that a pipe can be answered line by line. What is packed or
+    in UTF-16 comes as UTF-8.
+
+    Raises:
+        DataError: as :func:`risam_cli.files.plain.plain_chunks`.
     """
     number = 1
     held = bytearray()
     too_long = False
-    for chunk in _chunks(stream):
+    name = getattr(stream, "name", "")
+    for chunk in plain_chunks(_chunks(stream), name if isinstance(name, str) else "<stdin>"):
         start = 0
         while (end := chunk.find(b"\n", start)) >= 0:
             held += chunk[start:end]
@@ -82,9 +88,10 @@ def read_text(path: Path, limit: int) -> str:
 
     Raises:
         ValueError: it is longer, or not UTF-8.
+        DataError: it is packed and damaged.
         OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"longer than {limit >> 20} MiB")

@@ -134,12 +134,14 @@ def parse_rle(obj: object, *, size: Size | None, where: str) -> Rle:
             f"{where}: not an RLE: {_brief(obj)}",
             "write it as {'size': [height, width], 'counts': ...}",
         )
-    own = _parse_size(obj["size"], where)
+    own = parse_size(obj["size"], where)
     if size is not None and own != tuple(size):
         raise DataError(
             f"{where}: the RLE is {own[0]}x{own[1]} (height x width), the image is "
             f"{size[0]}x{size[1]}",
-            "give masks at the image's own size",
+            "its size is [width, height]; COCO has [height, width]"
+            if own == tuple(size)[::-1]
+            else "give masks at the image's own size",
         )
     counts = _parse_counts(obj["counts"], where)
     if counts.size == 0 or int(counts.min()) < 0 or int(counts.max()) > MAX_PIXELS:
@@ -171,7 +173,7 @@ def from_polygons(
     Raises:
         DataError: fewer than three points, an odd number of coordinates, not finite or too large.
     """
-    height, width = _parse_size(list(size), where)
+    height, width = parse_size(list(size), where)
     rows = []
     left = _MAX_BOUNDARY
     for k, polygon in enumerate(polygons):
@@ -214,7 +216,7 @@ def _require_size(rle: Rle, size: Size) -> None:
         )
 
 
-def _parse_size(obj: object, where: str) -> Size:
+def parse_size(obj: object, where: str) -> Size:
     """(H, W) out of JSON; both at least 1, their product at most MAX_PIXELS."""
     values = list(obj) if isinstance(obj, (list, tuple)) else []
     if len(values) != 2 or not all(type(v) is int and v > 0 for v in values):

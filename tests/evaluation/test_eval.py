@@ -208,7 +208,7 @@ def test_refcoco_and_phrasecut_from_the_command_line(tmp_path: Path, evaluate: A
     assert {s.name for s in run.report.slices} >= {"length", "place", "distractors", "category"}
 
     write_phrasecut(tmp_path / "data")
-    ones = [record(f"7__{k}", "7.jpg", "x", np.ones((50, 70), bool)) for k in (1, 2)]
+    ones = [record(f"7__{k}", "7.jpg", "", np.ones((50, 70), bool)) for k in (1, 2)]
     path = write_records(tmp_path / "q.jsonl", ones)
     phrasecut = ["--dataset", "phrasecut", "--root", tmp_path / "data", "--split", "val"]
     run = evaluate(*phrasecut, "--predictions", path, "--protocol", "phrasecut")
@@ -234,7 +234,8 @@ def test_truth_that_is_unknown_is_in_no_figure(tmp_path: Path, evaluate: Any) ->
     (data / "instances.json").write_text(json.dumps(content))
     records = [record("900", A, "both cats", TRUTH[101] | TRUTH[102])]
     records += [record("901", B, "the dog", NOTHING), record("902", B, "low one", TRUTH[104])]
-    records += [record(n, A, "any", TRUTH[101]) for n in ("101", "102", "103#0", "103#1")]
+    texts = {"101": "captioned", "102": "expressed", "103#0": "first", "103#1": "second"}
+    records += [record(name, A, text, TRUTH[101]) for name, text in texts.items()]
     path = write_records(tmp_path / "p.jsonl", records)
     run = evaluate("--dataset", "coco", "--root", data, "--predictions", path)
     assert run.code == 0, run.err

@@ -136,7 +136,7 @@ def test_categories_by_expression_map_and_one_class(source, tmp_path):
     options = ["--category-map", table]
     assert export(source, "--to", "yolo", "-o", tmp_path / "2", *options) == 0
     data = yaml.safe_load((tmp_path / "2" / "data.yaml").read_text(encoding="utf-8"))
-    assert data["names"] == {0: "other", 1: "round"}
+    assert data["names"] == {0: "round", 1: "other"}
     assert export(source, "--to", "yolo", "-o", tmp_path / "3", "--one-class", "thing") == 0
     label = (tmp_path / "3" / "labels" / "d" / "a.txt").read_text()
     assert [line.split()[0] for line in label.splitlines()] == ["0", "0"]
@@ -286,7 +286,6 @@ def bad_records():
         "short RLE": with_mask({**good, "counts": "1"}),
         "another size": with_mask(good) | {"height": 9, "width": 9},
         "unlike others": with_mask(masks.encode(np.ones((3, 3), np.bool_))),
-        "score over 1": with_mask(good) | {"score": 7},
     }
 
 
@@ -315,7 +314,7 @@ def test_a_bad_record_fails_alone(tmp_path, what):
         ("empty.jsonl", "", "holds no record"),
         ("bad.jsonl", "{\n[\n", "holds no record that can be read"),
         ("dict.json", "{}", "no COCO results file"),
-        ("cut.json", '[{"image_id": 1, "category_id": 2', "damaged or cut"),
+        ("cut.json", '[{"image_id": 1, "category_id": 2', "damaged at character"),
         ("list.json", "[1, 2]", "result 0 is 1"),
         ("none.csv", "image,words\na,b\n", "has no column expression, mask"),
     ],

@@ -150,7 +150,7 @@ class Inputs:
                 yield self._of_image(argument)
 
     def _of_path(self, path: str) -> Iterator[_Wish]:
-        kind = manifest.SUFFIXES.get(os.path.splitext(path)[1].lower())
+        kind = manifest.kind_of(path)
         if os.path.isdir(path):
             yield from self._of_folder(path)
         elif kind == "coco":
@@ -161,7 +161,7 @@ class Inputs:
             yield self._of_image(path)
 
     def _of_pattern(self, pattern: str) -> Iterator[_Wish]:
-        manifests = os.path.splitext(pattern)[1].lower() in manifest.SUFFIXES
+        manifests = manifest.kind_of(pattern) is not None
         for path in match_pattern(pattern):
             if manifests or os.path.isdir(path) or is_image_name(path):
                 yield from self._of_path(path)
@@ -185,7 +185,7 @@ class Inputs:
             if kind == "jsonl":
                 rows = manifest.read_jsonl(stream, path)
             else:
-                rows = manifest.read_table(stream, path, "," if kind == "csv" else "\t")
+                rows = manifest.read_table(stream, path)
             yield from self._of_rows(rows, base, base)
 
     def _of_rows(
@@ -310,7 +310,7 @@ class Inputs:
 
     def _check_file(self, argument: str) -> None:
         path = Path(argument)
-        kind = manifest.SUFFIXES.get(path.suffix.lower())
+        kind = manifest.kind_of(argument)
         if kind is None:
             self._require_expressions(argument)
         elif kind == "coco":
@@ -321,8 +321,7 @@ class Inputs:
             with manifest.open_manifest(path) as stream:
                 if kind == "jsonl":
                     return
-                delimiter = "," if kind == "csv" else "\t"
-                if not manifest.check_table(stream, argument, delimiter):
+                if not manifest.check_table(stream, argument):
                     self._require_expressions(argument)
 
     def _require_expressions(self, argument: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -12,11 +11,27 @@ from typing import Any, BinaryIO
 
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief, parse_json, read_lines
+from risam_cli.files.tables import Table
 
 MAX_LINE = 16 << 20
 """Bytes of one line over which it is refused."""
 
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".json": "coco"}
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "table",
+    ".tsv": "table",
+    ".json": "coco",
+}
+
+
+def kind_of(path: str) -> str | None:
+    """What kind of manifest a file is by its name, ``.gz`` behind it or not; None for others."""
+    stem, suffix = os.path.splitext(path.lower())
+    return SUFFIXES.get(os.path.splitext(stem)[1] if suffix == ".gz" else suffix)
+
+
+_COLUMNS = ("id", "image", "expression")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,40 +69,33 @@ def read_jsonl(stream: BinaryIO, name: str) -> Iterator[Row]:
             yield Row(where, short, error=error)
 
 
-def read_table(stream: BinaryIO, name: str, delimiter: str) -> Iterator[Row]:
+def read_table(stream: BinaryIO, name: str) -> Iterator[Row]:
     """The rows of a table with the columns ``image`` and ``expression``, and maybe ``id``.
 
     Raises:
         DataError: there is no header, or it lacks ``image``.
     """
-    lines = _TextLines(stream)
-    reader = csv.reader(lines, delimiter=delimiter)
-    columns = _header(reader, name)
-    while True:
-        before = lines.number
+    for row in _table(stream, name):
+        where, short = row.where(name), f"{os.path.basename(name)}:{row.first}"
         try:
-            values = next(reader, None)
-            if values is None:
-                return
-            where, short = _place(name, before, lines.number)
-            if any(values):
-                yield _row_of_values(values, columns, where, short)
-        except csv.Error as error:
-            where, short = _place(name, before, lines.number)
-            message = f"{where}: not a row of the table ({error})"
-            problem = DataError(message, "look for a quotation mark that is never closed")
-            yield Row(where, short, error=problem)
+            if row.error is not None:
+                raise row.error
+            yield _row_of_cells(row.cells, where, short)
         except DataError as error:
             yield Row(where, short, error=error)
 
 
-def check_table(stream: BinaryIO, name: str, delimiter: str) -> bool:
+def check_table(stream: BinaryIO, name: str) -> bool:
     """Whether a table has the column ``expression``.
 
     Raises:
         DataError: as :func:`read_table`.
     """
-    return "expression" in _header(csv.reader(_TextLines(stream), delimiter=delimiter), name)
+    return "expression" in _table(stream, name).columns
+
+
+def _table(stream: BinaryIO, name: str) -> Table:
+    return Table(stream, name, _COLUMNS, ["image"], "image,expression")
 
 
 # --- JSON -----------------------------------------------------------------------------------------
@@ -134,51 +142,7 @@ def _id(value: Any, where: str) -> str | None:
 # --- CSV ------------------------------------------------------------------------------------------
 
 
-class _TextLines:
-    """Lines as the csv module wants them; a line that is not text becomes one that says so."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._lines = read_lines(stream, MAX_LINE)
-        self.number = 0
-
-    def __iter__(self) -> _TextLines:
-        return self
-
-    def __next__(self) -> str:
-        self.number, line = next(self._lines)
-        if line is None:
-            raise csv.Error(f"a line is longer than {MAX_LINE >> 20} MiB")
-        # Bytes that are not UTF-8 stay as they are in a path, and are refused in an expression.
-        text = line.decode("utf-8", "surrogateescape")
-        return (text.removeprefix("\ufeff") if self.number == 1 else text) + "\n"
-
-
-def _header(reader: Iterator[list[str]], name: str) -> list[str]:
-    try:
-        columns = [column.strip().lower() for column in next(reader, [])]
-    except csv.Error as error:
-        raise DataError(f"{name}, line 1: not a header ({error})") from None
-    if "image" not in columns:
-        found = ", ".join(columns) or "nothing"
-        raise DataError(
-            f"{name}, line 1: no column 'image' among {brief(found)}",
-            "begin the file with a line such as image,expression",
-        )
-    return columns
-
-
-def _place(name: str, before: int, last: int) -> tuple[str, str]:
-    lines = f"line {last}" if last <= before + 1 else f"lines {before + 1} to {last}"
-    return f"{name}, {lines}", f"{os.path.basename(name)}:{before + 1}"
-
-
-def _row_of_values(values: list[str], columns: list[str], where: str, short: str) -> Row:
-    if len(values) != len(columns):
-        raise DataError(
-            f"{where}: {len(values)} values for {len(columns)} columns",
-            "put quotation marks around text that holds the delimiter",
-        )
-    cells = dict(zip(columns, values, strict=True))
+def _row_of_cells(cells: Mapping[str, str], where: str, short: str) -> Row:
     image, text = cells["image"], cells.get("expression", "")
     own = cells.get("id") or None
     if not image:

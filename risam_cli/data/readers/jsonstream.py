@@ -6,12 +6,14 @@ eightfold. Here a file is read in chunks, and each record is handed out as soon 
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from risam_cli.errors import DataError
+from risam_cli.files.plain import open_plain
 
 CHUNK = 1 << 20
 MAX_RECORD = 1 << 26
@@ -30,7 +32,7 @@ def iter_json(path: Path) -> Iterator[tuple[str, Any]]:
         DataError: the file is missing, is not UTF-8, is not JSON or ends too early.
     """
     try:
-        with path.open(encoding="utf-8-sig") as stream:
+        with io.TextIOWrapper(open_plain(path), encoding="utf-8-sig") as stream:
             cursor = _Cursor(stream, path)
             opening = cursor.peek()
             if opening == "{":

@@ -1,37 +1,44 @@
 """Anyone's predictions, found by id or by image and expression without holding them in memory.
 
-A first pass over the file keeps some 40 bytes a record: two hashes and the line's offset. A record
-is read again when its expression is scored.
+A first pass over the records keeps some 50 bytes of each: two hashes and its place. A record is
+read again when its expression is scored. When two names mean the same,
+:mod:`risam_cli.data.identity` says; what is found by its id is held against image and expression
+all the same.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import shutil
-import sys
-import tempfile
+import re
 from array import array
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.data.readers.source import OnFailure
+from risam_cli.data.identity import (
+    expression_key,
+    id_text,
+    image_key,
+    image_tail,
+    is_tail,
+    stem_of,
+)
+from risam_cli.data.readers.results import PREDICTIONS, Record, Results
+from risam_cli.data.readers.source import OnFailure, SampleSource
 from risam_cli.errors import DataError
-from risam_cli.files.jsonlines import brief, read_lines_at
+from risam_cli.files.jsonlines import brief
 from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Failure, Rle, Sample
 
-FILE_NAME = "predictions.jsonl"
-MAX_LINE = 64 << 20
-"""Bytes of a line over which it is no record; as in :mod:`risam_cli.outputs.records`."""
-
-_Row = tuple[int, dict[str, Any]]  # its number among the records, and the record
+FILE_NAME = PREDICTIONS
+_COMPARED = 1000  # expressions that are looked at before a file is taken for another data set's
+# REFER's refs name their image with the number of an annotation behind it.
+_REFER_NAME = re.compile(r"(.+_\d{12})_\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +57,33 @@ class Answer:
     no_target_probability: float = math.nan
 
 
-class PredictionIndex:
-    """The records of a ``predictions.jsonl``, by id and by image and expression.
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A record that is an expression's: its number among the records, and its place."""
 
-    Use as a context manager; the file stays open in between.
+    row: int
+    record: Record
+    number: int
+
+
+class PredictionIndex:
+    """Predictions by id and by image and expression. Use as a context manager.
 
     Args:
-        path: the file, the folder that holds ``predictions.jsonl``, or ``-`` for stdin.
-        on_failure: gets every line that is no record.
+        path: see :class:`risam_cli.data.readers.results.Results`.
+        on_failure: gets every record that is none.
         size: (H, W) of all masks, where they are not at their images' sizes.
         canvas: side of the square at which a protocol compares masks; masks of that size are taken
             as they are.
+        source: the split that they are for, so that names which several images share are known.
+
+    Attributes:
+        broken: lines that are no record.
+        doubled: records that came a second time for an expression.
 
     Raises:
-        DataError: the file cannot be read or holds no record at all.
+        DataError: the file cannot be read, holds no record at all, or its ids belong to other
+            expressions than those of ``source``.
     """
 
     def __init__(
@@ -73,28 +93,24 @@ class PredictionIndex:
         size: tuple[int, int] | None = None,
         *,
         canvas: int = 0,
+        source: SampleSource | None = None,
     ) -> None:
         self._size = size
         self._canvas = canvas
-        self.path = path / FILE_NAME if path.is_dir() else path
-        self._stream = _open(self.path)
+        self._results = Results(path)
+        self.path = self._results.path
         self._on_failure = on_failure
-        offsets, by_id, by_pair, self.broken = array("q"), array("Q"), array("Q"), 0
-        for offset, record in self._scan():
-            offsets.append(offset)
-            by_id.append(_hash(record["id"]) if "id" in record else 0)
-            by_pair.append(_pair_hash(record))
-        if not len(offsets):
+        self.broken = self.doubled = 0
+        self._compared = self._differing = self._respelled = 0
+        self._first_differing = self._first_respelled = ""
+        try:
+            self._read()
+            self._images = _by_stem(source)
+            if source is not None and not source.generated:
+                self._require_agreement(source)
+        except BaseException:
             self.close()
-            raise DataError(
-                f"{self.path} holds no prediction" + (" that can be read" if self.broken else ""),
-                "one JSON object a line, with id (or image and expression) and segmentation",
-            )
-        self._offsets = np.array(offsets, np.int64)
-        self._ids = _Lookup(np.array(by_id, np.uint64))
-        self._pairs = _Lookup(np.array(by_pair, np.uint64))
-        self._used = np.zeros(len(offsets), np.bool_)
-        self.doubled = 0
+            raise
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -107,28 +123,35 @@ class PredictionIndex:
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        self._results.close()
 
     def find(self, sample: Sample, expression: Expression) -> Answer | None:
         """The answer to an expression; None where there is none.
 
-        A record with the expression's id counts unless it names another image; else one that
-        names the image (its path, or the end of it) and the expression. Of several, the first in
-        the file is taken and the others are told to ``on_failure``.
+        A record with the expression's id counts, unless it names both another image and another
+        expression; else one that names the image and the expression. Of several, the first in the
+        file is taken and the others are told to ``on_failure``; where an image has an expression
+        several times and there are as many records, they are taken in turn.
 
         Raises:
-            DataError: the record is malformed, or its mask is of another size than the image.
+            DataError: the record is malformed, names something else, or its mask is of another size
+                than the image.
         """
-        found = list(self._by_id(sample, expression)) or list(self._by_pair(sample, expression))
+        strange: list[str] = []
+        found = list(self._by_id(sample, expression, strange))
         if not found:
+            found = list(self._by_pair(sample, expression))
+            found = _own_turn(found, sample, expression)
+        if not found:
+            if strange:
+                raise DataError(strange[0])
             return None
-        for row, record in found[1:]:
-            if not self._used[row]:
+        for other in found[1:]:
+            if not self._used[other.row]:
                 self.doubled += 1
-                self._tell(record, "a second prediction for one expression; not scored")
-        self._used[[row for row, _ in found]] = True
-        where = f"{self.path}: prediction {expression.id!r}"
-        return parse_answer(found[0][1], self._size or sample.size, where, canvas=self._canvas)
+                self._tell(other.record, "a second prediction for one expression; not scored")
+        self._used[[one.row for one in found]] = True
+        return self._answer(found[0], expression, self._size or sample.size)
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """All records with an id, in the file's order.
@@ -142,146 +165,273 @@ class PredictionIndex:
     def surplus(self) -> Iterator[tuple[str, str, str]]:
         """Id, image and expression of every record that no expression asked for."""
         for row in np.flatnonzero(~self._used):
-            record = self._record(int(row))
-            name, image, text = (str(record.get(k, "")) for k in ("id", "image", "expression"))
-            yield name, image, text
+            record = self._at(int(row)).record
+            yield tuple(str(record[k] or "") for k in ("id", "image", "expression"))  # type: ignore[misc]
 
     @property
     def unused(self) -> int:
         """How many records no expression asked for."""
         return int((~self._used).sum())
 
-    def _scan(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, offset, line in read_lines_at(self._stream, MAX_LINE):
-            where = f"{self.path}: line {number}"
-            try:
-                if line is None:
-                    raise DataError(f"{where} is longer than {MAX_LINE >> 20} MiB")
-                yield offset, _parse_line(line, where)
-            except DataError as error:
-                self.broken += 1
-                self._on_failure(
-                    Failure(f"line {number}", "", None, "read", "DataError", str(error))
+    def notes(self) -> list[str]:
+        """What the user must know of the records that were read, one line a kind."""
+        lines = self._results.notes()
+        if self._respelled:
+            lines.append(
+                f"{self._respelled} predictions name their image otherwise than the data set; they "
+                f"are taken by their ids and expressions ({self._first_respelled})"
+            )
+        if self._differing:
+            lines.append(
+                f"{self._differing} of {self._compared} predictions with an id of this split name "
+                f"another image or expression ({self._first_differing})"
+            )
+        return lines
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        offsets, numbers = array("q"), array("q")
+        by_id, by_pair = array("Q"), array("Q")
+        for number, offset, record in self._results.rows():
+            if isinstance(record, dict) and not _has_name(record):
+                record = DataError(
+                    f"{self._results.place(number)}: neither id nor image and expression",
+                    "say whose answer it is",
                 )
+            if isinstance(record, DataError):
+                self.broken += 1
+                label = self._results.place(number).rpartition(", ")[2]
+                self._on_failure(Failure(label, "", None, "read", "DataError", str(record)))
+                continue
+            offsets.append(offset)
+            numbers.append(number)
+            by_id.append(_hash(record["id"]) if record["id"] else 0)
+            by_pair.append(_pair_hash(record["image"], record["expression"]))
+        if not len(offsets):
+            raise DataError(
+                f"{self.path} holds no prediction" + (" that can be read" if self.broken else ""),
+                "one JSON object a line, with id (or image and expression) and segmentation",
+            )
+        self._offsets = np.array(offsets, np.int64)
+        self._numbers = np.array(numbers, np.int64)
+        self._ids = _Lookup(np.array(by_id, np.uint64))
+        self._pairs = _Lookup(np.array(by_pair, np.uint64))
+        self._used = np.zeros(len(offsets), np.bool_)
 
-    def _by_id(self, sample: Sample, expression: Expression) -> Iterator[_Row]:
+    def _at(self, row: int) -> _Found:
+        number = int(self._numbers[row])
+        return _Found(row, self._results.read(number, int(self._offsets[row])), number)
+
+    def _answer(
+        self, found: _Found, expression: Expression, size: tuple[int, int] | None
+    ) -> Answer:
+        """Check a record's mask; a side field that is out of range costs a note, never the mask."""
+        where = f"{self.path}: prediction {expression.id!r}"
+        record = found.record
+        flag = self._results.flag(record, "no_target", found.number)
+        score = self._results.unit(record, "score", found.number)
+        nothing = self._results.unit(record, "no_target_probability", found.number)
+        rle = None
+        if self._canvas:
+            rle = self._at_canvas(record, size, where)
+        if rle is None:
+            rle = self._results.mask(record, size, where)
+        if rle is None:
+            if not flag or size is None:
+                raise DataError(
+                    f"{where}: it has no mask", "give segmentation, or no_target: true for none"
+                )
+            rle = masks.empty(size)
+        return Answer(
+            rle,
+            flag if flag is not None else masks.area(rle) == 0,
+            math.nan if score is None else score,
+            math.nan if nothing is None else nothing,
+        )
+
+    def _at_canvas(self, record: Record, size: tuple[int, int] | None, where: str) -> Rle | None:
+        """The mask where it is of the canvas's size; None where it is not."""
+        if isinstance(record.get("segmentation"), list):
+            return None
+        try:
+            return self._results.mask(record, (self._canvas, self._canvas), where)
+        except DataError:
+            return None
+
+    # --- matching -------------------------------------------------------------------------------
+
+    def _by_id(
+        self, sample: Sample, expression: Expression, strange: list[str]
+    ) -> Iterator[_Found]:
+        """Records with the id; ``strange`` gets what those of another image say."""
         for row in self._ids.rows(_hash(expression.id)):
-            record = self._record(row)
-            if str(record.get("id")) == expression.id and _same_image(record, sample.image):
-                yield row, record
+            found = self._at(row)
+            record = found.record
+            if record["id"] != expression.id:
+                continue
+            image = _names_image(record, sample.image, expression)
+            text = _names_text(record, expression)
+            self._compared += not (image is None and text is None)
+            if image is False or text is False:
+                told = _difference(record, sample, expression)
+                self._differing += 1
+                self._first_differing = self._first_differing or f"the first: {told}"
+                if image is False:
+                    strange.append(f"{self.path}: {told}")
+                    continue
+            elif image and not is_tail(image_key(record["image"]), image_key(sample.image)):
+                self._respelled += 1
+                self._first_respelled = self._first_respelled or (
+                    f"the first: {record['image']} for {sample.image}"
+                )
+            yield found
 
-    def _by_pair(self, sample: Sample, expression: Expression) -> Iterator[_Row]:
-        texts = {expression.text, str(expression.attributes.get("raw", expression.text))}
-        for text in texts:
-            wanted = {"image": sample.image, "expression": text}
-            for row in self._pairs.rows(_pair_hash(wanted)):
-                record = self._record(row)
-                if record.get("expression") == text and _same_image(record, sample.image):
-                    yield row, record
+    def _by_pair(self, sample: Sample, expression: Expression) -> Iterator[_Found]:
+        seen: set[int] = set()
+        for image in _image_names(sample.image, expression):
+            for text in _texts(expression):
+                for row in self._pairs.rows(_pair_hash(image, text)):
+                    if row in seen:
+                        continue
+                    seen.add(row)
+                    found = self._at(row)
+                    if not _names_text(found.record, expression):
+                        continue
+                    if self._is_own(found, sample, expression):
+                        yield found
 
-    def _record(self, row: int) -> dict[str, Any]:
-        self._stream.seek(int(self._offsets[row]))
-        return _parse_line(self._stream.readline(MAX_LINE + 1), f"{self.path}")
+    def _is_own(self, found: _Found, sample: Sample, expression: Expression) -> bool:
+        """Whether a record's image is the sample's and no other image's of the split."""
+        if not _names_image(found.record, sample.image, expression):
+            return False
+        named, own = image_key(str(found.record["image"])), image_key(sample.image)
+        others = [key for key in self._images.get(_core(named), ()) if key != own]
+        if named == own or not others:
+            return True
+        if named in others:
+            return False
+        alike = [key for key in others if is_tail(named, key)]
+        if alike and is_tail(named, own):
+            raise DataError(
+                f"{self.path}: {found.record['image']!r} may be {sample.image} or {alike[0]}",
+                "name images by their whole paths, or give ids",
+            )
+        return is_tail(named, own) or not alike
 
-    def _tell(self, record: dict[str, Any], message: str) -> None:
-        name, image = str(record.get("id", "")), str(record.get("image", ""))
-        text = str(record.get("expression", ""))
+    def _require_agreement(self, source: SampleSource) -> None:
+        """Stop where the records' ids are those of another data set.
+
+        Raises:
+            DataError: most of the records that have an id of the split name something else.
+        """
+        compared, differing, first = 0, 0, ""
+        for group in source.chosen():
+            sample = Sample(group.image, group.path, (), group.size)
+            for phrase in group.phrases:
+                expression = Expression(phrase.id, phrase.text, attributes=phrase.attributes)
+                for row in self._ids.rows(_hash(phrase.id)):
+                    record = self._at(row).record
+                    text = _names_text(record, expression)
+                    image = _names_image(record, group.image, expression)
+                    if record["id"] != phrase.id or (text is None and image is None):
+                        continue
+                    compared += 1
+                    if text is False or image is False:
+                        differing += 1
+                        first = first or _difference(record, sample, expression)
+            if compared >= _COMPARED:
+                break
+        if 2 * differing > compared:
+            raise DataError(
+                f"{self.path} is of another data set or split: {differing} of {compared} records "
+                f"with an id of {source.dataset} {source.split} name another image or expression; "
+                f"{first}",
+                "give the predictions of this split, or leave their ids out to match them by image "
+                "and expression",
+            )
+
+    def _tell(self, record: Record, message: str) -> None:
+        name, image, text = (str(record[key] or "") for key in ("id", "image", "expression"))
         self._on_failure(Failure(name, image, text, "match", "DataError", message))
 
 
-def parse_answer(
-    record: dict[str, Any], size: tuple[int, int] | None, where: str, *, canvas: int = 0
-) -> Answer:
-    """Check a record's mask, flag and score.
+def _has_name(record: Record) -> bool:
+    """Whether it can be matched to an expression."""
+    return bool(record["id"] or (record["image"] and record["expression"]))
 
-    ``no_target`` may be absent (an empty mask then says it), and so may ``score``; with
-    ``no_target`` true, the mask may be absent too.
 
-    Raises:
-        DataError: naming ``where``, the field and what is wrong with it.
-    """
-    flag = record.get("no_target")
-    if flag is not None and not isinstance(flag, bool):
-        raise DataError(f"{where}: no_target is {flag!r}, not true or false")
-    segmentation = record.get("segmentation")
-    if segmentation is None and flag and size is not None:
-        rle = masks.empty(size)
-    else:
-        own = segmentation.get("size") if canvas and isinstance(segmentation, dict) else None
-        at_canvas = own == [canvas, canvas]
-        rle = masks.parse_rle(segmentation, size=None if at_canvas else size, where=where)
-    return Answer(
-        rle,
-        flag if flag is not None else masks.area(rle) == 0,
-        _unit(record, "score", where),
-        _unit(record, "no_target_probability", where),
+def _own_turn(found: list[_Found], sample: Sample, expression: Expression) -> list[_Found]:
+    """Of as many records as the image has expressions of one text, the one in this one's place."""
+    if len(found) < 2:
+        return found
+    key = expression_key(expression.text)
+    alike = [one.id for one in sample.expressions if expression_key(one.text) == key]
+    found.sort(key=lambda one: one.row)
+    return [found[alike.index(expression.id)]] if len(alike) == len(found) else found
+
+
+def _names_image(record: Record, image: str, expression: Expression) -> bool | None:
+    """Whether the record's image is ``image``; None where it names none."""
+    named = record["image"]
+    if not isinstance(named, str):
+        return None
+    own, other = image_key(image), image_key(named)
+    if is_tail(own, other) or is_tail(_bare(own), _bare(other)):
+        return True
+    return named == id_text(expression.attributes.get("image_id"))
+
+
+def _names_text(record: Record, expression: Expression) -> bool | None:
+    """Whether the record's expression is this one; None where it names none."""
+    named = record["expression"]
+    if not isinstance(named, str) or not named:
+        return None
+    return expression_key(named) in map(expression_key, _texts(expression))
+
+
+def _difference(record: Record, sample: Sample, expression: Expression) -> str:
+    return (
+        f"id {expression.id} is {brief(expression.text)} on {sample.image}, the record says "
+        f"{brief(record['expression'])} on {record['image'] or 'no image'}"
     )
 
 
-def _unit(record: dict[str, Any], key: str, where: str) -> float:
-    value = record.get(key)
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise DataError(f"{where}: {key} is {value!r}", "give a number in 0..1, or leave it out")
-    return float(value)
+def _texts(expression: Expression) -> set[str]:
+    return {expression.text, str(expression.attributes.get("raw", expression.text))}
 
 
-def _open(path: Path) -> BinaryIO:
-    """The file for reading at any place; stdin is first copied to a temporary file."""
-    if str(path) == "-":
-        copy = tempfile.TemporaryFile()  # noqa: SIM115 (the index closes it)
-        shutil.copyfileobj(sys.stdin.buffer, copy)
-        copy.seek(0)
-        return copy
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise DataError(
-            f"cannot read the predictions {path}: {error.strerror or error}",
-            f"give a {FILE_NAME} or the folder that holds one",
-        ) from error
+def _image_names(image: str, expression: Expression) -> list[str]:
+    number = id_text(expression.attributes.get("image_id"))
+    return [image] if number is None else [image, number]
 
 
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        cut = "" if line.endswith(b"\n") else " (the file ends in the middle of it)"
-        raise DataError(f"{where} is not JSON{cut}: {error}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where} is no JSON object")
-    if isinstance(record.get("id"), (int, str)):
-        record["id"] = str(record["id"])
-    elif "id" in record and record["id"] is not None:
-        raise DataError(f"{where} has the id {brief(record['id'])}, not a string")
-    else:
-        record.pop("id", None)
-    named = isinstance(record.get("image"), str) and isinstance(record.get("expression"), str)
-    if "id" not in record and not named:
-        raise DataError(f"{where} has neither an id nor an image and an expression")
-    return record
+def _bare(key: str) -> str:
+    """A key with its last part cut to its core."""
+    return f"{key.rpartition('/')[0]}/{_core(key)}"
 
 
-def _same_image(record: dict[str, Any], image: str) -> bool:
-    """Whether the record's image, if it names one, is ``image`` or ends like it, or the reverse."""
-    named = record.get("image")
-    if not isinstance(named, str):
-        return True
-    own, other = _components(named), _components(image)
-    shared = min(len(own), len(other))
-    return own[-shared:] == other[-shared:]
+def _core(key: str) -> str:
+    """What all usual spellings of an image's name share: no folder, no suffix, no REFER number."""
+    stem = stem_of(key)
+    refer = _REFER_NAME.fullmatch(stem)
+    return refer[1] if refer else stem
 
 
-def _components(path: str) -> list[str]:
-    return [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
+def _by_stem(source: SampleSource | None) -> dict[str, list[str]]:
+    """Keys of the split's images by core, where several share one."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    if source is not None and not source.generated:
+        for group in source.groups:
+            key = image_key(group.image)
+            found[_core(key)].append(key)
+    return {core: keys for core, keys in found.items() if len(keys) > 1}
 
 
-def _pair_hash(record: dict[str, Any]) -> int:
-    image, text = record.get("image"), record.get("expression")
+def _pair_hash(image: object, text: object) -> int:
     if not isinstance(image, str) or not isinstance(text, str):
         return 0
-    return _hash(f"{(_components(image) or [''])[-1]}\0{text}")
+    return _hash(f"{_core(image_tail(image_key(image)))}\0{expression_key(text)}")
 
 
 def _hash(text: str) -> int:

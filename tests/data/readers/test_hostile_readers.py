@@ -15,8 +15,8 @@ from support import hostile_images
 from risam_cli import cli
 from risam_cli.data.readers import jsonstream
 from risam_cli.data.readers.jsonstream import iter_json
+from risam_cli.data.readers.results import Results
 from risam_cli.errors import DataError
-from risam_cli.export.coco_results import Names, spool_results
 from risam_cli.export.targets import target_name
 from risam_cli.files import jsonlines
 from risam_cli.masks import rle as masks
@@ -125,13 +125,18 @@ def test_a_name_that_no_file_can_have_costs_its_own_image_only(tmp_path: Path, c
         assert (code, "1 of 1 images are missing" in err) == (0, True), name
 
 
+@pytest.mark.parametrize("score", ["9" * 400, "-" + "9" * 400, "NaN", "Infinity"])
+def test_a_score_of_nonsense_costs_no_mask(score: str, tmp_path: Path, capsys: Any) -> None:
+    record = json.dumps(RECORD)[:-1] + f', "score": {score}}}'
+    code, err, failures = _export(tmp_path, record, capsys, "--to", "png")
+    assert (code, failures) == (0, [])
+    assert "1 records have a score that is not a number in 0..1; it is left out" in err
+    assert len(list((tmp_path / "out/masks").iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        (json.dumps(RECORD)[:-1] + f', "score": {"9" * 400}}}', "'score'"),
-        (json.dumps(RECORD)[:-1] + f', "score": -{"9" * 400}}}', "'score'"),
-        (json.dumps({**RECORD, "score": float("nan")}), "'score'"),
-        (json.dumps({**RECORD, "score": float("inf")}), "'score'"),
         (json.dumps({**RECORD, "segmentation": None, "mask": "a\0.png"}), "cannot be read"),
         (json.dumps({**RECORD, "segmentation": None, "mask": "n" * 9000}), "cannot be read"),
         (json.dumps({**RECORD, "segmentation": None, "mask": "/dev/zero"}), "no regular file"),
@@ -195,14 +200,13 @@ def test_a_value_is_written_no_longer_than_it_is_shown() -> None:
 
 def test_a_record_without_end_is_not_held(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(jsonstream, "MAX_RECORD", 1 << 20)
-    monkeypatch.setattr("risam_cli.export.coco_results.MAX_LINE", 1 << 20)
     path = tmp_path / "long.json"
     path.write_text('[{"a": "' + "x" * (16 << 20))
     tracemalloc.start()
     with pytest.raises(DataError, match="longer than"):
         list(iter_json(path))
-    with open(tmp_path / "out", "wb") as out, pytest.raises(DataError, match="longer than"):
-        spool_results(path, Names(None), out)
+    with pytest.raises(DataError, match="longer than"):
+        Results(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 12 << 20
@@ -211,14 +215,14 @@ def test_a_record_without_end_is_not_held(tmp_path: Path, monkeypatch: Any) -> N
 def test_a_line_of_predictions_without_end_is_not_held(
     tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    monkeypatch.setattr("risam_cli.data.readers.predictions.MAX_LINE", 1 << 20)
+    monkeypatch.setattr("risam_cli.data.readers.results.MAX_LINE", 1 << 20)
     long = json.dumps({**RECORD, "pad": "x" * (20 << 20)})
     tracemalloc.start()
     code, err = _evaluate(tmp_path, json.dumps(_coco()), f"{json.dumps(RECORD)}\n{long}", capsys)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert code == 3
-    assert "line 2 is longer than 1 MiB" in err
+    assert "line 2: longer than 1 MiB" in err
     assert peak < 90 << 20  # twice the test's own text; what was read of it is below 2 MiB
 
 

@@ -22,7 +22,7 @@ from support.eval_files import REFS, box_mask, compressed, record, write_records
 from risam_cli.data.readers import jsonstream
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.pickle import load_plain_pickle
-from risam_cli.data.readers.predictions import PredictionIndex, parse_answer
+from risam_cli.data.readers.predictions import Answer, PredictionIndex
 from risam_cli.errors import DataError
 from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Failure, Sample
@@ -268,9 +268,11 @@ def test_records_are_found_by_id_or_by_image_and_expression(tmp_path: Path) -> N
 
 def test_an_id_of_another_image_does_not_count(tmp_path: Path) -> None:
     path = write_records(tmp_path / "p.jsonl", [record("7", "b/1.jpg", "cat", MASK)])
-    answers, _, index = _find(path, _sample(("7", "cat")))
-    assert answers == [None]
-    assert index.unused == 1
+    sample = _sample(("7", "cat"))
+    with PredictionIndex(path, lambda failure: None) as index:
+        with pytest.raises(DataError, match="id 7 is 'cat' on a/1.jpg, the record says 'cat' on b/1"):
+            index.find(sample, sample.expressions[0])
+        assert index.unused == 1
     path = write_records(tmp_path / "q.jsonl", [{**record("7", "", "", MASK), "image": None}])
     answers, _, _ = _find(path, _sample(("7", "cat")))
     assert answers[0] is not None
@@ -319,31 +321,77 @@ def test_a_folder_or_stdin_may_hold_the_records(tmp_path: Path, monkeypatch: Any
         assert index.find(_sample(("7", "cat"), image="1.jpg"), Expression("7", "cat")) is not None
 
 
-def test_what_a_record_may_leave_out() -> None:
+def answer_of(
+    tmp_path: Path, change: dict[str, Any], canvas: int = 0
+) -> tuple[Answer, PredictionIndex]:
+    path = write_records(tmp_path / "p.jsonl", [{"id": "7", **change}])
+    sample = _sample(("7", "cat"), image="1.jpg")
+    with PredictionIndex(path, lambda failure: None, canvas=canvas) as index:
+        answer = index.find(sample, sample.expressions[0])
+    assert answer is not None
+    return answer, index
+
+
+def test_what_a_record_may_leave_out(tmp_path: Path) -> None:
     plain = {"segmentation": compressed(MASK)}
-    answer = parse_answer(plain, MASK.shape, "here")
+    answer, _ = answer_of(tmp_path, plain)
     assert (answer.no_target, np.isnan(answer.score)) == (False, True)
     empty = {"segmentation": compressed(np.zeros_like(MASK))}
-    assert parse_answer(empty, MASK.shape, "here").no_target is True
-    none = parse_answer({"no_target": True}, MASK.shape, "here")
-    assert masks.area(none.segmentation) == 0
-    flagged = parse_answer({**plain, "no_target": True, "score": 1}, MASK.shape, "here")
+    assert answer_of(tmp_path, empty)[0].no_target is True
+    for none in ({"no_target": True}, {"no_target": True, "segmentation": []}):
+        assert masks.area(answer_of(tmp_path, none)[0].segmentation) == 0
+    flagged, _ = answer_of(tmp_path, {**plain, "no_target": True, "score": 1})
     assert (flagged.no_target, masks.area(flagged.segmentation)) == (True, MASK.sum())
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"segmentation": None}, "not an RLE"),
+        ({"segmentation": None}, "no mask"),
+        ({"segmentation": []}, "an empty list; a box alone has no mask"),
         ({"segmentation": compressed(np.ones((5, 6), bool))}, "5x6"),
+        ({"segmentation": compressed(MASK.T)}, r"\[width, height\]"),
         ({"segmentation": {"size": [40, 60], "counts": "zz"}}, "sum|damaged"),
-        ({"no_target": "yes"}, "no_target"),
-        ({"score": 1.5}, "score is 1.5"),
-        ({"score": "high"}, "score"),
-        ({"score": float("nan")}, "score is nan"),
-        ({"score": True}, "score"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "no polygon has three points"),
+        ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "7 coordinates"),
+        ({"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, "not a finite number"),
+        ({"segmentation": "abc"}, "give an RLE or polygons"),
     ],
 )
-def test_malformed_answers_are_named(change: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(DataError, match=f"here.*(?:{complaint})"):
-        parse_answer({**record("7", "1.jpg", "cat", MASK), **change}, MASK.shape, "here")
+def test_malformed_answers_are_named(
+    tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(DataError, match=complaint):
+        answer_of(tmp_path, change)
+
+
+@pytest.mark.parametrize(
+    "side",
+    [
+        *({"score": value} for value in (1.5, 7.3, "high", "0.9", float("nan"), True, 1.004)),
+        *({"no_target": value} for value in ("yes", 0, 1.0)),
+        {"no_target_probability": -1},
+    ],
+)
+def test_a_side_field_never_costs_a_mask(tmp_path: Path, side: dict[str, Any]) -> None:
+    answer, index = answer_of(tmp_path, {"segmentation": compressed(MASK), **side})
+    np.testing.assert_array_equal(masks.decode(answer.segmentation), MASK)
+    assert (answer.no_target, np.isnan(answer.score)) == (False, True)
+    (note,) = index.notes()
+    assert next(iter(side)) in note
+    assert "left out" in note
+
+
+@pytest.mark.parametrize("polygons", [[[2, 3, 12, 3, 12, 20, 2, 20]], [2, 3, 12, 3, 12, 20, 2, 20]])
+def test_polygons_are_taken_at_the_images_size(tmp_path: Path, polygons: Any) -> None:
+    answer, _ = answer_of(tmp_path, {"segmentation": polygons, "bbox": [2, 3, 10, 17]})
+    np.testing.assert_array_equal(masks.decode(answer.segmentation), MASK)
+
+
+def test_masks_of_the_protocols_own_size_are_taken(tmp_path: Path) -> None:
+    square = np.zeros((480, 480), bool)
+    square[:240] = True
+    answer, _ = answer_of(tmp_path, {"segmentation": compressed(square)}, canvas=480)
+    np.testing.assert_array_equal(masks.decode(answer.segmentation), square)
+    answer, _ = answer_of(tmp_path, {"segmentation": compressed(MASK)}, canvas=480)
+    np.testing.assert_array_equal(masks.decode(answer.segmentation), MASK)

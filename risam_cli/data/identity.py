@@ -1,0 +1,80 @@
+"""When two names mean the same: the one rule for images, ids and expressions, in every command.
+
+- **Images** are compared as paths: a backslash parts folders as a slash does, ``.`` and doubled
+  slashes do not count, ``a/../b`` is ``b``, and letters are compared in Unicode's composed form
+  (NFC). ``./a.png``, ``a.png`` and ``.\\a.png`` are one image; ``A.png`` is another.
+- **Ids** are compared as text: 7, 7.0 and "7" are one id, "07" is another.
+- **Expressions** are compared without regard to case, white space and punctuation.
+
+A file is *opened* by the name as it is given; only where there is no such file, the composed and
+the decomposed form and slashes for backslashes are tried.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from pathlib import PurePosixPath
+from typing import Any
+
+
+def image_key(name: str) -> str:
+    """What two names of one image have in common."""
+    parts: list[str] = []
+    for part in unicodedata.normalize("NFC", name).replace("\\", "/").split("/"):
+        if part == ".." and parts and parts[-1] != "..":
+            parts.pop()
+        elif part not in ("", "."):
+            parts.append(part)
+    return ("/" if name.startswith(("/", "\\")) else "") + "/".join(parts)
+
+
+def image_tail(key: str) -> str:
+    """The last part of an image's key: what names of one image share at the least."""
+    return key.rpartition("/")[2]
+
+
+def is_tail(key: str, other: str) -> bool:
+    """Whether one of two keys is the end of the other, by whole parts."""
+    own, others = key.strip("/").split("/"), other.strip("/").split("/")
+    shared = min(len(own), len(others))
+    return own[-shared:] == others[-shared:]
+
+
+def stem_of(name: str) -> str:
+    """A file's name without folders and without what looks like a suffix."""
+    return PurePosixPath(image_tail(image_key(name))).stem
+
+
+def id_text(value: Any) -> str | None:
+    """An id as text; None where the value cannot be one (empty, a truth value, not finite)."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return None
+    text = str(value)
+    return None if text in ("", "nan", "inf", "-inf") else text
+
+
+def expression_key(text: str) -> str:
+    """What two spellings of one expression have in common."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    words = "".join(c if c.isalnum() else " " for c in plain).split()
+    return " ".join(words) or plain.strip()
+
+
+def existing(path: str) -> str:
+    """The spelling of a path under which there is a file; the path itself where there is none."""
+    if os.path.lexists(path):
+        return path
+    forms = [path]
+    if "\\" in path:
+        forms.append(path.replace("\\", "/"))
+    for form in forms:
+        for kind in ("NFC", "NFD"):
+            found = unicodedata.normalize(kind, form)
+            if os.path.lexists(found):
+                return found
+        if os.path.lexists(form):
+            return form
+    return path
