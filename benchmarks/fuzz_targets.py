@@ -23,9 +23,9 @@ from risam_cli.data.readers.phrasecut import open_phrasecut
 from risam_cli.data.readers.pickle import load_plain_pickle
 from risam_cli.data.readers.predictions import PredictionIndex
 from risam_cli.data.readers.refer import open_refer
+from risam_cli.data.readers.results import Results
 from risam_cli.errors import DataError
 from risam_cli.export.categories import read_map
-from risam_cli.export.coco_results import Names, spool_results
 from risam_cli.export.targets import target_name
 from risam_cli.files.jsonlines import parse_json
 from risam_cli.masks import rle as masks
@@ -176,7 +176,11 @@ def _ledger(path: Path) -> None:
 
 
 def _results(path: Path) -> None:
-    spool_results(path, Names(None), io.BytesIO())
+    with Results(path) as results:
+        for number, _, record in results.rows():
+            if not isinstance(record, DataError):
+                with suppress(DataError):
+                    results.mask(record, SIZE, results.place(number))
 
 
 def _names(path: Path) -> None:

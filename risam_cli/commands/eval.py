@@ -70,7 +70,8 @@ def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None)
     "--predictions",
     type=click.Path(path_type=Path, allow_dash=True),
     metavar="FILE",
-    help="Score these records instead of a model: predictions.jsonl, its folder, or -.",
+    help="Score these instead of a model: predictions.jsonl, its folder, COCO results, a folder of "
+    "masks with a manifest, or -.",
 )
 @click.option(
     "--protocol",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from risam_cli.data.images.files import file_sha256
-from risam_cli.data.readers.predictions import Answer, PredictionIndex, parse_answer
+from risam_cli.data.readers.predictions import Answer, PredictionIndex
 from risam_cli.data.readers.source import OnFailure, SampleSource
 from risam_cli.errors import DataError, OutputError
 from risam_cli.evaluation.run import ANSWERS_FILE
@@ -157,7 +157,8 @@ class AnswerLog:
             if not same:
                 return None
             try:
-                answers.append(parse_answer(same[-1], self._size or sample.size, str(self.path)))
+                size = self._size or sample.size
+                answers.append(self.known.answer(same[-1], size, str(self.path)))
             except DataError:  # a line that a power cut spoilt
                 return None
         return Answered(sample, tuple(answers))

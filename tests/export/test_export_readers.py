@@ -86,6 +86,8 @@ def test_the_projects_own_reader_takes_the_coco_file(case, tmp_path):
     assert export(case, "--to", "coco", "-o", tmp_path) == 0
     samples = list(reader.open_coco(tmp_path / "instances.json", case / "images"))
     found = {e.text: e.target for sample in samples for e in sample.expressions}
+    # Each once, though the file says it in its list and on its annotation.
+    assert sum(len(sample.expressions) for sample in samples) == len(SHAPES) + 1
     assert found.keys() == {*SHAPES, "nothing"}
     assert masks.area(found["nothing"]) == 0
     for name, mask in SHAPES.items():

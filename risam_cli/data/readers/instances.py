@@ -36,6 +36,7 @@ class Instances:
     Attributes:
         in_category: (image id, category id) -> its annotations, crowds left out: the
             candidates an expression must choose among.
+        doubled: ids of annotations that stand twice and differ: whose mask is meant is not known.
         other: the top-level members that are none of these, such as ``expressions``.
     """
 
@@ -44,6 +45,7 @@ class Instances:
     annotations: dict[Any, Annotation] = field(default_factory=dict)
     categories: dict[Any, str] = field(default_factory=dict)
     in_category: Counter[tuple[Any, Any]] = field(default_factory=Counter)
+    doubled: set[Any] = field(default_factory=set)
 
     def image(self, image_id: Any) -> dict[str, Any]:
         """The image's entry. Raises DataError where there is none or it names no file."""
@@ -82,6 +84,11 @@ class Instances:
             raise DataError(
                 f"annotation {ann_id!r} does not exist in {self.path}",
                 "check the ids, or take both files from one release",
+            )
+        if ann_id in self.doubled:
+            raise DataError(
+                f"two annotations of {self.path} have the id {ann_id!r} and differ",
+                "give every annotation an id of its own",
             )
         if annotation.image_id != image_id:
             raise DataError(
@@ -158,7 +165,13 @@ def read_instances(
         if key == "images":
             image_id = record_id(record, path, "images[]")
             if keep_image(image_id):
-                result.images[image_id] = record
+                known = result.images.setdefault(image_id, record)
+                if known != record:
+                    raise DataError(
+                        f"two images of {path} have the id {image_id!r}: "
+                        f"{brief(known.get('file_name'))} and {brief(record.get('file_name'))}",
+                        "give every image an id of its own",
+                    )
         elif key == "annotations":
             ann_id = record_id(record, path, "annotations[]")
             image_id = _reference(record, "image_id", path)
@@ -166,12 +179,14 @@ def read_instances(
             if keep_image(image_id) and not record.get("iscrowd"):
                 result.in_category[image_id, category_id] += 1
             if keep_annotation(ann_id):
-                result.annotations[ann_id] = Annotation(
+                annotation = Annotation(
                     image_id,
                     category_id,
                     bool(record.get("iscrowd")),
                     _compact(record.get("segmentation")),
                 )
+                if result.annotations.setdefault(ann_id, annotation) != annotation:
+                    result.doubled.add(ann_id)
                 if on_annotation is not None:
                     on_annotation(ann_id, record)
         elif key == "categories":

@@ -151,16 +151,25 @@ class PredictionIndex:
                 self.doubled += 1
                 self._tell(other.record, "a second prediction for one expression; not scored")
         self._used[[one.row for one in found]] = True
-        return self._answer(found[0], expression, self._size or sample.size)
+        where = f"{self.path}: prediction {expression.id!r}"
+        return self._answer(found[0], where, self._size or sample.size)
 
-    def records(self, name: str) -> list[dict[str, Any]]:
+    def records(self, name: str) -> list[Record]:
         """All records with an id, in the file's order.
 
         Raises:
             DataError: one of them is not what it was any more.
         """
-        found = (self._record(row) for row in self._ids.rows(_hash(name)))
-        return [record for record in found if record.get("id") == name]
+        found = (self._at(row).record for row in self._ids.rows(_hash(name)))
+        return [record for record in found if record["id"] == name]
+
+    def answer(self, record: Record, size: tuple[int, int] | None, where: str) -> Answer:
+        """Check a record's mask; a side field that is out of range costs a note, never the mask.
+
+        Raises:
+            DataError: the mask is missing, malformed or of another size.
+        """
+        return self._answer(_Found(0, record, 1), where, size)
 
     def surplus(self) -> Iterator[tuple[str, str, str]]:
         """Id, image and expression of every record that no expression asked for."""
@@ -223,11 +232,7 @@ class PredictionIndex:
         number = int(self._numbers[row])
         return _Found(row, self._results.read(number, int(self._offsets[row])), number)
 
-    def _answer(
-        self, found: _Found, expression: Expression, size: tuple[int, int] | None
-    ) -> Answer:
-        """Check a record's mask; a side field that is out of range costs a note, never the mask."""
-        where = f"{self.path}: prediction {expression.id!r}"
+    def _answer(self, found: _Found, where: str, size: tuple[int, int] | None) -> Answer:
         record = found.record
         flag = self._results.flag(record, "no_target", found.number)
         score = self._results.unit(record, "score", found.number)

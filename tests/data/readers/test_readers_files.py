@@ -270,7 +270,7 @@ def test_an_id_of_another_image_does_not_count(tmp_path: Path) -> None:
     path = write_records(tmp_path / "p.jsonl", [record("7", "b/1.jpg", "cat", MASK)])
     sample = _sample(("7", "cat"))
     with PredictionIndex(path, lambda failure: None) as index:
-        with pytest.raises(DataError, match="id 7 is 'cat' on a/1.jpg, the record says 'cat' on b/1"):
+        with pytest.raises(DataError, match=r"'cat' on a/1\.jpg, the record says 'cat' on b/1"):
             index.find(sample, sample.expressions[0])
         assert index.unused == 1
     path = write_records(tmp_path / "q.jsonl", [{**record("7", "", "", MASK), "image": None}])
