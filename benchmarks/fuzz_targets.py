@@ -135,7 +135,7 @@ def _rows(kind: str) -> Callable[[Path], None]:
             if kind == "jsonl":
                 list(manifest.read_jsonl(stream, "m"))
             else:
-                list(manifest.read_table(stream, "m", ","))
+                list(manifest.read_table(stream, "m"))
 
     return run
 
