@@ -14,7 +14,7 @@ from risam_cli.errors import EXIT_OK, OutputError
 
 # Said here again, and held to the data set's own by a test, so that --help imports little.
 FAMILIES = ("refshapes", "refshapes+", "refshapesg", "grefshapes")
-SPLITS = ("train", "val", "testA", "testB")
+SPLITS = ("train", "val", "testA", "testB", "testC")
 FORMATS = ("own", "refer", "grefcoco", "phrasecut", "coco")
 IMAGE_FORMATS = ("jpg", "png")
 
@@ -42,8 +42,9 @@ def _check_splits(ctx: click.Context, param: click.Parameter, value: str) -> tup
     default="val,testA,testB",
     show_default=True,
     callback=_check_splits,
-    shell_complete=completing.comma_list(("train", "val", "testA", "testB")),
-    help="Comma separated: train, val, testA (crowded), testB (unseen shape and colour pairs).",
+    shell_complete=completing.comma_list(SPLITS),
+    help="Comma separated: train, val, testA (crowded), testB (unseen shape and colour pairs), "
+    "testC (unseen looks and wording).",
 )
 @click.option(
     "--scenes",

@@ -21,7 +21,10 @@ class RefShapesData(Settings):
     mix: dict[RefShapesFamily, float] | None = Field(
         None, description="shares of the families in mixed; None is equal ones"
     )
-    split: Literal["train", "val", "testA", "testB"] = "train"
+    split: Literal["train", "val", "testA", "testB", "testC"] = "train"
+    variety: Literal["plain", "wide"] = Field(
+        "plain", description="wide: many proportions, looks and grammars; testC always is"
+    )
     scenes: int | None = Field(None, gt=0)
     expressions_per_scene: int = Field(6, gt=0)
     seed: int = Field(0, ge=0)

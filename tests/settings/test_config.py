@@ -159,7 +159,7 @@ WRONG: dict[str, tuple[Change, str, str]] = {
     "one of several": (lambda r: r.update(precision="fp8"), "precision = 'fp8': .*'bf16'", ""),
     "unknown split": (
         lambda r: r["train"].update(split="trian"),
-        r"train.*split = 'trian': .*'train', 'val', 'testA' or 'testB'",
+        r"train.*split = 'trian': .*'train', 'val', 'testA', 'testB' or 'testC'",
         "",
     ),
     "unknown preset": (

@@ -9,12 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.data.refshapes.expressions import Referring, draw_expressions
-from risam_cli.data.refshapes.render import paint
+from risam_cli.data.refshapes.render import HELD_OUT_LOOK, paint, paint_wide
 from risam_cli.data.refshapes.scene import Dice, Layout, SceneObject, draw_kinds, draw_layout
 from risam_cli.errors import UsageError
 
 FAMILIES: tuple[str, ...] = ("refshapes", "refshapes+", "refshapesg", "grefshapes")
-SPLIT_SCENES: dict[str, int] = {"train": 40000, "val": 500, "testA": 500, "testB": 500}
+SPLIT_SCENES: dict[str, int] = {
+    "train": 40000,
+    "val": 500,
+    "testA": 500,
+    "testB": 500,
+    "testC": 500,
+}
 """Splits and their numbers of scenes where none is asked for."""
 
 VERSION = 1
@@ -54,13 +60,16 @@ class RefShapes:
 
     Args:
         family: one of ``FAMILIES``, or "mixed", which draws one of them for every scene.
-        split: "train", "val", "testA" (6 to 9 objects) or "testB" (every scene with a shape in a
-            colour that no other split shows it in).
+        split: "train", "val", "testA" (6 to 9 objects), "testB" (every scene with a shape in a
+            colour that no other split shows it in) or "testC" (drawn and spoken of in ways that
+            no other split has).
         scenes: length; None for the split's own. Scene i does not depend on it.
         expressions_per_scene: expressions of every scene.
         size: height and width in pixels, at least 128.
         seed: another one gives other scenes.
         mix: of "mixed": shares of the families, above 0; None for equal ones.
+        variety: "plain", or "wide": shapes of many proportions, many looks, several grammars, and
+            in every family phrases that refer to nothing. testC is always wide.
 
     Raises:
         UsageError: an unknown family or split, or a number out of its range.
@@ -75,6 +84,7 @@ class RefShapes:
         size: int = 256,
         seed: int = 0,
         mix: Mapping[str, float] | None = None,
+        variety: str = "plain",
     ) -> None:
         if family not in (*FAMILIES, "mixed"):
             raise UsageError(
@@ -84,6 +94,8 @@ class RefShapes:
             raise UsageError(
                 f"unknown RefShapes split {split!r}", f"take one of {', '.join(SPLIT_SCENES)}"
             )
+        if variety not in ("plain", "wide"):
+            raise UsageError(f"unknown RefShapes variety {variety!r}", "take plain or wide")
         for name, value, least in (
             ("scenes", scenes, 1),
             ("expressions_per_scene", expressions_per_scene, 1),
@@ -109,6 +121,7 @@ class RefShapes:
         self.expressions_per_scene = expressions_per_scene
         self.size = size
         self.seed = seed
+        self.wide = variety == "wide" or split == "testC"
 
     def __len__(self) -> int:
         return self.scenes
@@ -129,6 +142,8 @@ class RefShapes:
         if not 0 <= index < self.scenes:
             raise IndexError(f"scene {index} of {self.scenes}")
         key = f"refshapes/{VERSION}/{self.seed}/{self.family}/{self.split}/{index}"
+        if self.wide:
+            key = f"wide/{key}"
         family = self.family
         if family == "mixed":
             family = self._drawn_family(Dice(f"{key}/family"))
@@ -140,12 +155,17 @@ class RefShapes:
             if with_expressions:
                 said = self._expressions(f"{key}/{attempt}", family, layout)
             if said is not None:
-                image = paint(Dice(f"{key}/{attempt}/paint"), layout)
+                image = self._paint(Dice(f"{key}/{attempt}/paint"), layout)
                 return SceneItem(image, layout.instances, layout.objects, said, family)
         raise UsageError(
             f"scenes of {family} have less than {self.expressions_per_scene} expressions in them",
             "ask for fewer expressions per scene",
         )
+
+    def _paint(self, dice: Dice, layout: Layout) -> NDArray[np.uint8]:
+        if not self.wide:
+            return paint(dice, layout)
+        return paint_wide(dice, layout, HELD_OUT_LOOK if self.split == "testC" else None)
 
     def _drawn_family(self, dice: Dice) -> str:
         if self.mix is None:
@@ -154,10 +174,10 @@ class RefShapes:
 
     def _layout(self, key: str) -> Layout | None:
         dice = Dice(key)
-        fewest = 6 if self.split == "testA" else _MIN_OBJECTS
+        fewest = 6 if self.split == "testA" else _MIN_OBJECTS - self.wide
         count = fewest + dice.below(_MAX_OBJECTS - fewest + 1)
         kinds = draw_kinds(dice, count, held_out=self.split == "testB")
-        return draw_layout(dice, kinds, self.size)
+        return draw_layout(dice, kinds, self.size, wide=self.wide)
 
     def _expressions(self, key: str, family: str, layout: Layout) -> tuple[Referring, ...] | None:
         return draw_expressions(
@@ -167,4 +187,6 @@ class RefShapes:
             self.size,
             self.expressions_per_scene,
             held_out=self.split == "testB",
+            wide=self.wide,
+            clauses=self.split == "testC",
         )

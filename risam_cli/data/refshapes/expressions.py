@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from risam_cli.data.refshapes.phrases import Noun, Phrase, View, bits, write
+from risam_cli.data.refshapes.phrases import (
+    GRAMMARS,
+    HELD_OUT_GRAMMAR,
+    Noun,
+    Phrase,
+    View,
+    bits,
+    write,
+)
 from risam_cli.data.refshapes.scene import Dice, SceneObject
 from risam_cli.data.refshapes.vocabulary import (
     COLORS,
@@ -19,6 +27,9 @@ from risam_cli.data.refshapes.vocabulary import (
 
 _LONG_WORDS = (6, 14)  # fewest and most words of a refshapesg expression
 _MAX_WORDS = 18
+# Share of expressions of wide scenes that refer to nothing, in families after benchmarks that
+# have none.
+_WIDE_NOTHING = 0.12
 # Tries for one more expression; a scene that needs more has too little to say.
 _TRIES = 60
 
@@ -40,7 +51,15 @@ class Referring:
 
 
 def draw_expressions(
-    dice: Dice, family: str, objects: Sequence[SceneObject], size: int, count: int, held_out: bool
+    dice: Dice,
+    family: str,
+    objects: Sequence[SceneObject],
+    size: int,
+    count: int,
+    held_out: bool,
+    *,
+    wide: bool = False,
+    clauses: bool = False,
 ) -> tuple[Referring, ...] | None:
     """``count`` different expressions of a scene, or None where it has too little to say.
 
@@ -50,8 +69,10 @@ def draw_expressions(
         size: side of the picture in pixels.
         held_out: testB: referents always include an object of a held-out pair. Otherwise no
             phrase names such a pair, not even one that refers to nothing.
+        wide: in several grammars, and with phrases in every family that refer to nothing.
+        clauses: testC: in the grammar that no other split speaks.
     """
-    speaker = _Speaker(dice, objects, size, held_out)
+    speaker = _Speaker(dice, objects, size, held_out, wide=wide, clauses=clauses)
     found: list[Referring] = []
     for _ in range(count):
         made = speaker.next(family)
@@ -69,12 +90,21 @@ class _Speaker:
     """Draws phrases about one scene and remembers what was said."""
 
     def __init__(
-        self, dice: Dice, objects: Sequence[SceneObject], size: int, held_out: bool
+        self,
+        dice: Dice,
+        objects: Sequence[SceneObject],
+        size: int,
+        held_out: bool,
+        *,
+        wide: bool = False,
+        clauses: bool = False,
     ) -> None:
         self.dice = dice
         self.objects = objects
         self.view = View(objects, size)
         self.held_out = held_out
+        self.wide = wide
+        self.clauses = clauses
         self.special = [
             number for number, item in enumerate(objects) if (item.shape, item.color) in HELD_OUT
         ]
@@ -91,6 +121,8 @@ class _Speaker:
         """One more expression of a family."""
         draw = self._drawer(family)
         low, high = _LONG_WORDS if family == "refshapesg" else (1, _MAX_WORDS)
+        if self.wide and family == "refshapesg":
+            low, high = 4, _MAX_WORDS  # a telegram is shorter, a clause longer
         for number in range(_TRIES):
             if number and number % 15 == 0:
                 draw = self._drawer(family)
@@ -103,7 +135,7 @@ class _Speaker:
                 continue
             if not self._may_say(phrases, referents):
                 continue
-            text = " and ".join(write(self.dice, phrase) for phrase in phrases)
+            text = self._write(phrases)
             if text in self.said or not low <= text.count(" ") + 1 <= high:
                 continue
             self.said.add(text)
@@ -114,6 +146,15 @@ class _Speaker:
             return Referring(text, chosen, phrases[0].kind if len(phrases) == 1 else "and")
         return None
 
+    def _write(self, phrases: tuple[Phrase, ...]) -> str:
+        grammar = "plain"
+        # Of two things named one after the other, "and" in a clause could be either's.
+        if self.clauses and len(phrases) == 1:
+            grammar = HELD_OUT_GRAMMAR
+        elif self.wide:
+            grammar = self.dice.weighted(GRAMMARS, (6, 2, 2))
+        return " and ".join(write(self.dice, phrase, grammar) for phrase in phrases)
+
     def _may_say(self, phrases: tuple[Phrase, ...], referents: int) -> bool:
         if self.held_out:
             return not referents or any(referents >> number & 1 for number in self.special)
@@ -122,6 +163,12 @@ class _Speaker:
     def _drawer(self, family: str) -> Callable[[], _Draw | None]:
         """What kind of expression comes next."""
         dice = self.dice
+        if self.wide and family != "grefshapes" and dice.unit() < _WIDE_NOTHING:
+            return {
+                "refshapes": self._nothing_there,
+                "refshapes+": self._nothing_like_it,
+                "refshapesg": self._nothing_related,
+            }[family]
         if family == "refshapes+":
             return self._by_attributes
         if family == "refshapesg":
@@ -307,6 +354,33 @@ class _Speaker:
                 phrase = Phrase(noun, relation=relation, anchor=anchor, number=number)
         if number == 0 and self.dice.unit() < 0.3:
             phrase = replace(phrase, number=2 + self.dice.below(2))
+        return ((phrase,), 0) if self.view.referents(phrase) == 0 else None
+
+    def _nothing_like_it(self) -> _Draw | None:
+        phrase = Phrase(self._missing_noun())
+        return ((phrase,), 0) if self.view.referents(phrase) == 0 else None
+
+    def _nothing_there(self) -> _Draw | None:
+        """A thing that is not in the scene, or not on that side of it."""
+        if self.dice.unit() < 0.4:
+            return self._nothing_like_it()
+        noun = self.dice.pick(self.dice.pick(self.nouns))[0]
+        phrase = Phrase(noun, place=self.dice.pick(tuple(PLACES)))
+        nothing = noun != Noun() and self.view.referents(phrase) == 0
+        return ((phrase,), 0) if nothing else None
+
+    def _nothing_related(self) -> _Draw | None:
+        """A thing that is not in the scene, or not there by an anchor, or an anchor that is not."""
+        noun = self.dice.pick(self.dice.pick(self.nouns))[0]
+        anchor = self._anchor(self.dice.below(len(self.objects)))
+        chance = self.dice.unit()
+        if chance < 0.25:
+            noun = self._missing_noun()
+        elif chance < 0.4:
+            anchor = Phrase(self._missing_noun())
+        if anchor is None or noun == Noun():
+            return None
+        phrase = Phrase(noun, relation=self.dice.pick(RELATIONS), anchor=anchor)
         return ((phrase,), 0) if self.view.referents(phrase) == 0 else None
 
     def _missing_noun(self) -> Noun:

@@ -43,7 +43,11 @@ CATEGORIES: tuple[Record, ...] = tuple(
 
 def image_id(split: str, index: int, family: str = FAMILIES[0]) -> int:
     """Id of scene ``index`` of a family's split."""
-    block = FAMILIES.index(family) * len(SPLIT_SCENES) + list(SPLIT_SCENES).index(split)
+    # Four splits came first; one that came later has its blocks behind all of theirs.
+    number = list(SPLIT_SCENES).index(split)
+    block = FAMILIES.index(family) * 4 + number
+    if number >= 4:
+        block = len(FAMILIES) * number + FAMILIES.index(family)
     return block * MAX_SCENES + index + 1
 
 

@@ -226,8 +226,25 @@ def bits(mask: int) -> list[int]:
     return [number for number in range(mask.bit_length()) if mask >> number & 1]
 
 
-def write(dice: Dice, phrase: Phrase) -> str:
-    """A wording of a phrase."""
+GRAMMARS: tuple[str, ...] = ("plain", "telegraphic", "fronted")
+"""Ways of wording that wide scenes are spoken of in: "the red circle left of the star"; "red circle
+left of star"; "left of the star the red circle"."""
+HELD_OUT_GRAMMAR = "clause"
+"""The way that testC alone speaks: "the circle that is small and red"."""
+
+
+def write(dice: Dice, phrase: Phrase, grammar: str = "plain") -> str:
+    """A wording of a phrase.
+
+    Args:
+        grammar: one of ``GRAMMARS``, or ``HELD_OUT_GRAMMAR``.
+    """
+    if grammar == "telegraphic":
+        return " ".join(_telegraphic(dice, phrase))
+    if grammar == "fronted":
+        return " ".join(_fronted(dice, phrase))
+    if grammar == "clause":
+        return " ".join(_clause(dice, phrase))
     plural = phrase.number != 1
     noun, tail = phrase.noun, ""
     bare = phrase.place is None and phrase.relation is None and phrase.extreme is None
@@ -253,6 +270,57 @@ def write(dice: Dice, phrase: Phrase) -> str:
             words.append(phrase.anchor.extreme)
         words += _noun_words(dice, phrase.anchor.noun, plural=False)
     return " ".join(words)
+
+
+def _telegraphic(dice: Dice, phrase: Phrase) -> list[str]:
+    """As few words as will do, no article: "leftmost red circle", "two stars above ring"."""
+    words = _noun_words(dice, phrase.noun, phrase.number != 1)
+    if phrase.number > 1:
+        words.insert(0, COUNTS[phrase.number])
+    elif phrase.number == 0:
+        words.insert(0, "all")
+    if phrase.extreme is not None:
+        words.insert(0, phrase.extreme)
+    if phrase.place is not None:
+        words += [PLACES[phrase.place]] if dice.unit() < 0.4 else ["at", phrase.place]
+    return words + _related(dice, phrase, article=False)
+
+
+def _fronted(dice: Dice, phrase: Phrase) -> list[str]:
+    """Where it is comes first: "on the left the red circle", "above the star a large ring"."""
+    where = [] if phrase.place is None else [PLACES[phrase.place]]
+    where += _related(dice, phrase, article=True)
+    words = _noun_words(dice, phrase.noun, phrase.number != 1)
+    if phrase.extreme is not None:
+        words.insert(0, phrase.extreme)
+    return where + _determine(dice, phrase, words)
+
+
+def _clause(dice: Dice, phrase: Phrase) -> list[str]:
+    """All that is said of it in a clause: "the star that is large and red and at the top"."""
+    plural = phrase.number != 1
+    words = _noun_words(dice, Noun(phrase.noun.shape), plural)
+    if phrase.extreme is not None:
+        words.insert(0, phrase.extreme)
+    said = [[word] for word in (phrase.noun.size, phrase.noun.color) if word is not None]
+    if phrase.place is not None:
+        said.append([PLACES[phrase.place]])
+    if phrase.relation is not None:
+        said.append(_related(dice, phrase, article=True))
+    words = _determine(dice, phrase, words)
+    for number, part in enumerate(said):
+        words += (["and"] if number else ["that", "are" if plural else "is"]) + part
+    return words
+
+
+def _related(dice: Dice, phrase: Phrase, *, article: bool) -> list[str]:
+    """The relation's words with those of its anchor; none without a relation."""
+    if phrase.relation is None or phrase.anchor is None:
+        return []
+    words = [dice.pick(RELATION_PHRASES[phrase.relation]), *(["the"] if article else [])]
+    if phrase.anchor.extreme is not None:
+        words.append(phrase.anchor.extreme)
+    return words + _noun_words(dice, phrase.anchor.noun, plural=False)
 
 
 def _noun_words(dice: Dice, noun: Noun, plural: bool) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.data.refshapes.scene import Dice, Layout
+from risam_cli.data.refshapes.shapes import Patch
 
 # Hue in degrees, saturation and value in 0..1. The ranges lie apart even after light and shading
 # have moved them: brown is a dark orange, pink a pale red, so these differ in S and V by far.
@@ -34,15 +35,36 @@ _COLOR_RANGES: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[f
 # Least CIELAB distance wanted between a background and every object.
 _CONTRAST = 32.0
 
+# The same for wide scenes: as far as a name still fits.
+_WIDE_RANGES: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, float]]] = {
+    "red": ((-8, 8), (0.72, 0.98), (0.64, 0.97)),
+    "orange": ((22, 35), (0.80, 1.0), (0.88, 1.0)),
+    "brown": ((18, 32), (0.50, 0.76), (0.30, 0.52)),
+    "yellow": ((49, 61), (0.66, 0.98), (0.88, 1.0)),
+    "green": ((98, 146), (0.50, 0.92), (0.38, 0.80)),
+    "cyan": ((176, 193), (0.52, 0.97), (0.76, 1.0)),
+    "blue": ((211, 236), (0.68, 0.97), (0.55, 0.97)),
+    "purple": ((265, 289), (0.50, 0.86), (0.42, 0.74)),
+    "pink": ((324, 346), (0.30, 0.54), (0.90, 1.0)),
+    "gray": ((0, 360), (0.0, 0.06), (0.42, 0.60)),
+    "white": ((0, 360), (0.0, 0.05), (0.93, 1.0)),
+    "black": ((0, 360), (0.0, 0.14), (0.02, 0.13)),
+}
+LOOKS: tuple[str, ...] = ("flat", "shaded", "glossy", "dotted", "soft")
+"""How the objects of a wide scene are painted; one look a scene."""
+HELD_OUT_LOOK = "hatched"
+"""The look of testC, which no other split has."""
+
 _BOX = np.ones((3, 3), np.uint8)
 
 Image = NDArray[np.float32]
 Field = NDArray[np.float32]
 
 
-def draw_color(dice: Dice, name: str) -> tuple[float, float, float]:
+def draw_color(dice: Dice, name: str, *, wide: bool = False) -> tuple[float, float, float]:
     """An RGB colour (0..255) that the name fits."""
-    hue, saturation, value = (dice.between(*limits) for limits in _COLOR_RANGES[name])
+    ranges = _WIDE_RANGES if wide else _COLOR_RANGES
+    hue, saturation, value = (dice.between(*limits) for limits in ranges[name])
     red, green, blue = colorsys.hsv_to_rgb((hue % 360) / 360, saturation, value)
     return 255 * red, 255 * green, 255 * blue
 
@@ -73,6 +95,89 @@ def paint(dice: Dice, layout: Layout) -> NDArray[np.uint8]:
     if dice.unit() < 0.8:
         image += _noise(dice, size, dice.between(0.5, 10.0))
     return np.asarray(cv2.convertScaleAbs(np.maximum(image, 0)), np.uint8)
+
+
+def paint_wide(dice: Dice, layout: Layout, look: str | None = None) -> NDArray[np.uint8]:
+    """The picture of a wide layout: (H, W, 3) uint8 RGB.
+
+    Args:
+        look: of the objects; None draws one of ``LOOKS``.
+    """
+    size = layout.instances.shape[0]
+    look = look or dice.pick(LOOKS)
+    colors = [draw_color(dice, item.color, wide=True) for item in layout.objects]
+    image = _background(dice, size, colors)
+    if dice.unit() < 0.25:
+        _grid_lines(dice, image)
+    rims, shadow = dice.unit(), dice.unit() < (0.6 if look == "soft" else 0.2)
+    for number, (color, patch) in enumerate(zip(colors, layout.patches, strict=True)):
+        if shadow:
+            _cast_shadow(image, patch)
+        fill = np.array(color, np.float32)
+        alpha = patch.coverage.astype(np.float32) * np.float32(1 / 255)
+        region = image[patch.window]
+        shade = _finish(dice, look, fill, alpha.shape)
+        if dice.unit() < rims - 0.5 or _hides_its_own_color(layout, number):
+            width = max(1, round(layout.objects[number].radius / 14))
+            shade = _outline(patch.coverage, shade, fill, width)
+        region += alpha[:, :, None] * (shade - region)
+    image *= _light(dice, size)[:, :, None] * np.float32(dice.between(0.93, 1.04))
+    if look == "soft" or dice.unit() < 0.3:
+        sigma = dice.between(0.4, 1.4) * size / 256
+        image = np.asarray(cv2.GaussianBlur(image, (0, 0), sigma), np.float32)
+    if dice.unit() < 0.8:
+        image += _noise(dice, size, dice.between(0.5, 13.0))
+    picture = np.asarray(cv2.convertScaleAbs(np.maximum(image, 0)), np.uint8)
+    if dice.unit() < 0.5:
+        quality = [cv2.IMWRITE_JPEG_QUALITY, int(dice.between(35, 93))]
+        _, coded = cv2.imencode(".jpg", picture, quality)
+        picture = np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR), np.uint8)
+    return picture
+
+
+def _finish(
+    dice: Dice, look: str, fill: NDArray[np.float32], shape: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """The inside of one object, (h, w, 3), before its edge is cut."""
+    height, width = shape
+    x, y = _grid(height, width)
+    if look in ("shaded", "soft"):
+        ramp = _ramp(dice, shape, dice.between(0.05, 0.15))
+        return np.asarray(ramp[:, :, None] * fill, np.float32)
+    if look == "glossy":
+        cx, cy = width * dice.between(0.3, 0.5), height * dice.between(0.28, 0.45)
+        reach = np.float32(0.03 * (height**2 + width**2))
+        spot = np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / reach) * np.float32(dice.between(25, 60))
+        return np.asarray(np.minimum(fill + spot[:, :, None], 255), np.float32)
+    if look == "dotted":
+        pitch = dice.between(5, 9)
+        mark = ((x % pitch) < pitch / 3) & ((y % pitch) < pitch / 3)
+    elif look == "hatched":
+        pitch, angle = dice.between(5, 10), dice.between(0, math.pi)
+        mark = ((math.cos(angle) * x + math.sin(angle) * y) % pitch) < 0.4 * pitch
+    else:
+        return np.broadcast_to(fill, (height, width, 3)).astype(np.float32)
+    other = fill * np.float32(0.76) if fill.max() > 60 else fill + np.float32(34)
+    return np.where(mark[:, :, None], other, fill).astype(np.float32)
+
+
+def _cast_shadow(image: Image, patch: Patch) -> None:
+    """Darkens what lies below and to the right of an object; drawn in place."""
+    size, move = image.shape[0], max(2, round(image.shape[0] / 64))
+    rows, columns = patch.window
+    top, left = rows.start + move, columns.start + move
+    bottom, right = min(rows.stop + move, size), min(columns.stop + move, size)
+    cover = patch.coverage[: bottom - top, : right - left].astype(np.float32) / 255
+    image[top:bottom, left:right] *= (1 - np.float32(0.28) * cover)[:, :, None]
+
+
+def _grid_lines(dice: Dice, image: Image) -> None:
+    """Thin lines across the background, in place."""
+    size = image.shape[0]
+    step = max(6, round(dice.between(12, 40) * size / 256))
+    shift = np.float32(dice.between(-26, 26))
+    image[dice.below(step) :: step] += shift
+    image[:, dice.below(step) :: step] += shift
 
 
 def _hides_its_own_color(layout: Layout, number: int) -> bool:

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.data.refshapes.shapes import Patch, cover, reach
+from risam_cli.data.refshapes.shapes import PLAIN, Form, Patch, cover, reach
 from risam_cli.data.refshapes.vocabulary import COLORS, HELD_OUT, SHAPES
 
 RADII: dict[str, tuple[float, float]] = {
@@ -28,6 +28,12 @@ _MAX_CENTROID_SHIFT = 0.30
 # Turn of each shape in degrees, +-; squares and diamonds must stay told apart.
 _TURN = {"square": 15.0, "diamond": 10.0, "cross": 14.0, "triangle": 25.0}
 _ANY_TURN = 180.0
+_WIDE_TURN = {"square": 24.0, "diamond": 16.0, "cross": 20.0}
+# Width over height and proportions of wide scenes, in steps, so that outlines are made once.
+_ASPECTS = (0.76, 0.84, 0.92, 1.0, 1.0, 1.08, 1.18, 1.3)
+_DETAILS = (-1.0, -0.6, -0.3, 0.0, 0.3, 0.6, 1.0)
+# A circle, a square or a hexagon that is much wider than high has another name.
+_ROUND = ("circle", "ring", "square", "hexagon")
 
 T = TypeVar("T")
 
@@ -147,15 +153,21 @@ def draw_kinds(dice: Dice, count: int, held_out: bool) -> list[Kind]:
     return dice.sample(kinds, count) if held_out else kinds
 
 
-def draw_layout(dice: Dice, kinds: Sequence[Kind], size: int) -> Layout | None:
+def draw_layout(
+    dice: Dice, kinds: Sequence[Kind], size: int, *, wide: bool = False
+) -> Layout | None:
     """Finds a place for every object, or returns None where they do not fit.
 
     Each object lies wholly in the picture, keeps ``MIN_VISIBLE_SHARE`` of its pixels and
     ``MIN_VISIBLE_PIXELS`` of them visible, and its visible part stays centred on it.
+
+    Args:
+        wide: with tilts, aspect ratios and proportions of every shape, and with a size of its own
+            for each scene, in which "small" and "large" stay as far apart.
     """
     # Scenes without, with little and with much overlap.
     closeness = dice.weighted((1.04, 0.80, 0.55), (5, 3, 2))
-    board = _Board(size)
+    board = _Board(size, wide=wide, scale=dice.between(0.84, 1.14) if wide else 1.0)
     for kind in kinds:
         if not board.place(dice, kind, closeness):
             return None
@@ -165,8 +177,10 @@ def draw_layout(dice: Dice, kinds: Sequence[Kind], size: int) -> Layout | None:
 class _Board:
     """Places objects one on top of the other and keeps count of what stays visible."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, wide: bool = False, scale: float = 1.0) -> None:
         self.size = size
+        self.wide = wide
+        self.scale = scale * size / 256
         self.instances = np.zeros((size, size), np.uint8)
         self.kinds: list[Kind] = []
         self.poses: list[tuple[float, float, float, float]] = []  # x, y, radius, angle
@@ -176,12 +190,12 @@ class _Board:
 
     def place(self, dice: Dice, kind: Kind, closeness: float) -> bool:
         """Puts one object on top where the objects below stay visible enough."""
-        scale = self.size / 256
         low, high = RADII[kind.size]
-        radius = scale * dice.between(low, high)
-        turn = _TURN.get(kind.shape, _ANY_TURN)
+        radius = self.scale * dice.between(low, high)
+        turn = (_WIDE_TURN if self.wide else _TURN).get(kind.shape, _ANY_TURN)
         angle = dice.between(-turn, turn)
-        margin = radius * reach(kind.shape) + 1.5
+        form = _draw_form(dice, kind.shape) if self.wide else PLAIN
+        margin = radius * reach(kind.shape, form) + 1.5
         spots = margin + dice.rng.random((48, 2)) * (self.size - 1 - 2 * margin)
         if self.poses:
             poses = np.array(self.poses)
@@ -191,12 +205,14 @@ class _Board:
             ratio = np.full(len(spots), np.inf)
         for number in np.flatnonzero(ratio >= closeness)[:6].tolist():
             x, y = float(spots[number, 0]), float(spots[number, 1])
-            if self._put(kind, (x, y, radius, angle), checked=ratio[number] < 1.3):
+            if self._put(kind, (x, y, radius, angle), form, checked=ratio[number] < 1.3):
                 return True
         return False
 
-    def _put(self, kind: Kind, pose: tuple[float, float, float, float], checked: bool) -> bool:
-        patch = cover(kind.shape, *pose)
+    def _put(
+        self, kind: Kind, pose: tuple[float, float, float, float], form: Form, checked: bool
+    ) -> bool:
+        patch = cover(kind.shape, *pose, form)
         window = self.instances[patch.window]
         below = window.copy()
         window[patch.inside] = len(self.kinds) + 1
@@ -241,6 +257,13 @@ class _Board:
                 )
             )
         return Layout(tuple(objects), tuple(self.patches), self.instances)
+
+
+def _draw_form(dice: Dice, shape: str) -> Form:
+    aspects: Sequence[float] = _ASPECTS[2:6] if shape in _ROUND else _ASPECTS
+    if shape == "diamond":
+        aspects = _ASPECTS[:5]  # it stays higher than wide
+    return Form(dice.pick(aspects), dice.pick(_DETAILS))
 
 
 def _centroid(mask: NDArray[np.bool_]) -> tuple[float, float]:

@@ -17,6 +17,23 @@ _RING_HOLE = 0.56
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """How an object departs from its shape's plain outline.
+
+    Attributes:
+        aspect: width over height in the object's own frame; the area stays.
+        detail: -1..1, what is particular to a shape: how far a star's points stand out, how wide
+            a cross's arms, a ring's hole, a diamond, how high a triangle.
+    """
+
+    aspect: float = 1.0
+    detail: float = 0.0
+
+
+PLAIN = Form()
+
+
+@dataclass(frozen=True, slots=True)
 class Patch:
     """What one object covers.
 
@@ -44,31 +61,38 @@ def _regular(corners: int, start: float) -> NDArray[np.float64]:
 
 
 @cache
-def outline(shape: str) -> tuple[NDArray[np.float64], ...]:
+def outline(shape: str, form: Form = PLAIN) -> tuple[NDArray[np.float64], ...]:
     """Contours of a shape of radius 1 around the origin, y down; a second one is a hole.
 
     The factors make shapes of one radius look equally large, though their corners reach
     differently far.
     """
+    stretch = np.array([form.aspect**0.5, form.aspect**-0.5])
+    return tuple(contour * stretch for contour in _contours(shape, form.detail))
+
+
+def _contours(shape: str, detail: float) -> tuple[NDArray[np.float64], ...]:
     up = -math.pi / 2
     if shape == "circle":
         return (_regular(72, 0.0),)
     if shape == "ring":
         circle = _regular(72, 0.0)
-        return 1.04 * circle, 1.04 * _RING_HOLE * circle
+        return 1.04 * circle, 1.04 * (_RING_HOLE + 0.12 * detail) * circle
     if shape == "square":
         return (0.88 * math.sqrt(2) * _regular(4, math.pi / 4),)
     if shape == "diamond":
-        return (1.22 * _regular(4, up) * np.array([0.70, 1.0]),)
+        return (1.22 * _regular(4, up) * np.array([0.70 + 0.10 * detail, 1.0]),)
     if shape == "triangle":
-        return (1.24 * _regular(3, up),)
+        return (1.24 * _regular(3, up) * np.array([1.0, 1.0 + 0.15 * detail]),)
     if shape == "hexagon":
         return (1.06 * _regular(6, 0.0),)
     if shape == "star":
-        points = _regular(10, up) * np.where(np.arange(10) % 2 == 0, 1.0, 0.44)[:, None]
+        points = (
+            _regular(10, up) * np.where(np.arange(10) % 2 == 0, 1.0, 0.44 + 0.08 * detail)[:, None]
+        )
         return (1.24 * points,)
     if shape == "cross":
-        arm, half = 1.06, 0.36
+        arm, half = 1.06, 0.36 + 0.10 * detail
         quarter = np.array([[half, -arm], [half, -half], [arm, -half]])
         turns = [quarter]
         for _ in range(3):
@@ -79,12 +103,14 @@ def outline(shape: str) -> tuple[NDArray[np.float64], ...]:
 
 
 @cache
-def reach(shape: str) -> float:
+def reach(shape: str, form: Form = PLAIN) -> float:
     """Farthest point of the outline from the centre, in radii."""
-    return float(max(np.hypot(contour[:, 0], contour[:, 1]).max() for contour in outline(shape)))
+    return float(
+        max(np.hypot(contour[:, 0], contour[:, 1]).max() for contour in outline(shape, form))
+    )
 
 
-def cover(shape: str, x: float, y: float, radius: float, angle: float) -> Patch:
+def cover(shape: str, x: float, y: float, radius: float, angle: float, form: Form = PLAIN) -> Patch:
     """Coverage of one object.
 
     Args:
@@ -92,10 +118,11 @@ def cover(shape: str, x: float, y: float, radius: float, angle: float) -> Patch:
         x, y: centre in pixels; pixel (row i, column j) has its centre at x = j, y = i.
         radius: nominal radius in pixels.
         angle: turn in degrees, clockwise on the screen.
+        form: how it departs from the plain outline.
     """
     turn = math.radians(angle)
     rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
-    contours = [radius * contour @ rotation for contour in outline(shape)]
+    contours = [radius * contour @ rotation for contour in outline(shape, form)]
     centre = np.array([x, y])
     low = contours[0].min(axis=0) + centre
     high = contours[0].max(axis=0) + centre

@@ -77,6 +77,11 @@ class Plan:
                 "--format refer has one object for each phrase, grefshapes has several or none",
                 "take --format own, grefcoco or coco",
             )
+        if self.written_as == "refer" and "testC" in self.splits:
+            raise UsageError(
+                "--format refer has one object for each phrase, testC has phrases of none",
+                "take --format grefcoco or coco",
+            )
         if self.written_as == "phrasecut" and self.image_format != "jpg":
             raise UsageError(
                 f"--format phrasecut names images ID.jpg, not {self.image_format}",

@@ -85,6 +85,7 @@ class DataBuilder:
             self.size,
             data.seed,
             None if data.mix is None else {str(k): share for k, share in data.mix.items()},
+            data.variety,
         )
 
     # --- parts ------------------------------------------------------------------------------------

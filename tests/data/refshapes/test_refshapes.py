@@ -26,14 +26,25 @@ from risam_cli.errors import UsageError
 SPLITS = ("train", "val", "testA", "testB")
 
 
+WIDE = (*SPLITS, "testC")
+
+
 @cache
-def items(family: str, split: str, scenes: int = 25) -> tuple[SceneItem, ...]:
-    return tuple(RefShapes(family, split, scenes, expressions_per_scene=8))
+def items(
+    family: str, split: str, scenes: int = 25, variety: str = "plain"
+) -> tuple[SceneItem, ...]:
+    return tuple(RefShapes(family, split, scenes, expressions_per_scene=8, variety=variety))
 
 
 def everything() -> Iterator[tuple[str, str, SceneItem]]:
     for family, split in itertools.product(FAMILIES, SPLITS):
         for item in items(family, split):
+            yield family, split, item
+
+
+def everything_wide() -> Iterator[tuple[str, str, SceneItem]]:
+    for family, split in itertools.product(FAMILIES, WIDE):
+        for item in items(family, split, 12, "wide"):
             yield family, split, item
 
 
@@ -321,8 +332,25 @@ class Reading:
     number: int | None = None
 
 
+NOUNS = {
+    *SHAPES,
+    *(f"{shape}s" for shape in SHAPES),
+    *("crosses", "object", "objects", "thing", "things"),
+}
+WHERE = {"on", "at", "left", "right", "to", "above", "below", "next"}
+
+
 def parse(text: str) -> list[Reading]:
-    return [parse_one(part.split()) for part in text.split(" and ")]
+    """Things named one after the other; what a clause adds to a thing is no thing of its own."""
+    parts: list[list[str]] = []
+    for part in text.split(" and "):
+        words = part.split()
+        own = list(itertools.takewhile(lambda word: word not in WHERE, words))
+        if parts and not NOUNS & set(own):
+            parts[-1] += words
+        else:
+            parts.append(words)
+    return [parse_one(words) for words in parts]
 
 
 def parse_one(words: Sequence[str]) -> Reading:
@@ -332,18 +360,19 @@ def parse_one(words: Sequence[str]) -> Reading:
     while at < len(words):
         word = words[at]
         if word in ("on", "at"):
-            reading.side = words[at + 2]
-            at += 3
+            article = words[at + 1] == "the"
+            reading.side = words[at + 1 + article]
+            at += 2 + article
             continue
         if word == "to" or (word in ("left", "right") and words[at + 1] == "of"):
             at += 2 if word == "to" else 0
             reading.relation = words[at]
-            reading.anchor = parse_one(words[at + 2 :])
-            return reading
+            at = anchor(reading, words, at + 2)
+            continue
         if word in ("above", "below", "next"):
             reading.relation = word
-            reading.anchor = parse_one(words[at + (2 if word == "next" else 1) :])
-            return reading
+            at = anchor(reading, words, at + (2 if word == "next" else 1))
+            continue
         if word in SHAPES:
             reading.shape = word
         elif word in singulars:
@@ -362,6 +391,13 @@ def parse_one(words: Sequence[str]) -> Reading:
             assert word in ("the", "a", "all", "that", "is", "are", "object", "thing"), word
         at += 1
     return reading
+
+
+def anchor(reading: Reading, words: Sequence[str], start: int) -> int:
+    """Reads the anchor, which ends with its noun; gives the place behind it."""
+    end = next(k for k in range(start, len(words)) if words[k] in NOUNS) + 1
+    reading.anchor = parse_one(words[start:end])
+    return end
 
 
 def nouns(readings: Sequence[Reading]) -> Iterator[Reading]:
@@ -429,9 +465,10 @@ def stands(
     return off < 47
 
 
-@pytest.mark.parametrize(("family", "split"), list(itertools.product(FAMILIES, SPLITS)))
-def test_phrases_mean_exactly_their_referents(family: str, split: str) -> None:
-    for item in items(family, split):
+@pytest.mark.parametrize("variety", ["plain", "wide"])
+@pytest.mark.parametrize(("family", "split"), list(itertools.product(FAMILIES, WIDE)))
+def test_phrases_mean_exactly_their_referents(family: str, split: str, variety: str) -> None:
+    for item in items(family, split, variety=variety):
         side = len(item.instances)
         for referring in item.expressions:
             readings = parse(referring.text)
@@ -523,3 +560,121 @@ def test_scenes_speak_of_more_than_one_object() -> None:
             for item in items(family, "train")
         ]
         assert np.mean(spoken) > 3
+
+
+# Wide scenes, and the split that is drawn and spoken of in ways of its own
+
+GOLDEN_WIDE = {
+    ("mixed", "train", 5): "3cc9ed6341790f5e",
+    ("refshapesg", "testC", 2): "99dd4528bbc026c1",
+}
+
+
+@pytest.mark.parametrize("where", list(GOLDEN_WIDE))
+def test_wide_scenes_are_the_same_on_every_machine(where: tuple[str, str, int]) -> None:
+    family, split, index = where
+    found = RefShapes(family, split, 200, variety="wide")[index]
+    assert fingerprint(found) == GOLDEN_WIDE[where]
+
+
+def test_test_c_is_wide_whatever_is_asked_for() -> None:
+    one, other = (RefShapes("refshapes", "testC", 3, variety=v)[1] for v in ("plain", "wide"))
+    assert np.array_equal(one.image, other.image)
+    assert one.expressions == other.expressions
+    plain, wide = (RefShapes("refshapes", "val", 3, variety=v)[1] for v in ("plain", "wide"))
+    assert not np.array_equal(plain.image, wide.image)
+
+
+def test_wide_objects_stay_recognisable_and_within_the_picture() -> None:
+    sizes: dict[str, list[float]] = {"small": [], "large": []}
+    for _, split, item in everything_wide():
+        assert (6 if split == "testA" else 2) <= len(item.objects) <= 9
+        for number, thing in enumerate(item.objects, start=1):
+            rows, columns = np.nonzero(item.instances == number)
+            assert len(rows) >= 60
+            assert 0.55 <= thing.visible <= 1
+            assert rows.min() > 0
+            assert columns.min() > 0
+            assert max(rows.max(), columns.max()) < len(item.instances) - 1
+        radii = {k: [o.radius for o in item.objects if o.size == k] for k in sizes}
+        if all(radii.values()):
+            assert min(radii["large"]) > 1.7 * max(radii["small"])
+        for size, found in radii.items():
+            sizes[size] += found
+    assert min(sizes["small"]) < 14 < 19 < max(sizes["small"])
+    assert max(sizes["small"]) < min(sizes["large"])
+
+
+def test_wide_shapes_have_many_proportions() -> None:
+    """Height over width of what is wholly visible, and the share of its box that it fills."""
+    shares: dict[str, list[tuple[float, float]]] = {}
+    for _, _, item in everything_wide():
+        for number, thing in enumerate(item.objects, start=1):
+            if thing.visible == 1 and thing.shape in ("diamond", "star", "ring"):
+                rows, columns = np.nonzero(item.instances == number)
+                height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+                shares.setdefault(thing.shape, []).append(
+                    (height / width, len(rows) / (height * width))
+                )
+    diamonds = np.array(shares["diamond"])
+    assert diamonds[:, 0].min() > 1.0, "a diamond stays higher than wide"
+    assert np.ptp(diamonds[:, 0]) > 0.4
+    assert all(np.ptp(np.array(shares[shape])[:, 1]) > 0.15 for shape in ("star", "ring"))
+
+
+def test_wide_pictures_show_the_colours_that_are_named() -> None:
+    table = np.array(list(LOOKS.values()), float)
+    wrong = total = 0
+    for _, _, item in everything_wide():
+        for number, thing in enumerate(item.objects, start=1):
+            middle = np.median(item.image[item.instances == number].astype(float), axis=0)
+            shown = list(LOOKS)[int(((table - middle) ** 2).sum(axis=1).argmin())]
+            wrong += shown != thing.color
+            total += 1
+    assert total > 800
+    assert wrong <= 0.12 * total
+
+
+def test_wide_scenes_hold_out_what_plain_ones_do() -> None:
+    for _, split, item in everything_wide():
+        special = {k for k, o in enumerate(item.objects) if (o.shape, o.color) in HELD_OUT}
+        assert bool(special) == (split == "testB")
+        if split != "testB":
+            for referring in item.expressions:
+                for noun in nouns(parse(referring.text)):
+                    assert (noun.shape, noun.color) not in HELD_OUT, referring.text
+
+
+def test_wide_families_keep_to_their_kind_and_all_have_phrases_without_a_referent() -> None:
+    none: dict[str, list[bool]] = {family: [] for family in FAMILIES}
+    for family, _, item in everything_wide():
+        for referring in item.expressions:
+            assert set(referring.text.split()) <= set(VOCABULARY)
+            none[family].append(not referring.objects)
+            readings = parse(referring.text)
+            if family != "grefshapes":
+                assert len(referring.objects) <= 1
+            if family == "refshapes+":
+                assert not (WHERE - {"to"}) & set(referring.text.split())
+            if family == "refshapes":
+                assert readings[0].relation is None
+            if family == "refshapesg":
+                assert readings[0].relation is not None
+    for family in ("refshapes", "refshapes+", "refshapesg"):
+        assert 0.04 < np.mean(none[family]) < 0.2, family
+
+
+def test_clauses_that_join_what_they_say_are_kept_for_test_c() -> None:
+    joined = fronted = total = 0
+    for _, split, item in everything_wide():
+        for referring in item.expressions:
+            reading = parse(referring.text)
+            clause = len(reading) == 1 and " and " in referring.text
+            if split != "testC":
+                assert not clause, referring.text
+                fronted += referring.text.split()[0] in WHERE
+            else:
+                joined += clause
+                total += 1
+    assert joined > 0.3 * total
+    assert fronted > 100

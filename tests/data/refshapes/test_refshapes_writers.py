@@ -169,14 +169,15 @@ def test_phrase_structure(
 
 
 def test_ids_do_not_meet() -> None:
-    edges = [
-        image_id(split, k, family)
+    blocks = sorted(
+        tuple(image_id(split, k, family) for k in (0, 999_999))
         for family in FAMILIES
         for split in SPLIT_SCENES
-        for k in (0, 999_999)
-    ]
-    assert edges == sorted(edges)
-    assert len(set(edges)) == len(edges)
+    )
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(blocks))
+    # A split that came later moved no other's.
+    assert image_id("val", 0) == 1_000_001
+    assert image_id("testB", 4, "grefshapes") == 15_000_005
     assert annotation_id(7, 8) < annotation_id(8, 0)
 
 
@@ -194,6 +195,8 @@ def test_the_same_scene_has_the_same_ids_alone_and_in_company(
 def test_combinations_without_words_are_refused() -> None:
     with pytest.raises(UsageError, match="one object"):
         Plan("grefshapes", SPLITS, "refer")
+    with pytest.raises(UsageError, match="testC has phrases of none"):
+        Plan("refshapes", ("val", "testC"))
     with pytest.raises(UsageError, match="jpg"):
         Plan("refshapes", SPLITS, "phrasecut", image_format="png")
     with pytest.raises(UsageError, match="polygons of its own"):
