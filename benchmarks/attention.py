@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from risam_cli.model.fast.attention import WAYS, choose_way
 from risam_cli.model.fast.linear import linear
-from risam_cli.model.fast.tables import relative_table
+from risam_cli.model.image_encoder import relative_table
 
 # Windows or images, heads, side of the grid, channels of a head.
 CASES = {

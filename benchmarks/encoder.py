@@ -23,6 +23,7 @@ from common import Options, Row, Times, in_turns, peak_bytes, ratio, run_child
 from torch import Tensor, nn
 
 from risam_cli.model.fast.linear import linear
+from risam_cli.model.fast.prepare import prepare_for_inference
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.model.sam_baseline import segment_anything_modeling
 from risam_cli.settings.presets import PRESETS
@@ -257,11 +258,11 @@ def build(
                 tensor.copy_(source)
     if library == "segment_anything" and size != 1024:
         network.pos_embed = nn.Parameter(_positions(network.pos_embed, size // 16).clone())
-    if library == "risam" and FORMATS[precision] != torch.float32:
-        network.hold_weights_in(FORMATS[precision])
-    elif library != "risam":
-        network.to(FORMATS[precision])
-    return network.to(device).eval().requires_grad_(False)
+    network.to(device).eval().requires_grad_(False)
+    if library == "risam":
+        prepare_for_inference(network, device, FORMATS[precision])
+        return network
+    return network.to(FORMATS[precision])
 
 
 def _hugging_face(sizes: Mapping[str, Any], size: int) -> nn.Module:
@@ -293,7 +294,7 @@ def encode(library: str, network: nn.Module, pixels: Tensor) -> Tensor:
 
 def _positions(source: Tensor, like: Tensor | int) -> Tensor:
     """Position embeddings or a relative table, interpolated as this project does."""
-    from risam_cli.model.fast.tables import resize_pos_embed, resize_rel_pos
+    from risam_cli.model.image_encoder import resize_pos_embed, resize_rel_pos
 
     if source.ndim == 4:
         side = like if isinstance(like, int) else like.shape[1]

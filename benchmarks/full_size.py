@@ -78,8 +78,10 @@ def measure(preset: str, forward: bool, bf16: bool) -> None:
     size = model.image_encoder.image_size
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     index = torch.zeros(len(EXPRESSIONS), dtype=torch.long)
-    if bf16:
-        model.image_encoder.hold_weights_in(torch.bfloat16)  # as predict does
+    from risam_cli.model.fast.prepare import prepare_for_inference
+
+    precision = torch.bfloat16 if bf16 else torch.float32
+    prepare_for_inference(model, torch.device("cpu"), precision)  # as predict does
     with torch.inference_mode():
         image = timed("encode_image, 1 image", lambda: model.encode_image(pixels))
         text_features = timed(

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.data.images.transforms import fit_size, logits_to_size, to_pixels
-from risam_cli.model import image_encoder, risam
+from risam_cli.model import image_encoder
+from risam_cli.model.fast import by_expression as fast_risam
+from risam_cli.model.fast.prepare import prepare_for_training
 from risam_cli.weights.load import LoadedModel, load_model
 
 EXPRESSIONS = ("the large red circle", "the leftmost blue shape", "the thing on the right")
@@ -46,10 +48,11 @@ def measure(options: Options) -> list[Row]:
 def overlaps(photos: Sequence[Path], precision: torch.dtype, device: torch.device) -> list[float]:
     """IoU of the two paths' masks, one for each photo and expression; 1 where both are empty."""
     plain = load_model(None, device=device)
+    prepare_for_training(plain.model)
     fast = load_model(None, device=device, precision=precision)
     found = []
     for photo in photos:
-        with plain_path():
+        with torch.inference_mode(), written_out_attention():
             expected = masks(plain, photo, device)
         with torch.inference_mode(), by_expression():
             given = masks(fast, photo, device)
@@ -75,22 +78,21 @@ def masks(loaded: LoadedModel, photo: Path, device: torch.device) -> Tensor:
 @contextmanager
 def by_expression() -> Iterator[None]:
     """Within it a CPU decodes one expression after another, however small the grid."""
-    before = risam.BATCHED_BELOW
-    risam.BATCHED_BELOW = 0
+    before = fast_risam.BATCHED_BELOW
+    fast_risam.BATCHED_BELOW = 0
     try:
         yield
     finally:
-        risam.BATCHED_BELOW = before
+        fast_risam.BATCHED_BELOW = before
 
 
 @contextmanager
-def plain_path() -> Iterator[None]:
-    """Within it the image encoder runs as it is written in the papers, with nothing fused."""
+def written_out_attention() -> Iterator[None]:
+    """Within it a plain image encoder's attention runs as it is written in the papers."""
     fused = image_encoder.relative_attention
     image_encoder.relative_attention = written_out
     try:
-        with torch.enable_grad():  # where gradients may be wanted, no fast product is taken
-            yield
+        yield
     finally:
         image_encoder.relative_attention = fused
 

@@ -18,6 +18,7 @@ from risam_cli.data.images.images import read_for_encoder
 from risam_cli.inference.cores import share_cores, threads_of
 from risam_cli.inference.device import is_out_of_memory, precision_name, release_memory
 from risam_cli.inference.loader import default_workers
+from risam_cli.model.fast.prepare import prepare_for_inference
 
 if TYPE_CHECKING:
     from risam_cli.model.image_encoder import ImageEncoder
@@ -77,7 +78,7 @@ def measure(encoder: ImageEncoder, device: torch.device, cores: int, seconds: fl
         held = encoder
         if kind != torch.float32:
             held = copy.deepcopy(encoder)
-            held.hold_weights_in(kind)
+            prepare_for_inference(held, device, kind)
         with threads_of(shared.threads):
             took = _shortest(_encoding(held, device, 1), device, seconds)
         encode[precision_name(kind)] = took

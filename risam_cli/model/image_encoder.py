@@ -1,29 +1,27 @@
 """SAM's ViT image encoder with three taps and adapters.
 
 Module names and arithmetic follow ``segment_anything.modeling.image_encoder`` (Apache-2.0), so
-that its checkpoints load key by key. What differs: attention and matrix products run through the
-device's fastest kernels (:mod:`.attention`, :mod:`.linear`), features are tapped at three depths, a
-block may carry an adapter, and small models may start with a stem of convolutions, whose stride-4
-features are handed on for sharp mask edges.
+that its checkpoints load key by key. What differs: features are tapped at three depths, a block
+may carry an adapter, and small models may start with a stem of convolutions, whose stride-4
+features are handed on for sharp mask edges. :mod:`.fast.prepare` gives it a device's fastest
+kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from risam_cli.model.fast.attention import relative_attention
-from risam_cli.model.fast.linear import apply_linear, linear
-from risam_cli.model.fast.tables import TableCache, relative_table, resize_pos_embed
 from risam_cli.model.layers import LayerNorm2d
 
-HOST_TOKENS = 1024  # that go through a block's parts at a time on a CPU, for each of its threads
+# Fused kernels want queries, keys and values of one width, so values are padded for them; else
+# PyTorch makes the (h*w)² logits after all. Heads narrower than this gain little by it.
+FUSED_FROM = 64
 
 
 @dataclass(frozen=True)
@@ -138,8 +136,6 @@ class ImageEncoder(nn.Module):
         self.image_size = image_size
         self.patch_size = patch_size
         self.taps = taps
-        self.checkpoint_blocks = False
-        self._positions = TableCache(resize_pos_embed)
         grid = image_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, dim) if stem is None else ConvStem(stem, dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim))
@@ -170,56 +166,24 @@ class ImageEncoder(nn.Module):
                 position tables are interpolated.
         """
         x, fine = self.patch_embed(pixels)  # (B, h, w, D)
-        x = x + self._positions(self.pos_embed, x.shape[1], x.shape[2])
+        x = x + self.position(x.shape[1], x.shape[2])
         tapped = []
         for index, block in enumerate(self.blocks):
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = block(x)
             if index in self.taps[:2]:
                 tapped.append(x.permute(0, 3, 1, 2))
-        return EncoderFeatures(tapped[0], tapped[1], self._to_deep(x), fine)
+        return EncoderFeatures(tapped[0], tapped[1], self.to_deep(x), fine)
 
-    def _to_deep(self, x: Tensor) -> Tensor:
+    def position(self, height: int, width: int) -> Tensor:
+        """The position embeddings of a grid, (1, h, w, D)."""
+        return resize_pos_embed(self.pos_embed, height, width)
+
+    def to_deep(self, x: Tensor) -> Tensor:
         """SAM's neck, (B, h, w, D) to (B, C, h, w); a 1×1 convolution is taken as a product."""
         neck: Any = self.neck
         narrow, norm, spread, last_norm = neck
-        y = linear(x, narrow.weight.flatten(1)).permute(0, 3, 1, 2)  # (B, C, h, w)
-        if spread.weight.dtype == norm.weight.dtype:
-            return last_norm(spread(norm(y)))
-        y = spread(norm(y.to(norm.weight.dtype)).to(spread.weight.dtype))
-        return last_norm(y.to(norm.weight.dtype))
-
-    @property
-    def precision(self) -> torch.dtype:
-        """The format of its matrices; see :meth:`hold_weights_in`."""
-        narrow: Any = self.neck[0]
-        dtype: torch.dtype = narrow.weight.dtype
-        return dtype
-
-    def hold_weights_in(self, dtype: torch.dtype) -> None:
-        """Brings the weights of the blocks' and the neck's products to a format, for inference.
-
-        Norms, position tables, the first convolutions and the stream between the blocks stay in
-        float32, so features come out in float32 (ours). Half of the memory goes, and with it the
-        casts that autocast does at every call; no autocast is needed, and results are closer to
-        float32's without.
-        """
-        for part in (self.blocks, self.neck):
-            for module in part.modules():
-                if isinstance(module, (nn.Linear, nn.Conv2d)):
-                    module.to(dtype)
-
-    def compile_blocks(self) -> None:
-        """Has PyTorch compile the blocks when they first run, for inference on a GPU.
-
-        Block by block, since blocks of a kind share what is compiled: one for windows and one for
-        global attention, whatever the depth. PyTorch keeps it on disk for later processes, in the
-        folder that ``TORCHINDUCTOR_CACHE_DIR`` names.
-        """
-        for block in self.blocks:
-            block.compile()
+        y = F.linear(x, narrow.weight.flatten(1)).permute(0, 3, 1, 2)  # (B, C, h, w)
+        return last_norm(spread(norm(y)))
 
 
 class Block(nn.Module):
@@ -238,40 +202,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, h, w, D) to the same shape."""
-        if x.device.type == "cpu" and not (
-            torch.is_grad_enabled() or torch.compiler.is_compiling()
-        ):
-            return self._in_parts(x)
         x = x + self.attn(self.norm1(x), self.window)
-        return x + self._feed_forward(self.norm2(x))
+        return x + self.feed_forward(self.norm2(x))
 
-    def _in_parts(self, x: Tensor) -> Tensor:
-        """The same on a CPU, some windows and some rows at a time, for its caches and memory."""
-        if self.window:
-            attended = torch.empty_like(x)
-            for part in _parts(x, self.window):
-                torch.add(x[part], self.attn(self.norm1(x[part]), self.window), out=attended[part])
-        else:
-            attended = x + self.attn(self.norm1(x))
-        for part in _parts(x):
-            attended[part] += self._feed_forward(self.norm2(attended[part]))
-        return attended
-
-    def _feed_forward(self, y: Tensor) -> Tensor:
-        if self.adapter is None:
-            return self.mlp(y)
-        return self.mlp(y) + self.adapter(y)
-
-
-def _parts(x: Tensor, multiple: int = 1) -> Iterator[tuple[slice, slice]]:
-    """Cuts (B, h, w, D) into whole images, or else into rows of one, by a multiple of rows."""
-    batch, height, width = x.shape[:3]
-    limit = HOST_TOKENS * torch.get_num_threads()
-    images = max(1, limit // (height * width))
-    rows = max(1, limit // (width * multiple)) * multiple
-    for first in range(0, batch, images):
-        for top in range(0, height, rows):
-            yield slice(first, first + images), slice(top, top + rows)
+    def feed_forward(self, y: Tensor) -> Tensor:
+        """MLP and adapter, side by side."""
+        return self.mlp(y) if self.adapter is None else self.mlp(y) + self.adapter(y)
 
 
 class MLPBlock(nn.Module):
@@ -284,7 +220,7 @@ class MLPBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., D) to the same shape."""
-        return apply_linear(self.lin2, apply_linear(self.lin1, x, gelu=True))
+        return self.lin2(F.gelu(self.lin1(x)))
 
 
 class Attention(nn.Module):
@@ -297,24 +233,28 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
-        self._table_h, self._table_w = TableCache(relative_table), TableCache(relative_table)
 
     def forward(self, x: Tensor, window: int = 0) -> Tensor:
         """Maps (B, h, w, D) to the same shape; ``window`` patches see each other, or 0 for all."""
         batch, height, width, dim = x.shape
-        qkv = apply_linear(self.qkv, x)  # (B, h, w, 3D)
+        qkv = self.qkv(x)  # (B, h, w, 3D)
         if window:
             qkv = window_partition(self._padded(qkv, window), window)  # (B·n, window, window, 3D)
         rows, columns = qkv.shape[1:3]
         qkv = qkv.reshape(-1, rows * columns, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B or B·n, heads, rows*columns, D/heads)
-        rel_h = self._table_h(self.rel_pos_h, rows).to(q.dtype)
-        rel_w = self._table_w(self.rel_pos_w, columns).to(q.dtype)
-        x = relative_attention(q, k, v, rel_h, rel_w)
+
+        x = self.attend(q, k, v, rows, columns)
+
         x = x.transpose(1, 2).reshape(-1, rows, columns, dim)
         if window:
             x = window_unpartition(x, window, height, width)
-        return apply_linear(self.proj, x.reshape(batch, height, width, dim))
+        return self.proj(x.reshape(batch, height, width, dim))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rows: int, columns: int) -> Tensor:
+        """Attention of (B, heads, rows*columns, D/heads), with positions, to the same shape."""
+        rel_h = relative_table(self.rel_pos_h, rows)
+        return relative_attention(q, k, v, rel_h, relative_table(self.rel_pos_w, columns))
 
     def _padded(self, qkv: Tensor, window: int) -> Tensor:
         """Pads (B, h, w, 3D) to whole windows as SAM does, without computing the padding.
@@ -330,6 +270,51 @@ class Attention(nn.Module):
         padded = bias.expand(batch, height + below, width + right, channels).clone()
         padded[:, :height, :width] = qkv
         return padded
+
+
+def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    """Softmax attention with SAM's bias, ``q·rel_h[row] + q·rel_w[column]``, in one product.
+
+    The bias of query i and key j is ``h_i[row of j] + w_i[column of j]``, where ``h_i`` is the
+    query times the table of its own row and ``w_i`` times that of its own column (Li et al. 2022,
+    MViTv2, as segment_anything has it). Appending h_i and w_i to the query's channels, and one-hot
+    codes of row and column to the key's, makes the bias part of the inner product, so that no
+    (h*w)² tensor is ever made (ours).
+
+    Args:
+        q, k, v: (B, heads, h*w, d), strided as they come.
+        rel_h: (h, h, d), by row of query and row of key.
+        rel_w: (w, w, d), by column of query and column of key.
+
+    Returns:
+        (B, heads, h*w, d).
+    """
+    batch, heads, _, dim = q.shape
+    height, width = rel_h.shape[0], rel_w.shape[0]
+    bias_h, bias_w = relative_bias(q, rel_h, rel_w)
+    code = _one_hot_code(height, width, q.device, q.dtype).expand(batch, heads, -1, -1)
+    query = torch.cat([q * dim**-0.5, bias_h, bias_w], dim=-1)
+    key = torch.cat([k, code], dim=-1)
+    if dim < FUSED_FROM:
+        return F.scaled_dot_product_attention(query, key, v, scale=1.0)
+    v = F.pad(v, (0, height + width))
+    return F.scaled_dot_product_attention(query, key, v, scale=1.0)[..., :dim]
+
+
+def relative_bias(q: Tensor, rel_h: Tensor, rel_w: Tensor) -> tuple[Tensor, Tensor]:
+    """The biases of queries (B, heads, h*w, d) by key row, (..., h*w, h), and column, (..., w)."""
+    batch, heads, _, dim = q.shape
+    grid = q.reshape(batch, heads, rel_h.shape[0], rel_w.shape[0], dim)
+    bias_h = torch.einsum("bnhwd,hkd->bnhwk", grid, rel_h)
+    bias_w = torch.einsum("bnhwd,wkd->bnhwk", grid, rel_w)
+    return bias_h.flatten(2, 3), bias_w.flatten(2, 3)
+
+
+def _one_hot_code(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Codes of row and column of each key, (h*w, h + w)."""
+    rows = torch.eye(height, device=device, dtype=dtype).repeat_interleave(width, dim=0)
+    columns = torch.eye(width, device=device, dtype=dtype).repeat(height, 1)
+    return torch.cat([rows, columns], dim=-1)
 
 
 def window_partition(x: Tensor, window: int) -> Tensor:
@@ -370,4 +355,31 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., dim) to the change that is added to the block's output."""
-        return apply_linear(self.up, apply_linear(self.down, x, gelu=True))
+        return self.up(F.gelu(self.down(x)))
+
+
+def relative_table(rel_pos: Tensor, side: int) -> Tensor:
+    """Spreads a relative-position table (2·side-1, d) to (side, side, d)."""
+    length = 2 * side - 1
+    if rel_pos.shape[0] != length:
+        rel_pos = resize_rel_pos(rel_pos, length)
+    index = torch.arange(side, device=rel_pos.device)
+    return rel_pos[index[:, None] - index[None, :] + side - 1]
+
+
+def resize_rel_pos(rel_pos: Tensor, length: int) -> Tensor:
+    """Interpolates a table (L, d) linearly to (length, d), as segment-anything does."""
+    return (
+        F.interpolate(rel_pos.float().t()[None], size=length, mode="linear")[0]
+        .t()
+        .to(rel_pos.dtype)
+    )
+
+
+def resize_pos_embed(pos_embed: Tensor, height: int, width: int) -> Tensor:
+    """Interpolates (1, h, w, D) position embeddings to another grid, bicubic (ours)."""
+    if pos_embed.shape[1:3] == (height, width):
+        return pos_embed
+    grid = pos_embed.permute(0, 3, 1, 2).float()
+    grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
+    return grid.permute(0, 2, 3, 1).to(pos_embed.dtype)

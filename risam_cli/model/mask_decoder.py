@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from risam_cli.model.layers import MLP, LayerNorm2d
+from risam_cli.model.streams import LinguisticStream, VisualStream
 
 
 @dataclass(frozen=True)
@@ -33,31 +34,11 @@ class MaskDecoder(nn.Module):
     """What every network here ends in: RISAM's own decoder, and those of its rivals."""
 
     def project_fine(self, fine: Tensor | None) -> Tensor | None:
-        """Projects stride-4 features (B, F, 4h, 4w) once per image; None where not looked at."""
+        """Projects stride-4 features (B, F, 4h, 4w), once per image; None where it has no use."""
         return None
 
-    def forward(
-        self,
-        visual: Tensor,
-        visual_position: Tensor,
-        words: Tensor,
-        valid: Tensor,
-        sentence: Tensor,
-        fine: Tensor | None,
-        owner: Tensor,
-        grid: tuple[int, int],
-    ) -> Decoded:
-        """Decodes E expressions.
-
-        Args:
-            visual: (E, N, C) visual features of each expression, N = h·w.
-            visual_position: (N, C).
-            words: (E, L, C) linguistic features; valid: (E, L) bool.
-            sentence: (E, C).
-            fine: from :meth:`project_fine`, or None.
-            owner: (E,) image of each expression, for ``fine``.
-            grid: (h, w).
-        """
+    def forward(self, visual: VisualStream, language: LinguisticStream) -> Decoded:
+        """Decodes E expressions."""
         raise NotImplementedError
 
 
@@ -112,55 +93,36 @@ class MutualAwareMaskDecoder(MaskDecoder):
         """Projects stride-4 features (B, F, 4h, 4w) to (B, mask_dim, 4h, 4w), once per image."""
         return None if self.fine is None or fine is None else self.fine(fine)
 
-    def forward(
-        self,
-        visual: Tensor,
-        visual_position: Tensor,
-        words: Tensor,
-        valid: Tensor,
-        sentence: Tensor,
-        fine: Tensor | None,
-        owner: Tensor,
-        grid: tuple[int, int],
-    ) -> Decoded:
-        """See :meth:`MaskDecoder.forward`.
+    def forward(self, visual: VisualStream, language: LinguisticStream) -> Decoded:
+        """Decodes E expressions from language-aware visual and vision-aware linguistic features."""
+        query = self.project_sentence(language.sentence)[:, None]  # (E, 1, C)
+        tokens, valid = query, language.valid.new_ones(len(query), 1)
+        if self.query_token is not None:
+            tokens = torch.cat([query + self.query_token, language.words], dim=1)  # (E, 1 + L, C)
+            valid = F.pad(language.valid, (1, 0), value=True)
 
-        Args:
-            visual: (E, N, C) language-aware visual features.
-            words: (E, L, C) vision-aware linguistic features.
-            fine: (B, mask_dim, 4h, 4w), or None.
-        """
-        query = self.project_sentence(sentence)[:, None]  # (E, 1, C)
-        if self.query_token is None:
-            tokens, token_valid = query, valid.new_ones(len(valid), 1)
-        else:
-            tokens = torch.cat([query + self.query_token, words], dim=1)  # (E, 1 + L, C)
-            token_valid = F.pad(valid, (1, 0), value=True)
-
+        regions = visual.of_expressions()  # (E, N, C)
         for layer in self.layers:
-            tokens, visual = layer(tokens, visual, visual_position, token_valid)
-        query = tokens[:, :1]
-        placed = visual + visual_position
-        query = self.final_norm(query + self.final_attention(query, placed, visual))[:, 0]
+            tokens, regions = layer(tokens, regions, visual.position, valid)
+        query, placed = tokens[:, :1], regions + visual.position
+        query = self.final_norm(query + self.final_attention(query, placed, regions))[:, 0]
 
-        pixels = self.upsample(visual, fine, owner, grid)  # (E, mask_dim, 4h, 4w)
+        pixels = self.upsample(visual.with_language(regions))  # (E, mask_dim, 4h, 4w)
         mask = torch.einsum("ec,echw->ehw", self.mask_head(query), pixels)
         iou = self.iou_head(query)[:, 0].sigmoid()
         no_target = self.no_target_head(query)[:, 0]
         if self.evidence is not None:
-            no_target = no_target + self.evidence(mask, visual)
+            no_target = no_target + self.evidence(mask, regions)
         return Decoded(mask, iou, no_target)
 
-    def upsample(
-        self, visual: Tensor, fine: Tensor | None, owner: Tensor, grid: tuple[int, int]
-    ) -> Tensor:
+    def upsample(self, visual: VisualStream) -> Tensor:
         """Brings (E, h·w, C) to (E, mask_dim, 4h, 4w), sharpened by stride-4 features if any."""
-        pixels = visual.transpose(1, 2).unflatten(2, grid)  # (E, C, h, w)
+        pixels = visual.features.transpose(1, 2).unflatten(2, visual.grid)  # (E, C, h, w)
         pixels = F.gelu(self.up1_norm(self.up1(pixels)))
         pixels = self.up2(pixels)
-        if fine is not None and self.sharpen is not None:
+        if visual.fine is not None and self.sharpen is not None:
             # Gathered only here, where each expression's own pixels exist anyway.
-            pixels = F.gelu(pixels + fine[owner])
+            pixels = F.gelu(pixels + visual.fine[visual.image_index])
             return pixels + self.sharpen(pixels)
         return F.gelu(pixels)
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from risam_cli.model.layers import MLP
+from risam_cli.model.streams import LinguisticStream, Reads, VisualStream
 
 Identity = Literal["none", "language", "both"]
-Reads = Literal["words", "text", "both"]
-"""What a part reads of the expression: its vision-aware words, its text as it came, or both."""
 
 
 @dataclass(frozen=True)
@@ -85,57 +84,45 @@ class MutualAwareAttention(nn.Module):
         self.log_temperature = nn.Parameter(torch.zeros(heads)) if own else None
 
     def forward(
-        self,
-        visual: Tensor,
-        visual_position: Tensor,
-        words: Tensor,
-        word_position: Tensor,
-        valid: Tensor,
-        owner: Tensor | None,
-        *,
-        text: Tensor | None = None,
-        with_maps: bool = False,
-    ) -> tuple[Tensor, Tensor, AttentionMaps | None]:
+        self, visual: VisualStream, language: LinguisticStream
+    ) -> tuple[VisualStream, LinguisticStream]:
         """Runs one block on a ragged batch.
 
-        Args:
-            visual: (V, N, C), V either images or expressions.
-            visual_position: (N, C).
-            words: (E, L, C); word_position: (L, C); valid: (E, L) bool.
-            owner: (E,) index of each expression's row in ``visual``, or None where row e is
-                expression e's own.
-            text: (E, L, C) linguistic features F_l; None where the words still are F_l.
-            with_maps: return the attention maps.
-
         Returns:
-            language-aware visual features (E, N, C) (or ``visual`` itself where Vision-Guided
-            Attention is off), vision-aware linguistic features (E, L, C), maps or None.
+            language-aware visual features (or ``visual`` itself where Vision-Guided Attention is
+            off) and vision-aware linguistic features.
         """
-        read = words if text is None or self.reads == "words" else text  # (E, L, C)
-        placed = visual + visual_position  # (V, N, C)
-        query = self._split(self.affinity_vision(placed)) * self.scale  # (V, heads, N, d)
-        key = self._split(self.affinity_language(read + word_position))  # (E, heads, L, d)
-        affinity = ragged_product(query, key, owner)  # (E, heads, N, L)
-        affinity = affinity.masked_fill(~valid[:, None, None, :], torch.finfo(affinity.dtype).min)
-
-        to_words = to_regions = None
-        new_visual, new_words = visual, words
-        if self.vision_guided is not None:
-            to_words = affinity.softmax(dim=-1)
-            value = self.vision_guided.value(read)
+        maps = self.maps(visual, language)
+        seen, read = language, visual
+        if self.vision_guided is not None and maps.words_of_region is not None:
+            value = self.vision_guided.value(self._read(language))
             if self.value_seen is not None:
-                value = value + self.value_seen(words)
+                value = value + self.value_seen(language.words)
             value = self._split(value)  # (E, heads, L, d)
-            change = self._merge(to_words @ value)  # (E, N, C)
-            own = visual if owner is None else visual[owner]
-            new_visual = self.vision_guided(own, change)
-        if self.language_guided is not None:
-            to_regions = self.warmed(affinity.transpose(-1, -2)).softmax(dim=-1)  # (E, heads, L, N)
-            value = self._split(self.language_guided.value(placed))  # (V, heads, N, d)
-            change = self._merge(ragged_gather(to_regions, value, owner))  # (E, L, C)
-            new_words = self.language_guided(words, change)
-        maps = AttentionMaps(to_words, to_regions) if with_maps else None
-        return new_visual, new_words, maps
+            change = self._merge(maps.words_of_region @ value)  # (E, N, C)
+            read = visual.with_language(self.vision_guided(visual.of_expressions(), change))
+        if self.language_guided is not None and maps.regions_of_word is not None:
+            value = self._split(self.language_guided.value(visual.placed))  # (V, heads, N, d)
+            change = self._merge(ragged_gather(maps.regions_of_word, value, visual.owner))
+            seen = language.with_vision(self.language_guided(language.words, change))
+        return read, seen
+
+    def maps(self, visual: VisualStream, language: LinguisticStream) -> AttentionMaps:
+        """The one affinity A, normalized over words and over regions."""
+        query = self._split(self.affinity_vision(visual.placed)) * self.scale  # (V, heads, N, d)
+        placed_words = self._read(language) + language.position  # (E, L, C)
+        key = self._split(self.affinity_language(placed_words))  # (E, heads, L, d)
+        affinity = ragged_product(query, key, visual.owner)  # (E, heads, N, L)
+        padding = ~language.valid[:, None, None, :]
+        affinity = affinity.masked_fill(padding, torch.finfo(affinity.dtype).min)
+        by_word = self.warmed(affinity.transpose(-1, -2))  # (E, heads, L, N)
+        return AttentionMaps(
+            None if self.vision_guided is None else affinity.softmax(dim=-1),
+            None if self.language_guided is None else by_word.softmax(dim=-1),
+        )
+
+    def _read(self, language: LinguisticStream) -> Tensor:
+        return language.words if self.reads == "words" else language.text
 
     def warmed(self, logits: Tensor) -> Tensor:
         """Aᵀ (..., heads, L, N) at Language-Guided Attention's own temperature."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from risam_cli.model.layers import MLP
 from risam_cli.model.mask_decoder import Decoded, MaskDecoder
+from risam_cli.model.streams import LinguisticStream, VisualStream
 
 _PRIVATE_NAME = "_risam_segment_anything_modeling"
 
@@ -111,37 +112,23 @@ class SamMaskDecoder(MaskDecoder):
         self.no_target_token = nn.Parameter(torch.randn(dim) * 0.02)
         self.no_target_head = MLP([dim, dim, 1])
 
-    def forward(
-        self,
-        visual: Tensor,
-        visual_position: Tensor,
-        words: Tensor,
-        valid: Tensor,
-        sentence: Tensor,
-        fine: Tensor | None,
-        owner: Tensor,
-        grid: tuple[int, int],
-    ) -> Decoded:
-        """See :meth:`~risam_cli.model.mask_decoder.MaskDecoder.forward`.
-
-        Args:
-            visual: (E, N, C) deep features of each expression's image.
-            visual_position, words, valid, fine, owner: not looked at.
-        """
+    def forward(self, visual: VisualStream, language: LinguisticStream) -> Decoded:
+        """Decodes E expressions from deep features and the sentence; grids of any size."""
+        features, grid = visual.of_expressions(), visual.grid  # (E, N, C)
         decoder = self.mask_decoder
-        count = len(visual)
+        count = len(features)
         own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])  # (1 + 4, C)
         tokens = torch.cat(
             [
                 own.expand(count, -1, -1),
-                self.project_sentence(sentence)[:, None],
+                self.project_sentence(language.sentence)[:, None],
                 self.no_target_token.expand(count, 1, -1),
             ],
             dim=1,
         )  # (E, 7, C)
 
         # SAM's predict_masks takes many prompts of one image; here every row has its own.
-        image = visual.transpose(1, 2).unflatten(2, grid)  # (E, C, h, w)
+        image = features.transpose(1, 2).unflatten(2, grid)  # (E, C, h, w)
         image = image + self.no_mask_embed.weight[:, :, None, None]
         position = self.pe_layer(grid)[None].to(image.dtype).expand(count, -1, -1, -1)
         tokens, pixels = decoder.transformer(image, position, tokens)

@@ -21,6 +21,7 @@ from risam_cli.data.refshapes.vocabulary import COLORS, SHAPES, SIZES
 from risam_cli.files.sizes import parse_size
 from risam_cli.inference.device import choose_device, training_precision
 from risam_cli.inference.feature_cache import CacheSettings, FeatureCache, open_feature_cache
+from risam_cli.model.fast.prepare import prepare_for_inference, prepare_for_training
 from risam_cli.model.image_encoder import EncoderFeatures, ImageEncoder
 from risam_cli.settings.train import DenseStage, ReferringStage, TrainSettings
 from risam_cli.training.checkpoint import Place
@@ -128,6 +129,7 @@ class TrainingBuilder:
             encoder.stem[1] if encoder.stem else 0,
             (len(SHAPES), len(COLORS), len(SIZES)),
         ).to(self.device)
+        prepare_for_training(self.model)
         self.model.requires_grad_(False)
         self.model.image_encoder.requires_grad_(True)
         task = DenseTask(self.model.image_encoder, head, settings.background_weight)
@@ -150,9 +152,11 @@ class TrainingBuilder:
         model.requires_grad_(True)
         train_text_encoder(model, s.model.text_encoder)
         encoder_parts = self._encoder_parts(settings)
-        model.image_encoder.checkpoint_blocks = s.gradient_checkpointing
         loss = ReferringLoss(**s.loss.model_dump(exclude={"target_size"}))
         frozen_encoder = not encoder_parts
+        prepare_for_training(model, recompute_blocks=s.gradient_checkpointing)
+        if frozen_encoder:
+            prepare_for_inference(model.image_encoder, self.device)
         self.cached = self._cached_encoder() if frozen_encoder else None
         task = ReferringTask(model, loss, encoder_frozen=frozen_encoder, features=self.cached)
         text_rate = settings.text_learning_rate or settings.learning_rate
@@ -373,7 +377,8 @@ class CachedEncoder:
     def _open(self) -> FeatureCache:
         if self._precision != torch.float32:
             self._encoder = copy.deepcopy(self._encoder).eval()
-            self._encoder.hold_weights_in(self._precision)
+            device = self._encoder.pos_embed.device
+            prepare_for_inference(self._encoder, device, self._precision)
         self._cache = self._closing.enter_context(self._open_cache(self._encoder))
         return self._cache
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -16,6 +18,7 @@ from risam_cli.drawing.overlay import draw_overlay
 from risam_cli.errors import ConfigError
 from risam_cli.metrics.figures import summarize
 from risam_cli.metrics.table import ExpressionScore
+from risam_cli.model.fast.prepare import inference_forms
 from risam_cli.settings.train import TrainSettings
 from risam_cli.training.data.collate import (
     DenseBatch,
@@ -68,18 +71,26 @@ def validate_referring(
     )
     device = next(task.module.parameters()).device
     found: list[tuple[int, Sequence[ExpressionScore]]] = []
-    task.module.eval()
-    try:
+    with answering(task.module, device):
         for turn, batch in enumerate(loader):
             between()
             number = processes.rank + turn * processes.world
             batch = to_device(batch, device)
             scores = _scores(number, batch, task.decode(batch), threshold, no_target_threshold)
             found.append((number, scores))
-    finally:
-        task.module.train()
     together = sorted(part for parts in processes.gather(found) for part in parts)
     return summarize([score for _, scores in together for score in scores])
+
+
+@contextmanager
+def answering(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within it a module in training answers as it would in ``risam predict``."""
+    module.eval()
+    try:
+        with inference_forms(module, device):
+            yield
+    finally:
+        module.train()
 
 
 def _scores(
@@ -186,8 +197,7 @@ class Validation:
         model = self.task.model
         device = next(model.parameters()).device
         drawn = []
-        model.eval()
-        try:
+        with answering(model, device):
             for number, (name, index, row) in enumerate(self.chosen):
                 example = self.held_out[name][index]
                 row %= len(example.texts)
@@ -212,8 +222,6 @@ class Validation:
                         answer=_drawn(example, answer, text),
                     )
                 )
-        finally:
-            model.train()
         return drawn
 
 
@@ -265,16 +273,12 @@ def validate_dense(
         data, batch_sampler=batches[processes.rank :: processes.world], collate_fn=collate_dense
     )
     found: list[tuple[int, dict[str, float]]] = []
-    task.module.eval()
-    try:
-        with torch.no_grad():
-            for turn, batch in enumerate(loader):
-                between()
-                figures = task.loss(to_device(batch, device))[1]
-                number = processes.rank + turn * processes.world
-                found.append((number, {name: float(value) for name, value in figures.items()}))
-    finally:
-        task.module.train()
+    with torch.no_grad(), answering(task.module, device):
+        for turn, batch in enumerate(loader):
+            between()
+            figures = task.loss(to_device(batch, device))[1]
+            number = processes.rank + turn * processes.world
+            found.append((number, {name: float(value) for name, value in figures.items()}))
     sums: dict[str, float] = {}
     together = [part for parts in processes.gather(found) for part in parts]
     for _, part in sorted(together, key=lambda part: part[0]):

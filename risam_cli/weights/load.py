@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from risam_cli.errors import ModelError, RisamError, UsageError
+from risam_cli.model.fast.prepare import prepare_for_inference
 from risam_cli.model.risam import Risam
 from risam_cli.settings.load import check
 from risam_cli.settings.model import ModelSettings, TextEncoderSettings
@@ -88,13 +89,11 @@ def load_model(
     weights, side = lora.split_lora(model_folders.read_tensors(folder / model_folders.WEIGHTS_FILE))
     model_folders.load_weights(model, stored, weights, lambda name: frozen.covers(needs, name))
     _load_lora(model, side, settings.text_encoder, stored, keep=keep_lora)
-    if precision != torch.float32:
-        model.image_encoder.hold_weights_in(precision)
     model.to(device).eval().requires_grad_(False)
     if compiled:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "risam" / "compiled"))
-        model.image_encoder.compile_blocks()
+    prepare_for_inference(model, device, precision, compiled=compiled)
     return LoadedModel(
         model=model,
         tokenizer=text.tokenizer,

@@ -18,8 +18,12 @@ import torch
 from torch import Tensor
 
 from risam_cli.errors import ModelError
-from risam_cli.model.fast.tables import resize_pos_embed, resize_rel_pos
-from risam_cli.model.image_encoder import ConvStem, ImageEncoder
+from risam_cli.model.image_encoder import (
+    ConvStem,
+    ImageEncoder,
+    resize_pos_embed,
+    resize_rel_pos,
+)
 from risam_cli.model.sam_baseline import SamMaskDecoder
 from risam_cli.weights.torch_files import load_plain
 

@@ -10,11 +10,13 @@ import torch
 from support.networks import encoder, noise, randomize, reference_encoder, relative_error, save_pth
 from torch import Tensor, nn
 
-from risam_cli.model.fast.attention import relative_attention
-from risam_cli.model.fast.tables import relative_table, resize_pos_embed
+from risam_cli.model.fast.prepare import prepare_for_training
 from risam_cli.model.image_encoder import (
     ConvStem,
     ImageEncoder,
+    relative_attention,
+    relative_table,
+    resize_pos_embed,
     window_partition,
     window_unpartition,
 )
@@ -122,7 +124,8 @@ def test_gradient_checkpointing_changes_no_value_and_no_gradient() -> None:
     ours = encoder(adapter_dim=4).train()
     pixels = noise(1, 3, 160, 160)
     results = []
-    for ours.checkpoint_blocks in (False, True):
+    for recompute in (False, True):
+        prepare_for_training(ours, recompute_blocks=recompute)
         ours.zero_grad()
         found = ours(pixels)
         (found.shallow.mean() + found.middle.square().mean() + found.deep.square().sum()).backward()

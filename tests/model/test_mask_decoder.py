@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.networks import noise, randomize, relative_error
+from support.networks import noise, randomize, relative_error, streams
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,6 +37,11 @@ def _inputs(decoder: MutualAwareMaskDecoder) -> dict[str, Any]:
     }
 
 
+def _decode(decoder: MutualAwareMaskDecoder, inputs: dict[str, Any]) -> Decoded:
+    decoded: Decoded = decoder(*streams(**inputs, per_expression=True))
+    return decoded
+
+
 def _differs(a: Decoded, b: Decoded) -> list[float]:
     return [
         relative_error(getattr(a, name), getattr(b, name))
@@ -52,7 +57,7 @@ def test_each_expression_is_decoded_as_if_alone_and_unpadded(
 ) -> None:
     decoder = _decoder(fine_dim=fine_dim, query_token=query_token)
     inputs = _inputs(decoder)
-    together = decoder(**inputs)
+    together = _decode(decoder, inputs)
     assert together.mask_logits.shape == (EXPRESSIONS, 4 * GRID[0], 4 * GRID[1])
     assert together.iou.shape == together.no_target_logits.shape == (EXPRESSIONS,)
     assert ((together.iou > 0) & (together.iou < 1)).all()
@@ -60,8 +65,9 @@ def test_each_expression_is_decoded_as_if_alone_and_unpadded(
         one = slice(row, row + 1)
         length = int(LENGTHS[row])
         fine = inputs["fine"]
-        alone = decoder(
-            **{
+        alone = _decode(
+            decoder,
+            {
                 **inputs,
                 "visual": inputs["visual"][one],
                 "words": inputs["words"][one, :length],
@@ -69,7 +75,7 @@ def test_each_expression_is_decoded_as_if_alone_and_unpadded(
                 "sentence": inputs["sentence"][one],
                 "fine": None if fine is None else fine[OWNER[one]],
                 "owner": torch.tensor([0]),
-            }
+            },
         )
         assert relative_error(together.mask_logits[one], alone.mask_logits) < 1e-5
         assert torch.allclose(together.iou[one], alone.iou, atol=1e-6)
@@ -82,7 +88,9 @@ def test_padded_words_are_not_read() -> None:
     inputs = _inputs(decoder)
     noisy = inputs["words"].clone()
     noisy[~inputs["valid"]] = 1e4
-    assert max(_differs(decoder(**{**inputs, "words": noisy}), decoder(**inputs))) == 0
+    assert (
+        max(_differs(_decode(decoder, {**inputs, "words": noisy}), _decode(decoder, inputs))) == 0
+    )
 
 
 @torch.no_grad()
@@ -91,11 +99,18 @@ def test_words_guide_the_decoder_and_without_the_query_token_they_do_not() -> No
     for query_token in (True, False):
         decoder = _decoder(query_token=query_token)
         inputs = _inputs(decoder)
-        moved = _differs(decoder(**{**inputs, "words": other}), decoder(**inputs))
+        moved = _differs(_decode(decoder, {**inputs, "words": other}), _decode(decoder, inputs))
         assert (min(moved) > 1e-3) == query_token
         assert (max(moved) == 0) == (not query_token)
         sentence = inputs["sentence"] + 1
-        assert min(_differs(decoder(**{**inputs, "sentence": sentence}), decoder(**inputs))) > 1e-3
+        assert (
+            min(
+                _differs(
+                    _decode(decoder, {**inputs, "sentence": sentence}), _decode(decoder, inputs)
+                )
+            )
+            > 1e-3
+        )
     assert "query_token" not in _decoder(query_token=False).state_dict()
 
 
@@ -103,10 +118,10 @@ def test_words_guide_the_decoder_and_without_the_query_token_they_do_not() -> No
 def test_fine_features_sharpen_the_mask_of_their_own_image_only() -> None:
     decoder = _decoder(fine_dim=6)
     inputs = _inputs(decoder)
-    before = decoder(**inputs)
+    before = _decode(decoder, inputs)
     fine = inputs["fine"].clone()
     fine[0] += 1
-    after = decoder(**{**inputs, "fine": fine})
+    after = _decode(decoder, {**inputs, "fine": fine})
     moved = (after.mask_logits - before.mask_logits).abs().amax(dim=(1, 2)) > 1e-3
     assert moved.tolist() == [False, True, False]
     assert torch.equal(after.iou, before.iou)
@@ -120,9 +135,9 @@ def test_the_mask_is_the_product_of_query_and_pixels() -> None:
     inputs = _inputs(decoder)
     pixels: list[Tensor] = []
     decoder.up2.register_forward_hook(lambda _m, _i, out: pixels.append(F.gelu(out)))
-    before = decoder(**inputs).mask_logits
+    before = _decode(decoder, inputs).mask_logits
     decoder.mask_head.layers[-1].bias[3] += 2
-    after = decoder(**inputs).mask_logits
+    after = _decode(decoder, inputs).mask_logits
     assert torch.allclose(after - before, 2 * pixels[0][:, 3], atol=1e-5)
 
 
@@ -150,7 +165,7 @@ def test_gradients_reach_every_weight_and_every_input() -> None:
     }
     # project_fine is part of the way from the stem to the mask.
     inputs["fine"] = decoder.project_fine(noise(2, 6, 12, 20))
-    found = decoder(**inputs)
+    found = _decode(decoder, inputs)
     (found.mask_logits.square().mean() + found.iou.sum() + found.no_target_logits.sum()).backward()
     assert [n for n, p in decoder.named_parameters() if p.grad is None] == []
     for name in ("visual", "visual_position", "words", "sentence"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.networks import noise, randomize, relative_error
+from support.networks import noise, randomize, relative_error, streams
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,6 +32,18 @@ OWNERS = {
 
 def _block(**switches: Any) -> MutualAwareAttention:
     return randomize(MutualAwareAttention(DIM, HEADS, 24, **switches), 3).eval()
+
+
+def _run(
+    block: MutualAwareAttention,
+    inputs: dict[str, Tensor],
+    owner: Tensor | None,
+    text: Tensor | None = None,
+) -> tuple[Tensor, Tensor, AttentionMaps]:
+    """Visual features, words and maps; without an owner each row is its expression's own."""
+    visual, language = streams(**inputs, owner=owner, text=text)
+    seen, said = block(visual, language)
+    return seen.features, said.words, block.maps(visual, language)
 
 
 def _inputs(expressions: int, images: int = 3) -> dict[str, Tensor]:
@@ -82,7 +94,7 @@ def _by_formula(
 def test_a_ragged_batch_is_the_formula_for_each_expression(case: str) -> None:
     block, owner = _block(), torch.tensor(OWNERS[case])
     inputs = _inputs(len(owner))
-    visual, words, maps = block(**inputs, owner=owner, with_maps=True)
+    visual, words, maps = _run(block, inputs, owner=owner)
     assert visual.shape == (len(owner), REGIONS, DIM)
     for row, image in enumerate(owner):
         length = int(inputs["valid"][row].sum())
@@ -110,11 +122,11 @@ def test_the_visual_stream_of_each_expression_is_its_own_from_the_second_block_o
     """With no owner, row e is expression e's own; it must not be taken for an image's."""
     block = _block()
     inputs = _inputs(3)
-    own = block(**inputs, owner=None)
-    owned = block(**inputs, owner=torch.arange(3))
+    own = _run(block, inputs, owner=None)
+    owned = _run(block, inputs, owner=torch.arange(3))
     assert torch.allclose(own[0], owned[0], atol=1e-5)
     assert torch.allclose(own[1], owned[1], atol=1e-5)
-    moved = block(**inputs, owner=torch.tensor([1, 1, 1]))
+    moved = _run(block, inputs, owner=torch.tensor([1, 1, 1]))
     assert relative_error(moved[0], own[0]) > 0.05
 
 
@@ -127,8 +139,9 @@ def test_both_maps_come_from_one_affinity() -> None:
     calls = []
     for part in (block.affinity_vision, block.affinity_language):
         part.register_forward_hook(lambda module, _i, _o: calls.append(module))
-    maps = block(**inputs, owner=owner, with_maps=True)[2]
+    block(*streams(**inputs, owner=owner))
     assert len(calls) == 2, "the affinity is projected once for both branches"
+    maps = block.maps(*streams(**inputs, owner=owner))
     difference = maps.words_of_region.log() - maps.regions_of_word.transpose(-1, -2).log()
     centred = (
         difference
@@ -144,7 +157,7 @@ def test_both_maps_come_from_one_affinity() -> None:
 def test_maps_sum_to_one_and_padding_has_no_part_in_either() -> None:
     block, owner = _block(), torch.tensor([0, 2, 2, 0, 1])
     inputs = _inputs(5)
-    visual, words, maps = block(**inputs, owner=owner, with_maps=True)
+    visual, words, maps = _run(block, inputs, owner=owner)
     assert torch.allclose(maps.words_of_region.sum(dim=-1), torch.ones(5, HEADS, REGIONS))
     assert torch.allclose(maps.regions_of_word.sum(dim=-1), torch.ones(5, HEADS, WORDS))
     padding = ~inputs["valid"]
@@ -152,7 +165,7 @@ def test_maps_sum_to_one_and_padding_has_no_part_in_either() -> None:
 
     noisy = {**inputs, "words": inputs["words"].clone()}
     noisy["words"][padding] = 1e4
-    other_visual, other_words, _ = block(**noisy, owner=owner)
+    other_visual, other_words, _ = _run(block, noisy, owner=owner)
     assert torch.equal(visual, other_visual)
     assert torch.equal(words[inputs["valid"]], other_words[inputs["valid"]])
 
@@ -162,7 +175,7 @@ def test_maps_sum_to_one_and_padding_has_no_part_in_either() -> None:
 def test_padding_is_masked_in_half_precision_too(dtype: torch.dtype) -> None:
     block, owner = _block().to(dtype), torch.tensor([0, 1, 1])
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in _inputs(3).items()}
-    visual, words, maps = block(**inputs, owner=owner, with_maps=True)
+    visual, words, maps = _run(block, inputs, owner=owner)
     assert torch.isfinite(visual).all()
     assert torch.isfinite(words).all()
     assert maps.words_of_region.transpose(1, 3)[~inputs["valid"]].abs().max() == 0
@@ -184,17 +197,12 @@ def test_a_branch_switched_off_leaves_its_stream_and_the_other_branch_alone(
     assert not any(name.startswith(switch) for name in ablated.state_dict())
     ablated.load_state_dict({k: full.state_dict()[k] for k in ablated.state_dict()})
     inputs, owner = _inputs(4), torch.tensor([0, 2, 2, 0])
-    visual, words, maps = full(**inputs, owner=owner, with_maps=True)
-    found: tuple[Tensor, Tensor, AttentionMaps] = ablated(**inputs, owner=owner, with_maps=True)
+    visual, words, maps = _run(full, inputs, owner=owner)
+    found: tuple[Tensor, Tensor, AttentionMaps] = _run(ablated, inputs, owner=owner)
     assert (found[0] if kept == "visual" else found[1]) is inputs[kept]
     assert torch.equal(found[1], words) if kept == "visual" else torch.equal(found[0], visual)
     assert torch.equal(getattr(found[2], part), getattr(maps, part))
     assert {found[2].words_of_region is None, found[2].regions_of_word is None} == {True, False}
-
-
-@torch.no_grad()
-def test_maps_are_made_only_on_demand() -> None:
-    assert _block()(**_inputs(3), owner=torch.arange(3))[2] is None
 
 
 # --- forms ----------------------------------------------------------------------------------------
@@ -211,7 +219,7 @@ def test_a_branch_that_starts_as_an_identity_gives_its_normalized_stream(
     torch.manual_seed(0)
     block, inputs = MutualAwareAttention(DIM, HEADS, 24, identity_start=start), _inputs(4)
     owner = torch.tensor([0, 2, 2, 0])
-    visual, words, _ = block(**inputs, owner=owner)
+    visual, words, _ = _run(block, inputs, owner=owner)
     for found, stream, kept in (
         (visual, inputs["visual"][owner], visual_kept),
         (words, inputs["words"], words_kept),
@@ -228,15 +236,15 @@ def test_regions_that_read_the_text_do_not_see_what_words_have_seen() -> None:
     reading = {reads: _block(reads=reads) for reads in ("words", "text", "both")}
     changed = {}
     for reads, block in reading.items():
-        first = block(**inputs, owner=owner, text=text)
-        other = block(**seen, owner=owner, text=text)
+        first = _run(block, inputs, owner=owner, text=text)
+        other = _run(block, seen, owner=owner, text=text)
         assert relative_error(other[1], first[1]) > 0.05, "the words keep their own stream"
         changed[reads] = relative_error(other[0], first[0])
     assert changed["text"] == 0
     assert min(changed["words"], changed["both"]) > 0.01
     # The text's form is the words' form on the text.
-    same = reading["words"](**{**inputs, "words": text}, owner=owner)[0]
-    assert torch.equal(reading["text"](**inputs, owner=owner, text=text)[0], same)
+    same = _run(reading["words"], {**inputs, "words": text}, owner=owner)[0]
+    assert torch.equal(_run(reading["text"], inputs, owner=owner, text=text)[0], same)
 
 
 @torch.no_grad()
@@ -244,17 +252,17 @@ def test_what_words_have_seen_is_added_to_the_text_from_zero_on() -> None:
     block = MutualAwareAttention(DIM, HEADS, 24, reads="both")
     inputs, text, owner = _inputs(4), noise(4, WORDS, DIM, seed=9), torch.tensor([0, 2, 2, 0])
     seen = {**inputs, "words": noise(4, WORDS, DIM, seed=8)}
-    first = block(**inputs, owner=owner, text=text)[0]
-    assert torch.equal(first, block(**seen, owner=owner, text=text)[0])
+    first = _run(block, inputs, owner=owner, text=text)[0]
+    assert torch.equal(first, _run(block, seen, owner=owner, text=text)[0])
 
 
 @torch.no_grad()
 def test_a_temperature_sharpens_the_regions_of_words_alone() -> None:
     block, inputs, owner = _block(own_temperature=True), _inputs(4), torch.tensor([0, 2, 2, 0])
     block.log_temperature.zero_()
-    plain = block(**inputs, owner=owner, with_maps=True)[2]
+    plain = _run(block, inputs, owner=owner)[2]
     block.log_temperature.fill_(1.0)
-    sharp = block(**inputs, owner=owner, with_maps=True)[2]
+    sharp = _run(block, inputs, owner=owner)[2]
     assert torch.equal(plain.words_of_region, sharp.words_of_region)
     assert torch.isfinite(sharp.regions_of_word).all(), "of padding too"
     expected = F.softmax(plain.regions_of_word.log() * torch.tensor(1.0).exp(), dim=-1)
@@ -318,7 +326,7 @@ def test_image_features_are_projected_once_per_image_not_per_expression() -> Non
     sizes: list[int] = []
     for part in (block.affinity_vision, block.language_guided.value):
         part.register_forward_pre_hook(lambda _m, args: sizes.append(len(args[0])))
-    block(**_inputs(7), owner=torch.tensor([0, 2, 2, 0, 0, 0, 0]))
+    block(*streams(**_inputs(7), owner=torch.tensor([0, 2, 2, 0, 0, 0, 0])))
     assert sizes == [3, 3]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from support.networks import streams
 
 from risam_cli.model.mask_decoder import MutualAwareMaskDecoder, NoTargetEvidence
 
@@ -12,14 +15,22 @@ def decoder(*, evidence: bool) -> MutualAwareMaskDecoder:
     return MutualAwareMaskDecoder(16, 2, 1, 32, 8, no_target_evidence=evidence).eval()
 
 
-def inputs(expressions: int) -> tuple[torch.Tensor, ...]:
+def inputs(expressions: int, rows: slice = slice(None)) -> tuple[Any, ...]:
+    """The streams of some of the expressions."""
     generator = torch.Generator().manual_seed(1)
-    return (
-        torch.randn(expressions, 16, 16, generator=generator),  # 4 x 4 regions
-        torch.randn(16, 16, generator=generator),
-        torch.randn(expressions, 5, 16, generator=generator),
-        torch.ones(expressions, 5, dtype=torch.bool),
-        torch.randn(expressions, 16, generator=generator),
+    visual = torch.randn(expressions, 16, 16, generator=generator)  # 4 x 4 regions
+    position = torch.randn(16, 16, generator=generator)
+    words = torch.randn(expressions, 5, 16, generator=generator)
+    sentence = torch.randn(expressions, 16, generator=generator)
+    valid = torch.ones(expressions, 5, dtype=torch.bool)
+    return streams(
+        visual[rows],
+        position,
+        words[rows],
+        valid[rows],
+        owner=None,
+        sentence=sentence[rows],
+        grid=(4, 4),
     )
 
 
@@ -29,8 +40,8 @@ def test_added_to_trained_weights_it_changes_nothing() -> None:
     assert not unexpected
     assert all(name.startswith("evidence.") for name in missing)
     given = inputs(3)
-    first = without(*given, None, torch.arange(3), (4, 4))
-    second = added(*given, None, torch.arange(3), (4, 4))
+    first = without(*given)
+    second = added(*given)
     assert torch.equal(first.no_target_logits, second.no_target_logits)
     assert torch.equal(first.mask_logits, second.mask_logits)
 
@@ -66,18 +77,6 @@ def test_an_expression_does_not_depend_on_its_neighbours() -> None:
     module = decoder(evidence=True)
     assert module.evidence is not None
     torch.nn.init.normal_(module.evidence.head.layers[-1].weight)
-    given = inputs(4)
-    together = module(*given, None, torch.arange(4), (4, 4)).no_target_logits
-    visual, position, *rest = given
-    alone = [
-        module(
-            visual[k : k + 1],
-            position,
-            *(t[k : k + 1] for t in rest),
-            None,
-            torch.zeros(1).long(),
-            (4, 4),
-        )
-        for k in range(4)
-    ]
+    together = module(*inputs(4)).no_target_logits
+    alone = [module(*inputs(4, slice(k, k + 1))) for k in range(4)]
     torch.testing.assert_close(together, torch.cat([d.no_target_logits for d in alone]))

@@ -12,12 +12,13 @@ from support.networks import (
     WITH_STEM,
     in_double,
     noise,
+    prepared,
     relative_error,
     small_model,
 )
 from torch import Tensor
 
-from risam_cli.model import risam
+from risam_cli.model.fast import by_expression
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.risam import Risam
 from risam_cli.weights.tokenizer import TextTokenizer
@@ -54,12 +55,19 @@ OF_ONE_TOKEN = [
 OWNER = [1, 0, 1, 1]
 
 
-@pytest.fixture(autouse=True, params=["by expression", "in one batch"])
-def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Expression after expression, as on large grids, and all in one ragged batch."""
-    monkeypatch.setattr(risam, "BATCHED_BELOW", 0)
-    if request.param == "in one batch":
-        monkeypatch.setattr(Risam, "_goes_by_expression", lambda *unused: False)
+@pytest.fixture(autouse=True, params=["plain", "for inference"])
+def _both_forms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is trained, and as a CPU runs it on large grids: expression after expression."""
+    if request.param == "plain" or "gradients" in request.node.name:
+        return
+    monkeypatch.setattr(by_expression, "BATCHED_BELOW", 0)
+    plain = small_model
+
+    def small_and_prepared(**changes: Any) -> tuple[Risam, TextTokenizer]:
+        model, tokenizer = plain(**changes)
+        return prepared(model), tokenizer
+
+    monkeypatch.setitem(globals(), "small_model", small_and_prepared)
 
 
 def _tokens(tokenizer: TextTokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:

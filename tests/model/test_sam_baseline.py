@@ -13,12 +13,14 @@ from support.networks import (
     TEXTS,
     in_double,
     noise,
+    prepared,
     randomize,
     reference_encoder,
     relative_error,
     save_pth,
     small_model,
     small_settings,
+    streams,
 )
 from torch import Tensor, nn
 
@@ -52,16 +54,17 @@ def _reference(dim: int, heads: int, layers: int, ffn_dim: int) -> tuple[nn.Modu
 def _decode(decoder: SamMaskDecoder, image: Tensor, sentence: Tensor) -> Decoded:
     """Runs the baseline on (E, C, h, w), with nonsense for all that it must not look at."""
     count, dim, height, width = image.shape
-    nothing = torch.full((count, 3, dim), float("nan"))
     decoded: Decoded = decoder(
-        image.flatten(2).transpose(1, 2),
-        torch.full((height * width, dim), float("nan")),
-        nothing,
-        torch.zeros(count, 3, dtype=torch.bool),
-        sentence,
-        None,
-        torch.full((count,), 99),
-        (height, width),
+        *streams(
+            image.flatten(2).transpose(1, 2),
+            torch.full((height * width, dim), float("nan")),
+            torch.full((count, 3, dim), float("nan")),
+            torch.zeros(count, 3, dtype=torch.bool),
+            owner=torch.full((count,), 99),
+            sentence=sentence,
+            grid=(height, width),
+            per_expression=True,
+        )
     )
     return decoded
 
@@ -230,6 +233,7 @@ def test_a_model_folder_with_it_is_saved_and_loaded(tmp_path: Path) -> None:
     loaded = load_model(tmp_path / "baseline", device=torch.device("cpu"))
     tokens = loaded.tokenizer.encode(TEXTS)
     inputs = (noise(1, 3, 64, 64), tokens.input_ids, tokens.attention_mask, torch.zeros(4).long())
+    prepared(model)
     with torch.no_grad():
         assert torch.equal(model(*inputs).mask_logits, loaded.model(*inputs).mask_logits)
 

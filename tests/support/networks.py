@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from risam_cli.model.fast.prepare import prepare_for_inference
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.model.risam import Risam
 from risam_cli.model.sam_baseline import segment_anything_modeling
+from risam_cli.model.streams import LinguisticStream, VisualStream
 from risam_cli.settings.load import check, merge
 from risam_cli.settings.model import ModelSettings
 from risam_cli.weights.build import build_model, new_text_parts
@@ -87,6 +89,48 @@ def randomize(module: AnyModule, seed: int = 0) -> AnyModule:
         else:
             parameter.copy_(0.2 * noise)
     return module
+
+
+def prepared(module: AnyModule, precision: torch.dtype = torch.float32) -> AnyModule:
+    """The same module in the forms that a CPU runs for inference."""
+    prepare_for_inference(module, torch.device("cpu"), precision)
+    return module
+
+
+def streams(
+    visual: Tensor,
+    visual_position: Tensor,
+    words: Tensor,
+    valid: Tensor,
+    *,
+    owner: Tensor | None,
+    word_position: Tensor | None = None,
+    text: Tensor | None = None,
+    sentence: Tensor | None = None,
+    fine: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    per_expression: bool = False,
+) -> tuple[VisualStream, LinguisticStream]:
+    """The two streams; NaN in place of what is not given. Without an owner, row e is its own."""
+    count, length, dim = words.shape
+    own = per_expression or owner is None
+    return (
+        VisualStream(
+            visual,
+            visual_position,
+            grid or (1, visual.shape[1]),
+            torch.arange(count) if owner is None else owner,
+            fine,
+            per_expression=own,
+        ),
+        LinguisticStream(
+            words,
+            words if text is None else text,
+            words.new_full((length, dim), torch.nan) if word_position is None else word_position,
+            valid,
+            words.new_full((count, dim), torch.nan) if sentence is None else sentence,
+        ),
+    )
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from risam_cli.console.console import Console
 from risam_cli.errors import ConfigError, RisamError
 from risam_cli.inference.device import training_precision
+from risam_cli.model.fast.prepare import prepare_for_training
 from risam_cli.settings.load import check
 from risam_cli.settings.train import OptimizerSettings, TrainSettings
 from risam_cli.training.checkpoint import Checkpoints, KeptWeights, Place, Untrained, weights_in
@@ -119,7 +120,7 @@ def test_a_dense_batch_in_parts_is_the_whole_batch() -> None:
 def test_checkpointed_blocks_give_the_same_gradients_to_the_bit() -> None:
     plain = referring_task()
     saving = referring_task()
-    saving.model.image_encoder.checkpoint_blocks = True
+    prepare_for_training(saving.model, recompute_blocks=True)
     _, expected = gradients(plain, [batch([0, 1])])
     _, found = gradients(saving, [batch([0, 1])])
     assert any("image_encoder.blocks.0" in name for name in expected)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from risam_cli.errors import ModelError
-from risam_cli.model.fast import tables
+from risam_cli.model import image_encoder
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.settings.presets import PRESETS
 from risam_cli.weights.sam import load_sam_encoder, read_sam
@@ -173,7 +173,7 @@ def test_tables_are_interpolated_at_load_and_never_again(
     pixels = noise(1, 3, 16 * grid, 16 * grid)
     with torch.no_grad():
         expected_deep = at_run_time(pixels).deep
-        monkeypatch.setattr(tables, "resize_rel_pos", None)
+        monkeypatch.setattr(image_encoder, "resize_rel_pos", None)
         monkeypatch.setattr(F, "interpolate", None)
         assert relative_error(ours(pixels).deep, expected_deep) < 1e-5
 

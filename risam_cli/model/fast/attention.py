@@ -1,9 +1,8 @@
 """SAM's attention with decomposed relative positions, by the fastest exact way of each device.
 
-The bias of query i and key j is ``h_i[row of j] + w_i[column of j]``, where ``h_i`` is the query
-times the table of its own row and ``w_i`` times that of its own column (Li et al. 2022, MViTv2, as
-segment_anything has it). All ways below compute the same numbers up to rounding, and
-:func:`relative_attention` takes one of them, by what docs/benchmarks.md measured.
+All ways compute the numbers of :func:`risam_cli.model.image_encoder.relative_attention`, itself one
+of them, up to rounding, and without gradients. :func:`fast_attention` takes one, by what
+docs/benchmarks.md measured.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from risam_cli.model.fast.linear import has_fast_products, linear
+from risam_cli.model.image_encoder import relative_attention, relative_bias
 
-# Fused kernels want queries, keys and values of one width, so values are padded for them; else
-# PyTorch makes the (h*w)² logits after all. Heads narrower than this gain little by it.
-FUSED_FROM = 64
 FLASH_WIDEST = 256  # channels of a head that the flash kernel of a GPU takes
 HOST_LOGITS = 4 << 20  # bytes of logits at a time for each thread, which stay in the CPU's caches
 DEVICE_LOGITS = 256 << 20  # bytes of biases at a time on a GPU
@@ -29,7 +26,7 @@ BY_ROWS_FROM = 512  # tokens from where by_rows is faster than biased on a CPU
 Way = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+def fast_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
     """Softmax attention with SAM's bias, ``q·rel_h[row] + q·rel_w[column]``.
 
     Args:
@@ -41,7 +38,7 @@ def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Te
         (B, heads, h*w, d) in q's number format.
     """
     way = WAYS[choose_way(q, rel_h.shape[0], rel_w.shape[0])]
-    if torch.is_autocast_enabled(q.device.type) and not torch.is_grad_enabled():
+    if torch.is_autocast_enabled(q.device.type):
         with torch.autocast(q.device.type, enabled=False):  # the formats here are meant
             return way(q, k, v, rel_h, rel_w)
     return way(q, k, v, rel_h, rel_w)
@@ -53,11 +50,7 @@ def choose_way(q: Tensor, height: int, width: int) -> str:
     The choice depends on device, format and sizes alone, so that a run gives the same bits again.
     """
     tokens, dim = q.shape[-2:]
-    if torch.is_grad_enabled():
-        return "one_hot"
-    if q.device.type == "cpu":
-        if torch.compiler.is_compiling():
-            return "one_hot"
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
         return "by_rows" if tokens >= BY_ROWS_FROM and has_fast_products() else "biased"
     if q.device.type == "cuda":
         if torch.compiler.is_compiling():
@@ -68,24 +61,6 @@ def choose_way(q: Tensor, height: int, width: int) -> str:
 
 
 # --- the ways -------------------------------------------------------------------------------------
-
-
-def one_hot(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
-    """Plain fused attention over wider heads, without any bias tensor; knows gradients (ours).
-
-    Appending h_i and w_i to the query's channels, and one-hot codes of row and column to the
-    key's, makes the bias part of the inner product, so no (h*w)² tensor is ever made.
-    """
-    batch, heads, _, dim = q.shape
-    height, width = rel_h.shape[0], rel_w.shape[0]
-    bias_h, bias_w = relative_bias(q, rel_h, rel_w)
-    code = _one_hot_code(height, width, q.device, q.dtype).expand(batch, heads, -1, -1)
-    query = torch.cat([q * dim**-0.5, bias_h, bias_w], dim=-1)
-    key = torch.cat([k, code], dim=-1)
-    if dim < FUSED_FROM:
-        return F.scaled_dot_product_attention(query, key, v, scale=1.0)
-    v = F.pad(v, (0, height + width))
-    return F.scaled_dot_product_attention(query, key, v, scale=1.0)[..., :dim]
 
 
 def biased(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
@@ -162,32 +137,21 @@ def flex(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tenso
     return attended
 
 
-WAYS: dict[str, Way] = {"one_hot": one_hot, "biased": biased, "by_rows": by_rows, "flex": flex}
+WAYS: dict[str, Way] = {
+    "one_hot": relative_attention,
+    "biased": biased,
+    "by_rows": by_rows,
+    "flex": flex,
+}
 """Every way by name; all give the same up to rounding."""
 
 
 # --- what they share ------------------------------------------------------------------------------
 
 
-def relative_bias(q: Tensor, rel_h: Tensor, rel_w: Tensor) -> tuple[Tensor, Tensor]:
-    """The biases of queries (B, heads, h*w, d) by key row, (..., h*w, h), and column, (..., w)."""
-    batch, heads, _, dim = q.shape
-    grid = q.reshape(batch, heads, rel_h.shape[0], rel_w.shape[0], dim)
-    bias_h = torch.einsum("bnhwd,hkd->bnhwk", grid, rel_h)
-    bias_w = torch.einsum("bnhwd,wkd->bnhwk", grid, rel_w)
-    return bias_h.flatten(2, 3), bias_w.flatten(2, 3)
-
-
 def _host_logits() -> int:
     """Bytes of logits at a time on a CPU."""
     return HOST_LOGITS * min(torch.get_num_threads(), 16)
-
-
-def _one_hot_code(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Codes of row and column of each key, (h*w, h + w)."""
-    rows = torch.eye(height, device=device, dtype=dtype).repeat_interleave(width, dim=0)
-    columns = torch.eye(width, device=device, dtype=dtype).repeat(height, 1)
-    return torch.cat([rows, columns], dim=-1)
 
 
 @cache

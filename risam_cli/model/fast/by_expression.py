@@ -27,7 +27,10 @@ from risam_cli.model.mask_decoder import (
     DecoderLayer,
     MutualAwareMaskDecoder,
 )
-from risam_cli.model.mutual_aware_attention import Branch, MutualAwareAttention, Reads
+from risam_cli.model.mutual_aware_attention import Branch, MutualAwareAttention
+from risam_cli.model.risam import ImageFeatures, Risam
+from risam_cli.model.streams import VisualStream
+from risam_cli.model.text_encoder import TextFeatures
 
 BATCHED_BELOW = 512
 """Regions below which several expressions go in a batch after all: each step is too short alone."""
@@ -57,51 +60,91 @@ class Regions:
         return Regions(torch.empty_like(self.visual), torch.empty_like(self.placed))
 
 
-def decode_one(
-    attention: nn.ModuleList,
-    decoder: MutualAwareMaskDecoder,
-    image: Regions,
-    room: Regions,
-    position: Tensor,
-    text: Tensor,
-    word_position: Tensor,
-    sentence: Tensor,
-    fine: Tensor | None,
-    grid: tuple[int, int],
-    decoder_reads: Reads,
-) -> Decoded:
-    """The mask of one expression about one image.
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """One expression without padding: F_l (L, C), its position (L, C), sentence (C,)."""
 
-    Args:
-        attention: the blocks of Mutual-Aware Attention.
-        image: left as it is; room: written over.
-        position: (N, C).
-        text: linguistic features (L, C), without padding; word_position: (L, C).
-        sentence: (C,).
-        fine: (4h, 4w, mask_dim), or None.
-        grid: (h, w).
-        decoder_reads: see :class:`.risam.Risam`.
+    text: Tensor
+    position: Tensor
+    sentence: Tensor
 
-    Returns:
-        Of one expression: (1, 4h, 4w), (1,) and (1,).
-    """
-    regions, words = image, text
-    for block in attention:
-        one = cast(MutualAwareAttention, block)
-        read = words if one.reads == "words" else text
-        affinity, new_words = _attend_words(one, regions.placed, read, words, word_position)
-        if one.vision_guided is not None:
-            _attend_regions(one, affinity, _word_values(one, read, words), regions, room, position)
+
+class RisamByExpression(Risam):
+    """The network on a CPU: on large grids, and for one expression, decoded one by one."""
+
+    def decode(self, image: ImageFeatures, text: TextFeatures, image_index: Tensor) -> Decoded:
+        """See :meth:`risam_cli.model.risam.Risam.decode`."""
+        height, width = image.visual.shape[-2:]
+        if height * width < BATCHED_BELOW and len(image_index) != 1:
+            return super().decode(image, text, image_index)
+        visual, language = self.streams(image, text, image_index)
+        images = visual.features.contiguous()  # (B, N, C)
+        fine = None if image.fine is None else image.fine.permute(0, 2, 3, 1).contiguous()
+        room: Regions | None = None
+        placed: dict[int, Regions] = {}
+        decoded = []
+        for expression, row in enumerate(image_index.tolist()):
+            if row not in placed:
+                placed[row] = Regions.of(images[row], visual.position)
+            room = room or placed[row].like()
+            valid = language.valid[expression]
+            one = Expression(
+                language.text[expression, valid],
+                language.position[valid],
+                language.sentence[expression],
+            )
+            fine_of_image = None if fine is None else fine[row]
+            decoded.append(self._decode_one(placed[row], room, one, visual, fine_of_image))
+        if not decoded:
+            none = images.new_zeros(0)
+            return Decoded(images.new_zeros(0, 4 * height, 4 * width), none, none)
+        return Decoded(
+            torch.cat([one.mask_logits for one in decoded]),
+            torch.cat([one.iou for one in decoded]),
+            torch.cat([one.no_target_logits for one in decoded]),
+        )
+
+    def _decode_one(
+        self,
+        image: Regions,
+        room: Regions,
+        expression: Expression,
+        visual: VisualStream,
+        fine: Tensor | None,
+    ) -> Decoded:
+        """The mask of one expression about one image.
+
+        Args:
+            image: left as it is; room: written over.
+            visual: for its position and grid; fine: (4h, 4w, mask_dim), or None.
+
+        Returns:
+            Of one expression: (1, 4h, 4w), (1,) and (1,).
+        """
+        decoder = cast(MutualAwareMaskDecoder, self.mask_decoder)
+        position, regions = visual.position, image
+        text = words = expression.text
+        for block in self.attention:
+            one = cast(MutualAwareAttention, block)
+            read = words if one.reads == "words" else text
+            affinity, new_words = _attend_words(
+                one, regions.placed, read, words, expression.position
+            )
+            if one.vision_guided is not None:
+                values = _word_values(one, read, words)
+                _attend_regions(one, affinity, values, regions, room, position)
+                regions = room
+            words = new_words
+
+        tokens = apply_linear(decoder.project_sentence, expression.sentence)[None]  # (1, C)
+        if decoder.query_token is not None:
+            guiding = {"words": [words], "text": [text], "both": [text, words]}
+            guided_by = guiding[self.decoder_reads]
+            tokens = torch.cat([tokens + decoder.query_token, *guided_by])  # (1 + m, C)
+        for layer in decoder.layers:
+            tokens = _exchange(cast(DecoderLayer, layer), tokens, regions, room, position)
             regions = room
-        words = new_words
-    tokens = apply_linear(decoder.project_sentence, sentence)[None]  # (1, C)
-    if decoder.query_token is not None:
-        guiding = {"words": [words], "text": [text], "both": [text, words]}[decoder_reads]
-        tokens = torch.cat([tokens + decoder.query_token, *guiding])  # (1 + m, C)
-    for layer in decoder.layers:
-        tokens = _exchange(cast(DecoderLayer, layer), tokens, regions, room, position)
-        regions = room
-    return _answer(decoder, tokens[:1], regions, fine, grid)
+        return _answer(decoder, tokens[:1], regions, fine, visual.grid)
 
 
 def _attend_words(

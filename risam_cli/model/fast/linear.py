@@ -42,11 +42,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
 
 
 def apply_linear(layer: nn.Linear, x: Tensor, *, gelu: bool = False) -> Tensor:
-    """A layer by :func:`linear`; its forward hooks, where it has any, are heeded."""
-    if layer._forward_hooks or layer._forward_pre_hooks or type(layer) is not nn.Linear:
-        y = layer(x.to(layer.weight.dtype) if not torch.is_autocast_enabled(x.device.type) else x)
-        return F.gelu(y) if gelu else y
+    """A layer by :func:`linear`."""
     return linear(x, layer.weight, layer.bias, gelu=gelu)
+
+
+class FastLinear(nn.Linear):
+    """A layer that computes by :func:`linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., N) to (..., M)."""
+        return linear(x, self.weight, self.bias)
 
 
 def has_fast_products() -> bool:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from risam_cli.model.layers import MLP, LayerNorm2d, sine_positions_1d
 from risam_cli.model.mask_decoder import CrossAttention, Decoded, MaskDecoder
+from risam_cli.model.streams import LinguisticStream, VisualStream
 
 
 class CrisTaps(nn.Module):
@@ -59,34 +60,22 @@ class CrisDecoder(MaskDecoder):
         self.iou_head = MLP([2 * dim, dim, 1])
         self.no_target_head = MLP([2 * dim, dim, 1])
 
-    def forward(
-        self,
-        visual: Tensor,
-        visual_position: Tensor,
-        words: Tensor,
-        valid: Tensor,
-        sentence: Tensor,
-        fine: Tensor | None,
-        owner: Tensor,
-        grid: tuple[int, int],
-    ) -> Decoded:
-        """See :meth:`~risam_cli.model.mask_decoder.MaskDecoder.forward`.
-
-        Args:
-            visual: (E, N, 3·C) of :class:`CrisTaps`; fine, owner: not looked at.
-        """
-        fused = self.neck(visual.transpose(1, 2).unflatten(2, grid), sentence)  # (E, C, h, w)
+    def forward(self, visual: VisualStream, language: LinguisticStream) -> Decoded:
+        """Decodes E expressions from the (E, N, 3·C) of :class:`CrisTaps`."""
+        words, sentence = language.words, language.sentence
+        taps = visual.of_expressions().transpose(1, 2).unflatten(2, visual.grid)
+        fused = self.neck(taps, sentence)  # (E, C, h, w)
 
         pixels = fused.flatten(2).transpose(1, 2)  # (E, N, C)
         placed_words = words + sine_positions_1d(words.shape[1], words.shape[2], words.device)
-        mask = valid[:, None, None, :]
+        mask = language.valid[:, None, None, :]
         for layer in self.layers:
-            pixels = layer(pixels, visual_position, words, placed_words.to(words.dtype), mask)
+            pixels = layer(pixels, visual.position, words, placed_words.to(words.dtype), mask)
         pixels = self.norm(pixels)
 
         summary = torch.cat([pixels.mean(dim=1), sentence], dim=-1)  # (E, 2C)
         return Decoded(
-            self.project(pixels.transpose(1, 2).unflatten(2, grid), sentence),
+            self.project(pixels.transpose(1, 2).unflatten(2, visual.grid), sentence),
             self.iou_head(summary)[:, 0].sigmoid(),
             self.no_target_head(summary)[:, 0],
         )

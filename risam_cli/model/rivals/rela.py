@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from risam_cli.model.layers import MLP, LayerNorm2d
 from risam_cli.model.mask_decoder import CrossAttention, Decoded, MaskDecoder
+from risam_cli.model.streams import LinguisticStream, VisualStream
 
 
 class RelaDecoder(MaskDecoder):
@@ -49,34 +50,22 @@ class RelaDecoder(MaskDecoder):
         self.no_target_head = MLP([dim, dim, 1])
         self.iou_head = MLP([dim, dim, 1])
 
-    def forward(
-        self,
-        visual: Tensor,
-        visual_position: Tensor,
-        words: Tensor,
-        valid: Tensor,
-        sentence: Tensor,
-        fine: Tensor | None,
-        owner: Tensor,
-        grid: tuple[int, int],
-    ) -> Decoded:
-        """See :meth:`~risam_cli.model.mask_decoder.MaskDecoder.forward`.
+    def forward(self, visual: VisualStream, language: LinguisticStream) -> Decoded:
+        """Decodes E expressions; looks at neither sentences nor stride-4 features."""
+        words, mask = language.words, language.valid[:, None, None, :]
+        own = visual.of_expressions()
+        features = self.pixel_words(own, visual.position, words, mask)  # (E, N, C)
+        placed = features + visual.position
 
-        Args:
-            sentence, fine, owner: not looked at.
-        """
-        count, mask = len(visual), valid[:, None, None, :]
-        visual = self.pixel_words(visual, visual_position, words, mask)  # (E, N, C)
-        placed = visual + visual_position
-
-        regions = self.regions.expand(count, -1, -1)  # (E, P², C)
+        regions = self.regions.expand(len(features), -1, -1)  # (E, P², C)
         for layer in self.layers:
-            regions = layer(regions, self.region_position, placed, visual, words, mask)
+            regions = layer(regions, self.region_position, placed, features, words, mask)
         regions = self.norm(regions)
 
         minimap = self.minimap_head(regions)[:, :, 0]  # (E, P²)
         filters = self.filter_head(regions)  # (E, P², mask_dim)
-        pixels = self.up(visual.transpose(1, 2).unflatten(2, grid))  # (E, mask_dim, 4h, 4w)
+        on_grid = features.transpose(1, 2).unflatten(2, visual.grid)  # (E, C, h, w)
+        pixels = self.up(on_grid)  # (E, mask_dim, 4h, 4w)
         # M = Σ_n x_n (f_n·F_m) = (Σ_n x_n f_n)·F_m: the regions' masks are never made.
         weights = torch.einsum("en,enc->ec", minimap.sigmoid(), filters)
         pooled = regions.mean(dim=1)

@@ -9,11 +9,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.networks import BLOCK_FORMS, WITH_STEM, in_double, noise, relative_error, small_model
+from support.networks import (
+    BLOCK_FORMS,
+    WITH_STEM,
+    in_double,
+    noise,
+    prepared,
+    relative_error,
+    small_model,
+)
 from torch import Tensor
 
-from risam_cli.model import risam
 from risam_cli.model.fast import by_expression
+from risam_cli.model.fast.by_expression import RisamByExpression
+from risam_cli.model.fast.prepare import prepare_for_inference, prepare_for_training
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.risam import ImageFeatures, Risam
 from risam_cli.model.text_encoder import TextFeatures
@@ -29,15 +38,16 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "one layer": {"decoder": {"layers": 1}},
     **BLOCK_FORMS,
 }
+SAM: dict[str, Any] = {"kind": "sam"}
 DIM, MASK_DIM = 16, 8
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _small_grids_too() -> Iterator[None]:
-    before = risam.BATCHED_BELOW
-    risam.BATCHED_BELOW = 0
+    before = by_expression.BATCHED_BELOW
+    by_expression.BATCHED_BELOW = 0
     yield
-    risam.BATCHED_BELOW = before
+    by_expression.BATCHED_BELOW = before
 
 
 def features(
@@ -60,10 +70,11 @@ def both(
 ) -> tuple[Decoded, Decoded]:
     """By expression, and in one batch."""
     index = torch.tensor(owner)
-    assert not model._goes_by_expression(image.visual, len(owner))  # gradients are wanted
+    prepare_for_training(model)
     batched = model.decode(image, text, index)
+    prepared(model)
+    assert isinstance(model, RisamByExpression)
     with torch.inference_mode():
-        assert model._goes_by_expression(image.visual, len(owner))
         return model.decode(image, text, index), batched
 
 
@@ -106,7 +117,7 @@ def test_any_grid_any_lengths_any_parts(
 
 def test_an_expression_does_not_depend_on_those_beside_it() -> None:
     """To the bit, whatever stands before it and however long the longest is."""
-    model, _ = small_model()
+    model = prepared(small_model()[0])
     image, text = features(model, (4, 4), 1, [3, 6, 2])
     image = ImageFeatures(image.visual.float(), None)
     with torch.inference_mode():
@@ -122,7 +133,7 @@ def _cut(text: TextFeatures, rows: slice, length: int) -> TextFeatures:
 
 
 def test_features_of_the_image_are_left_as_they_are() -> None:
-    model, _ = small_model(**WITH_STEM)
+    model = prepared(small_model(**WITH_STEM)[0])
     in_double(model)
     image, text = features(model, (4, 4), 1, [3, 3])
     assert image.fine is not None
@@ -134,7 +145,7 @@ def test_features_of_the_image_are_left_as_they_are() -> None:
 
 
 def test_no_expression_at_all() -> None:
-    model, _ = small_model()
+    model = prepared(small_model()[0])
     image, text = features(model, (4, 4), 1, [1])
     none = TextFeatures(text.words[:0], text.valid[:0], text.sentence[:0])
     in_double(model)
@@ -147,13 +158,21 @@ def test_no_expression_at_all() -> None:
 def test_small_grids_go_in_batches_and_single_expressions_never(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(risam, "BATCHED_BELOW", 512)
-    model, _ = small_model()
-    with torch.inference_mode():
-        small, large = noise(1, DIM, 16, 16), noise(1, DIM, 32, 16)
-        assert not model._goes_by_expression(small, 2)
-        assert model._goes_by_expression(small, 1)
-        assert model._goes_by_expression(large, 2)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert not model._goes_by_expression(large, 2)
-    assert not model._goes_by_expression(large, 2)  # gradients are wanted
+    monkeypatch.setattr(by_expression, "BATCHED_BELOW", 512)
+    model = prepared(small_model()[0])
+    batched: list[int] = []
+    decoder = model.mask_decoder
+    decoder.register_forward_pre_hook(lambda _m, args: batched.append(len(args[0].features)))
+    for grid, expressions in (((16, 16), 2), ((16, 16), 1), ((32, 16), 2)):
+        visual = noise(1, DIM, *grid)
+        words = noise(expressions, 3, DIM)
+        text = TextFeatures(words, torch.ones(expressions, 3).bool(), noise(expressions, DIM))
+        with torch.inference_mode():
+            model.decode(ImageFeatures(visual, None), text, torch.zeros(expressions).long())
+    assert batched == [2], "the small grid with two expressions alone"
+
+
+def test_gpus_and_other_decoders_keep_the_batch() -> None:
+    for model, device in ((small_model()[0], "cuda"), (small_model(**SAM)[0], "cpu")):
+        prepare_for_inference(model, torch.device(device))
+        assert type(model) is Risam

@@ -11,7 +11,15 @@ import pytest
 import torch
 import yaml
 from support.cli import Cli
-from support.networks import TEXTS, noise, randomize, relative_error, small_model, small_settings
+from support.networks import (
+    TEXTS,
+    noise,
+    randomize,
+    relative_error,
+    small_model,
+    small_settings,
+    streams,
+)
 from support.paths import REPO
 from support.training_runs import RAW
 from torch.nn import functional as F
@@ -95,7 +103,7 @@ def test_the_mask_is_the_sum_of_the_regions_masks_by_the_minimap() -> None:
     for name in ("norm", "up"):
         part = getattr(decoder, name)
         part.register_forward_hook(lambda _m, _i, output, name=name: kept.update({name: output}))
-    found = decoder(**_inputs())
+    found = decoder(*streams(**_inputs(), per_expression=True))
     share = decoder.minimap_head(kept["norm"])[..., 0].sigmoid()  # (E, 16)
     each = torch.einsum("enc,echw->enhw", decoder.filter_head(kept["norm"]), kept["up"])
     expected = (share[:, :, None, None] * each).sum(dim=1)
@@ -134,12 +142,13 @@ def test_padded_words_have_no_part_in_the_answer(rival: str) -> None:
     decoder = CrisDecoder(DIM, HEADS, 2, 24) if cris else RelaDecoder(DIM, HEADS, 2, 24, 8)
     randomize(decoder).eval()
     inputs = _inputs(3 * DIM if cris else DIM)
-    before = decoder(**inputs)
+    before = decoder(*streams(**inputs, per_expression=True)).mask_logits
     inputs["words"] = inputs["words"].clone()
     inputs["words"][~inputs["valid"]] = 1e4
-    assert torch.equal(decoder(**inputs).mask_logits, before.mask_logits)
+    assert torch.equal(decoder(*streams(**inputs, per_expression=True)).mask_logits, before)
     inputs["words"][inputs["valid"]] += noise(int(inputs["valid"].sum()), DIM, seed=9)
-    assert relative_error(decoder(**inputs).mask_logits, before.mask_logits) > 1e-3
+    other = decoder(*streams(**inputs, per_expression=True)).mask_logits
+    assert relative_error(other, before) > 1e-3
 
 
 def test_the_encoders_of_all_kinds_have_the_same_weights() -> None:

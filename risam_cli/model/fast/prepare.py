@@ -1,0 +1,129 @@
+"""Which form of each module runs: plain equations, or what is fastest on a device.
+
+A network is built plain, and is trained so. For inference its modules change their class, to a
+subclass with the same weights, names and results (up to rounding), and a faster ``forward``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from risam_cli.model.fast.by_expression import RisamByExpression
+from risam_cli.model.fast.encoder import (
+    FastAdapter,
+    FastAttention,
+    FastImageEncoder,
+    FastMLPBlock,
+    HostBlock,
+)
+from risam_cli.model.fast.linear import FastLinear
+from risam_cli.model.image_encoder import Adapter, Attention, Block, ImageEncoder, MLPBlock
+from risam_cli.model.mask_decoder import MutualAwareMaskDecoder
+from risam_cli.model.risam import Risam
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
+    ImageEncoder: FastImageEncoder,
+    Attention: FastAttention,
+    MLPBlock: FastMLPBlock,
+    Adapter: FastAdapter,
+    nn.Linear: FastLinear,
+}
+
+
+class RecomputedBlock(Block):
+    """A block that keeps nothing for its gradients and computes them from its input again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, h, w, D) to the same shape."""
+        recomputed: Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return recomputed
+
+
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    **{fast: plain for plain, fast in _FAST.items()},
+    HostBlock: Block,
+    RecomputedBlock: Block,
+    RisamByExpression: Risam,
+}
+
+
+def prepare_for_inference(
+    module: nn.Module,
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+    *,
+    compiled: bool = False,
+) -> None:
+    """Gives a network, or an image encoder, its fastest forms; gradients are not to be asked for.
+
+    Args:
+        module: is changed in place; its state dict keeps its names.
+        device: that it runs on.
+        precision: in which image encoders hold the weights of their blocks' and neck's products.
+            Norms, position tables, the first convolutions and the stream between the blocks stay
+            in float32, so features come out in float32 (ours). Half of the memory goes, and with
+            it the casts that autocast does at every call; results are closer to float32's.
+        compiled: have PyTorch compile the image encoder's blocks when they first run, for a GPU.
+            Blocks of a kind share what is compiled, and it is kept on disk for later processes, in
+            the folder that ``TORCHINDUCTOR_CACHE_DIR`` names.
+    """
+    for part in list(module.modules()):
+        if isinstance(part, Risam) and _decodes_by_expression(part, device):
+            part.__class__ = RisamByExpression
+        if isinstance(part, ImageEncoder):
+            _prepare_encoder(part, device)
+            if precision != torch.float32:
+                _hold_weights_in(part, precision)
+            for block in part.blocks if compiled else ():
+                block.compile()
+
+
+def prepare_for_training(module: nn.Module, *, recompute_blocks: bool = False) -> None:
+    """Gives all of a module its plain forms again.
+
+    Args:
+        recompute_blocks: let the image encoder's blocks recompute what their gradients need.
+    """
+    for part in module.modules():
+        part.__class__ = _PLAIN.get(type(part), type(part))
+        if recompute_blocks and type(part) is Block:
+            part.__class__ = RecomputedBlock
+
+
+@contextmanager
+def inference_forms(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within it a network that is being trained runs as :func:`prepare_for_inference` has it."""
+    before = [(part, type(part)) for part in module.modules()]
+    prepare_for_training(module)
+    prepare_for_inference(module, device)
+    try:
+        yield
+    finally:
+        for part, form in before:
+            part.__class__ = form
+
+
+def _decodes_by_expression(model: Risam, device: torch.device) -> bool:
+    return device.type == "cpu" and isinstance(model.mask_decoder, MutualAwareMaskDecoder)
+
+
+def _prepare_encoder(encoder: ImageEncoder, device: torch.device) -> None:
+    for part in (encoder, *encoder.blocks.modules()):
+        form = _FAST.get(type(part))
+        if form is not None:
+            part.__class__ = form
+            if isinstance(part, (FastImageEncoder, FastAttention)):
+                part.keep_tables()
+        elif type(part) is Block and device.type == "cpu":
+            part.__class__ = HostBlock
+
+
+def _hold_weights_in(encoder: ImageEncoder, dtype: torch.dtype) -> None:
+    for part in (*encoder.blocks.modules(), *encoder.neck.modules()):
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            part.to(dtype)
