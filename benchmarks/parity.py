@@ -21,7 +21,7 @@ from risam_cli.data.images.images import read_for_encoder
 from risam_cli.data.images.transforms import fit_size, logits_to_size, to_pixels
 from risam_cli.model import image_encoder
 from risam_cli.model.fast import by_expression as fast_risam
-from risam_cli.model.fast.prepare import prepare_for_training
+from risam_cli.model.fast.prepare import take_plain_forms
 from risam_cli.weights.load import LoadedModel, load_model
 
 EXPRESSIONS = ("the large red circle", "the leftmost blue shape", "the thing on the right")
@@ -48,7 +48,7 @@ def measure(options: Options) -> list[Row]:
 def overlaps(photos: Sequence[Path], precision: torch.dtype, device: torch.device) -> list[float]:
     """IoU of the two paths' masks, one for each photo and expression; 1 where both are empty."""
     plain = load_model(None, device=device)
-    prepare_for_training(plain.model)
+    take_plain_forms(plain.model)
     fast = load_model(None, device=device, precision=precision)
     found = []
     for photo in photos:

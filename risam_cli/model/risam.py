@@ -95,6 +95,7 @@ class Risam(nn.Module):
         visual, language = self.streams(image, text, image_index)
         for block in self.attention:
             visual, language = block(visual, language)
+        # Projected again for the decoder, so that its gradient adds up apart from the blocks'.
         visual = replace(visual, position=self.position(visual.grid, visual.features))
         decoded: Decoded = self.mask_decoder(visual, language.guiding(self.decoder_reads))
         return decoded

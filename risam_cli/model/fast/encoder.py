@@ -2,8 +2,8 @@
 
 Each class below stands in for its base, whose modules :mod:`.prepare` turns into it. Products go
 through :mod:`.linear` and attention through :mod:`.attention`; tables of positions are made once;
-weights may be held in a lower format, to which inputs are brought. They are to be called without
-gradients.
+weights may be held in a lower format, to which inputs are brought. Attention and blocks are to be
+called without gradients.
 """
 
 from __future__ import annotations

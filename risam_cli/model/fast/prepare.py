@@ -1,7 +1,8 @@
 """Which form of each module runs: plain equations, or what is fastest on a device.
 
-A network is built plain, and is trained so. For inference its modules change their class, to a
-subclass with the same weights, names and results (up to rounding), and a faster ``forward``.
+A network is built plain. For inference, and some of them for training, its modules change their
+class: to a subclass with the same weights, names and results (up to rounding), and a faster
+``forward``.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from risam_cli.model.image_encoder import Adapter, Attention, Block, ImageEncode
 from risam_cli.model.mask_decoder import MutualAwareMaskDecoder
 from risam_cli.model.risam import Risam
 
-_FAST: dict[type[nn.Module], type[nn.Module]] = {
+_Forms = dict[type[nn.Module], type[nn.Module]]
+_TRAINING: _Forms = {  # these know gradients
     ImageEncoder: FastImageEncoder,
-    Attention: FastAttention,
     MLPBlock: FastMLPBlock,
     Adapter: FastAdapter,
     nn.Linear: FastLinear,
 }
+_INFERENCE: _Forms = {**_TRAINING, Attention: FastAttention}
 
 
 class RecomputedBlock(Block):
@@ -44,8 +46,8 @@ class RecomputedBlock(Block):
         return recomputed
 
 
-_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
-    **{fast: plain for plain, fast in _FAST.items()},
+_PLAIN: _Forms = {
+    **{fast: plain for plain, fast in _INFERENCE.items()},
     HostBlock: Block,
     RecomputedBlock: Block,
     RisamByExpression: Risam,
@@ -76,7 +78,7 @@ def prepare_for_inference(
         if isinstance(part, Risam) and _decodes_by_expression(part, device):
             part.__class__ = RisamByExpression
         if isinstance(part, ImageEncoder):
-            _prepare_encoder(part, device)
+            _change(part, _INFERENCE | ({Block: HostBlock} if device.type == "cpu" else {}))
             if precision != torch.float32:
                 _hold_weights_in(part, precision)
             for block in part.blocks if compiled else ():
@@ -84,22 +86,28 @@ def prepare_for_inference(
 
 
 def prepare_for_training(module: nn.Module, *, recompute_blocks: bool = False) -> None:
-    """Gives all of a module its plain forms again.
+    """Gives a network, or an image encoder, the forms that know gradients.
 
     Args:
         recompute_blocks: let the image encoder's blocks recompute what their gradients need.
     """
+    take_plain_forms(module)
+    for part in list(module.modules()):
+        if isinstance(part, ImageEncoder):
+            _change(part, _TRAINING | ({Block: RecomputedBlock} if recompute_blocks else {}))
+
+
+def take_plain_forms(module: nn.Module) -> None:
+    """Gives all of a module the forms that it was built in."""
     for part in module.modules():
         part.__class__ = _PLAIN.get(type(part), type(part))
-        if recompute_blocks and type(part) is Block:
-            part.__class__ = RecomputedBlock
 
 
 @contextmanager
 def inference_forms(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Within it a network that is being trained runs as :func:`prepare_for_inference` has it."""
     before = [(part, type(part)) for part in module.modules()]
-    prepare_for_training(module)
+    take_plain_forms(module)
     prepare_for_inference(module, device)
     try:
         yield
@@ -112,15 +120,13 @@ def _decodes_by_expression(model: Risam, device: torch.device) -> bool:
     return device.type == "cpu" and isinstance(model.mask_decoder, MutualAwareMaskDecoder)
 
 
-def _prepare_encoder(encoder: ImageEncoder, device: torch.device) -> None:
+def _change(encoder: ImageEncoder, forms: _Forms) -> None:
     for part in (encoder, *encoder.blocks.modules()):
-        form = _FAST.get(type(part))
+        form = forms.get(type(part))
         if form is not None:
             part.__class__ = form
             if isinstance(part, (FastImageEncoder, FastAttention)):
                 part.keep_tables()
-        elif type(part) is Block and device.type == "cpu":
-            part.__class__ = HostBlock
 
 
 def _hold_weights_in(encoder: ImageEncoder, dtype: torch.dtype) -> None:

@@ -22,6 +22,7 @@ from risam_cli.model.fast.prepare import (
     inference_forms,
     prepare_for_inference,
     prepare_for_training,
+    take_plain_forms,
 )
 from risam_cli.model.image_encoder import relative_attention, relative_table
 from risam_cli.weights.load import load_model
@@ -175,7 +176,7 @@ def test_the_fast_forms_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         whole = ours(pixels)
         monkeypatch.setattr(fast_encoder, "HOST_TOKENS", 30)
         parts = ours(pixels)
-        prepare_for_training(ours)
+        take_plain_forms(ours)
         back = ours(pixels)
     assert [type(part) for part in ours.modules()] == kinds
     for name in ("shallow", "middle", "deep"):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from risam_cli.model.fast import by_expression
 from risam_cli.model.fast.by_expression import RisamByExpression
-from risam_cli.model.fast.prepare import prepare_for_inference, prepare_for_training
+from risam_cli.model.fast.prepare import prepare_for_inference, take_plain_forms
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.risam import ImageFeatures, Risam
 from risam_cli.model.text_encoder import TextFeatures
@@ -70,7 +70,7 @@ def both(
 ) -> tuple[Decoded, Decoded]:
     """By expression, and in one batch."""
     index = torch.tensor(owner)
-    prepare_for_training(model)
+    take_plain_forms(model)
     batched = model.decode(image, text, index)
     prepared(model)
     assert isinstance(model, RisamByExpression)
