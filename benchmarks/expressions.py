@@ -21,7 +21,7 @@ from models import texts
 from risam_cli.weights.build import load_model
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.inference.compute import Compute, ComputeSettings
-from risam_cli.inference.jobs import Job
+from risam_cli.inference.compute import Job
 source, photo, device = sys.argv[2], Path(sys.argv[3]), torch.device(sys.argv[4])
 counts, repeats = json.loads(sys.argv[5]), int(sys.argv[6])
 gpu = device.type == "cuda"

@@ -27,7 +27,7 @@ import torch
 from pathlib import Path
 from risam_cli.weights.build import load_model
 from risam_cli.data.images.images import read_for_encoder
-from risam_cli.inference.cores import share_cores
+from risam_cli.inference.device import share_cores
 from risam_cli.data.images.transforms import to_pixels
 device, count, batch = torch.device(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 bf16 = device.type == "cuda"

@@ -29,7 +29,7 @@ loaded = risam_cli.weights.load.load_model(None, device=torch.device("cpu"))
 marks.append(("load the model", cpu()))
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.inference.compute import Compute, ComputeSettings
-from risam_cli.inference.jobs import Job
+from risam_cli.inference.compute import Job
 from pathlib import Path
 settings = ComputeSettings(torch.device("cpu"), torch.float32, 0.5, 1)
 image = read_for_encoder(Path(sys.argv[2]), loaded.image_size)

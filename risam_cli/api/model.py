@@ -39,8 +39,13 @@ from risam_cli.explain.explainer import Explainer
 from risam_cli.explain.explanation import Shown
 from risam_cli.inference.device import choose_device, choose_precision, precision_name
 from risam_cli.inference.feeder import ReadySample
-from risam_cli.inference.pipeline import PredictSettings, compute_settings, predict_samples
-from risam_cli.inference.session import Encoded, Session
+from risam_cli.inference.pipeline import (
+    Encoded,
+    PredictSettings,
+    Session,
+    compute_settings,
+    predict_samples,
+)
 from risam_cli.types import Failure, Sample
 from risam_cli.weights.load import LoadedModel, load_model
 

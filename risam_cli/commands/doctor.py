@@ -173,9 +173,14 @@ def _network(source: str | None, device_name: str, precision: str) -> Facts:
     """Device, precision, model, a timed forward pass, and the settings that suit."""
     import torch
 
-    from risam_cli.inference import advice
-    from risam_cli.inference.cores import share_cores
-    from risam_cli.inference.device import choose_device, choose_precision, describe_device
+    from risam_cli.inference.device import (
+        advise,
+        choose_device,
+        choose_precision,
+        describe_device,
+        measure,
+        share_cores,
+    )
     from risam_cli.weights.load import load_model
 
     device = choose_device(device_name)
@@ -185,7 +190,7 @@ def _network(source: str | None, device_name: str, precision: str) -> Facts:
         seconds = _timed_forward(loaded, device)
     if dtype != torch.float32:
         loaded = load_model(source, device=device)
-    measured = advice.measure(loaded.model.image_encoder, device, _cores(), SECONDS)
+    measured = measure(loaded.model.image_encoder, device, _cores(), SECONDS)
     return {
         "device": {
             "chosen": str(device),
@@ -215,7 +220,7 @@ def _network(source: str | None, device_name: str, precision: str) -> Facts:
             "encode_seconds": {kind: round(value, 5) for kind, value in measured.encode.items()},
             "images_per_second": {str(k): round(rate, 2) for k, rate in measured.rates.items()},
         },
-        "settings": [setting.as_dict() for setting in advice.advise(measured)],
+        "settings": [setting.as_dict() for setting in advise(measured)],
     }
 
 

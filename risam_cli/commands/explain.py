@@ -155,8 +155,7 @@ def _look(
     from risam_cli.explain.explainer import Explainer
     from risam_cli.explain.explanation import Shown
     from risam_cli.inference.device import choose_device, choose_precision
-    from risam_cli.inference.pipeline import PredictSettings, compute_settings
-    from risam_cli.inference.session import Session
+    from risam_cli.inference.pipeline import PredictSettings, Session, compute_settings
     from risam_cli.weights.load import load_model
 
     place = choose_device(device)

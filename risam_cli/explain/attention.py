@@ -15,7 +15,7 @@ from torch import Tensor
 
 from risam_cli.data.images.transforms import fit_size
 from risam_cli.errors import UsageError
-from risam_cli.inference.session import Encoded, Session
+from risam_cli.inference.pipeline import Encoded, Session
 from risam_cli.model.mutual_aware_attention import AttentionMaps
 from risam_cli.weights.tokenizer import Piece, TextTokenizer
 

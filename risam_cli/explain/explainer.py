@@ -13,7 +13,7 @@ from risam_cli.errors import ModelError, UsageError
 from risam_cli.explain.attention import explain
 from risam_cli.explain.explanation import Explained, Explanation, Shown
 from risam_cli.inference.device import describe_device
-from risam_cli.inference.session import Encoded, Session
+from risam_cli.inference.pipeline import Encoded, Session
 from risam_cli.types import Expression, Sample
 from risam_cli.weights.tokenizer import TextTokenizer
 

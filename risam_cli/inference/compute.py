@@ -5,6 +5,10 @@ that asks them. Batching more gains little there, and so the arithmetic of a sam
 its neighbours (the last bits of a batched matrix product do). Elsewhere images are encoded in
 batches and expressions decoded in chunks across images. Where memory runs out, first the batch,
 then the chunk is halved, for the rest of the run; on a CPU, then the images side by side.
+
+What can be got ready of an image beside the network is, in the thread that loaded it: with a
+feature cache, what it holds of the image; for a GPU, a copy of that or of the pixels, through
+pinned memory and in a stream of its own, so that the network finds its input there.
 """
 
 from __future__ import annotations
@@ -17,17 +21,24 @@ from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from risam_cli.console.console import get_console
+from risam_cli.data.images.images import EncoderImage
+from risam_cli.data.images.transforms import normalize, to_pixels
 from risam_cli.errors import ModelError
-from risam_cli.inference.ahead import Preparer, batch_pixels
-from risam_cli.inference.cores import Cores, Room
-from risam_cli.inference.device import is_device_lost, is_out_of_memory, release_memory
-from risam_cli.inference.feature_cache import FeatureCache
-from risam_cli.inference.jobs import Answer, Asked, Batch, Job, flattened
-from risam_cli.inference.mask_rules import MaskRule, at_image_size, to_host
+from risam_cli.inference.device import (
+    Cores,
+    Room,
+    is_device_lost,
+    is_out_of_memory,
+    release_memory,
+)
+from risam_cli.inference.feature_cache import FeatureCache, HalfFeatures, image_key
+from risam_cli.inference.mask_rules import Mask, MaskRule, at_image_size, to_host
 
 if TYPE_CHECKING:
     from risam_cli.model.image_encoder import EncoderFeatures
@@ -89,6 +100,173 @@ class ComputeSettings:
     expressions: int = 64
     mask_bytes: int = 256 << 20
     cores: Cores = field(default_factory=Cores)
+
+
+# --- beside the network ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What is ready of one image.
+
+    Attributes:
+        key: in the feature cache; empty without one.
+        features: what the cache holds; None where that is nothing.
+        pixels: (h, w, 3) uint8 on a GPU; None where they are on the host only, or not needed.
+    """
+
+    key: str = ""
+    features: HalfFeatures | None = None
+    pixels: Tensor | None = None
+
+
+class Preparer:
+    """Gets images ready; called from several threads.
+
+    Args:
+        device: of the network.
+        cache: of its encoder, if one is used.
+    """
+
+    def __init__(self, device: torch.device, cache: FeatureCache | None) -> None:
+        self._device = device
+        self._cache = cache
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, image: EncoderImage) -> Ahead:
+        """What can be had of an image without the network."""
+        key, features = "", None
+        if self._cache is not None:
+            key = image_key(image.rgb)
+            features = self._cache.find(key)
+        if self._stream is None:
+            return Ahead(key, features)
+        try:
+            if features is None:
+                return Ahead(key, None, self._moved(_pinned(image.rgb), self._stream))
+            moved = {k: self._moved(v, self._stream) for k, v in features.tensors.items()}
+            return Ahead(key, HalfFeatures(moved, features.computed))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return Ahead(key, features)  # the network, which can make room, does it itself
+
+    def _moved(self, tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
+        """A copy on the device, done when this returns; the network goes on meanwhile."""
+        with torch.cuda.stream(stream):
+            moved = tensor.to(self._device, non_blocking=True)
+        stream.synchronize()
+        # Its memory must not be used again before the network's stream is done with it.
+        moved.record_stream(torch.cuda.default_stream(self._device))
+        return moved
+
+
+def batch_pixels(
+    images: Sequence[EncoderImage], ahead: Sequence[Ahead], size: int, device: torch.device
+) -> Tensor:
+    """The encoder's input (B, 3, size, size) of images, from their copies where there are some."""
+    if all(one.pixels is None for one in ahead):
+        return to_pixels([image.rgb for image in images], size, device)
+    batch = torch.zeros(len(images), size, size, 3, dtype=torch.uint8, device=device)
+    for row, image, one in zip(batch, images, ahead, strict=True):
+        height, width = image.rgb.shape[:2]
+        row[:height, :width] = torch.from_numpy(image.rgb) if one.pixels is None else one.pixels
+    return normalize(batch, [image.rgb.shape[:2] for image in images])
+
+
+def _pinned(rgb: NDArray[np.uint8]) -> Tensor:
+    tensor = torch.from_numpy(rgb)
+    if tensor.is_pinned():  # as it comes from worker processes
+        return tensor
+    pinned = torch.empty(rgb.shape, dtype=torch.uint8, pin_memory=True)
+    pinned.numpy()[:] = rgb
+    return pinned
+
+
+# --- what is asked and answered -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One image with the texts that are asked of it.
+
+    Attributes:
+        groups: how many of the texts belong to each sample, in order; empty for one sample.
+        ahead: what its loader got ready of the image; None where nobody has.
+    """
+
+    image: EncoderImage
+    texts: Sequence[str]
+    groups: Sequence[int] = ()
+    ahead: Ahead | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the network says of one expression.
+
+    Attributes:
+        job, text: which one: index of the job, index of its text.
+        mask: as the mask rule made it, before any no-target rule; None where it failed.
+        iou: predicted IoU of the mask, 0..1.
+        no_target: probability that nothing fits, 0..1.
+        cut_to: tokens that the expression was cut to, or 0.
+        error: one line, where it failed; else empty.
+    """
+
+    job: int
+    text: int
+    mask: Mask | None
+    iou: float = 0.0
+    no_target: float = 0.0
+    cut_to: int = 0
+    error: str = ""
+    error_kind: str = "ModelError"
+
+
+Batch = Sequence[tuple[int, Job]]
+"""Jobs with their numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One expression on its way through the decoder.
+
+    Attributes:
+        number: of its job; position: among the job's texts.
+        row: of the job's image among the features.
+        group: its job, and the sample in it.
+    """
+
+    number: int
+    position: int
+    row: int
+    group: tuple[int, int]
+    job: Job
+
+    @property
+    def words(self) -> str:
+        """As they were asked."""
+        return self.job.texts[self.position]
+
+    def failed(self, kind: str, error: str) -> Answer:
+        """The answer that says what went wrong."""
+        return Answer(self.number, self.position, None, error=error, error_kind=kind)
+
+
+def flattened(batch: Batch) -> list[Asked]:
+    """The expressions of a batch in order."""
+    asked = []
+    for row, (number, job) in enumerate(batch):
+        position = 0
+        for group, size in enumerate(job.groups or [len(job.texts)]):
+            for _ in range(size):
+                asked.append(Asked(number, position, row, (number, group), job))
+                position += 1
+    return asked
+
+
+# --- the network ----------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -233,7 +411,7 @@ class Compute:
         get_console().warn(f"out of memory with {was} {what}; going on with {was // 2}")
         return was // 2
 
-    # --- the network ------------------------------------------------------------------------------
+    # --- in the network ---------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _encode(self, jobs: Sequence[Job]) -> ImageFeatures:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from risam_cli.data.images.files import FileStamp
 from risam_cli.errors import ImageError, OutputError, RisamError
-from risam_cli.inference.jobs import Answer
+from risam_cli.inference.compute import Answer
 from risam_cli.inference.loader import Loaded
 from risam_cli.inference.mask_rules import unpacked
 from risam_cli.masks import rle as masks

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from risam_cli.data.images.images import MAX_PIXELS, EncoderImage, read_for_enco
 from risam_cli.errors import ImageError, RisamError
 
 if TYPE_CHECKING:
-    from risam_cli.inference.ahead import Ahead
+    from risam_cli.inference.compute import Ahead
 
 TIMEOUT = 120.0
 """Seconds that reading and decoding one image may take."""
@@ -92,17 +92,6 @@ class Loaded:
     ahead: Ahead | None = None
 
 
-def default_workers(device_type: str) -> int:
-    """Loader processes where the user names no number.
-
-    On a CPU the network takes all cores and decoding hides in a thread beside it; a GPU wants its
-    images from several processes.
-    """
-    if device_type == "cpu":
-        return 0
-    return max(1, min(8, (os.cpu_count() or 2) - 1))
-
-
 Load = Callable[[Path, LoaderSettings], Loaded]
 Prepare = Callable[[EncoderImage], "Ahead"]
 
@@ -120,6 +109,13 @@ def load_image(path: Path, settings: LoaderSettings) -> Loaded:
         why = f"{path}: not enough memory to decode it"
         return _failed(path, why, time.perf_counter() - started)
     return Loaded(image, "", image.stamp, time.perf_counter() - started)
+
+
+def _loaded(load: Load, path: Path, settings: LoaderSettings) -> Loaded:
+    try:
+        return load(path, settings)
+    except Exception as error:  # whatever one image does must not end the others
+        return _failed(path, f"{type(error).__name__}: {error}", 0.0)
 
 
 def open_loader(
@@ -154,12 +150,15 @@ class _Loader:
         self._load = load
         self._prepare = prepare
 
+    def __enter__(self) -> Self:
+        return self
+
     def _prepared(self, task: _Task, loaded: Loaded) -> Loaded:
         try:
             if self._prepare is None or loaded.image is None:
                 return loaded
             return replace(loaded, ahead=self._prepare(loaded.image))
-        except Exception as error:  # whatever one image does must not end the others
+        except Exception as error:  # likewise
             return _failed(task.path, f"{type(error).__name__}: {error}", loaded.seconds)
 
 
@@ -169,9 +168,7 @@ class _Loader:
 class ThreadLoader(_Loader):
     """Decodes in threads of this process: Pillow and OpenCV let others run meanwhile."""
 
-    def __init__(
-        self, settings: LoaderSettings, load: Load = load_image, prepare: Prepare | None = None
-    ) -> None:
+    def __init__(self, settings: LoaderSettings, load: Load, prepare: Prepare | None) -> None:
         super().__init__(settings, load, prepare)
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -183,9 +180,6 @@ class ThreadLoader(_Loader):
     def lanes(self) -> int:
         """How many images are loaded at a time."""
         return len(self._lanes)
-
-    def __enter__(self) -> ThreadLoader:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         """Ends all threads; images that were not begun are dropped."""
@@ -222,11 +216,7 @@ class ThreadLoader(_Loader):
         lane.start()
 
     def _loaded(self, task: _Task) -> Loaded:
-        try:
-            loaded = self._load(task.path, self._settings)
-        except Exception as error:  # a lane must outlive whatever one image does to it
-            return _failed(task.path, f"{type(error).__name__}: {error}", 0.0)
-        return self._prepared(task, loaded)
+        return self._prepared(task, _loaded(self._load, task.path, self._settings))
 
 
 class _Lane(threading.Thread):
@@ -288,9 +278,7 @@ class ProcessLoader(_Loader, threading.Thread):
     over its time, another DataLoader begins with what was in flight.
     """
 
-    def __init__(
-        self, settings: LoaderSettings, load: Load = load_image, prepare: Prepare | None = None
-    ) -> None:
+    def __init__(self, settings: LoaderSettings, load: Load, prepare: Prepare | None) -> None:
         _Loader.__init__(self, settings, load, prepare)
         # Not in the main thread, where DataLoader would raise from a signal handler, anywhere.
         threading.Thread.__init__(self, daemon=True, name="risam-loader")
@@ -304,9 +292,6 @@ class ProcessLoader(_Loader, threading.Thread):
         self._context = _Processes()
         self._pool = ThreadPoolExecutor(min(4, self.lanes), "risam-prepare")
         self.start()
-
-    def __enter__(self) -> ProcessLoader:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         """Ends all processes; images that are not loaded by now are dropped."""
@@ -427,7 +412,7 @@ class ProcessLoader(_Loader, threading.Thread):
     def _died(self, hands: _Hands, error: Exception) -> None:
         """Counts a death against the images that dead processes had in hand."""
         dead = [(k, p) for k, p in enumerate(self._context.started) if p.exitcode is not None]
-        ends = {hands.number_of(place): process.exitcode for place, process in dead}
+        ends = {hands.held_by(place): process.exitcode for place, process in dead}
         guilty = {n: end for n, end in ends.items() if n in self._in_flight}
         if not guilty and self._in_flight:
             # It died on its way, or never came up: the image that is waited for pays for it, so
@@ -480,14 +465,11 @@ class _Images(Dataset[_Sent | None]):
         if asked is None:
             return None
         number, path = asked
-        worker = _worker()
-        self._hands.take(worker, number)
-        try:
-            loaded = self._load(path, self._settings)
-        except Exception as error:
-            loaded = _failed(path, f"{type(error).__name__}: {error}", 0.0)
-        finally:
-            self._hands.release(worker)
+        info = get_worker_info()
+        assert info is not None, "called outside of a worker process"
+        self._hands.take(info.id, number)
+        loaded = _loaded(self._load, path, self._settings)
+        self._hands.release(info.id)
         if loaded.image is None:
             return _Sent(number, loaded, None)
         pixels = torch.from_numpy(loaded.image.rgb)
@@ -511,7 +493,7 @@ class _Hands:
         """In a worker: it has ended its image."""
         self._numbers[worker] = -1
 
-    def number_of(self, worker: int) -> int:
+    def held_by(self, worker: int) -> int:
         """The image that a worker has in hand; -1 for none."""
         return int(self._numbers[worker])
 
@@ -548,12 +530,6 @@ class _Processes(_Clean):  # type: ignore[misc]
         for process in self.started:
             with suppress(ValueError, AttributeError):  # never started
                 process.kill()
-
-
-def _worker() -> int:
-    info = get_worker_info()
-    assert info is not None, "called outside of a worker process"
-    return info.id
 
 
 def _as_it_is(sent: Any) -> Any:

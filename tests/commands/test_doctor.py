@@ -14,8 +14,7 @@ import pytest
 
 from risam_cli.cli import main
 from risam_cli.commands import doctor
-from risam_cli.inference.advice import Measured, Setting, advise
-from risam_cli.inference.cores import threads_of
+from risam_cli.inference.device import Measured, Setting, advise, threads_of
 
 
 @pytest.fixture(autouse=True)

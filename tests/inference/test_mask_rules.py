@@ -14,9 +14,7 @@ from support.carried import in_order, numbered
 from support.predict_fakes import SIZE, FakeModel
 
 from risam_cli.data.images.images import read_for_encoder
-from risam_cli.inference.ahead import Ahead, batch_pixels
-from risam_cli.inference.compute import Compute, ComputeSettings
-from risam_cli.inference.jobs import Job
+from risam_cli.inference.compute import Ahead, Compute, ComputeSettings, Job, batch_pixels
 from risam_cli.inference.mask_rules import (
     PackedMask,
     _through_bits,

@@ -19,10 +19,9 @@ from support.predict_fakes import SIZE, FakeModel, FakeNetwork
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.data.images.transforms import to_pixels
 from risam_cli.errors import DataError, ModelError, OutputError
-from risam_cli.inference.compute import Compute, ComputeSettings
-from risam_cli.inference.cores import threads_of
+from risam_cli.inference.compute import Answer, Compute, ComputeSettings, Job
+from risam_cli.inference.device import threads_of
 from risam_cli.inference.finish import ImageResult
-from risam_cli.inference.jobs import Answer, Job
 from risam_cli.inference.pipeline import PredictSettings, predict_samples
 from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Prediction, Sample

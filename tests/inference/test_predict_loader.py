@@ -23,11 +23,11 @@ from support.predict_loaders import (
 )
 
 from risam_cli.data.images.files import file_sha256
+from risam_cli.inference.device import default_workers
 from risam_cli.inference.loader import (
     LoaderSettings,
     ProcessLoader,
     _fit_shared_memory,
-    default_workers,
     open_loader,
 )
 

@@ -12,7 +12,7 @@ from risam_cli.data.images.memory import memory_for_encoder
 from risam_cli.explain.attention import Attention, explain
 from risam_cli.explain.explanation import Explained, Explanation
 from risam_cli.inference.compute import ComputeSettings
-from risam_cli.inference.session import Session
+from risam_cli.inference.pipeline import Session
 from risam_cli.masks import rle as masks
 from risam_cli.types import Prediction
 from support.networks import small_model

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from risam_cli.inference.cores import MOST_LANES, Cores, share_cores, threads_of
+from risam_cli.inference.device import MOST_LANES, Cores, share_cores, threads_of
 
 SIDES = st.sampled_from([128, 512, 768, 1024])
 
