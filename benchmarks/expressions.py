@@ -18,7 +18,7 @@ import torch
 from pathlib import Path
 from common import in_turns, peak_bytes
 from models import texts
-from risam_cli.weights.build import load_model
+from risam_cli.segmenters.resolve import load_segmenter
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.inference.compute import Compute, ComputeSettings
 from risam_cli.inference.compute import Job
@@ -26,11 +26,11 @@ source, photo, device = sys.argv[2], Path(sys.argv[3]), torch.device(sys.argv[4]
 counts, repeats = json.loads(sys.argv[5]), int(sys.argv[6])
 gpu = device.type == "cuda"
 precision = torch.bfloat16 if gpu else torch.float32
-loaded = load_model(None if source == "-" else source, device=device, precision=precision)
-image = read_for_encoder(photo, loaded.image_size)
+model = load_segmenter(None if source == "-" else source, device=device, precision=precision)
+image = read_for_encoder(photo, model.frames)
 def ask(count):
     # Another one each time: the text features of known expressions would be kept.
-    compute = Compute(loaded, ComputeSettings(device, precision, 0.5, 1, expressions=32))
+    compute = Compute(model, ComputeSettings(device, 0.5, 1, expressions=32))
     answers = list(compute.run([Job(image, texts(count))]))
     assert len(answers) == count and not any(answer.error for answer in answers)
 def at(count):

@@ -17,6 +17,7 @@ import torch
 from common import PHOTOS, Options, Row
 from torch import Tensor
 
+from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.data.images.transforms import fit_size, logits_to_size, to_pixels
 from risam_cli.model import image_encoder
@@ -64,7 +65,7 @@ def overlaps(photos: Sequence[Path], precision: torch.dtype, device: torch.devic
 
 def masks(loaded: LoadedModel, photo: Path, device: torch.device) -> Tensor:
     """(E, H, W) bool at the photo's size, before any no-target rule."""
-    image = read_for_encoder(photo, loaded.image_size)
+    image = read_for_encoder(photo, [sam_frame(loaded.image_size)])
     pixels = to_pixels([image.rgb], loaded.image_size, device)
     tokens = loaded.tokenizer.encode(list(EXPRESSIONS))
     index = torch.zeros(len(EXPRESSIONS), dtype=torch.long, device=device)

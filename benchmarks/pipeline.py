@@ -25,6 +25,7 @@ _BARE = """
 import json, sys, threading, time
 import torch
 from pathlib import Path
+from risam_cli.data.images.frames import sam_frame
 from risam_cli.weights.build import load_model
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.inference.device import share_cores
@@ -35,7 +36,7 @@ precision = torch.bfloat16 if bf16 else torch.float32
 source = None if sys.argv[1] == "-" else sys.argv[1]
 loaded = load_model(source, device=device, precision=precision)
 paths = sorted(Path(sys.argv[5]).iterdir())[:32]
-rgb = [read_for_encoder(path, loaded.image_size).rgb for path in paths]
+rgb = [read_for_encoder(path, [sam_frame(loaded.image_size)]).rgb for path in paths]
 ready = [to_pixels(rgb[k : k + batch], loaded.image_size, device) for k in range(0, 32, batch)]
 tokens = loaded.tokenizer.encode([sys.argv[6]])
 model = loaded.model

@@ -20,20 +20,22 @@ def cpu():
 marks = [("python", cpu())]
 import torch
 marks.append(("import torch", cpu()))
-import risam_cli.weights.build, risam_cli.runs.run
+import risam_cli.segmenters.resolve, risam_cli.segmenters.risam, risam_cli.runs.run
 marks.append(("import risam", cpu()))
 if sys.argv[1] == "transformers":
     from transformers import AutoConfig, BertModel
     marks.append(("import transformers", cpu()))
-loaded = risam_cli.weights.load.load_model(None, device=torch.device("cpu"))
+model = risam_cli.segmenters.resolve.load_segmenter(
+    None, device=torch.device("cpu"), precision=torch.float32
+)
 marks.append(("load the model", cpu()))
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.inference.compute import Compute, ComputeSettings
 from risam_cli.inference.compute import Job
 from pathlib import Path
-settings = ComputeSettings(torch.device("cpu"), torch.float32, 0.5, 1)
-image = read_for_encoder(Path(sys.argv[2]), loaded.image_size)
-list(Compute(loaded, settings).run([Job(image, ["the red circle"])]))
+settings = ComputeSettings(torch.device("cpu"), 0.5, 1)
+image = read_for_encoder(Path(sys.argv[2]), model.frames)
+list(Compute(model, settings).run([Job(image, ["the red circle"])]))
 marks.append(("first mask", cpu()))
 parts, before = {}, 0.0
 for name, now in marks:

@@ -69,6 +69,9 @@ class Prediction:
         no_target: True where the model says that nothing fits; the mask is then empty.
         mask: the PNG's path relative to the output folder, or None.
         notes: anything that the user must know, such as "expression cut to 77 tokens".
+        instance: its number among the instances of the expression, from 0, where each has a record
+            of its own; else None.
+        unknown_words: words of the expression that the model does not know.
     """
 
     id: str
@@ -83,6 +86,8 @@ class Prediction:
     no_target: bool
     mask: str | None = None
     notes: tuple[str, ...] = ()
+    instance: int | None = None
+    unknown_words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from risam_cli.data.images.frames import Frame
 from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.data.images.memory import Pixels, memory_for_encoder
 from risam_cli.errors import ImageError, UsageError
@@ -33,7 +34,7 @@ Source = Path | Pixels
 def samples_of(
     images: Iterable[Item],
     common: tuple[str, ...] | None,
-    size: int,
+    frames: Sequence[Frame],
     *,
     keep: bool,
     full_decode: bool,
@@ -42,7 +43,7 @@ def samples_of(
 
     Args:
         common: asked of every image that brings nothing of its own.
-        size: the encoder's side.
+        frames: the network's.
         keep: also give images that are in memory; without it None stands for them.
 
     Raises:
@@ -56,12 +57,12 @@ def samples_of(
                 f"image {number} comes without an expression",
                 "give expressions, or pairs of an image and its expressions",
             )
-        sample, source = sample_of(image, texts, size, number, full_decode=full_decode)
+        sample, source = sample_of(image, texts, frames, number, full_decode=full_decode)
         yield sample, source if keep or isinstance(source, Path) else None
 
 
 def sample_of(
-    image: Any, texts: Sequence[str], size: int, number: int, *, full_decode: bool
+    image: Any, texts: Sequence[str], frames: Sequence[Frame], number: int, *, full_decode: bool
 ) -> tuple[Sample, Source]:
     """The sample of one image, and the image itself.
 
@@ -79,7 +80,7 @@ def sample_of(
         )
     name = getattr(image, "filename", "") or f"image {number}"
     try:
-        ready = memory_for_encoder(image, size, name, MAX_PIXELS, full_decode=full_decode)
+        ready = memory_for_encoder(image, frames, name, MAX_PIXELS, full_decode=full_decode)
         loaded = Loaded(ready, "", None, 0.0)
     except ImageError as error:
         loaded = Loaded(None, str(error), None, 0.0)

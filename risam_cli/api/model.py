@@ -46,8 +46,9 @@ from risam_cli.inference.pipeline import (
     compute_settings,
     predict_samples,
 )
+from risam_cli.segmenters.resolve import load_segmenter, require_risam
+from risam_cli.segmenters.segmenter import Segmenter
 from risam_cli.types import Failure, Sample
-from risam_cli.weights.load import LoadedModel, load_model
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +91,9 @@ def load(
     """Loads a model.
 
     Args:
-        model: a bundled model's name, or a folder written by ``risam train``; None is the
-            bundled model.
+        model: a bundled model's name, a folder written by ``risam train``, or a published model:
+            a short name such as ``florence2``, a Hugging Face folder or hub name, or
+            ``KIND:FOLDER_OR_HUB_NAME[+SECOND]``; None is the bundled model.
         device: ``auto`` (CUDA, then MPS, then CPU), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         precision: ``auto`` (bf16 where the device has it fast, else fp32), ``fp32``, ``bf16`` or
             ``fp16``.
@@ -112,25 +114,25 @@ def load(
     settings = PredictSettings(
         place, number, batch_size=batch_size, workers=workers, full_decode=full_decode
     )
-    return Model(load_model(model, device=place, precision=number), settings)
+    return Model(load_segmenter(model, device=place, precision=number), settings)
 
 
 class Model:
     """A loaded model; made by :func:`load`. May be used from several threads."""
 
-    def __init__(self, loaded: LoadedModel, settings: PredictSettings) -> None:
-        self._loaded = loaded
+    def __init__(self, segmenter: Segmenter, settings: PredictSettings) -> None:
+        self._segmenter = segmenter
         self._settings = settings
 
     @property
     def name(self) -> str:
         """Its folder's name."""
-        return self._loaded.name
+        return self._segmenter.name
 
     @property
     def hash(self) -> str:
         """SHA-256 over its files."""
-        return self._loaded.hash
+        return self._segmenter.hash
 
     @property
     def device(self) -> torch.device:
@@ -145,12 +147,12 @@ class Model:
     @property
     def threshold(self) -> float:
         """Its own probability from where a pixel is in the mask."""
-        return self._loaded.threshold
+        return self._segmenter.thresholds.mask
 
     @property
     def no_target_threshold(self) -> float:
         """Its own probability from where nothing fits."""
-        return self._loaded.no_target_threshold
+        return self._segmenter.thresholds.no_target
 
     def __repr__(self) -> str:
         return f"<Model {self.name!r} on {self.device}, {self.precision}>"
@@ -243,7 +245,7 @@ class Model:
         samples = samples_of(
             images,
             common,
-            self._loaded.image_size,
+            self._segmenter.frames,
             keep=keep_images,
             full_decode=settings.full_decode,
         )
@@ -261,7 +263,7 @@ class Model:
         settings: PredictSettings,
         raises: bool,
     ) -> Iterator[Results]:
-        with closing(predict_samples(samples, self._loaded, settings)) as stream:
+        with closing(predict_samples(samples, self._segmenter, settings)) as stream:
             for source, found in stream:
                 if raises and found.failures:
                     raise _error_of(found.failures[0])
@@ -276,12 +278,12 @@ class Model:
         Raises:
             ImageError: it cannot be read. ModelError: the network failed on it.
         """
-        side, whole = self._loaded.image_size, self._settings.full_decode
-        sample, source = sample_of(image, (), side, 0, full_decode=whole)
+        frames, whole = self._segmenter.frames, self._settings.full_decode
+        sample, source = sample_of(image, (), frames, 0, full_decode=whole)
         if isinstance(sample, ReadySample):
             pixels, why = sample.ready.image, sample.ready.error
         else:
-            pixels, why = read_for_encoder(sample.path, side, full_decode=whole), ""
+            pixels, why = read_for_encoder(sample.path, frames, full_decode=whole), ""
         if pixels is None:
             raise ImageError(why)
         return EncodedImage(self, sample.image, pixels, source)
@@ -295,7 +297,7 @@ class Model:
         return replace(self._settings, threshold=threshold, no_target_threshold=no_target_threshold)
 
     def _session(self, settings: PredictSettings) -> Session:
-        return Session(self._loaded, compute_settings(self._loaded, settings))
+        return Session(self._segmenter, compute_settings(self._segmenter, settings))
 
 
 class EncodedImage:
@@ -349,8 +351,9 @@ class EncodedImage:
         """
         (text,) = texts_of(expression)
         model = self._model
+        loaded = require_risam(model._segmenter, "attention").loaded
         session = model._session(model._settings)
-        return explain(session, model._loaded.tokenizer, self._encoded, text)
+        return explain(session, loaded.tokenizer, self._encoded, text)
 
     def explain(
         self,
@@ -370,7 +373,8 @@ class EncodedImage:
             UsageError: a point that is not in the image, a block or head that there is not.
             ImageError: the image cannot be read any more. ModelError: the network failed.
         """
-        model, loaded = self._model, self._model._loaded
+        model = self._model
+        loaded = require_risam(model._segmenter, "explain").loaded
         explainer = Explainer(
             model._session(model._settings),
             loaded.tokenizer,

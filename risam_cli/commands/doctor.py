@@ -29,6 +29,8 @@ from risam_cli.version import __version__
 if TYPE_CHECKING:
     import torch
 
+    from risam_cli.segmenters.segmenter import Segmenter
+
 LIBRARIES = (
     "torch",
     "transformers",
@@ -181,17 +183,16 @@ def _network(source: str | None, device_name: str, precision: str) -> Facts:
         measure,
         share_cores,
     )
-    from risam_cli.weights.load import load_model
+    from risam_cli.inference.pipeline import side_of
+    from risam_cli.segmenters.resolve import load_segmenter, require_risam
+    from risam_cli.segmenters.risam import RisamSegmenter
 
     device = choose_device(device_name)
     dtype = choose_precision(precision, device)
-    loaded = load_model(source, device=device, precision=dtype)
+    segmenter = load_segmenter(source, device=device, precision=dtype)
     with torch.inference_mode():
-        seconds = _timed_forward(loaded, device)
-    if dtype != torch.float32:
-        loaded = load_model(source, device=device)
-    measured = measure(loaded.model.image_encoder, device, _cores(), SECONDS)
-    return {
+        seconds = _timed_forward(segmenter, device)
+    facts: Facts = {
         "device": {
             "chosen": str(device),
             "name": describe_device(device),
@@ -202,12 +203,13 @@ def _network(source: str | None, device_name: str, precision: str) -> Facts:
             "why": _why_precision(precision, device),
         },
         "torch_threads": torch.get_num_threads(),
-        "side_by_side": asdict(share_cores(device.type, loaded.image_size)),
+        "side_by_side": asdict(share_cores(device.type, side_of(segmenter))),
         "model": {
-            "name": loaded.name,
-            "hash": loaded.hash,
-            "parameters": sum(p.numel() for p in loaded.model.parameters()),
-            "image_size": loaded.image_size,
+            "kind": segmenter.kind,
+            "name": segmenter.name,
+            "hash": segmenter.hash,
+            "parameters": segmenter.parameters,
+            "image_size": side_of(segmenter),
         },
         "forward": {
             "image": [SIDE, SIDE],
@@ -215,27 +217,30 @@ def _network(source: str | None, device_name: str, precision: str) -> Facts:
             "repeats": REPEATS,
             "seconds": {part: round(value, 5) for part, value in seconds.items()},
         },
-        "measured": {
-            "read_seconds": round(measured.read, 5),
-            "encode_seconds": {kind: round(value, 5) for kind, value in measured.encode.items()},
-            "images_per_second": {str(k): round(rate, 2) for k, rate in measured.rates.items()},
-        },
-        "settings": [setting.as_dict() for setting in advise(measured)],
     }
+    if not isinstance(segmenter, RisamSegmenter):  # which settings suit is known of SAM's encoder
+        return facts
+    if dtype != torch.float32:
+        found = load_segmenter(source, device=device, precision=torch.float32)
+        segmenter = require_risam(found, "a measurement")
+    measured = measure(segmenter.loaded.model.image_encoder, device, _cores(), SECONDS)
+    facts["measured"] = {
+        "read_seconds": round(measured.read, 5),
+        "encode_seconds": {kind: round(value, 5) for kind, value in measured.encode.items()},
+        "images_per_second": {str(k): round(rate, 2) for k, rate in measured.rates.items()},
+    }
+    facts["settings"] = [setting.as_dict() for setting in advise(measured)]
+    return facts
 
 
-def _timed_forward(loaded: Any, device: torch.device) -> dict[str, float]:
+def _timed_forward(segmenter: Segmenter, device: torch.device) -> dict[str, float]:
     """Median seconds of each part, after one pass that is not counted."""
     import numpy as np
     import torch
 
-    from risam_cli.data.images.transforms import resize_for_encoder, to_pixels
-
     rgb = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-    pixels = to_pixels([resize_for_encoder(rgb, loaded.image_size)], loaded.image_size, device)
-    tokens = loaded.tokenizer.encode(list(EXPRESSIONS))
-    ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
-    index = torch.zeros(len(EXPRESSIONS), dtype=torch.long, device=device)
+    inputs = [frame.batch([frame.resize(rgb)], device) for frame in segmenter.frames]
+    rows = [0] * len(EXPRESSIONS)
 
     def now() -> float:
         if device.type == "cuda":
@@ -247,11 +252,11 @@ def _timed_forward(loaded: Any, device: torch.device) -> dict[str, float]:
     rounds: list[tuple[float, float, float]] = []
     for _ in range(REPEATS + 1):
         start = now()
-        image = loaded.model.encode_image(pixels)
+        image = segmenter.encode_images(inputs)
         encoded = now()
-        text = loaded.model.encode_text(ids, mask)
+        text = segmenter.encode_texts(EXPRESSIONS)
         read = now()
-        loaded.model.decode(image, text, index)
+        segmenter.decode(image, text, rows, [(SIDE, SIDE)])
         rounds.append((encoded - start, read - encoded, now() - read))
     rounds = rounds[1:]
     medians = {

@@ -14,6 +14,7 @@ from risam_cli.commands.options import (
     compile_option,
     decode_option,
     device_options,
+    instance_options,
     json_option,
     model_option,
     output_option,
@@ -117,6 +118,7 @@ def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None)
     callback=_check_unit,
     help="A model's no-target threshold.  [default: the model's]",
 )
+@instance_options
 @device_options
 @compile_option
 @batch_options

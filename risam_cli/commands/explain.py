@@ -156,7 +156,7 @@ def _look(
     from risam_cli.explain.explanation import Shown
     from risam_cli.inference.device import choose_device, choose_precision
     from risam_cli.inference.pipeline import PredictSettings, Session, compute_settings
-    from risam_cli.weights.load import load_model
+    from risam_cli.segmenters.resolve import load_segmenter, require_risam
 
     place = choose_device(device)
     settings = PredictSettings(
@@ -166,12 +166,15 @@ def _look(
         no_target_threshold=no_target_threshold,
     )
     rgb = open_rgb(Path(image))  # a bad image is told before a model is loaded
-    loaded = load_model(model, device=place, precision=settings.precision)
-    session = Session(loaded, compute_settings(loaded, settings))
-    scaled = read_for_encoder(Path(image), loaded.image_size, full_decode=full_decode)
+    segmenter = require_risam(
+        load_segmenter(model, device=place, precision=settings.precision), "risam explain"
+    )
+    session = Session(segmenter, compute_settings(segmenter, settings))
+    scaled = read_for_encoder(Path(image), segmenter.frames, full_decode=full_decode)
     encoded = session.encode(scaled)
-    bar = loaded.no_target_threshold if no_target_threshold is None else no_target_threshold
+    bar = segmenter.thresholds.no_target if no_target_threshold is None else no_target_threshold
+    tokenizer = segmenter.loaded.tokenizer
     explainer = Explainer(
-        session, loaded.tokenizer, loaded.name, loaded.hash, bar, encoded, image, rgb
+        session, tokenizer, segmenter.name, segmenter.hash, bar, encoded, image, rgb
     )
     return explainer.explain(expressions, Shown(points, grid, block, head))

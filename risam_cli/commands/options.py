@@ -77,7 +77,9 @@ def model_option(function: F) -> F:
         metavar="NAME|PATH",
         default=None,
         shell_complete=completing.models,
-        help="A model's name, or a folder written by `risam train`.  [default: the bundled model]",
+        help="A folder written by `risam train`, a bundled model's name, or a published model: "
+        "florence2, florence2-large, clipseg, sam3, grounded-sam, a Hugging Face folder or hub "
+        "name, or KIND:FOLDER_OR_HUB_NAME[+SECOND].  [default: the bundled model]",
     )(function)
 
 
@@ -206,6 +208,30 @@ def threshold_options(function: F) -> F:
             help="From this probability of `nothing fits` on, the mask is empty.  "
             "[default: the model's]",
             **unit,
+        ),
+    )(function)
+
+
+def instance_options(function: F) -> F:
+    """``--select`` and ``--instance-threshold``, for models that tell instances from each other.
+
+    Parameters ``select: str`` and ``instance_threshold: float | None``, a score in 0..1.
+    """
+    return _stack(
+        click.option(
+            "--select",
+            type=click.Choice(("union", "best")),
+            default="union",
+            show_default=True,
+            help="Of several instances of an expression: one mask of all, or the best alone.",
+        ),
+        click.option(
+            "--instance-threshold",
+            type=float,
+            metavar="P",
+            default=None,
+            callback=_check_unit,
+            help="An instance counts from this score on.  [default: the model's]",
         ),
     )(function)
 

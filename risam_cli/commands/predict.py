@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import click
 
@@ -20,6 +20,7 @@ from risam_cli.commands.options import (
     compile_option,
     decode_option,
     device_options,
+    instance_options,
     model_option,
     output_option,
     run_mode_options,
@@ -107,6 +108,13 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
 @cache_options
 @decode_option
 @threshold_options
+@instance_options
+@click.option(
+    "--instances",
+    is_flag=True,
+    help="Write a record for each instance of an expression, with its `instance` number, mask, box "
+    "and score.",
+)
 @run_mode_options
 @click.option("--retry-failed", is_flag=True, help="As --resume, and do again what failed before.")
 @click.option(
@@ -181,6 +189,9 @@ class _Options:
     full_decode: bool
     threshold: float | None
     no_target_threshold: float | None
+    instance_threshold: float | None
+    select: Literal["union", "best"]
+    instances: bool
     resume: bool
     overwrite: bool
     retry_failed: bool
@@ -261,7 +272,7 @@ def _run(
     from risam_cli.runs.plan import RunPlan
     from risam_cli.runs.run import run_predict
     from risam_cli.runs.stager import Saving
-    from risam_cli.weights.load import load_model
+    from risam_cli.segmenters.resolve import load_segmenter
 
     device = choose_device(options.device)
     settings = PredictSettings(
@@ -275,9 +286,11 @@ def _run(
         timeout=options.image_timeout,
         lookahead=512,
         full_decode=options.full_decode,
+        select="all" if options.instances else options.select,
+        instance_threshold=options.instance_threshold,
     )
     imported = time.perf_counter()
-    loaded = load_model(
+    segmenter = load_segmenter(
         options.model, device=device, precision=settings.precision, compiled=options.compiled
     )
     timings = {
@@ -305,7 +318,7 @@ def _run(
         if options.feature_cache is not None
         else None,
     )
-    return run_predict(plan, loaded, folder, stream)
+    return run_predict(plan, segmenter, folder, stream)
 
 
 def _dry_run(options: _Options, inputs: Inputs, shard: Shard, output: Path) -> int:

@@ -174,7 +174,7 @@ def _report(
         answers=done.answers,
         counts=done.counts,
         timing=done.timing,
-        threshold=asked.threshold,
+        threshold=done.threshold if asked.threshold is None else asked.threshold,
         no_target_fit=done.no_target_fit,
     )
     return assemble(facts, done.run.scored, protocol, done.run.rows, other)

@@ -6,9 +6,11 @@ import json
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from risam_cli.console.console import get_console
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.errors import DataError, OutputError
+from risam_cli.errors import DataError, OutputError, UsageError
 from risam_cli.evaluation.answers import AnswerLog, StageSeconds, answers_from_model
 from risam_cli.evaluation.protocol import mask_rule
 from risam_cli.evaluation.report.schema import AnswersPart, NoTargetFitPart, TimingPart
@@ -22,11 +24,12 @@ from risam_cli.inference.device import (
     precision_name,
 )
 from risam_cli.inference.feature_cache import cache_for
-from risam_cli.inference.pipeline import PredictSettings, predict_samples
+from risam_cli.inference.pipeline import PredictSettings, instance_rules, predict_samples
 from risam_cli.metrics.curves import fit_no_target
 from risam_cli.metrics.protocols import Protocol
+from risam_cli.segmenters.resolve import load_segmenter
+from risam_cli.segmenters.segmenter import Segmenter
 from risam_cli.weights import folder as model_folders
-from risam_cli.weights.load import LoadedModel, load_model
 
 
 def answer_and_score(
@@ -36,36 +39,31 @@ def answer_and_score(
     console = get_console()
     device = choose_device(asked.device)
     precision = choose_precision(asked.precision, device)
-    loaded = load_model(asked.model, device=device, precision=precision, compiled=asked.compiled)
+    segmenter = _load(asked, device, precision)
     source, absent = drop_missing_images(source, failures)
     skipped = failures.by_stage["decode"]
-    bar = asked.no_target_threshold
-    bar = loaded.no_target_threshold if bar is None else bar
-    settings = PredictSettings(
-        device,
-        precision,
-        asked.batch_size,
-        asked.workers,
-        threshold=protocol.threshold if asked.threshold is None else asked.threshold,
-        no_target_threshold=bar,
-        keep_raw=True,
-        full_decode=asked.full_decode,
-    )
-    console.info(f"{loaded.name} on {describe_device(device)}, {precision_name(precision)}")
+    settings = _settings(asked, segmenter, protocol, device, precision)
+    bar = settings.no_target_threshold
+    assert bar is not None
+    console.info(f"{segmenter.name} on {describe_device(device)}, {precision_name(precision)}")
 
     seconds = StageSeconds()
     side = protocol.canvas
     log = AnswerLog(
         asked.output,
-        _identity(asked, source, protocol, loaded, settings),
+        _identity(asked, source, protocol, segmenter, settings),
         size=(side, side) if protocol.resolution == "stretch" else None,
         resume=asked.resume,
         overwrite=asked.overwrite,
     )
     images = min(len(source), source.limit or len(source))
-    with log, cache_for(asked.kept_features(), loaded, settings, images) as cache:
+    with log, cache_for(asked.kept_features(), segmenter, settings, images) as cache:
         run = partial(
-            predict_samples, loaded=loaded, settings=settings, rule=mask_rule(protocol), cache=cache
+            predict_samples,
+            segmenter=segmenter,
+            settings=settings,
+            rule=mask_rule(protocol),
+            cache=cache,
         )
         answers = answers_from_model(source, run, log, bar, protocol, seconds, failures)
         done = run_evaluation(source, answers, protocol, asked.output, console)
@@ -74,16 +72,56 @@ def answer_and_score(
         done,
         AnswersPart(
             kind="model",
-            name=loaded.name,
-            sha256=loaded.hash,
+            name=segmenter.name,
+            sha256=segmenter.hash,
             no_target_threshold=bar,
             device=describe_device(device),
             precision=precision_name(precision),
         ),
         count(done, failed=len(failures) - skipped, skipped=skipped, images_missing=absent),
         _timing(seconds, done),
+        threshold=None if segmenter.thresholds.calibrated else segmenter.thresholds.mask,
         no_target_fit=fit,
         finish=log.finished,
+    )
+
+
+def _load(asked: Asked, device: torch.device, precision: torch.dtype) -> Segmenter:
+    """The model; refuses what would write into a folder that is not the user's own."""
+    segmenter = load_segmenter(
+        asked.model, device=device, precision=precision, compiled=asked.compiled
+    )
+    if asked.fit_no_target and not segmenter.capabilities.trainable:
+        raise UsageError(
+            f"--fit-no-target would write into the folder of {segmenter.name}, a published "
+            f"{segmenter.kind}",
+            "give the threshold by --no-target-threshold",
+        )
+    return segmenter
+
+
+def _settings(
+    asked: Asked,
+    segmenter: Segmenter,
+    protocol: Protocol,
+    device: torch.device,
+    precision: torch.dtype,
+) -> PredictSettings:
+    """How the model answers: by the protocol's threshold, where it means what it says."""
+    own, bar, threshold = segmenter.thresholds, asked.no_target_threshold, asked.threshold
+    if threshold is None:
+        threshold = protocol.threshold if own.calibrated else own.mask
+    return PredictSettings(
+        device,
+        precision,
+        asked.batch_size,
+        asked.workers,
+        threshold=threshold,
+        no_target_threshold=own.no_target if bar is None else bar,
+        keep_raw=True,
+        full_decode=asked.full_decode,
+        select=asked.select,
+        instance_threshold=asked.instance_threshold,
     )
 
 
@@ -102,12 +140,12 @@ def _identity(
     asked: Asked,
     source: SampleSource,
     protocol: Protocol,
-    loaded: LoadedModel,
+    segmenter: Segmenter,
     settings: PredictSettings,
 ) -> dict[str, object]:
     """What the answers depend on; a resumed run must agree in all of it."""
     return {
-        "model": loaded.hash,
+        "model": segmenter.hash,
         "data": f"{source.dataset} {source.split}",
         "expressions": source.planned,
         "protocol": protocol.name,
@@ -117,6 +155,8 @@ def _identity(
         "shuffle": asked.shuffle,
         "full decode": asked.full_decode,
         "features": "float32" if asked.feature_cache is None else "half (--feature-cache)",
+        **instance_rules(segmenter, settings),
+        **segmenter.versions,
     }
 
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from risam_cli.data.images.transforms import fit_size, logits_to_size
 from risam_cli.evaluation.scoring import warp_through_letterbox
 from risam_cli.inference.mask_rules import MaskRule, at_image_size
 from risam_cli.metrics.protocols import Protocol
+from risam_cli.segmenters.segmenter import Maps
 
 
 def mask_rule(protocol: Protocol) -> MaskRule:
@@ -23,23 +23,13 @@ def mask_rule(protocol: Protocol) -> MaskRule:
     return at_image_size
 
 
-def _stretched(
-    canvas: int, logits: Tensor, size: tuple[int, int], side: int, threshold: float
-) -> Tensor:
+def _stretched(canvas: int, maps: Maps, size: tuple[int, int], threshold: float) -> Tensor:
     """Masks of a square canvas, whatever the image's shape."""
-    return _probabilities(logits, size, side, (canvas, canvas)) > threshold
+    return maps.logits((canvas, canvas)).sigmoid() > threshold
 
 
-def _letterboxed(
-    canvas: int, logits: Tensor, size: tuple[int, int], side: int, threshold: float
-) -> Tensor:
+def _letterboxed(canvas: int, maps: Maps, size: tuple[int, int], threshold: float) -> Tensor:
     """Masks at the image's size, of probabilities that went through a letterboxed canvas."""
-    own = _probabilities(logits, size, side, size).cpu().numpy()
+    own = maps.logits(size).sigmoid().cpu().numpy()
     warped = np.stack([warp_through_letterbox(one, canvas) for one in own])
     return torch.from_numpy(warped > threshold)
-
-
-def _probabilities(
-    logits: Tensor, size: tuple[int, int], side: int, out: tuple[int, int]
-) -> Tensor:
-    return logits_to_size(logits, fit_size(*size, side), side, out).sigmoid()

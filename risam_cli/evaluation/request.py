@@ -25,6 +25,7 @@ from risam_cli.files.confine import require_own
 from risam_cli.runs.ledger import LEDGER
 
 if TYPE_CHECKING:
+    from risam_cli.inference.compute import Select
     from risam_cli.inference.feature_cache import CacheSettings
 
 
@@ -61,6 +62,8 @@ class Asked:
     skip_missing: bool
     threshold: float | None
     no_target_threshold: float | None
+    instance_threshold: float | None
+    select: Select
     device: str
     precision: str
     compiled: bool
@@ -80,6 +83,7 @@ class Asked:
                 ("--model", self.model is not None),
                 ("--threshold", self.threshold is not None),
                 ("--no-target-threshold", self.no_target_threshold is not None),
+                ("--instance-threshold", self.instance_threshold is not None),
                 ("--fit-no-target", self.fit_no_target),
                 ("--resume", self.resume),
                 ("--feature-cache", self.feature_cache is not None),
@@ -161,6 +165,7 @@ class Done:
     """A finished run with what its kind of answers adds to the report.
 
     Attributes:
+        threshold: of masks, where it is the model's own and not the protocol's.
         finish: to be called once the reports are written: what was kept to go on with may go.
     """
 

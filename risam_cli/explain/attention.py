@@ -159,7 +159,7 @@ def explain(session: Session, tokenizer: TextTokenizer, encoded: Encoded, text: 
     """
     pieces = tokenizer.pieces(text)
     size = encoded.image.size
-    side = session.loaded.image_size
+    side = session.segmenter.frames[0].height
     grid = encoded.features.visual.shape[-2:]
     fitted = fit_size(*size, side)
     extent = fitted[0] * grid[0] / side, fitted[1] * grid[1] / side

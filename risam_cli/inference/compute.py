@@ -13,13 +13,14 @@ pinned memory and in a stream of its own, so that the network finds its input th
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby
 from operator import attrgetter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -27,8 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from risam_cli.console.console import get_console
+from risam_cli.data.images.frames import Frame, Pixels
 from risam_cli.data.images.images import EncoderImage
-from risam_cli.data.images.transforms import normalize, to_pixels
 from risam_cli.errors import ModelError
 from risam_cli.inference.device import (
     Cores,
@@ -38,46 +39,17 @@ from risam_cli.inference.device import (
     release_memory,
 )
 from risam_cli.inference.feature_cache import FeatureCache, HalfFeatures, image_key
-from risam_cli.inference.mask_rules import Mask, MaskRule, at_image_size, to_host
+from risam_cli.inference.mask_rules import Mask, MaskRule, at_image_size, to_bits, to_host
+from risam_cli.segmenters.segmenter import FeatureKeeper, Instances, Maps, Segmenter, Texts
 
 if TYPE_CHECKING:
     from risam_cli.model.image_encoder import EncoderFeatures
-    from risam_cli.model.risam import ImageFeatures, Risam
-    from risam_cli.model.text_encoder import TextFeatures
-    from risam_cli.weights.tokenizer import TokenBatch
+
+Select = Literal["union", "best", "all"]
+"""What becomes of several instances of an expression: one mask of all, the best alone, or each."""
 
 _TEXTS_KEPT = 512  # expressions whose text features are kept
-
-
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer."""
-
-    def encode(self, texts: Sequence[str]) -> TokenBatch:
-        """Token ids of E expressions."""
-
-
-class Model(Protocol):
-    """What is needed of :class:`risam_cli.weights.load.LoadedModel`."""
-
-    @property
-    def model(self) -> Risam:
-        """In evaluation mode, on its device."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Of its text encoder."""
-
-    @property
-    def image_size(self) -> int:
-        """Side of the encoder's square input."""
-
-    @property
-    def threshold(self) -> float:
-        """Probability from where a pixel is in the mask."""
-
-    @property
-    def no_target_threshold(self) -> float:
-        """Probability from where nothing fits."""
+_NOT_FINITE = "the network gave numbers that are not finite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,21 +57,24 @@ class ComputeSettings:
     """How the network runs.
 
     Attributes:
-        device, precision: where and in which number format.
+        device: where.
         threshold: a pixel is in the mask where its probability is greater; 0..1.
         images: images encoded at a time; a CPU takes one.
         expressions: expressions decoded at a time.
         mask_bytes: memory for full-size logits of a chunk.
         cores: how a CPU's are shared out, for whoever starts the threads.
+        select: what becomes of several instances of an expression.
+        instance_threshold: an instance counts where its score is greater; None is the model's.
     """
 
     device: torch.device
-    precision: torch.dtype
     threshold: float
     images: int
     expressions: int = 64
     mask_bytes: int = 256 << 20
     cores: Cores = field(default_factory=Cores)
+    select: Select = "union"
+    instance_threshold: float | None = None
 
 
 # --- beside the network ---------------------------------------------------------------------------
@@ -112,12 +87,13 @@ class Ahead:
     Attributes:
         key: in the feature cache; empty without one.
         features: what the cache holds; None where that is nothing.
-        pixels: (h, w, 3) uint8 on a GPU; None where they are on the host only, or not needed.
+        views: (h, w, 3) uint8 each, on a GPU; empty where they are on the host only, or not
+            needed.
     """
 
     key: str = ""
     features: HalfFeatures | None = None
-    pixels: Tensor | None = None
+    views: tuple[Tensor, ...] = ()
 
 
 class Preparer:
@@ -143,7 +119,8 @@ class Preparer:
             return Ahead(key, features)
         try:
             if features is None:
-                return Ahead(key, None, self._moved(_pinned(image.rgb), self._stream))
+                views = [self._moved(_pinned(view), self._stream) for view in image.views]
+                return Ahead(key, None, tuple(views))
             moved = {k: self._moved(v, self._stream) for k, v in features.tensors.items()}
             return Ahead(key, HalfFeatures(moved, features.computed))
         except Exception as error:
@@ -161,17 +138,23 @@ class Preparer:
         return moved
 
 
-def batch_pixels(
-    images: Sequence[EncoderImage], ahead: Sequence[Ahead], size: int, device: torch.device
-) -> Tensor:
-    """The encoder's input (B, 3, size, size) of images, from their copies where there are some."""
-    if all(one.pixels is None for one in ahead):
-        return to_pixels([image.rgb for image in images], size, device)
-    batch = torch.zeros(len(images), size, size, 3, dtype=torch.uint8, device=device)
-    for row, image, one in zip(batch, images, ahead, strict=True):
-        height, width = image.rgb.shape[:2]
-        row[:height, :width] = torch.from_numpy(image.rgb) if one.pixels is None else one.pixels
-    return normalize(batch, [image.rgb.shape[:2] for image in images])
+def inputs_of(
+    images: Sequence[EncoderImage],
+    ahead: Sequence[Ahead],
+    frames: Sequence[Frame],
+    device: torch.device,
+) -> list[Pixels]:
+    """A network's input of B images, one entry a frame, from their copies where there are some."""
+    return [
+        frame.batch(
+            [
+                one.views[number] if one.views else image.views[number]
+                for image, one in zip(images, ahead, strict=True)
+            ],
+            device,
+        )
+        for number, frame in enumerate(frames)
+    ]
 
 
 def _pinned(rgb: NDArray[np.uint8]) -> Tensor:
@@ -207,19 +190,27 @@ class Answer:
 
     Attributes:
         job, text: which one: index of the job, index of its text.
-        mask: as the mask rule made it, before any no-target rule; None where it failed.
-        iou: predicted IoU of the mask, 0..1.
+        masks: as the mask rule made them, before any no-target rule; none where it failed. One, or
+            as many as there are instances where those are wanted one by one.
+        scores: of each mask, 0..1: its predicted IoU, or how sure the model is of it.
         no_target: probability that nothing fits, 0..1.
-        cut_to: tokens that the expression was cut to, or 0.
+        empty: no instance counts, so nothing fits whatever ``no_target`` says; the only mask is
+            then empty.
+        by_instance: the masks are single instances.
+        notes: what the user must know.
+        unknown: words that the vocabulary does not have.
         error: one line, where it failed; else empty.
     """
 
     job: int
     text: int
-    mask: Mask | None
-    iou: float = 0.0
+    masks: tuple[Mask, ...]
+    scores: tuple[float, ...] = ()
     no_target: float = 0.0
-    cut_to: int = 0
+    empty: bool = False
+    by_instance: bool = False
+    notes: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
     error: str = ""
     error_kind: str = "ModelError"
 
@@ -251,7 +242,7 @@ class Asked:
 
     def failed(self, kind: str, error: str) -> Answer:
         """The answer that says what went wrong."""
-        return Answer(self.number, self.position, None, error=error, error_kind=kind)
+        return Answer(self.number, self.position, (), error=error, error_kind=kind)
 
 
 def flattened(batch: Batch) -> list[Asked]:
@@ -277,20 +268,14 @@ class Clock:
     decode_mask: float = 0.0
 
 
-@dataclass(slots=True)
-class _Texts:
-    features: TextFeatures
-    cut_to: list[int]
-
-
 class Compute:
     """Runs a model; remembers the sizes that fitted.
 
     Args:
-        loaded: the model with its tokenizer.
+        segmenter: the model.
         settings: where and how.
-        rule: makes masks of logits.
-        cache: of the model's image encoder, if features are kept.
+        rule: makes masks of maps.
+        cache: of the model's backbone, if features are kept.
         room: shared with those that run the same model side by side.
 
     Attributes:
@@ -301,13 +286,13 @@ class Compute:
 
     def __init__(
         self,
-        loaded: Model,
+        segmenter: Segmenter,
         settings: ComputeSettings,
         rule: MaskRule = at_image_size,
         cache: FeatureCache | None = None,
         room: Room | None = None,
     ) -> None:
-        self.loaded = loaded
+        self.segmenter = segmenter
         self.settings = settings
         self.prepare = Preparer(settings.device, cache)
         self._rule = rule
@@ -317,7 +302,7 @@ class Compute:
         self._by_sample = settings.device.type == "cpu"
         self.images_at_once = 1 if self._by_sample else max(1, settings.images)
         self.expressions_at_once = max(1, settings.expressions)
-        self._texts: OrderedDict[tuple[str, ...], _Texts] = OrderedDict()
+        self._texts: OrderedDict[tuple[str, ...], Texts] = OrderedDict()
         self._texts_kept = max(8, _TEXTS_KEPT // self.expressions_at_once)
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Answer]:
@@ -358,7 +343,7 @@ class Compute:
         for start in range(0, len(batch), size):
             yield from self._run(batch[start : start + size])
 
-    def _decode_all(self, features: ImageFeatures, batch: Batch) -> Iterator[Answer]:
+    def _decode_all(self, features: Any, batch: Batch) -> Iterator[Answer]:
         """Decodes the expressions of an encoded batch, chunk by chunk."""
         left = flattened(batch)
         while left:
@@ -366,7 +351,7 @@ class Compute:
             left = left[len(chunk) :]
             yield from self._decode_chunk(features, chunk)
 
-    def _decode_chunk(self, features: ImageFeatures, chunk: Sequence[Asked]) -> Iterator[Answer]:
+    def _decode_chunk(self, features: Any, chunk: Sequence[Asked]) -> Iterator[Answer]:
         """One chunk; cut in pieces where it fails as a whole."""
         answers: list[Answer] = []
         size = 1
@@ -414,91 +399,149 @@ class Compute:
     # --- in the network ---------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _encode(self, jobs: Sequence[Job]) -> ImageFeatures:
+    def _encode(self, jobs: Sequence[Job]) -> Any:
         started = time.perf_counter()
         images = [job.image for job in jobs]
         ahead = [job.ahead or self.prepare(job.image) for job in jobs]
-        size, device, model = self.loaded.image_size, self.settings.device, self.loaded.model
-        with self._autocast():
-            if self._cache is None:
-                features = model.encode_image(batch_pixels(images, ahead, size, device))
-            else:
+        device, segmenter = self.settings.device, self.segmenter
+        frames = segmenter.frames
+        if self._cache is None:
+            features = segmenter.encode_images(inputs_of(images, ahead, frames, device))
+        else:
+            keeper = cast(FeatureKeeper, segmenter)
 
-                def encode(rows: Sequence[int]) -> EncoderFeatures:
-                    some = [images[row] for row in rows], [ahead[row] for row in rows]
-                    taps: EncoderFeatures = model.image_encoder(batch_pixels(*some, size, device))
-                    return taps
+            def encode(rows: Sequence[int]) -> EncoderFeatures:
+                some = [images[row] for row in rows], [ahead[row] for row in rows]
+                return keeper.backbone(inputs_of(*some, frames, device))
 
-                keys, found = [one.key for one in ahead], [one.features for one in ahead]
-                taps = self._cache.features(keys, found, encode)
-                features = model.enhance(taps.shallow, taps.middle, taps.deep, taps.fine)
+            keys, found = [one.key for one in ahead], [one.features for one in ahead]
+            features = keeper.from_backbone(self._cache.features(keys, found, encode))
         self.clock.encode += time.perf_counter() - started
         return features
 
     @torch.inference_mode()
-    def _decode(self, features: ImageFeatures, chunk: Sequence[Asked]) -> list[Answer]:
+    def _decode(self, features: Any, chunk: Sequence[Asked]) -> list[Answer]:
         started = time.perf_counter()
         texts = self._text_features(tuple(one.words for one in chunk))
-        rows = torch.tensor([one.row for one in chunk], device=self.settings.device)
-        with self._autocast():
-            decoded = self.loaded.model.decode(features, texts.features, rows)
-        finite = (
-            decoded.mask_logits.flatten(1).isfinite().all(1)
-            & decoded.iou.isfinite()
-            & decoded.no_target_logits.isfinite()
+        rows = [one.row for one in chunk]
+        sizes = [(0, 0)] * (max(rows) + 1)
+        for one in chunk:
+            sizes[one.row] = one.job.image.size
+        found = self.segmenter.decode(
+            features, texts, rows, sizes, self.settings.instance_threshold
         )
-        no_target = decoded.no_target_logits.float().sigmoid()
-        numbers = torch.stack([finite.float(), decoded.iou.float(), no_target])  # (3, E)
-        masks, columns = to_host(self._masks(decoded.mask_logits, chunk), numbers)
+        groups = [list(group) for _, group in groupby(chunk, key=attrgetter("row"))]
+        single = self.settings.select != "all" and all(
+            count == 1 for one in found for count in one.counts
+        )
+        read = self._one_each if single else self._several
+        told = [self._notes(texts, found, k) for k in range(len(chunk))]
+        answers = [
+            answer if answer.error else replace(answer, notes=notes, unknown=texts.unknown[k])
+            for k, (answer, notes) in enumerate(zip(read(found, groups), told, strict=True))
+        ]
         self.clock.decode_mask += time.perf_counter() - started
+        return answers
+
+    def _one_each(
+        self, found: Sequence[Instances], groups: Sequence[Sequence[Asked]]
+    ) -> list[Answer]:
+        """The answers of a model that has one instance an expression: one copy to the host."""
+        score = torch.cat([one.score for one in found])
+        nothing = torch.cat([one.nothing for one in found])
+        finite = torch.cat([one.maps.finite() for one in found])
+        finite = finite & score.isfinite() & nothing.isfinite()
+        masks = [
+            self._rule(one.maps, group[0].job.image.size, self.settings.threshold)
+            for one, group in zip(found, groups, strict=True)
+        ]
+        host, columns = to_host(masks, torch.stack([finite.float(), score, nothing]))
         return [
-            Answer(one.number, one.position, mask, iou, nothing, cut_to)
+            Answer(one.number, one.position, (mask,), (score,), no_target)
             if good
-            else one.failed("ModelError", "the network gave numbers that are not finite")
-            for one, mask, cut_to, good, iou, nothing in zip(
-                chunk, masks, texts.cut_to, *columns, strict=True
+            else one.failed("ModelError", _NOT_FINITE)
+            for one, mask, good, score, no_target in zip(
+                chain.from_iterable(groups), host, *columns, strict=True
             )
         ]
 
-    def _masks(self, logits: Tensor, chunk: Sequence[Asked]) -> list[Tensor]:
-        """Masks on the device, (e, h, w) bool for each image of the chunk."""
-        masks = []
-        start = 0
-        for _, same_image in groupby(chunk, key=attrgetter("number")):
-            group = list(same_image)
-            own = logits[start : start + len(group)]
-            size = group[0].job.image.size
-            masks.append(self._rule(own, size, self.loaded.image_size, self.settings.threshold))
-            start += len(group)
-        return masks
+    def _several(
+        self, found: Sequence[Instances], groups: Sequence[Sequence[Asked]]
+    ) -> list[Answer]:
+        """The answers where expressions have any number of instances."""
+        answers = []
+        for instances, group in zip(found, groups, strict=True):
+            finite = (instances.maps.finite() & instances.score.isfinite()).tolist()
+            scores, nothing = instances.score.tolist(), instances.nothing.tolist()
+            start = 0
+            for one, count, no_target in zip(group, instances.counts, nothing, strict=True):
+                own = slice(start, start + count)
+                start += count
+                if not all(finite[own]) or not math.isfinite(no_target):
+                    answers.append(one.failed("ModelError", _NOT_FINITE))
+                    continue
+                size = one.job.image.size
+                masks, kept = self._chosen(instances.maps[own], scores[own], size)
+                answers.append(
+                    Answer(
+                        one.number,
+                        one.position,
+                        masks,
+                        kept,
+                        no_target,
+                        empty=count == 0,
+                        by_instance=self.settings.select == "all" and count > 0,
+                    )
+                )
+        return answers
 
-    def _text_features(self, texts: tuple[str, ...]) -> _Texts:
+    def _chosen(
+        self, maps: Maps, scores: list[float], size: tuple[int, int]
+    ) -> tuple[tuple[Mask, ...], tuple[float, ...]]:
+        """Masks and scores of one expression's instances, as they were wanted.
+
+        Some instances at a time, and on the host in bits: there may be hundreds.
+        """
+        if not scores:
+            shape = self._rule(maps, size, self.settings.threshold).shape[1:]
+            return (np.zeros(shape, np.bool_),), (0.0,)
+        if self.settings.select == "best":
+            best = scores.index(max(scores))
+            maps, scores = maps[best : best + 1], scores[best : best + 1]
+        each = self.settings.select == "all"
+        step = max(1, self.settings.mask_bytes // (8 * size[0] * size[1]))
+        union: Tensor | None = None
+        masks: list[Mask] = []
+        for start in range(0, len(scores), step):
+            some = self._rule(maps[start : start + step], size, self.settings.threshold)
+            if each:
+                masks += to_bits(some)
+            else:
+                together = some.any(0, keepdim=True)
+                union = together if union is None else union | together
+        if union is not None:
+            masks = [union[0].cpu().numpy()]
+        return tuple(masks), tuple(scores) if each else (max(scores),)
+
+    def _notes(self, texts: Texts, found: Sequence[Instances], number: int) -> tuple[str, ...]:
+        """What must be known of the answer to an expression of a chunk."""
+        cut = texts.cut_to[number]
+        notes = (f"expression cut to {cut} tokens",) if cut else ()
+        for one in found:
+            if number < len(one.counts):
+                return notes + (one.notes[number] if one.notes else ())
+            number -= len(one.counts)
+        return notes
+
+    def _text_features(self, texts: tuple[str, ...]) -> Texts:
         """Text features of a chunk; a folder asked the same of every image computes them once."""
         known = self._texts.get(texts)
         if known is None:
-            tokens = self.loaded.tokenizer.encode(list(texts))
-            device = self.settings.device
-            with self._autocast():
-                features = self.loaded.model.encode_text(
-                    tokens.input_ids.to(device), tokens.attention_mask.to(device)
-                )
-            cut_to = [tokens.max_words if cut else 0 for cut in tokens.truncated]
-            known = self._texts[texts] = _Texts(features, cut_to)
+            known = self._texts[texts] = self.segmenter.encode_texts(texts)
             if len(self._texts) > self._texts_kept:
                 self._texts.popitem(last=False)
         self._texts.move_to_end(texts)
         return known
-
-    def _autocast(self) -> torch.autocast:
-        precision = self.settings.precision
-        # An encoder that holds its matrices in that format asks for none of this, and the rest, a
-        # small part of the work, stays in float32: the masks are ten times as close to float32's.
-        encoder = getattr(self.loaded.model, "image_encoder", None)
-        held = getattr(encoder, "precision", torch.float32) != torch.float32
-        lower = precision != torch.float32 and not held
-        return torch.autocast(
-            self.settings.device.type, dtype=precision if lower else None, enabled=lower
-        )
 
 
 def _explained(error: Exception) -> tuple[str, str]:

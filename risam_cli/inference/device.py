@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.errors import ConfigError, UsageError
 from risam_cli.model.fast.prepare import prepare_for_inference
@@ -413,7 +415,8 @@ def _read_seconds(size: int, seconds: float) -> float:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "photo.jpg"
         coarse.resize(_SIDE[::-1], Image.Resampling.BICUBIC).save(path, quality=90)
-        return _shortest(lambda: read_for_encoder(path, size), torch.device("cpu"), seconds / 2)
+        read = partial(read_for_encoder, path, [sam_frame(size)])
+        return _shortest(read, torch.device("cpu"), seconds / 2)
 
 
 def _shortest(step: Callable[[], object], device: torch.device, seconds: float) -> float:

@@ -27,14 +27,16 @@ from torch import Tensor, nn
 
 from risam_cli.console.console import get_console
 from risam_cli.data.images.transforms import PIXEL_MEAN, PIXEL_STD
+from risam_cli.errors import UsageError
 from risam_cli.files.sizes import parse_size, show_size
 from risam_cli.inference.device import precision_name
 from risam_cli.inference.feature_store import Bytes, Entry, FeatureStore, Stored
 from risam_cli.model.image_encoder import EncoderFeatures
+from risam_cli.segmenters.risam import RisamSegmenter
+from risam_cli.segmenters.segmenter import Segmenter
 
 if TYPE_CHECKING:
-    from risam_cli.model.risam import Risam
-    from risam_cli.settings.model import ImageEncoderSettings, ModelSettings
+    from risam_cli.settings.model import ImageEncoderSettings
 
 DEFAULT_LIMIT = parse_size("50GB")
 _WRITERS = 2
@@ -185,18 +187,6 @@ def open_feature_cache(
         cache.tell()
 
 
-class CachedModel(Protocol):
-    """What is needed of :class:`risam_cli.weights.load.LoadedModel`."""
-
-    @property
-    def model(self) -> Risam:
-        """On its device."""
-
-    @property
-    def settings(self) -> ModelSettings:
-        """As its folder says them."""
-
-
 class Runs(Protocol):
     """Where and in which number format a network runs."""
 
@@ -210,15 +200,25 @@ class Runs(Protocol):
 
 
 def cache_for(
-    settings: CacheSettings | None, loaded: CachedModel, runs: Runs, images: int | None
+    settings: CacheSettings | None, segmenter: Segmenter, runs: Runs, images: int | None
 ) -> AbstractContextManager[FeatureCache | None]:
-    """:func:`open_feature_cache` of a loaded model; without settings the model is not looked at."""
+    """:func:`open_feature_cache` of a segmenter; without settings it is not looked at.
+
+    Raises:
+        UsageError: it is one whose features cannot be kept.
+    """
     if settings is None:
         return nullcontext()
+    if not isinstance(segmenter, RisamSegmenter):
+        raise UsageError(
+            f"the image features of {segmenter.name}, a {segmenter.kind}, cannot be kept in a "
+            "feature cache",
+            "leave the cache out",
+        )
     return open_feature_cache(
         settings,
-        loaded.model.image_encoder,
-        loaded.settings.image_encoder,
+        segmenter.loaded.model.image_encoder,
+        segmenter.loaded.settings.image_encoder,
         device=runs.device,
         precision=runs.precision,
         images=images,

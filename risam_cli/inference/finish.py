@@ -73,8 +73,18 @@ class MaskSink(Protocol):
     read-only disk ends the run.
     """
 
-    def save(self, sample: Sample, expression: Expression, mask: NDArray[np.bool_]) -> str | None:
-        """Keeps one mask (H, W) and gives what the record says in ``mask``."""
+    def save(
+        self,
+        sample: Sample,
+        expression: Expression,
+        mask: NDArray[np.bool_],
+        instance: int | None = None,
+    ) -> str | None:
+        """Keeps one mask (H, W) and gives what the record says in ``mask``.
+
+        Args:
+            instance: its number among those of the expression, where they are kept one by one.
+        """
 
     def finish(self, sample: Sample, predictions: Sequence[Prediction]) -> None:
         """Called once all masks of a sample are kept."""
@@ -87,7 +97,7 @@ class _Open(Generic[T]):
     sample: Sample
     item: T
     loaded: Loaded
-    outcomes: list[tuple[Prediction, Raw | None] | Failure | None]
+    outcomes: list[list[tuple[Prediction, Raw | None]] | Failure | None]
     left: int  # outcomes to come, and one for the batch
     seconds: dict[str, float]
     computed: bool = False  # its batch is through the network
@@ -95,7 +105,7 @@ class _Open(Generic[T]):
     fatal: Exception | None = None
 
     def result(self) -> ImageResult:
-        good = [outcome for outcome in self.outcomes if isinstance(outcome, tuple)]
+        good = [one for found in self.outcomes if isinstance(found, list) for one in found]
         image = self.loaded.image
         return ImageResult(
             self.sample,
@@ -166,7 +176,7 @@ class Finishers(Generic[T]):
 
     def finish(self, index: int, number: int, answer: Answer) -> None:
         """Has the outcome of a sample's expression made in a thread; waits for room first."""
-        size = 0 if answer.mask is None else answer.mask.nbytes
+        size = max((mask.nbytes for mask in answer.masks), default=0)
         with self._changed:
             # One mask larger than all the room passes when it is alone.
             while self._waiting_bytes and self._waiting_bytes + size > _WAITING_BYTES:
@@ -220,7 +230,7 @@ class Finishers(Generic[T]):
     def _finish(self, entry: _Open[T], number: int, answer: Answer, size: int) -> None:
         started = time.perf_counter()
         fatal: Exception | None = None
-        outcome: tuple[Prediction, Raw | None] | Failure
+        outcome: list[tuple[Prediction, Raw | None]] | Failure
         try:
             outcome = self._outcome(entry, number, answer)
         except Exception as error:
@@ -252,61 +262,83 @@ class Finishers(Generic[T]):
 
     def _outcome(
         self, entry: _Open[T], number: int, answer: Answer
-    ) -> tuple[Prediction, Raw | None] | Failure:
+    ) -> list[tuple[Prediction, Raw | None]] | Failure:
         expression = entry.sample.expressions[number]
-        if answer.mask is None:
+        if answer.error:
             sample = entry.sample
             message = f"{sample.image}: {expression.text!r}: {answer.error}"
             return Failure(
                 expression.id, sample.image, expression.text, "predict", answer.error_kind, message
             )
-        nothing = answer.no_target > self._bar
-        mask = unpacked(answer.mask)
+        nothing = answer.empty or answer.no_target > self._bar
+        if nothing or not answer.by_instance:
+            return [self._prediction(entry.sample, expression, answer, 0, nothing, None)]
+        return [
+            self._prediction(entry.sample, expression, answer, k, nothing, k)
+            for k in range(len(answer.masks))
+        ]
+
+    def _prediction(
+        self,
+        sample: Sample,
+        expression: Expression,
+        answer: Answer,
+        which: int,
+        nothing: bool,
+        instance: int | None,
+    ) -> tuple[Prediction, Raw | None]:
+        """The record of one of an answer's masks."""
+        mask = unpacked(answer.masks[which])
+        iou = answer.scores[which]
         shown = np.zeros_like(mask) if nothing else mask
         rle = masks.encode(shown)
         raw = None
         if self._keep_raw:
             whole = masks.encode(mask) if nothing else rle
-            raw = Raw(whole, answer.iou, answer.no_target)
-        name = self._sink.save(entry.sample, expression, shown) if self._sink else None
+            raw = Raw(whole, iou, answer.no_target)
+        name = self._sink.save(sample, expression, shown, instance) if self._sink else None
         height, width = mask.shape
         prediction = Prediction(
             id=expression.id,
-            image=entry.sample.image,
+            image=sample.image,
             expression=expression.text,
             height=height,
             width=width,
             segmentation=rle,
             bbox=masks.bbox(rle),
             area=masks.area(rle),
-            score=score(answer, nothing),
+            score=score(answer.no_target if nothing else iou),
             no_target=nothing,
             mask=name,
-            notes=_notes(answer),
+            notes=answer.notes,
+            instance=instance,
+            unknown_words=answer.unknown,
         )
         return prediction, raw
 
     def _close(self, entry: _Open[T], sink: MaskSink) -> Exception | None:
         """Tells the sink that a sample is complete; the error that ends the run, if any."""
-        good = [outcome[0] for outcome in entry.outcomes if isinstance(outcome, tuple)]
+        good = [one for found in entry.outcomes if isinstance(found, list) for one, _ in found]
         try:
             sink.finish(entry.sample, good)
         except Exception as error:
             for number, outcome in enumerate(entry.outcomes):
-                if isinstance(outcome, tuple):
+                if isinstance(outcome, list):
                     failure = _one_failure(entry.sample, number, "write", error)
                     entry.outcomes[number] = failure
             return _fatal(error)
         return None
 
 
-def score(answer: Answer, nothing: bool) -> float:
-    """How good the answer probably is, 0..1, to six digits (ours).
+def score(value: float) -> float:
+    """How good an answer probably is, 0..1, to six digits (ours).
 
-    The predicted IoU of the mask; where the answer is "nothing fits", the probability of that,
-    which is the IoU to be expected of an empty mask.
+    Args:
+        value: the predicted IoU of its mask, or how sure the model is of it; where the answer is
+            "nothing fits", the probability of that, which is the IoU to be expected of an empty
+            mask.
     """
-    return round(min(1.0, max(0.0, answer.no_target if nothing else answer.iou)), 6)
+    return round(min(1.0, max(0.0, value)), 6)
 
 
 def _wrong(sample: Sample, loaded: Loaded) -> tuple[str, str] | None:
@@ -320,10 +352,6 @@ def _wrong(sample: Sample, loaded: Loaded) -> tuple[str, str] | None:
             f"{said_width}x{said_height}; name the images that were annotated"
         )
     return None
-
-
-def _notes(answer: Answer) -> tuple[str, ...]:
-    return (f"expression cut to {answer.cut_to} tokens",) if answer.cut_to else ()
 
 
 def _failures(sample: Sample, stage: str, error: str, message: str) -> list[Failure]:

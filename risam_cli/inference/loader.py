@@ -26,12 +26,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from risam_cli.data.images.files import FileStamp, file_stamp
+from risam_cli.data.images.frames import Frame
 from risam_cli.data.images.images import MAX_PIXELS, EncoderImage, read_for_encoder
 from risam_cli.errors import ImageError, RisamError
 
@@ -44,7 +44,6 @@ TIMEOUT = 120.0
 _START_TIMEOUT = 300.0  # seconds that a worker process may take to begin its first image
 _TICK = 0.25  # seconds between two looks at processes that send nothing
 _EACH = 2  # images that each process is given ahead, as DataLoader has it
-_NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
 
 # How many worker processes suit a machine is settings' and users' business.
 warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -55,7 +54,7 @@ class LoaderSettings:
     """How images are loaded.
 
     Attributes:
-        size: the encoder's side; images come with their longest side at it.
+        frames: the network's; images come as each of them wants it.
         workers: loader processes; 0 decodes in threads of this process.
         max_pixels: larger images are refused.
         timeout: seconds for one image.
@@ -64,7 +63,7 @@ class LoaderSettings:
         pinned: whether processes' images come in memory that a GPU copies from.
     """
 
-    size: int
+    frames: tuple[Frame, ...]
     workers: int = 0
     max_pixels: int = MAX_PIXELS
     timeout: float = TIMEOUT
@@ -101,7 +100,7 @@ def load_image(path: Path, settings: LoaderSettings) -> Loaded:
     started = time.perf_counter()
     try:
         image = read_for_encoder(
-            path, settings.size, settings.max_pixels, full_decode=settings.full_decode
+            path, settings.frames, settings.max_pixels, full_decode=settings.full_decode
         )
     except ImageError as error:
         return _failed(path, str(error), time.perf_counter() - started)
@@ -430,9 +429,11 @@ class ProcessLoader(_Loader, threading.Thread):
     def _finish(self, task: _Task, sent: _Sent) -> None:
         """In a thread of the pool: the image out of memory that is shared with its process."""
         loaded = sent.loaded
-        if loaded.image is not None and sent.pixels is not None:
-            rgb = sent.pixels.numpy() if self._settings.pinned else sent.pixels.numpy().copy()
-            loaded = replace(loaded, image=replace(loaded.image, rgb=rgb))
+        if loaded.image is not None:
+            views = [
+                one.numpy() if self._settings.pinned else one.numpy().copy() for one in sent.views
+            ]
+            loaded = replace(loaded, image=replace(loaded.image, views=tuple(views)))
         task.future.set_result(self._prepared(task, loaded))
 
 
@@ -442,15 +443,15 @@ _Asked = tuple[int, Path] | None
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """What a worker process sends of one image; its pixels go through shared memory."""
+    """What a worker process sends of one image; its views go through shared memory."""
 
     number: int
     loaded: Loaded
-    pixels: Tensor | None
+    views: tuple[Tensor, ...] = ()
 
     def pin_memory(self) -> _Sent:
         """Called by DataLoader, for a GPU."""
-        return self if self.pixels is None else replace(self, pixels=self.pixels.pin_memory())
+        return replace(self, views=tuple(view.pin_memory() for view in self.views))
 
 
 class _Images(Dataset[_Sent | None]):
@@ -471,10 +472,9 @@ class _Images(Dataset[_Sent | None]):
         loaded = _loaded(self._load, path, self._settings)
         self._hands.release(info.id)
         if loaded.image is None:
-            return _Sent(number, loaded, None)
-        pixels = torch.from_numpy(loaded.image.rgb)
-        without = replace(loaded, image=replace(loaded.image, rgb=_NO_PIXELS))
-        return _Sent(number, without, pixels)
+            return _Sent(number, loaded)
+        views = tuple(torch.from_numpy(view) for view in loaded.image.views)
+        return _Sent(number, replace(loaded, image=replace(loaded.image, views=())), views)
 
 
 class _Hands:
@@ -569,7 +569,7 @@ def _fit_shared_memory(settings: LoaderSettings) -> tuple[int, int]:
         room = shutil.disk_usage("/dev/shm").free // 2
     except OSError:
         return settings.workers, _EACH
-    images = max(2, room // (3 * settings.size**2))
+    images = max(2, room // sum(3 * one.height * one.width for one in settings.frames))
     workers = min(settings.workers, images // 2)
     return workers, min(_EACH, images // workers - 1)
 

@@ -1,6 +1,6 @@
-"""From mask logits to masks on the host.
+"""From maps to masks on the host.
 
-A rule brings the logits of one image to masks where they are wanted: at the image's size, or where
+A rule brings the maps of one image to masks where they are wanted: at the image's size, or where
 a protocol compares them. What it gives stays on the device; all masks of a chunk then reach the
 host in one copy, from a GPU with eight pixels to the byte.
 """
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from risam_cli.data.images.transforms import fit_size, logits_to_size
+from risam_cli.segmenters.segmenter import Maps
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,27 +52,24 @@ def unpacked(mask: Mask) -> NDArray[np.bool_]:
 
 
 class MaskRule(Protocol):
-    """How logits become masks."""
+    """How maps become masks."""
 
-    def __call__(
-        self, logits: Tensor, size: tuple[int, int], side: int, threshold: float
-    ) -> Tensor:
-        """Masks of E expressions about one image.
+    def __call__(self, maps: Maps, size: tuple[int, int], threshold: float) -> Tensor:
+        """Masks of I instances in one image.
 
         Args:
-            logits: (E, h, w) of the encoder's padded square of ``side`` pixels.
             size: (H, W) of the image.
             threshold: a pixel is in the mask where its probability is greater; 0..1.
 
         Returns:
-            (E, h', w') bool, on any device.
+            (I, h', w') bool, on any device.
         """
 
 
-def at_image_size(logits: Tensor, size: tuple[int, int], side: int, threshold: float) -> Tensor:
+def at_image_size(maps: Maps, size: tuple[int, int], threshold: float) -> Tensor:
     """Masks at the image's size, interpolated once; see :class:`MaskRule`."""
     # Of the logit: a sigmoid would cost as much again for each pixel.
-    return logits_to_size(logits, fit_size(*size, side), side, size) > logit(threshold)
+    return maps.logits(size) > logit(threshold)
 
 
 def logit(probability: float) -> float:
@@ -112,6 +109,12 @@ def _through_bits(masks: Sequence[Tensor], numbers: Tensor) -> tuple[list[Mask],
             found.append(PackedMask(host[taken : taken + step], (height, width)))
             taken += step
     return found, columns
+
+
+def to_bits(masks: Tensor) -> list[Mask]:
+    """(e, h, w) bool to masks on the host, with eight pixels to the byte."""
+    size = (int(masks.shape[1]), int(masks.shape[2]))
+    return [PackedMask(bits, size) for bits in _copied(pack(masks))]
 
 
 def pack(masks: Tensor) -> Tensor:

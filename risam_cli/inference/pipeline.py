@@ -15,13 +15,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
 from risam_cli.data.images.images import MAX_PIXELS, EncoderImage
-from risam_cli.errors import ModelError
-from risam_cli.inference.compute import Compute, ComputeSettings, Job, Model
+from risam_cli.errors import ModelError, UsageError
+from risam_cli.inference.compute import Compute, ComputeSettings, Job, Select
 from risam_cli.inference.device import (
     Room,
     default_workers,
@@ -35,7 +35,7 @@ from risam_cli.inference.finish import Finishers, ImageResult, MaskSink, Raw
 from risam_cli.inference.loader import TIMEOUT, Loaded, LoaderSettings, open_loader
 from risam_cli.inference.mask_rules import MaskRule, at_image_size
 from risam_cli.model.mutual_aware_attention import AttentionMaps
-from risam_cli.model.risam import ImageFeatures
+from risam_cli.segmenters.segmenter import Attentive, Segmenter
 from risam_cli.types import Sample
 
 __all__ = [
@@ -69,6 +69,8 @@ class PredictSettings:
         keep_raw: also give the mask before the no-target rule.
         full_decode: decode every pixel of a large JPEG before it is scaled down.
         cores: of a CPU, for the network; None takes as many as torch's threads.
+        select: what becomes of several instances of an expression.
+        instance_threshold: an instance counts where its score is greater; None is the model's.
     """
 
     device: torch.device
@@ -84,11 +86,13 @@ class PredictSettings:
     keep_raw: bool = False
     full_decode: bool = False
     cores: int | None = None
+    select: Select = "union"
+    instance_threshold: float | None = None
 
 
 def predict_samples(
     samples: Iterable[tuple[Sample, T]],
-    loaded: Model,
+    segmenter: Segmenter,
     settings: PredictSettings,
     *,
     sink: MaskSink | None = None,
@@ -105,26 +109,27 @@ def predict_samples(
     Args:
         samples: each with anything of the caller's that is wanted beside its result; read in a
             thread of its own, as far ahead as ``settings.lookahead``.
-        loaded: see :func:`risam_cli.weights.load.load_model`.
+        segmenter: the model.
         sink: keeps full-size masks; without one, results hold RLE only.
         stop: once set, no new batch is begun; what was begun still comes out.
-        rule: makes masks of logits, at the image's size or elsewhere.
+        rule: makes masks of maps, at the image's size or elsewhere.
         cache: of the model's image encoder, if features are kept.
 
     Raises:
         RisamError: what the source or the sink raised, or a device that failed for good.
     """
     bar = settings.no_target_threshold
-    bar = loaded.no_target_threshold if bar is None else bar
+    bar = segmenter.thresholds.no_target if bar is None else bar
+    _require_instances(segmenter, settings)
     # A CPU takes images one by one anyway: then each leaves as soon as it is done.
     batch = 1 if settings.device.type == "cpu" else settings.batch_size
-    computing = compute_settings(loaded, settings)
+    computing = compute_settings(segmenter, settings)
     lanes = computing.cores.lanes
     room = Room(lanes)
-    runs = [Compute(loaded, computing, rule, cache, room) for _ in range(lanes)]
+    runs = [Compute(segmenter, computing, rule, cache, room) for _ in range(lanes)]
     with (
         threads_of(0),  # the lanes set it for themselves, and for whatever thread is new
-        open_loader(_loading(loaded, settings, lanes), prepare=runs[0].prepare) as loader,
+        open_loader(_loading(segmenter, settings, lanes), prepare=runs[0].prepare) as loader,
         Finishers[T](bar, settings.keep_raw, sink) as finishers,
     ):
         feeder = Feeder(samples, loader, settings.lookahead, 2 * batch * lanes + loader.lanes)
@@ -140,13 +145,13 @@ def predict_samples(
             network.join()
 
 
-def _loading(loaded: Model, settings: PredictSettings, lanes: int) -> LoaderSettings:
+def _loading(segmenter: Segmenter, settings: PredictSettings, lanes: int) -> LoaderSettings:
     """How images are loaded for so many lanes of the network."""
     workers = settings.workers
     if workers is None:
         workers = default_workers(settings.device.type)
     return LoaderSettings(
-        loaded.image_size,
+        segmenter.frames,
         workers,
         settings.max_pixels,
         settings.timeout,
@@ -156,16 +161,44 @@ def _loading(loaded: Model, settings: PredictSettings, lanes: int) -> LoaderSett
     )
 
 
-def compute_settings(loaded: Model, settings: PredictSettings) -> ComputeSettings:
+def compute_settings(segmenter: Segmenter, settings: PredictSettings) -> ComputeSettings:
     """The part of the settings that the network runs by."""
     return ComputeSettings(
         settings.device,
-        settings.precision,
-        loaded.threshold if settings.threshold is None else settings.threshold,
+        segmenter.thresholds.mask if settings.threshold is None else settings.threshold,
         settings.batch_size,
         settings.expressions,
-        cores=share_cores(settings.device.type, loaded.image_size, settings.cores),
+        cores=share_cores(settings.device.type, side_of(segmenter), settings.cores),
+        select=settings.select,
+        instance_threshold=settings.instance_threshold,
     )
+
+
+def _require_instances(segmenter: Segmenter, settings: PredictSettings) -> None:
+    """Raises UsageError where instances are asked of a model that knows none."""
+    if settings.select == "all" and not segmenter.capabilities.instances:
+        raise UsageError(
+            f"{segmenter.name}, a {segmenter.kind}, does not tell instances from each other",
+            "ask it for one mask an expression",
+        )
+    if settings.instance_threshold is not None and segmenter.thresholds.instance is None:
+        raise UsageError(
+            f"{segmenter.name}, a {segmenter.kind}, scores no instances",
+            "leave the instance threshold out",
+        )
+
+
+def instance_rules(segmenter: Segmenter, settings: PredictSettings) -> dict[str, Any]:
+    """What decides which instances an answer is made of; nothing where a model knows none."""
+    if not segmenter.capabilities.instances:
+        return {}
+    own, given = segmenter.thresholds.instance, settings.instance_threshold
+    return {"instances": settings.select, "instance_threshold": own if given is None else given}
+
+
+def side_of(segmenter: Segmenter) -> int:
+    """The longest side of the network's inputs, in pixels."""
+    return max(max(frame.height, frame.width) for frame in segmenter.frames)
 
 
 class _Network(Generic[T]):
@@ -256,7 +289,7 @@ class Encoded:
     """An image with its features, on the device."""
 
     image: EncoderImage
-    features: ImageFeatures
+    features: Any
 
 
 class Session(Compute):
@@ -303,11 +336,11 @@ class Session(Compute):
         Raises:
             ModelError: the network failed on them.
         """
-        rows = torch.zeros(len(texts), dtype=torch.long, device=self.settings.device)
+        attentive, rows = cast(Attentive, self.segmenter), [0] * len(texts)
         try:
-            with threads_of(self.settings.cores.threads), self._autocast():
-                features = self._text_features(tuple(texts)).features
-                return self.loaded.model.attention_maps(encoded.features, features, rows)
+            with threads_of(self.settings.cores.threads):
+                known = self._text_features(tuple(texts))
+                return attentive.attention(encoded.features, known, rows)
         except Exception as error:
             raise _explained(error) from error
 

@@ -34,17 +34,20 @@ _UNSAFE = re.compile(
 _NOT_WORD = re.compile(r"[^a-z0-9]+")
 
 
-def mask_name(image: str, number: int, expression: str) -> str:
+def mask_name(image: str, number: int, expression: str, instance: int | None = None) -> str:
     """Path of a mask relative to the output folder, with forward slashes.
 
     Args:
         image: the image's path as it stands in the records.
         number: which of this image's expressions it is, from 0; unique for the image.
         expression: its text.
+        instance: which of the expression's instances it is, where each has a mask.
     """
     base, mark = _base(image)
     words = slug(expression)
-    return f"{MASKS}/{base}__{number}{'-' if words else ''}{words}{mark}.png"
+    # Behind a dot, which no words have.
+    each = "" if instance is None else f".{instance}"
+    return f"{MASKS}/{base}__{number}{'-' if words else ''}{words}{each}{mark}.png"
 
 
 def overlay_name(image: str, number: int) -> str:

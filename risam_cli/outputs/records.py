@@ -36,8 +36,12 @@ def to_json(p: Prediction) -> str:
         "no_target": p.no_target,
         "mask": p.mask,
     }
+    if p.instance is not None:
+        record["instance"] = p.instance
     if p.notes:
         record["notes"] = list(p.notes)
+    if p.unknown_words:
+        record["unknown_words"] = list(p.unknown_words)
     return json.dumps(record, ensure_ascii=True, allow_nan=False)
 
 
@@ -91,7 +95,9 @@ def from_json(obj: Mapping[str, Any], where: str) -> Prediction:
         score=_score(obj, where),
         no_target=_no_target(obj, area, where),
         mask=_text(obj, "mask", where) or None,
-        notes=_notes(obj, where),
+        notes=_texts(obj, "notes", where),
+        instance=_instance(obj, where),
+        unknown_words=_texts(obj, "unknown_words", where),
     )
 
 
@@ -128,8 +134,15 @@ def _no_target(obj: Mapping[str, Any], area: int, where: str) -> bool:
     return value
 
 
-def _notes(obj: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    value = obj.get("notes", [])
-    if not isinstance(value, list) or not all(isinstance(note, str) for note in value):
-        raise DataError(f"{where}: 'notes' is {brief(value)}", "give a list of strings")
+def _texts(obj: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    value = obj.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise DataError(f"{where}: {key!r} is {brief(value)}", "give a list of strings")
     return tuple(value)
+
+
+def _instance(obj: Mapping[str, Any], where: str) -> int | None:
+    value = obj.get("instance")
+    if value is not None and (type(value) is not int or value < 0):
+        raise DataError(f"{where}: 'instance' is {brief(value)}", "give a number from 0 on")
+    return value

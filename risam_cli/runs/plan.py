@@ -9,37 +9,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from risam_cli.console.console import get_console
 from risam_cli.data.inputs.inputs import Entry, Inputs
-from risam_cli.inference.compute import Model
 from risam_cli.inference.device import precision_name
 from risam_cli.inference.feature_cache import CacheSettings
-from risam_cli.inference.pipeline import PredictSettings, compute_settings
+from risam_cli.inference.pipeline import PredictSettings, compute_settings, instance_rules
 from risam_cli.runs.folder import RUN
 from risam_cli.runs.shard import Shard
 from risam_cli.runs.stager import Saving
+from risam_cli.segmenters.segmenter import Segmenter
 from risam_cli.version import __version__
-
-if TYPE_CHECKING:
-    from risam_cli.settings.model import ModelSettings
-
-
-class NamedModel(Model, Protocol):
-    """What is needed of :class:`risam_cli.weights.load.LoadedModel`."""
-
-    @property
-    def name(self) -> str:
-        """Its folder's name."""
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 over its files."""
-
-    @property
-    def settings(self) -> ModelSettings:
-        """As its folder says them; asked for where features are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +59,14 @@ class RunPlan:
         return (entry for entry in self.entries() if self.shard.has(entry))
 
 
-def identity_of(plan: RunPlan, loaded: NamedModel) -> dict[str, Any]:
+def identity_of(plan: RunPlan, segmenter: Segmenter) -> dict[str, Any]:
     """All that decides the results apart from the inputs; see :mod:`risam_cli.runs.ledger`."""
     settings = plan.settings
-    own = (loaded.threshold, loaded.no_target_threshold)
+    own = (segmenter.thresholds.mask, segmenter.thresholds.no_target)
     given = (settings.threshold, settings.no_target_threshold)
     threshold, bar = (a if b is None else b for a, b in zip(own, given, strict=True))
     return {
-        "model": loaded.hash,
+        "model": segmenter.hash,
         "threshold": threshold,
         "no_target_threshold": bar,
         "precision": precision_name(settings.precision),
@@ -94,21 +75,23 @@ def identity_of(plan: RunPlan, loaded: NamedModel) -> dict[str, Any]:
         "shard": [plan.shard.index, plan.shard.count],
         **({} if plan.feature_cache is None else {"features": "half"}),
         **({"decode": "full"} if settings.full_decode else {}),
+        **instance_rules(segmenter, settings),
+        **segmenter.versions,
     }
 
 
-def run_settings(plan: RunPlan, loaded: NamedModel) -> dict[str, Any]:
+def run_settings(plan: RunPlan, segmenter: Segmenter) -> dict[str, Any]:
     """What a run goes by and its results should not depend on, for ``run.json``."""
     settings = plan.settings
     return {
         "batch_size": settings.batch_size,
         "workers": settings.workers,
-        "threads": _threads(plan, loaded),
+        "threads": _threads(plan, segmenter),
         **_limits(plan),
     }
 
 
-def plan_to_go_on(folder: Path, plan: RunPlan, loaded: NamedModel) -> RunPlan:
+def plan_to_go_on(folder: Path, plan: RunPlan, segmenter: Segmenter) -> RunPlan:
     """The plan with what failed before done again, if it failed by other limits than today's.
 
     Warns where the earlier part was computed by another version or with other threads: the last
@@ -122,7 +105,7 @@ def plan_to_go_on(folder: Path, plan: RunPlan, loaded: NamedModel) -> RunPlan:
         return plan
     if plan.settings.device.type == "cpu":
         before["threads"] = ran_by.get("threads")
-    now = {**versions(), "risam": __version__, "threads": _threads(plan, loaded)}
+    now = {**versions(segmenter), "risam": __version__, "threads": _threads(plan, segmenter)}
     changed = _changes(before, now)
     if changed:
         get_console().warn(
@@ -136,9 +119,9 @@ def plan_to_go_on(folder: Path, plan: RunPlan, loaded: NamedModel) -> RunPlan:
     return replace(plan, retry_failed=True)
 
 
-def _threads(plan: RunPlan, loaded: NamedModel) -> int | None:
+def _threads(plan: RunPlan, segmenter: Segmenter) -> int | None:
     """That work on one image; None where torch's own number, which may change, does."""
-    return compute_settings(loaded, plan.settings).cores.threads or None
+    return compute_settings(segmenter, plan.settings).cores.threads or None
 
 
 def _limits(plan: RunPlan) -> dict[str, Any]:
@@ -164,15 +147,15 @@ def count_lines(path: Path) -> int:
         return 0
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that results can depend on."""
+def versions(segmenter: Segmenter) -> dict[str, str]:
+    """Of Python and of the packages that a model's results can depend on."""
     found = {"python": platform.python_version()}
     for package in ("torch", "numpy", "pillow", "opencv-python-headless", "pycocotools"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "unknown"
-    return found
+    return {**found, **segmenter.versions}
 
 
 def peak_memory_mb() -> float | None:

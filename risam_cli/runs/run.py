@@ -31,7 +31,6 @@ from risam_cli.runs.folder import RunFolder
 from risam_cli.runs.gallery import write_gallery
 from risam_cli.runs.ledger import settings_hash
 from risam_cli.runs.plan import (
-    NamedModel,
     RunPlan,
     count_lines,
     identity_of,
@@ -43,6 +42,7 @@ from risam_cli.runs.plan import (
 from risam_cli.runs.resume import Kept, check_inputs, prepare, still_to_do
 from risam_cli.runs.stager import Stager
 from risam_cli.runs.writer import RunWriter, Tally
+from risam_cli.segmenters.segmenter import Segmenter
 from risam_cli.types import Failure, Sample
 from risam_cli.version import __version__
 
@@ -52,7 +52,7 @@ _SHOWN_PARTS = ("read images", "encode", "decode masks", "finish masks")
 
 
 def run_predict(
-    plan: RunPlan, loaded: NamedModel, folder: RunFolder, stream: BinaryIO | None = None
+    plan: RunPlan, segmenter: Segmenter, folder: RunFolder, stream: BinaryIO | None = None
 ) -> int:
     """Predicts all that is still to do and gives the exit code: 0, or 3 where some items failed.
 
@@ -64,17 +64,17 @@ def run_predict(
         Interrupted: by Ctrl-C or SIGTERM; what was done is kept.
         RisamError: the run could not begin, or not go on; what was done is kept.
     """
-    identity = identity_of(plan, loaded)
+    identity = identity_of(plan, segmenter)
     kept = prepare(folder, identity)
     if kept.lines:
-        plan = plan_to_go_on(folder.path, plan, loaded)
+        plan = plan_to_go_on(folder.path, plan, segmenter)
     total = left = None
     if plan.inputs.repeatable:
         entries = plan.own_entries()
         check_inputs(folder, kept, entries)
         left = sum(1 for _ in entries)
         total = kept.lines + left
-    run = _Run(plan, loaded, folder, identity, kept)
+    run = _Run(plan, segmenter, folder, identity, kept)
     run.tell_settings()
     run.report("running")
     status = "failed"
@@ -101,12 +101,12 @@ class _Run:
     def __init__(
         self,
         plan: RunPlan,
-        loaded: NamedModel,
+        segmenter: Segmenter,
         folder: RunFolder,
         identity: dict[str, Any],
         kept: Kept,
     ) -> None:
-        self.plan, self.loaded, self.folder = plan, loaded, folder
+        self.plan, self.segmenter, self.folder = plan, segmenter, folder
         self.identity, self.kept = identity, kept
         self.started = time.perf_counter()
         self.began = datetime.now(UTC)
@@ -142,11 +142,11 @@ class _Run:
             asked = stack.enter_context(stopping(stop))
             writer = stack.enter_context(RunWriter(self.folder, stager, committed, stream))
             self.cache = stack.enter_context(
-                cache_for(self.plan.feature_cache, self.loaded, self.plan.settings, images)
+                cache_for(self.plan.feature_cache, self.segmenter, self.plan.settings, images)
             )
             results = predict_samples(
                 self._todo(),
-                self.loaded,
+                self.segmenter,
                 self.plan.settings,
                 sink=stager,
                 stop=stop,
@@ -222,7 +222,7 @@ class _Run:
         """With ``--verbose``: by what the run goes."""
         console, settings = get_console(), self.plan.settings
         console.debug(
-            f"model {self.loaded.name} ({self.loaded.hash[:12]}), "
+            f"model {self.segmenter.name} ({self.segmenter.hash[:12]}), "
             f"{describe_device(settings.device)}, {precision_name(settings.precision)}"
         )
         for name in ("threshold", "no_target_threshold"):
@@ -260,15 +260,23 @@ class _Run:
             "status": status,
             "command": list(plan.command),
             "risam": __version__,
-            "versions": versions(),
+            "versions": versions(self.segmenter),
             "machine": {
                 "platform": platform.platform(),
                 "device": describe_device(settings.device),
             },
-            "model": {"name": self.loaded.name, "hash": self.loaded.hash},
+            "model": {
+                "name": self.segmenter.name,
+                "hash": self.segmenter.hash,
+                **(
+                    {}
+                    if self.segmenter.kind == "risam"
+                    else {"kind": self.segmenter.kind, "folders": dict(self.segmenter.folders)}
+                ),
+            },
             "settings": self.identity,
             "settings_hash": settings_hash(self.identity),
-            "run_settings": run_settings(plan, self.loaded),
+            "run_settings": run_settings(plan, self.segmenter),
             "shard": {"index": plan.shard.index, "count": plan.shard.count},
             "inputs": {
                 "arguments": list(plan.inputs.arguments),

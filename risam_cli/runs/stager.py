@@ -70,21 +70,29 @@ class Stager:
         self._saving = saving
         self._numbers = itertools.count()
         self._staged: dict[str, Staged] = {}
-        self._outlines: dict[str, str] = {}  # by expression, until their sample is finished
+        self._names: dict[tuple[str, int], list[str]] = {}  # of masks, by image and expression
+        self._outlines: dict[str, dict[int | None, str]] = {}  # until their sample is finished
 
-    def save(self, sample: Sample, expression: Expression, mask: NDArray[np.bool_]) -> str | None:
+    def save(
+        self,
+        sample: Sample,
+        expression: Expression,
+        mask: NDArray[np.bool_],
+        instance: int | None = None,
+    ) -> str | None:
         """Stages one mask; gives the name that it will have."""
         if self._saving.html:
-            self._outlines[expression.id] = outline(mask)
+            self._outlines.setdefault(expression.id, {})[instance] = outline(mask)
         if not self._saving.png:
             return None
-        name = mask_name(sample.image, expression.number, expression.text)
+        name = mask_name(sample.image, expression.number, expression.text, instance)
+        self._names.setdefault((sample.image, expression.number), []).append(name)
         self._stage(name, encode_mask(mask))
         return name
 
     def finish(self, sample: Sample, predictions: Sequence[Prediction]) -> None:
         """Stages the overlay of a sample and its item in the gallery."""
-        traced = {one.id: self._outlines.pop(one.id, "") for one in sample.expressions}
+        traced = {one.id: self._outlines.pop(one.id, {}) for one in sample.expressions}
         if not predictions or not (self._saving.overlay or self._saving.html):
             return
         own = (predictions[0].height, predictions[0].width)
@@ -100,7 +108,7 @@ class Stager:
             side = max(small_size(*own))
             rgb = self._read(sample.path, lambda path, most: open_for_encoder(path, side, most)[0])
         if self._saving.html:
-            item = encode_item(rgb, own, [traced[one.id] for one in predictions])
+            item = encode_item(rgb, own, [traced[one.id][one.instance] for one in predictions])
             self._stage(_item_of(sample), item)
 
     def take(self, sample: Sample, predictions: Sequence[Prediction]) -> list[Staged]:
@@ -111,11 +119,18 @@ class Stager:
         if self._saving.html and predictions:
             names.append(_item_of(sample))
         taken = [self._staged.pop(name) for name in names]
-        for name in _names_of(sample):
+        for name in self._names_of(sample):
             left = self._staged.pop(name, None)
             if left is not None:
                 left.path.unlink(missing_ok=True)
         return taken
+
+    def _names_of(self, sample: Sample) -> Iterator[str]:
+        """All names that staged files of a sample may have."""
+        for one in sample.expressions:
+            yield from self._names.pop((sample.image, one.number), ())
+        if sample.expressions:
+            yield from (_overlay_of(sample), _item_of(sample))
 
     def _read(self, path: Path, read: Callable[[Path, int], Rgb]) -> Rgb:
         """The image once more; a drive may stall now that did not before."""
@@ -136,14 +151,6 @@ class Stager:
                 path.unlink()
             raise
         self._staged[name] = Staged(path, FileMark(name, len(data), zlib.crc32(data)))
-
-
-def _names_of(sample: Sample) -> Iterator[str]:
-    """All names that files of a sample may have."""
-    for one in sample.expressions:
-        yield mask_name(sample.image, one.number, one.text)
-    if sample.expressions:
-        yield from (_overlay_of(sample), _item_of(sample))
 
 
 def _overlay_of(sample: Sample) -> str:

@@ -30,7 +30,7 @@ from risam_cli.segmenters.segmenter import (
     Thresholds,
 )
 
-THRESHOLDS = Thresholds(mask=0.3, no_target=0.7)
+THRESHOLDS = Thresholds(mask=0.3, no_target=0.7, calibrated=False)
 """Its authors evaluate at 0.3; where no pixel reaches that, nothing fits."""
 
 

@@ -24,6 +24,7 @@ from risam_cli.data.images.frames import Filter, Fit, Frame
 from risam_cli.errors import ModelError
 from risam_cli.files.jsonlines import read_text
 from risam_cli.segmenters.segmenter import Capabilities, Instances, Thresholds
+from risam_cli.weights.folder import count_weights
 
 _LONGEST_JSON = 1 << 24
 _MOST_SIDE = 1 << 14  # pixels of an input
@@ -298,6 +299,12 @@ class Published:
         self.frames = frames
         self.thresholds = thresholds
         self.capabilities = capabilities
+        self.parameters = sum(
+            count_weights(path)[0]
+            for folder in folders.values()
+            for path in folder.files()
+            if path.suffix == ".safetensors"
+        )
         self.max_tokens = max_tokens
         self.device = device
         self.precision = precision

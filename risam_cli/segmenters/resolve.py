@@ -17,6 +17,7 @@ from risam_cli.weights.folder import bundled_models, find_model
 if TYPE_CHECKING:
     import torch
 
+    from risam_cli.segmenters.risam import RisamSegmenter
     from risam_cli.segmenters.segmenter import Segmenter
 
 
@@ -121,6 +122,25 @@ def _folder(part: str) -> Path:
     if is_hub_name(part):
         return fetch(part)
     raise ModelError(f"no folder {part!r}", "give a folder, or a name such as facebook/sam3")
+
+
+def require_risam(segmenter: Segmenter, what: str) -> RisamSegmenter:
+    """The segmenter, where what is wanted of it takes RISAM.
+
+    Args:
+        what: is wanted, in words that begin a sentence.
+
+    Raises:
+        ModelError: it is a published model.
+    """
+    from risam_cli.segmenters.risam import RisamSegmenter
+
+    if isinstance(segmenter, RisamSegmenter):
+        return segmenter
+    raise ModelError(
+        f"{what} needs a RISAM model, and {segmenter.name} is a published {segmenter.kind}",
+        "name a folder written by risam train, or a bundled model",
+    )
 
 
 def load_segmenter(

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from risam_cli.data.images.frames import Frame, Pixels
-from risam_cli.data.images.transforms import PIXEL_MEAN, PIXEL_STD
+from risam_cli.data.images.frames import Pixels, sam_frame
 from risam_cli.segmenters.segmenter import (
     Capabilities,
     GridMaps,
@@ -22,11 +21,6 @@ if TYPE_CHECKING:
     from risam_cli.model.image_encoder import EncoderFeatures
     from risam_cli.model.mutual_aware_attention import AttentionMaps
     from risam_cli.model.risam import ImageFeatures
-
-
-def sam_frame(side: int) -> Frame:
-    """SAM's: the longest side at ``side`` pixels, the rest padded right and bottom."""
-    return Frame("pad", side, side, PIXEL_MEAN, PIXEL_STD, unit=1.0, filter="area", drafts=True)
 
 
 class RisamSegmenter:
@@ -49,6 +43,7 @@ class RisamSegmenter:
         self.versions: dict[str, str] = {}
         self.frames = (sam_frame(loaded.image_size),)
         self.thresholds = Thresholds(loaded.threshold, loaded.no_target_threshold)
+        self.parameters = sum(p.numel() for p in loaded.model.parameters())
         self.max_tokens = loaded.tokenizer.max_tokens
         self.device = device
         self.precision = precision
@@ -69,16 +64,16 @@ class RisamSegmenter:
         with self.autocast():
             return self.loaded.model.encode_image(inputs[0].values)
 
-    def taps(self, inputs: Sequence[Pixels]) -> EncoderFeatures:
+    def backbone(self, inputs: Sequence[Pixels]) -> EncoderFeatures:
         """What a feature cache keeps: the outputs of the image encoder."""
         with self.autocast():
             found: EncoderFeatures = self.loaded.model.image_encoder(inputs[0].values)
         return found
 
-    def from_taps(self, taps: EncoderFeatures) -> ImageFeatures:
+    def from_backbone(self, kept: EncoderFeatures) -> ImageFeatures:
         """The features that :meth:`encode_images` gives, from the encoder's outputs."""
         with self.autocast():
-            return self.loaded.model.enhance(taps.shallow, taps.middle, taps.deep, taps.fine)
+            return self.loaded.model.enhance(kept.shallow, kept.middle, kept.deep, kept.fine)
 
     def encode_texts(self, texts: Sequence[str]) -> Texts:
         """Words and sentence of each expression, in one batch."""

@@ -24,6 +24,9 @@ from risam_cli.data.images.frames import Frame, Pixels
 if TYPE_CHECKING:
     import torch
 
+    from risam_cli.model.image_encoder import EncoderFeatures
+    from risam_cli.model.mutual_aware_attention import AttentionMaps
+
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
@@ -35,11 +38,13 @@ class Thresholds:
             that to ``instance``.
         instance: an instance counts where its score is greater; None where a model has always one
             instance an expression. Where none counts, nothing fits.
+        calibrated: a mask threshold that a protocol of evaluation asks for means what it says.
     """
 
     mask: float
     no_target: float
     instance: float | None = None
+    calibrated: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +155,7 @@ class Segmenter(Protocol):
         frames: how a picture becomes its input; some models look at it in two ways.
         thresholds: its own, before the user's.
         capabilities: what it can do beside masks.
+        parameters: how many numbers its weights are.
         max_tokens: the most tokens of an expression, special ones included.
     """
 
@@ -169,6 +175,8 @@ class Segmenter(Protocol):
     def thresholds(self) -> Thresholds: ...  # noqa: D102
     @property
     def capabilities(self) -> Capabilities: ...  # noqa: D102
+    @property
+    def parameters(self) -> int: ...  # noqa: D102
     @property
     def max_tokens(self) -> int: ...  # noqa: D102
     @property
@@ -206,3 +214,20 @@ class Segmenter(Protocol):
         Returns:
             One entry for each run of equal rows.
         """
+
+
+class FeatureKeeper(Segmenter, Protocol):
+    """A segmenter whose backbone's outputs may be kept on disk and used again."""
+
+    def backbone(self, inputs: Sequence[Pixels]) -> EncoderFeatures:
+        """What is kept of B images."""
+
+    def from_backbone(self, kept: EncoderFeatures) -> Any:
+        """The features that :meth:`encode_images` gives."""
+
+
+class Attentive(Segmenter, Protocol):
+    """A segmenter that shows where it looked."""
+
+    def attention(self, features: Any, texts: Texts, rows: Sequence[int]) -> list[AttentionMaps]:
+        """The two attention maps of every block; none without blocks."""

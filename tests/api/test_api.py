@@ -171,7 +171,7 @@ def test_an_array_of_images_is_several(model: risam_cli.Model) -> None:
 
 def _count(model: risam_cli.Model, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    network = model._loaded.model
+    network = model._segmenter.loaded.model
     real = network.encode_image
 
     def encode_image(pixels: Any) -> Any:

@@ -23,7 +23,7 @@ from risam_cli.evaluation import scoring as engine
 from risam_cli.inference.pipeline import PredictSettings, predict_samples
 from risam_cli.masks import rle as masks
 from risam_cli.model.risam import Risam
-from risam_cli.weights.load import load_model
+from risam_cli.segmenters.resolve import load_segmenter
 
 SIZES = [(40, 60), (64, 64), (90, 50), (33, 70)]
 
@@ -80,10 +80,10 @@ def evaluate(tmp_path: Path, data: Path, model: Path, capfd: Any) -> Any:
 
 def _records(data: Path, model: Path, bar: float) -> Iterator[dict[str, Any]]:
     """What ``risam predict`` says about the same data."""
-    loaded = load_model(model, device=torch.device("cpu"))
+    segmenter = load_segmenter(model, device=torch.device("cpu"), precision=torch.float32)
     settings = PredictSettings(torch.device("cpu"), threshold=0.5, no_target_threshold=bar)
     samples = numbered(open_coco(data / "instances.json"))
-    for _, result in predict_samples(samples, loaded, settings):
+    for _, result in predict_samples(samples, segmenter, settings):
         for p in result.predictions:
             yield {
                 "id": p.id,
@@ -97,10 +97,10 @@ def _records(data: Path, model: Path, bar: float) -> Iterator[dict[str, Any]]:
 
 def _middle_bar(data: Path, model: Path) -> float:
     """A no-target threshold that parts the random model's answers."""
-    loaded = load_model(model, device=torch.device("cpu"))
+    segmenter = load_segmenter(model, device=torch.device("cpu"), precision=torch.float32)
     settings = PredictSettings(torch.device("cpu"), keep_raw=True)
     samples = numbered(open_coco(data / "instances.json"))
-    results = predict_samples(samples, loaded, settings)
+    results = predict_samples(samples, segmenter, settings)
     found = sorted(raw.no_target for _, result in results for raw in result.raw)
     return (found[len(found) // 2 - 1] + found[len(found) // 2]) / 2
 
@@ -150,7 +150,7 @@ def test_protocols_see_the_logits(
     run = evaluate("--protocol", protocol)
     assert run.code == 0, run.err
     rows = {row["id"]: row for row in run.rows()}
-    loaded = load_model(model, device=torch.device("cpu"))
+    segmenter = load_segmenter(model, device=torch.device("cpu"), precision=torch.float32)
     seen: list[torch.Tensor] = []
     decode = Risam.decode
 
@@ -162,7 +162,7 @@ def test_protocols_see_the_logits(
     monkeypatch.setattr(Risam, "decode", kept)
     settings = PredictSettings(torch.device("cpu"), cores=1)  # the logits in order
     samples = list(open_coco(data / "instances.json"))
-    list(predict_samples(numbered(samples), loaded, settings))
+    list(predict_samples(numbered(samples), segmenter, settings))
     logits = torch.cat(seen)
     ids = [e.id for s in samples for e in s.expressions]
     assert len(logits) == len(ids) == 16

@@ -18,6 +18,7 @@ from support.networks import SMALL, small_settings
 from support.text_folders import make_clip
 
 from risam_cli.cli import main
+from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.memory import memory_for_encoder
 from risam_cli.errors import ModelError, UsageError
 from risam_cli.explain.attention import Attention, Word, words_of
@@ -42,7 +43,7 @@ def test_maps_are_the_softmaxes_of_the_first_block() -> None:
     model = loaded.model
     block: Any = model.attention[0]
     encoded = cases.session_of(loaded).encode(
-        memory_for_encoder(cases.noise_image(), 64, "it", 10**6)
+        memory_for_encoder(cases.noise_image(), [sam_frame(64)], "it", 10**6)
     )
     visual = encoded.features.visual[0].flatten(1).T  # (16, C)
     position = model.project_position(sine_positions_2d(4, 4, model.dim, torch.device("cpu")))

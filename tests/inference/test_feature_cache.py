@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from support.carried import in_order, numbered
 from support.networks import WITH_STEM, small_model, small_settings
 
 from risam_cli.cli import main
+from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.inference.feature_cache import (
     CacheSettings,
@@ -29,7 +30,9 @@ from risam_cli.inference.pipeline import PredictSettings, predict_samples
 from risam_cli.masks import rle as masks
 from risam_cli.model.image_encoder import EncoderFeatures
 from risam_cli.model.risam import Risam
+from risam_cli.segmenters.risam import RisamSegmenter
 from risam_cli.types import Expression, Sample
+from risam_cli.weights.load import LoadedModel
 
 CPU = torch.device("cpu")
 TEXTS = ("red circle", "the small blue square")
@@ -44,6 +47,8 @@ class Loaded(NamedTuple):
     image_size: int = 64
     threshold: float = 0.5
     no_target_threshold: float = 1.0
+    name: str = "small"
+    hash: str = "0" * 64
 
 
 def loaded(seed: int = 0, **changes: Any) -> Loaded:
@@ -73,8 +78,9 @@ def predict(
         for path in pictures
     ]
     settings = PredictSettings(CPU, precision, keep_raw=True)
+    segmenter = RisamSegmenter(cast(LoadedModel, model), CPU, precision)
     if folder is None:
-        return in_order(predict_samples(numbered(samples), model, settings)), None
+        return in_order(predict_samples(numbered(samples), segmenter, settings)), None
     with open_feature_cache(
         CacheSettings(folder),
         model.model.image_encoder,
@@ -83,7 +89,7 @@ def predict(
         precision=precision,
         images=len(samples),
     ) as cache:
-        found = predict_samples(numbered(samples), model, settings, cache=cache)
+        found = predict_samples(numbered(samples), segmenter, settings, cache=cache)
         return in_order(found), cache
 
 
@@ -258,7 +264,7 @@ def test_features_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
 
 
 def test_the_key_is_of_pixels_and_shape(pictures: list[Path]) -> None:
-    image = read_for_encoder(pictures[0], 64).rgb
+    image = read_for_encoder(pictures[0], [sam_frame(64)]).rgb
     assert image_key(image) == image_key(image.copy())
     assert image_key(image) != image_key(image[::-1])
     assert image_key(image) != image_key(image.reshape(image.shape[1], image.shape[0], 3))

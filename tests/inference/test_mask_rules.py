@@ -13,8 +13,9 @@ from PIL import Image
 from support.carried import in_order, numbered
 from support.predict_fakes import SIZE, FakeModel
 
+from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.images import read_for_encoder
-from risam_cli.inference.compute import Ahead, Compute, ComputeSettings, Job, batch_pixels
+from risam_cli.inference.compute import Ahead, Compute, ComputeSettings, Job, inputs_of
 from risam_cli.inference.mask_rules import (
     PackedMask,
     _through_bits,
@@ -26,6 +27,7 @@ from risam_cli.inference.mask_rules import (
 )
 from risam_cli.inference.pipeline import PredictSettings, predict_samples
 from risam_cli.masks import rle as masks
+from risam_cli.segmenters.segmenter import GridMaps, Maps
 from risam_cli.types import Expression, Sample
 
 CPU = torch.device("cpu")
@@ -62,11 +64,12 @@ def test_masks_of_several_sizes_and_their_figures_come_through_one_copy() -> Non
 
 def test_a_threshold_is_of_probabilities() -> None:
     logits = torch.linspace(-4, 4, 64).view(1, 8, 8)
+    maps = GridMaps(logits, sam_frame(8), (8, 8))
     for threshold in (0.1, 0.5, 0.9):
-        found = at_image_size(logits, (8, 8), 8, threshold)
+        found = at_image_size(maps, (8, 8), threshold)
         assert torch.equal(found, logits.sigmoid() > threshold)
-    assert not at_image_size(logits, (8, 8), 8, 1.0).any()
-    assert at_image_size(logits, (8, 8), 8, 0.0).all()
+    assert not at_image_size(maps, (8, 8), 1.0).any()
+    assert at_image_size(maps, (8, 8), 0.0).all()
     assert logit(0.5) == 0
 
 
@@ -79,25 +82,25 @@ def picture(tmp_path: Path) -> Path:
 
 
 def test_a_rule_decides_where_masks_are_made(picture: Path) -> None:
-    asked: list[tuple[tuple[int, int], int, float]] = []
+    asked: list[tuple[tuple[int, int], float]] = []
 
-    def rule(
-        logits: torch.Tensor, size: tuple[int, int], side: int, threshold: float
-    ) -> torch.Tensor:
-        asked.append((size, side, threshold))
-        return logits > 0
+    def rule(maps: Maps, size: tuple[int, int], threshold: float) -> torch.Tensor:
+        asked.append((size, threshold))
+        return maps.logits((8, 8)) > 0
 
     texts = tuple(Expression(text, text) for text in ("x", "bright thing"))
     settings = PredictSettings(CPU, threshold=0.3, keep_raw=True)
     asking = [(Sample("a", picture, texts), None)]
     ((_, result),) = predict_samples(asking, FakeModel(), settings, rule=rule)
-    assert asked == [((20, 40), SIZE, 0.3)]
+    assert asked == [((20, 40), 0.3)]
     assert [raw.mask["size"] for raw in result.raw] == [[8, 8], [8, 8]]
-    compute = Compute(FakeModel(), ComputeSettings(CPU, torch.float32, 0.3, 1), rule)
-    answers = list(compute.run([Job(read_for_encoder(picture, SIZE), ("x", "bright thing"))]))
+    compute = Compute(FakeModel(), ComputeSettings(CPU, 0.3, 1), rule)
+    answers = list(
+        compute.run([Job(read_for_encoder(picture, [sam_frame(SIZE)]), ("x", "bright thing"))])
+    )
     for answer, raw in zip(answers, result.raw, strict=True):
-        assert answer.mask is not None
-        assert np.array_equal(unpacked(answer.mask), masks.decode(raw.mask))
+        (mask,) = answer.masks
+        assert np.array_equal(unpacked(mask), masks.decode(raw.mask))
 
 
 def test_a_packed_answer_is_written_as_any_other(
@@ -114,11 +117,14 @@ def test_a_packed_answer_is_written_as_any_other(
 
 
 def test_a_batch_takes_copies_where_there_are_some(picture: Path) -> None:
-    images = [read_for_encoder(picture, SIZE)] * 2
-    there = Ahead(pixels=torch.from_numpy(images[0].rgb.copy()))
-    expected = batch_pixels(images, [Ahead(), Ahead()], SIZE, CPU)
-    assert torch.equal(batch_pixels(images, [there, Ahead()], SIZE, CPU), expected)
-    assert torch.equal(batch_pixels(images, [there, there], SIZE, CPU), expected)
+    images = [read_for_encoder(picture, [sam_frame(SIZE)])] * 2
+    there = Ahead(views=(torch.from_numpy(images[0].rgb.copy()),))
+    frames = [sam_frame(SIZE)]
+    (expected,) = inputs_of(images, [Ahead(), Ahead()], frames, CPU)
+    for ahead in ([there, Ahead()], [there, there]):
+        (found,) = inputs_of(images, ahead, frames, CPU)
+        assert torch.equal(found.values, expected.values)
+        assert found.sizes == expected.sizes
 
 
 @pytest.mark.gpu
@@ -126,6 +132,6 @@ def test_a_batch_takes_copies_where_there_are_some(picture: Path) -> None:
 def test_on_a_gpu_images_go_ahead_and_masks_come_back(picture: Path) -> None:
     samples = [Sample(f"a{k}", picture, (Expression(f"{k}", "bright thing"),)) for k in range(9)]
     gpu = PredictSettings(torch.device("cuda"), batch_size=4)
-    found = in_order(predict_samples(numbered(samples), FakeModel(), gpu))
+    found = in_order(predict_samples(numbered(samples), FakeModel(device="cuda"), gpu))
     expected = in_order(predict_samples(numbered(samples), FakeModel(), PredictSettings(CPU)))
     assert [r.predictions for r in found] == [r.predictions for r in expected]

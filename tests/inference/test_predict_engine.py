@@ -16,6 +16,7 @@ from PIL import Image
 from support.carried import in_order, numbered
 from support.predict_fakes import SIZE, FakeModel, FakeNetwork
 
+from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.data.images.transforms import to_pixels
 from risam_cli.errors import DataError, ModelError, OutputError
@@ -93,7 +94,7 @@ def test_results_come_in_order_and_each_image_is_encoded_once(pictures: list[Pat
     model = FakeModel()
     results = predict(asked, model)
     assert [result.sample for result in results] == asked
-    assert len(model.model.encoded) == 3
+    assert len(model.network.encoded) == 3
     assert [len(result.predictions) for result in results] == [1, 2, 1, 1, 0, 1]
     alone = [predict([one])[0] for one in asked]
     assert told(results) == told(alone)
@@ -208,7 +209,11 @@ def test_a_device_that_fails_in_one_lane_ends_the_run_after_what_came_before(
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     first, second = (
-        int((to_pixels([read_for_encoder(path, SIZE).rgb], SIZE, CPU)[0, 0] > 0).sum(1).amax())
+        int(
+            (to_pixels([read_for_encoder(path, [sam_frame(SIZE)]).rgb], SIZE, CPU)[0, 0] > 0)
+            .sum(1)
+            .amax()
+        )
         for path in pictures[:2]
     )
     assert first != second
@@ -327,18 +332,18 @@ def test_the_threshold_decides_on_pixels(pictures: list[Path]) -> None:
 
 def compute(network: FakeNetwork, images: int = 8, expressions: int = 8, **more: int) -> Compute:
     """As on a GPU: in batches."""
-    settings = ComputeSettings(CPU, torch.float32, 0.5, images, expressions, **more)
+    settings = ComputeSettings(CPU, 0.5, images, expressions, **more)
     made = Compute(FakeModel(network), settings)
     made.images_at_once, made._by_sample = images, False
     return made
 
 
 def jobs(pictures: list[Path], *texts: str) -> list[Job]:
-    return [Job(read_for_encoder(path, SIZE), texts) for path in pictures]
+    return [Job(read_for_encoder(path, [sam_frame(SIZE)]), texts) for path in pictures]
 
 
 def outcome(answers: Sequence[Answer]) -> list[tuple[int, int, int]]:
-    areas = [-1 if answer.mask is None else int(answer.mask.sum()) for answer in answers]
+    areas = [int(answer.masks[0].sum()) if answer.masks else -1 for answer in answers]
     return [(a.job, a.text, area) for a, area in zip(answers, areas, strict=True)]
 
 
@@ -364,11 +369,9 @@ def test_batches_and_chunks_give_the_same_as_one_by_one(pictures: list[Path]) ->
 
 def test_on_a_cpu_nothing_goes_together_but_the_texts_of_one_sample(pictures: list[Path]) -> None:
     network = FakeNetwork()
-    image = read_for_encoder(pictures[0], SIZE)
+    image = read_for_encoder(pictures[0], [sam_frame(SIZE)])
     work = [Job(image, list("abcdef"), [1, 3, 0, 2]), Job(image, list("gh")), Job(image, ["i"])]
-    answers = list(
-        Compute(FakeModel(network), ComputeSettings(CPU, torch.float32, 0.5, 8)).run(work)
-    )
+    answers = list(Compute(FakeModel(network), ComputeSettings(CPU, 0.5, 8)).run(work))
     assert network.encoded == [1, 1, 1]
     assert network.decoded == [1, 3, 2, 2, 1]
     assert [(a.job, a.text) for a in answers] == [
@@ -400,7 +403,7 @@ def test_out_of_memory_alone_fails_alone(pictures: list[Path]) -> None:
         if (pixels.amax(dim=(1, 2, 3)) > 2.5).any():
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-    dark = Job(read_for_encoder(pictures[0], SIZE), ("x",))
+    dark = Job(read_for_encoder(pictures[0], [sam_frame(SIZE)]), ("x",))
     dark.image.rgb[:] //= 2
     network = FakeNetwork(before_encode=no_bright_image)
     answers = list(compute(network).run([*jobs(pictures[:2], "x"), dark]))
@@ -414,7 +417,7 @@ def test_out_of_memory_alone_fails_alone(pictures: list[Path]) -> None:
 
 def test_chunks_keep_within_the_memory_for_masks(pictures: list[Path]) -> None:
     network = FakeNetwork()
-    settings = ComputeSettings(CPU, torch.float32, 0.5, 8, 8, mask_bytes=3 * 4 * 20 * 40)
+    settings = ComputeSettings(CPU, 0.5, 8, 8, mask_bytes=3 * 4 * 20 * 40)
     running = Compute(FakeModel(network), settings)
     list(running.run(jobs(pictures[:1], *("x" * n for n in range(1, 8)))))
     assert network.decoded == [3, 3, 1]
@@ -483,7 +486,13 @@ class Sink:
         self.finished: list[tuple[str, int]] = []
         self.error, self.at_finish = error, at_finish
 
-    def save(self, sample: Sample, expression: Expression, mask: NDArray[np.bool_]) -> str | None:
+    def save(
+        self,
+        sample: Sample,
+        expression: Expression,
+        mask: NDArray[np.bool_],
+        instance: int | None = None,
+    ) -> str | None:
         if self.error is not None and not self.at_finish and expression.text == "bad":
             raise self.error
         self.kept[expression.id] = mask

@@ -23,6 +23,7 @@ from support.predict_loaders import (
 )
 
 from risam_cli.data.images.files import file_sha256
+from risam_cli.data.images.frames import sam_frame
 from risam_cli.inference.device import default_workers
 from risam_cli.inference.loader import (
     LoaderSettings,
@@ -39,7 +40,7 @@ def picture(path: Path) -> Path:
 
 
 def settings(workers: int, timeout: float = 60) -> LoaderSettings:
-    return LoaderSettings(16, workers, timeout=timeout)
+    return LoaderSettings((sam_frame(16),), workers, timeout=timeout)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -133,9 +134,10 @@ def test_a_process_that_is_killed_takes_its_workers_with_it(tmp_path: Path) -> N
     code = (
         "import multiprocessing, os, signal, sys\n"
         "from pathlib import Path\n"
+        "from risam_cli.data.images.frames import sam_frame\n"
         "from risam_cli.inference.loader import LoaderSettings, open_loader\n"
         "if __name__ == '__main__':\n"
-        "    loader = open_loader(LoaderSettings(16, 2))\n"
+        "    loader = open_loader(LoaderSettings((sam_frame(16),), 2))\n"
         "    assert loader.submit(Path(sys.argv[1])).result(120).image is not None\n"
         "    print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -167,7 +169,7 @@ def test_no_more_goes_through_shared_memory_than_it_holds(
     monkeypatch: pytest.MonkeyPatch, free: int, expected: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    workers, ahead = _fit_shared_memory(LoaderSettings(1024, 8))
+    workers, ahead = _fit_shared_memory(LoaderSettings((sam_frame(1024),), 8))
     assert (workers, ahead) == expected
     if free >= 64 << 20:
         assert workers * ahead * 3 * 1024**2 <= free // 2

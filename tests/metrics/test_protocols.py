@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from support.eval_files import Mask, box_mask
 
+from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.readers.predictions import Answer
 from risam_cli.errors import UsageError
 from risam_cli.evaluation.protocol import mask_rule
@@ -26,6 +27,7 @@ from risam_cli.masks import rle as masks
 from risam_cli.metrics.figures import summarize
 from risam_cli.metrics.protocols import PROTOCOLS, get_protocol
 from risam_cli.metrics.table import ExpressionScore
+from risam_cli.segmenters.segmenter import GridMaps
 from risam_cli.types import Expression, Sample
 
 #                       I    U    P    G  nothing  head
@@ -209,16 +211,16 @@ def test_the_letterbox_is_cris_own_transform() -> None:
     assert seen[416, 416] == pytest.approx([150 * scale, 40 * scale + top], abs=1e-3)
 
 
-def _logits(probability: float) -> torch.Tensor:
+def _maps(probability: float) -> GridMaps:
     value = float(np.log(probability / (1 - probability)))
-    return torch.full((2, 16, 16), value)
+    return GridMaps(torch.full((2, 16, 16), value), sam_frame(64), (60, 64))
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_thresholds_are_applied_to_probabilities(protocol: str) -> None:
     rule = get_protocol(protocol)
     for probability in (0.34, 0.36, 0.49, 0.51):
-        made = mask_rule(rule)(_logits(probability), (60, 64), 64, rule.threshold).numpy()
+        made = mask_rule(rule)(_maps(probability), (60, 64), rule.threshold).numpy()
         assert len(made) == 2
         inner = made[0][8:-8, 8:-8]  # bicubic ringing at the canvas's edge is CRIS's own
         assert inner.all() == (probability > rule.threshold)
@@ -230,6 +232,7 @@ def test_thresholds_are_applied_to_probabilities(protocol: str) -> None:
 def test_logits_go_to_the_canvas_without_the_images_size_between() -> None:
     """A boundary between two pixels of a tiny image still has 480 columns' precision."""
     logits = torch.linspace(3, -3, 16).expand(1, 16, 16)
-    made = mask_rule(get_protocol("lavt"))(logits, (4, 4), 64, 0.5).numpy()
+    maps = GridMaps(logits, sam_frame(64), (4, 4))
+    made = mask_rule(get_protocol("lavt"))(maps, (4, 4), 0.5).numpy()
     assert 0.48 < made[0].mean() < 0.52
     assert len(np.unique(made[0].sum(axis=1))) == 1

@@ -48,11 +48,11 @@ def at_image(run: Run, number: int, act: Callable[[], None]) -> None:
 
     def check(pixels: torch.Tensor) -> None:
         nonlocal done
-        if len(run.model.model.encoded) == number and not done:
+        if len(run.model.network.encoded) == number and not done:
             done = True
             act()
 
-    run.model.model.before_encode = check
+    run.model.network.before_encode = check
 
 
 def failures(out: Path) -> list[dict[str, Any]]:

@@ -421,11 +421,11 @@ def test_a_signal_ends_the_run_after_its_batch(
     run = Run([pictures], out)
 
     def send(pixels: torch.Tensor) -> None:
-        if len(run.model.model.encoded) == 2:
+        if len(run.model.network.encoded) == 2:
             os.kill(os.getpid(), number)
             time.sleep(0.5)  # until the main thread has seen it
 
-    run.model.model.before_encode = send
+    run.model.network.before_encode = send
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match="what was done is kept"):
         run.go()
@@ -483,7 +483,7 @@ def test_an_image_that_vanishes_between_listing_and_reading(pictures: Path, tmp_
             shutil.rmtree(pictures / "sub")
             first = False
 
-    run.model.model.before_encode = vanish
+    run.model.network.before_encode = vanish
     assert run.go() == 3
     records = read_records(tmp_path / "out")
     rows = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco
 
-from risam_cli.data.images.frames import Frame
-from risam_cli.segmenters.risam import sam_frame
+from risam_cli.data.images.frames import Frame, sam_frame
 from risam_cli.segmenters.segmenter import GridMaps
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.risam import ImageFeatures
 from risam_cli.model.text_encoder import TextFeatures
+from risam_cli.segmenters.risam import RisamSegmenter
+from risam_cli.weights.load import LoadedModel
 from risam_cli.weights.tokenizer import TokenBatch
 
 SIZE = 32
@@ -19,6 +22,11 @@ SIZE = 32
 
 class FakeTokenizer:
     """A word is one token, its length; at most eight."""
+
+    max_tokens = 8
+
+    def unknown_words(self, text: str) -> tuple[str, ...]:
+        return tuple(word for word in text.split() if word == "unheard-of")
 
     def encode(self, texts: Sequence[str]) -> TokenBatch:
         words = [[len(word) for word in text.split()] for text in texts]
@@ -43,6 +51,9 @@ class FakeNetwork:
     before_encode: Callable[[Tensor], None] = lambda pixels: None
     before_decode: Callable[[Tensor], None] = lambda sums: None
 
+    def parameters(self) -> tuple[Tensor, ...]:
+        return ()
+
     def encode_image(self, pixels: Tensor) -> ImageFeatures:
         self.before_encode(pixels)
         self.encoded.append(len(pixels))
@@ -62,8 +73,8 @@ class FakeNetwork:
 
 
 @dataclass
-class FakeModel:
-    """As build.LoadedModel, of the network above."""
+class FakeLoaded:
+    """As load.LoadedModel, of the network above."""
 
     model: FakeNetwork = field(default_factory=FakeNetwork)
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
@@ -72,3 +83,12 @@ class FakeModel:
     no_target_threshold: float = 0.5
     name: str = "fake"
     hash: str = "0" * 64
+
+
+class FakeModel(RisamSegmenter):
+    """The network above as a segmenter."""
+
+    def __init__(self, network: FakeNetwork | None = None, device: str = "cpu") -> None:
+        self.network = network or FakeNetwork()
+        loaded = cast(LoadedModel, FakeLoaded(self.network))
+        super().__init__(loaded, torch.device(device), torch.float32)

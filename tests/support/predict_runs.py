@@ -71,7 +71,7 @@ class Run:
 
     @property
     def encoded(self) -> int:
-        return len(self.model.model.encoded)
+        return len(self.model.network.encoded)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -96,7 +96,7 @@ class Killed(BaseException):
 
 def kill_at(model: FakeModel, image: int) -> None:
     def check(pixels: torch.Tensor) -> None:
-        if len(model.model.encoded) == image:
+        if len(model.network.encoded) == image:
             raise Killed
 
-    model.model.before_encode = check
+    model.network.before_encode = check

@@ -15,7 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from risam_cli.data.images.transforms import fit_size, logits_to_size, normalize, resize_for_encoder
+from risam_cli.data.images.transforms import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    fit_size,
+    logits_to_size,
+    normalize,
+    resize_for_encoder,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -112,6 +119,11 @@ class Frame:
         """Corners (x0, y0, x1, y1) in 0..1 of a picture of (H, W) to pixels of the input."""
         height, width = self.fitted(*size)
         return boxes * boxes.new_tensor([width, height, width, height])
+
+
+def sam_frame(side: int) -> Frame:
+    """SAM's: the longest side at ``side`` pixels, the rest padded right and bottom."""
+    return Frame("pad", side, side, PIXEL_MEAN, PIXEL_STD, unit=1.0, filter="area", drafts=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import os
 import re
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from risam_cli.data.images.files import (
     open_regular,
     stamp_of,
 )
+from risam_cli.data.images.frames import Frame
 from risam_cli.data.images.transforms import fit_size, resize_for_encoder
 from risam_cli.errors import ImageError
 
@@ -100,19 +101,24 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 @dataclass(frozen=True, slots=True)
 class EncoderImage:
-    """An image as the encoder wants it, from one reading of the file.
+    """An image as a network wants it, from one reading of the file.
 
     Attributes:
-        rgb: (h, w, 3) uint8, longest side at the encoder's size, not padded.
+        views: (h, w, 3) uint8 each, as each of the network's frames wants it, not padded.
         size: (H, W) of the upright image.
         sha256: of the file's bytes.
         stamp: of the file when it was opened.
     """
 
-    rgb: Rgb
+    views: tuple[Rgb, ...]
     size: tuple[int, int]
     sha256: str
     stamp: FileStamp
+
+    @property
+    def rgb(self) -> Rgb:
+        """The first of the views."""
+        return self.views[0]
 
 
 def open_rgb(path: Path, max_pixels: int = MAX_PIXELS) -> Rgb:
@@ -149,9 +155,9 @@ def open_for_encoder(
 
 
 def read_for_encoder(
-    path: Path, size: int, max_pixels: int = MAX_PIXELS, *, full_decode: bool = False
+    path: Path, frames: Sequence[Frame], max_pixels: int = MAX_PIXELS, *, full_decode: bool = False
 ) -> EncoderImage:
-    """:func:`open_for_encoder` with the file's hash and stamp, all from one open file.
+    """The image in each of a network's frames, with the file's hash and stamp, read once.
 
     Args:
         full_decode: scale every image down from all of its pixels, whatever that takes.
@@ -164,8 +170,8 @@ def read_for_encoder(
         digest = digest_of(file)
         file.seek(0)
         image = _open_image(file, path, max_pixels)
-        rgb, own_size = fit_image(image, size, full_decode=full_decode)
-    return EncoderImage(rgb, own_size, digest, stamp)
+        views, own_size = fit_frames(image, frames, full_decode=full_decode)
+    return EncoderImage(views, own_size, digest, stamp)
 
 
 # --- opening --------------------------------------------------------------------------------------
@@ -282,6 +288,18 @@ def fit_image(
     else:
         rgb = _upright(_shrink(image, (width, height)), _orientation_to_apply(image))
     return np.ascontiguousarray(rgb), own_size
+
+
+def fit_frames(
+    image: Image.Image, frames: Sequence[Frame], *, full_decode: bool = False
+) -> tuple[tuple[Rgb, ...], tuple[int, int]]:
+    """The upright image as each of the frames wants it, and its own (H, W)."""
+    if len(frames) == 1 and frames[0].drafts:
+        rgb, own_size = fit_image(image, frames[0].height, full_decode=full_decode)
+        return (rgb,), own_size
+    whole = to_rgb(image)
+    views = tuple(np.ascontiguousarray(frame.resize(whole)) for frame in frames)
+    return views, (whole.shape[0], whole.shape[1])
 
 
 def _shrink(image: Image.Image, target: tuple[int, int]) -> Image.Image:

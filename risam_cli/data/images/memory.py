@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from risam_cli.data.images.files import FileStamp
-from risam_cli.data.images.images import EncoderImage, Rgb, decoding, fit_image, to_rgb
+from risam_cli.data.images.frames import Frame
+from risam_cli.data.images.images import EncoderImage, Rgb, decoding, fit_frames, to_rgb
 from risam_cli.errors import ImageError
 
 Pixels = Image.Image | NDArray[np.generic]
@@ -43,7 +45,7 @@ def pixels_to_rgb(image: Pixels, name: str) -> Rgb:
 
 
 def memory_for_encoder(
-    image: Pixels, size: int, name: str, max_pixels: int, *, full_decode: bool = False
+    image: Pixels, frames: Sequence[Frame], name: str, max_pixels: int, *, full_decode: bool = False
 ) -> EncoderImage:
     """As :func:`risam_cli.data.images.images.read_for_encoder`, of an image in memory.
 
@@ -61,10 +63,11 @@ def memory_for_encoder(
         )
     # As a PNG file of these pixels would be scaled.
     picture = Image.fromarray(pixels_to_rgb(image, name))
-    fitted, own_size = fit_image(picture, size, full_decode=full_decode)
+    views, own_size = fit_frames(picture, frames, full_decode=full_decode)
     digest = hashlib.sha256(f"{own_size[0]}x{own_size[1]} RGB ".encode())
-    digest.update(fitted.data)
-    return EncoderImage(fitted, own_size, digest.hexdigest(), FileStamp(0, 0, 0, 0))
+    for view in views:
+        digest.update(view.data)
+    return EncoderImage(views, own_size, digest.hexdigest(), FileStamp(0, 0, 0, 0))
 
 
 def _pillow(image: Image.Image, name: str) -> Rgb:

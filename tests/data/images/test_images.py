@@ -16,6 +16,7 @@ from PIL import Image, ImageFile, features
 from risam_cli.commands import predict as command
 from risam_cli.data.images import images
 from risam_cli.data.images.files import file_sha256, file_stamp
+from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.transforms import fit_size, resize_for_encoder
 from risam_cli.errors import ImageError
 from risam_cli.inference import loader
@@ -198,7 +199,7 @@ def test_the_cheap_way_down_agrees_with_the_plain_one(
         assert own == (613, 907)
         assert scaled.shape == plain.shape
         assert 0 < np.abs(scaled.astype(int) - plain).mean() < 1.0
-        exact = images.read_for_encoder(path, size, full_decode=True)
+        exact = images.read_for_encoder(path, [sam_frame(size)], full_decode=True)
         assert np.array_equal(exact.rgb, plain)
 
 
@@ -218,17 +219,17 @@ def test_a_jpeg_decoder_goes_down_by_itself_to_no_less_than_twice_the_size(
     least = {100: (200, 150), 150: (400, 300), 200: (400, 300), 201: (800, 600), 400: (800, 600)}
     for size, wanted in least.items():
         decoded.clear()
-        images.read_for_encoder(path, size)
+        images.read_for_encoder(path, [sam_frame(size)])
         assert set(decoded) == {wanted}
         decoded.clear()
-        images.read_for_encoder(path, size, full_decode=True)
+        images.read_for_encoder(path, [sam_frame(size)], full_decode=True)
         assert set(decoded) == {(800, 600)}
 
 
 def test_hash_and_stamp_are_those_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(PICTURE).save(path)
-    read = images.read_for_encoder(path, 16)
+    read = images.read_for_encoder(path, [sam_frame(16)])
     assert read.sha256 == file_sha256(path)
     assert read.stamp == file_stamp(path)
     assert read.size == (48, 80)
