@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from risam_cli.data.images.frames import Frame, Pixels
 from risam_cli.errors import ModelError
+from risam_cli.model.fast.prepare import prepare_for_inference
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.segmenters.published import (
     Folder,
@@ -66,6 +67,7 @@ class Sam:
         if own is not None:
             network.vision_encoder = nn.Identity()
             own.to(device).eval().requires_grad_(False)
+            prepare_for_inference(own, device)
         self._own = own
         self._network: Any = network.to(device)
 
