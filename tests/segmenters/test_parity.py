@@ -12,7 +12,6 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from support import published
 from torch.nn import functional as F
 
 from risam_cli.segmenters import clipseg, florence2, grounded_sam, sam3
@@ -37,20 +36,6 @@ Found = list[tuple[NDArray[np.bool_], float]]
 def _no_gradients() -> Iterator[None]:
     with torch.inference_mode():
         yield
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("published")
-    published.clipseg(root / "clipseg")
-    published.florence2(root / "florence2")
-    published.sam3(root / "sam3")
-    published.grounding_dino(root / "dino")
-    published.grounding_dino(root / "mm", mm=True)
-    published.sam(root / "sam")
-    published.sam(root / "sam-hq", hq=True)
-    published.sam2(root / "sam2")
-    return root
 
 
 @pytest.fixture(scope="module")

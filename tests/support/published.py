@@ -299,7 +299,7 @@ def _dino_config(kind: Any, words: int) -> Any:
 
 
 def grounding_dino(folder: Path, seed: int = 0, *, mm: bool = False) -> Path:
-    """Grounding DINO, or MM-Grounding-DINO, with a shortest side of 64 pixels."""
+    """Grounding DINO, or MM-Grounding-DINO, with a shortest side of 96 pixels."""
     tokenizer = bert_tokenizer()
     prefix = "MMGroundingDino" if mm else "GroundingDino"
     config = _dino_config(getattr(transformers, f"{prefix}Config"), len(tokenizer))
@@ -312,7 +312,7 @@ def grounding_dino(folder: Path, seed: int = 0, *, mm: bool = False) -> Path:
                 parameter.zero_()
     network.save_pretrained(folder)
     images = transformers.GroundingDinoImageProcessorPil(
-        size={"shortest_edge": 64, "longest_edge": 107}, **IMAGENET
+        size={"shortest_edge": 96, "longest_edge": 160}, **IMAGENET
     )
     transformers.GroundingDinoProcessor(images, tokenizer).save_pretrained(folder)
     return folder

@@ -1,0 +1,310 @@
+"""Runs of published models: resumed, side by side, in shards, by instances; all to the byte."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.predict_runs import Killed, Run, contents, run_json
+from support.records import read_records
+
+import risam_cli
+from risam_cli.cli import main
+from risam_cli.data.images.images import MAX_PIXELS
+from risam_cli.errors import RisamError, UsageError
+from risam_cli.inference import pipeline
+from risam_cli.inference.feature_cache import CacheSettings
+from risam_cli.inference.pipeline import PredictSettings, compute_settings
+from risam_cli.masks import rle as masks
+from risam_cli.runs.merge import find_parts, merge_parts
+from risam_cli.runs.shard import Shard
+from risam_cli.runs.stager import Saving
+from risam_cli.segmenters.resolve import load_segmenter
+
+CPU = torch.device("cpu")
+TEXTS = ("the dog", "a cat on the left", "two boats")
+KINDS = ["clipseg", "florence2", "sam3", "grounded"]
+DETECTORS = ["sam3", "grounded"]
+
+
+def named(root: Path, kind: str) -> str:
+    if kind == "grounded":
+        return f"grounded-sam:{root / 'dino'}+{root / 'sam'}"
+    return str(root / kind)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(3)
+    for number in range(5):
+        coarse = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        size = (70 + 9 * number, 90 - 11 * number)
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(
+            folder / f"{number}.png"
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def segmenter(folders: Path) -> Callable[[str], Any]:
+    known: dict[str, Any] = {}
+
+    def load(kind: str) -> Any:
+        if kind not in known:
+            known[kind] = load_segmenter(named(folders, kind), device=CPU, precision=torch.float32)
+        return known[kind]
+
+    return load
+
+
+def run(segmenter: Any, pictures: Path, output: Path, **settings: Any) -> Run:
+    base = PredictSettings(CPU, batch_size=2, lookahead=16, cores=1)
+    return Run([pictures], output, TEXTS, segmenter, settings=replace(base, **settings))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kills_lanes_and_shards_change_no_byte(
+    kind: str, segmenter: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = segmenter(kind)
+    run(model, pictures, tmp_path / "whole").go()
+    whole = contents(tmp_path / "whole")
+    assert len(list(read_records(tmp_path / "whole"))) == 15
+    assert len(whole) == 2 + 15
+
+    # Three images side by side.
+    run(model, pictures, tmp_path / "lanes", cores=3).go()
+    assert contents(tmp_path / "lanes") == whole
+
+    # Killed at the third image, and gone on with.
+    encode, seen = model.encode_images, []
+
+    def dying(inputs: Any) -> Any:
+        seen.append(len(inputs))
+        if len(seen) == 3:
+            raise Killed
+        return encode(inputs)
+
+    monkeypatch.setattr(model, "encode_images", dying)
+    with pytest.raises(Killed):
+        run(model, pictures, tmp_path / "killed").go()
+    assert contents(tmp_path / "killed") != whole
+    seen.clear()
+    monkeypatch.setattr(model, "encode_images", lambda inputs: seen.append(1) or encode(inputs))
+    run(model, pictures, tmp_path / "killed").go()
+    assert 0 < len(seen) < 5
+    assert contents(tmp_path / "killed") == whole
+
+    # One encoding an image, however many expressions.
+    seen.clear()
+    run(model, pictures, tmp_path / "counted").go()
+    assert len(seen) == 5
+
+    # In two parts.
+    for index in range(2):
+        part = run(model, pictures, tmp_path / f"part{index}")
+        replace(part, plan={"shard": Shard(index, 2)}).go()
+    merge_parts(find_parts([tmp_path / "part0", tmp_path / "part1"]), tmp_path / "merged")
+    merged = contents(tmp_path / "merged")
+    assert {name: merged[name] for name in whole} == whole
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_instances_make_up_the_union_and_the_best_is_one_of_them(
+    kind: str, segmenter: Any, pictures: Path, tmp_path: Path
+) -> None:
+    model = segmenter(kind)
+    found: dict[str, dict[tuple[str, str], list[Any]]] = {}
+    for select in ("union", "best", "all"):
+        output = tmp_path / select
+        run(model, pictures, output, select=select).go()
+        for record in read_records(output):
+            by = found.setdefault(select, {})
+            by.setdefault((record.image, record.expression), []).append(record)
+    several = 0
+    for key, (union,) in found["union"].items():
+        (best,), each = found["best"][key], found["all"][key]
+        if union.no_target:
+            assert [one.instance for one in each] == [None]
+            assert each[0].no_target
+            assert each[0].area == 0
+            continue
+        several += len(each) > 1
+        assert [one.instance for one in each] == list(range(len(each)))
+        assert {one.id for one in each} == {union.id}
+        assert union.score == best.score == max(one.score for one in each)
+        decoded = [masks.decode(one.segmentation) for one in each]
+        assert np.array_equal(np.any(decoded, axis=0), masks.decode(union.segmentation))
+        top = max(range(len(each)), key=lambda k: each[k].score)
+        assert best.segmentation == each[top].segmentation
+    assert several > 3
+    names = [one.mask for each in found["all"].values() for one in each]
+    assert len(set(names)) == len(names)
+    assert all((tmp_path / "all" / name).is_file() for name in names)
+
+
+def test_hundreds_of_instances_take_no_more_memory_at_a_time(
+    segmenter: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from risam_cli.data.images.frames import Frame
+
+    model = segmenter("grounded")
+    most: list[int] = []
+    to_image = Frame.to_image
+
+    def counted(self: Frame, maps: Any, *rest: Any) -> Any:
+        most.append(len(maps))
+        return to_image(self, maps, *rest)
+
+    monkeypatch.setattr(Frame, "to_image", counted)
+    monkeypatch.setattr(
+        pipeline,
+        "compute_settings",
+        lambda *given: replace(compute_settings(*given), mask_bytes=8 * 90 * 106 * 3),
+    )
+    run(model, pictures, tmp_path / "few", instance_threshold=0.0).go()
+    assert sum(most) == 5 * 3 * 20  # every query of every expression
+    assert max(most) <= 20
+    assert np.mean(most) < 8
+    few = contents(tmp_path / "few")
+    monkeypatch.undo()
+    run(model, pictures, tmp_path / "many", instance_threshold=0.0).go()
+    assert contents(tmp_path / "many") == few
+
+
+def test_the_identity_covers_folders_rules_and_thresholds(
+    segmenter: Any, pictures: Path, tmp_path: Path
+) -> None:
+    model = segmenter("grounded")
+    output = tmp_path / "out"
+    run(model, pictures, output).go()
+    facts = run_json(output)
+    assert facts["model"]["kind"] == "grounded-sam"
+    assert set(facts["model"]["folders"]) == {"detector", "segmenter"}
+    import transformers
+
+    assert facts["versions"]["transformers"] == transformers.__version__
+    assert facts["settings"]["transformers"] == transformers.__version__
+    for changed, told in (
+        ({"select": "best"}, "instances was"),
+        ({"instance_threshold": 0.4}, "instance_threshold was"),
+        ({"threshold": 0.6}, "threshold was"),
+    ):
+        with pytest.raises(RisamError, match=told):
+            run(model, pictures, output, **changed).go()
+    with pytest.raises(RisamError, match="model was"):
+        run(segmenter("clipseg"), pictures, output).go()
+
+
+def test_what_published_models_cannot_do_is_told_in_one_line(
+    segmenter: Any, pictures: Path, tmp_path: Path
+) -> None:
+    model = segmenter("clipseg")
+    with pytest.raises(UsageError, match="does not tell instances"):
+        run(model, pictures, tmp_path / "a", select="all").go()
+    with pytest.raises(UsageError, match="scores no instances"):
+        run(model, pictures, tmp_path / "b", instance_threshold=0.3).go()
+    kept = run(model, pictures, tmp_path / "c")
+    with pytest.raises(UsageError, match="feature cache"):
+        replace(kept, plan={"feature_cache": CacheSettings(tmp_path / "kept")}).go()
+    assert not (tmp_path / "kept").exists()
+
+
+def test_commands_refuse_or_take_a_published_model(
+    folders: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(folders / "clipseg")
+    picture = str(pictures / "0.png")
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in (folders / "clipseg").iterdir())
+    refused = [
+        ["explain", picture, "-e", "the dog", "--model", model, "-o", str(tmp_path / "why")],
+        [
+            *("eval", "--dataset", "refshapes", "--split", "val", "--limit", "2"),
+            *("--fit-no-target", "--model", model, "-o", str(tmp_path / "fit")),
+        ],
+        [
+            *("predict", picture, "-e", "the dog", "--model", model, "--compile"),
+            *("-o", str(tmp_path / "compiled")),
+        ],
+    ]
+    for arguments in refused:
+        assert main(arguments) in (1, 2)
+        told = [line for line in capsys.readouterr().err.splitlines() if "clipseg" in line]
+        assert told or arguments[0] == "predict"
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in (folders / "clipseg").iterdir()) == before
+
+    report = tmp_path / "report"
+    taken = [
+        *("eval", "--dataset", "refshapes", "--split", "val", "--limit", "3"),
+        *("--model", model, "-o", str(report)),
+    ]
+    assert main(taken) == 0
+    capsys.readouterr()
+    facts = json.loads((report / "report.json").read_text())
+    assert facts["answers"]["name"] == model
+    assert facts["protocol"]["threshold"] == 0.3  # its own, for its probabilities are not meant
+
+
+def test_doctor_times_a_published_model(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--model", str(folders / "clipseg"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model"]["kind"] == "clipseg"
+    assert facts["forward"]["seconds"]["total"] > 0
+    assert "settings" not in facts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_python_interface_says_what_the_command_says(
+    kind: str, folders: Path, segmenter: Any, pictures: Path, tmp_path: Path
+) -> None:
+    run(segmenter(kind), pictures, tmp_path / "out").go()
+    model = risam_cli.load(named(folders, kind), device="cpu")
+    records = {(r.image, r.expression): r for r in read_records(tmp_path / "out")}
+    for path in sorted(pictures.iterdir())[:2]:
+        encoded = model.encode(path)
+        for results in (model.predict(path, TEXTS), encoded.predict(TEXTS)):
+            for result in results:
+                record = records[str(path), result.expression]
+                assert result.prediction == replace(record, mask=None)
+
+
+def test_exports_take_instances(segmenter: Any, pictures: Path, tmp_path: Path) -> None:
+    model = segmenter("grounded")
+    saving = Saving(True, True, MAX_PIXELS, html=True)
+    replace(run(model, pictures, tmp_path / "out", select="all"), saving=saving).go()
+    count = sum(1 for _ in read_records(tmp_path / "out"))
+    assert count > 15
+    assert (tmp_path / "out" / "gallery" / "index.html").is_file()
+    for kind in ("coco", "yolo", "labelme", "cvat", "png", "overlay"):
+        arguments = ["export-masks", str(tmp_path / "out"), "--to", kind]
+        assert main([*arguments, "-o", str(tmp_path / kind)]) == 0, kind
+    written = json.loads((tmp_path / "coco" / "instances.json").read_text())
+    whole = [one for one in read_records(tmp_path / "out") if one.area]
+    assert len(written["annotations"]) == len(whole)
+
+
+def test_two_kinds_from_the_command_line_import_only_what_they_need(
+    folders: Path, pictures: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys; from risam_cli.cli import main; code = main(sys.argv[1:]); "
+        "print(code, sorted(n for n in sys.modules if n.startswith('risam_cli.segmenters.')), "
+        "'transformers' in sys.modules, 'torchvision' in sys.modules)"
+    )
+    arguments = ["predict", str(pictures / "0.png"), "-e", "the dog", "-o", str(tmp_path / "own")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split(" ", 1)[0] == "0"
+    assert "clipseg" not in done.stdout
+    assert done.stdout.strip().endswith("False False")
