@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "Train a model from a YAML file."),
     "export-masks": ("export_masks", "Turn predictions into other annotation formats."),
     "merge": ("merge", "Put the output folders of shards together."),
-    "models": ("models", "List, inspect and verify model folders."),
+    "models": ("models", "List, inspect, verify and fetch models."),
     "refshapes": ("refshapes", "Make the procedural data set RefShapes."),
     "doctor": ("doctor", "Show what this machine can do and what is missing."),
     "completion": ("completion", "Print the script that completes risam in a shell."),

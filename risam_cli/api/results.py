@@ -99,7 +99,14 @@ class Result:
     @property
     def notes(self) -> tuple[str, ...]:
         """What must be known besides, such as that the expression was cut."""
-        return self.prediction.notes
+        unknown = self.prediction.unknown_words
+        more = (f"the model does not know: {', '.join(unknown)}",) if unknown else ()
+        return self.prediction.notes + more
+
+    @property
+    def unknown_words(self) -> tuple[str, ...]:
+        """Words of the expression that the model does not know."""
+        return self.prediction.unknown_words
 
     def to_json(self) -> str:
         """The record as a line of ``predictions.jsonl``, without its end."""

@@ -1,4 +1,4 @@
-"""``risam models``: list, inspect, verify and export model folders."""
+"""``risam models``: list, inspect, verify, fetch and export models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 @click.group("models")
 @verbosity_options
 def command() -> None:
-    """List, inspect, verify and export model folders.
+    """List, inspect, verify, fetch and export models.
 
     A model folder is what `risam train` writes and what --model takes: its settings, its weights,
     its tokenizer and a card that says how it was made. Nothing in it is ever executed. One that
@@ -54,9 +54,11 @@ def command() -> None:
 @json_option
 @verbosity_options
 def list_models(folders: tuple[Path, ...], as_json: bool) -> int:
-    """List the bundled models and those below each --dir.
+    """List the bundled models, those below each --dir, and the published ones that have a name.
 
-    A folder that looks like a model but cannot be read is listed with the reason (exit code 3).
+    Of a published model it says whether it is in the Hugging Face cache, so that it needs no
+    network, its licence, what it is good at, and its publishers' own figures. A folder that looks
+    like a model but cannot be read is listed with the reason (exit code 3).
 
     \b
     Examples:
@@ -71,12 +73,15 @@ def list_models(folders: tuple[Path, ...], as_json: bool) -> int:
             raise UsageError(f"--dir {folder}: no such folder")
         found += [(str(path), path) for path in _below(folder)]
     rows = [_row(name, path) for name, path in found]
+    published = _published()
     if as_json:
-        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
-    elif rows:
-        click.echo(_table(("model", "parameters", "size", "hash"), [_cells(row) for row in rows]))
+        click.echo(json.dumps(rows + published, indent=2, ensure_ascii=False))
     else:
-        get_console().warn("no models found; name a folder of models by --dir")
+        if rows:
+            head = ("model", "parameters", "size", "hash")
+            click.echo(_table(head, [_cells(row) for row in rows]) + "\n")
+        names = ("published", "here", "parameters", "licence", "good at", "publishers' figures")
+        click.echo(_table(names, [_published_cells(row) for row in published]))
     return EXIT_SOME_FAILED if any(row["problem"] for row in rows) else EXIT_OK
 
 
@@ -96,9 +101,16 @@ def inspect(model: str | None, tensors: bool, as_json: bool) -> None:
       risam models inspect
       risam models inspect runs/mine/best --tensors
     """
+    from risam_cli.segmenters.resolve import parse_model
     from risam_cli.weights import folder as model_folders
     from risam_cli.weights import frozen
 
+    named = parse_model(model)
+    if named.kind != "risam":
+        from risam_cli.segmenters.inspect import inspect_published
+
+        _show(inspect_published(named), as_json)
+        return
     folder = model_folders.find_model(model)
     facts = model_folders.inspect_model_folder(folder)
     # Nothing of the list is shown before it was looked through.
@@ -106,12 +118,19 @@ def inspect(model: str | None, tensors: bool, as_json: bool) -> None:
     facts["needs"] = frozen.plain(needs)
     if tensors:
         facts["tensors"] = _tensors(folder / model_folders.WEIGHTS_FILE)
+    _show(facts, as_json)
+
+
+def _show(facts: dict[str, Any], as_json: bool) -> None:
+    """What a model holds, on stdout."""
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     import yaml
 
     click.echo(f"path        {sanitize(facts['path'])}")
+    if "kind" in facts:
+        click.echo(f"kind        {facts['kind']}")
     click.echo(f"hash        {facts['hash']}")
     click.echo(f"size        {_size(facts['bytes'])}")
     click.echo(f"parameters  {facts['parameters']:,}")
@@ -128,7 +147,7 @@ def inspect(model: str | None, tensors: bool, as_json: bool) -> None:
             plain = json.loads(json.dumps(facts[title], default=str))
             text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=96)
             click.echo(f"\n{title}\n" + sanitize(_indented(text), keep_newlines=True))
-    if tensors:
+    if "tensors" in facts:
         rows = [(t["name"], t["dtype"], "x".join(map(str, t["shape"]))) for t in facts["tensors"]]
         click.echo("\n" + _table(("tensor", "type", "shape"), rows))
 
@@ -148,23 +167,59 @@ def verify(model: str | None, as_json: bool) -> int:
       risam models verify
       risam models verify runs/mine/best --json
     """
+    from risam_cli.segmenters.resolve import parse_model
     from risam_cli.weights import folder as model_folders
     from risam_cli.weights.load import verify_model_folder
 
-    folder = model_folders.find_model(model)
-    try:
-        problems = verify_model_folder(folder)
-    except RisamError as error:  # such as settings that are out of range
-        problems = [str(error)]
-    digest = None if problems else model_folders.hash_folder(folder)
+    named = parse_model(model)
+    if named.kind == "risam":
+        folder = model_folders.find_model(model)
+        where = str(folder)
+        try:
+            problems = verify_model_folder(folder)
+        except RisamError as error:  # such as settings that are out of range
+            problems = [str(error)]
+        digest = None if problems else model_folders.hash_folder(folder)
+    else:
+        from risam_cli.segmenters.inspect import verify_published
+
+        where, digest, problems = verify_published(named, str(model))
     if as_json:
-        facts = {"path": str(folder), "ok": not problems, "hash": digest, "problems": problems}
+        facts = {"path": where, "ok": not problems, "hash": digest, "problems": problems}
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
     elif not problems:
-        click.echo(f"ok  {sanitize(str(folder))}  {digest}")
+        click.echo(f"ok  {sanitize(where)}  {digest}")
     for problem in problems:
         get_console().error(problem)
     return EXIT_ERROR if problems else EXIT_OK
+
+
+@command.command("fetch")
+@click.argument("model", metavar="NAME", shell_complete=completing.models)
+@verbosity_options
+def fetch(model: str) -> None:
+    """Download a published model ahead of its use, into the Hugging Face cache.
+
+    NAME is a short name, a name on the Hugging Face hub, or KIND:NAME[+SECOND]. What is there
+    already is not downloaded again. Prints the folder of each part.
+
+    \b
+    Examples:
+      risam models fetch florence2
+      risam models fetch grounded-sam:IDEA-Research/grounding-dino-base+facebook/sam-vit-large
+    """
+    from risam_cli.segmenters.resolve import find_folders, parse_model
+
+    named = parse_model(model)
+    if named.kind == "risam":
+        raise UsageError(f"{model} is on this machine already", "name a published model")
+    if get_console().quiet:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
+    _, folders = find_folders(named)
+    for folder in folders:
+        click.echo(str(folder))
 
 
 @command.command("export")
@@ -220,6 +275,38 @@ def _row(name: str, path: Path) -> Row:
     except ModelError as error:
         return {**row, "problem": str(error)}
     return {**row, **{key: facts[key] for key in ("hash", "bytes", "parameters")}}
+
+
+def _published() -> list[Row]:
+    """The published models that have a short name, and whether they are in the cache."""
+    from risam_cli.segmenters.hub import cached
+    from risam_cli.segmenters.names import KNOWN
+
+    rows = []
+    for one in KNOWN.values():
+        paths = [cached(part) for part in one.parts]
+        rows.append(
+            {
+                "name": one.short,
+                "kind": one.kind,
+                "path": None if None in paths else " + ".join(map(str, paths)),
+                "problem": None,
+                "state": "to fetch" if None in paths else "cached",
+                "parts": list(one.parts),
+                "parameters": round(one.parameters * 1e9),
+                "licence": one.licence,
+                "gated": one.gated,
+                "good_at": one.good_at,
+                "published_figures": one.figures,
+            }
+        )
+    return rows
+
+
+def _published_cells(row: Row) -> tuple[str, ...]:
+    licence = row["licence"] + (", gated" if row["gated"] else "")
+    size = f"{row['parameters'] / 1e9:.2f} B"
+    return (row["name"], row["state"], size, licence, row["good_at"], row["published_figures"])
 
 
 def _cells(row: Row) -> tuple[str, ...]:

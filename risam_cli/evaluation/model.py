@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -24,12 +26,17 @@ from risam_cli.inference.device import (
     precision_name,
 )
 from risam_cli.inference.feature_cache import cache_for
+from risam_cli.inference.finish import ImageResult
 from risam_cli.inference.pipeline import PredictSettings, instance_rules, predict_samples
+from risam_cli.inference.unknown_words import UnknownWords
 from risam_cli.metrics.curves import fit_no_target
 from risam_cli.metrics.protocols import Protocol
 from risam_cli.segmenters.resolve import load_segmenter
 from risam_cli.segmenters.segmenter import Segmenter
+from risam_cli.types import Sample
 from risam_cli.weights import folder as model_folders
+
+T = TypeVar("T")
 
 
 def answer_and_score(
@@ -58,15 +65,23 @@ def answer_and_score(
     )
     images = min(len(source), source.limit or len(source))
     with log, cache_for(asked.kept_features(), segmenter, settings, images) as cache:
-        run = partial(
+        predict = partial(
             predict_samples,
             segmenter=segmenter,
             settings=settings,
             rule=mask_rule(protocol),
             cache=cache,
         )
+        unknown = UnknownWords(segmenter.name)
+
+        def run(samples: Iterable[tuple[Sample, T]]) -> Iterator[tuple[T, ImageResult]]:
+            for item, result in predict(samples):
+                unknown.see(result.predictions)
+                yield item, result
+
         answers = answers_from_model(source, run, log, bar, protocol, seconds, failures)
         done = run_evaluation(source, answers, protocol, asked.output, console)
+    unknown.tell()
     fit = _fit(asked, done, bar) if asked.fit_no_target else None
     return Done(
         done,

@@ -138,10 +138,12 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-def count_lines(path: Path) -> int:
-    """Lines of a file; 0 where there is none."""
+def count_lines(path: Path, holding: bytes = b"") -> int:
+    """Lines of a file, or those of them that hold some bytes; 0 where there is none."""
     try:
         with open(path, "rb") as file:
+            if holding:
+                return sum(holding in line for line in file)
             return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
     except FileNotFoundError:
         return 0

@@ -26,6 +26,7 @@ from risam_cli.inference.device import describe_device, precision_name
 from risam_cli.inference.feature_cache import FeatureCache, cache_for
 from risam_cli.inference.finish import ImageResult
 from risam_cli.inference.pipeline import predict_samples
+from risam_cli.inference.unknown_words import UnknownWords
 from risam_cli.interrupts import stopping
 from risam_cli.runs.folder import RunFolder
 from risam_cli.runs.gallery import write_gallery
@@ -120,6 +121,7 @@ class _Run:
         self.writing = 0.0
         self.page: Path | None = None
         self.cache: FeatureCache | None = None
+        self.unknown = UnknownWords(segmenter.name)
 
     def go(self, progress: Progress, stream: BinaryIO | None, images: int | None) -> None:
         stop = threading.Event()
@@ -192,6 +194,7 @@ class _Run:
 
     def _clock(self, result: ImageResult) -> None:
         self.images += result.sha256 is not None
+        self.unknown.see(result.predictions)
         for part, seconds in result.seconds.items():
             self.spent[part] += seconds
 
@@ -238,7 +241,12 @@ class _Run:
         for reason, number in sorted(self.plan.inputs.skipped.items()):
             console.info(f"passed over: {number} {reason}")
         rate = f", {self.images / seconds:.3g} images/s" if self.images and seconds else ""
-        console.info(f"{records} records in {self.folder.path}{rate}")
+        nothing = count_lines(self.folder.predictions, b'"no_target": true')
+        console.info(
+            f"{records} records in {self.folder.path}: {records - nothing} with a mask, {nothing} "
+            f"where nothing fits{rate}"
+        )
+        self.unknown.tell()
         parts = ", ".join(f"{name} {spent:.2f} s" for name, spent in self._seconds().items())
         console.debug(f"seconds (parts overlap): {parts}")
         if self.page is not None:

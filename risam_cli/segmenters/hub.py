@@ -46,10 +46,13 @@ def lacking(folder: Path) -> list[str]:
     return missing
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str, *, download: bool = True) -> Path:
     """The folder of a name on the hub, downloaded where the cache does not have it.
 
     Shows progress on stderr.
+
+    Args:
+        download: without it only the cache is looked at.
 
     Raises:
         ModelError: no such model, no permission, no network, no space.
@@ -66,6 +69,11 @@ def fetch(name: str) -> Path:
     found = cached(name)
     if found is not None:
         return found
+    if not download:
+        raise ModelError(
+            f"{name} is not in the cache {constants.HF_HUB_CACHE}",
+            f"download it first: risam models fetch {name}",
+        )
     if constants.HF_HUB_OFFLINE:
         raise _absent(name, "HF_HUB_OFFLINE is set")
     try:

@@ -75,7 +75,7 @@ KNOWN = {
             False,
             0.15,
             "quick and small; coarse edges",
-            "PhraseCut mIoU 48.2 (arXiv 2112.10003)",
+            "none on RefCOCO",
         ),
         KnownModel(
             "sam3",
@@ -85,7 +85,7 @@ KNOWN = {
             True,
             0.84,
             "noun phrases, every instance, the best masks; ignores left and right",
-            "none on referring expressions",
+            "none on RefCOCO",
         ),
         KnownModel(
             "grounded-sam",

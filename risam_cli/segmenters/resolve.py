@@ -94,13 +94,16 @@ def kind_of_folder(folder: Path) -> str:
     raise ModelError(f"{folder} is a {kind!r}, which takes no expressions here", fix)
 
 
-def find_folders(named: Named) -> tuple[str, tuple[Path, ...]]:
+def find_folders(named: Named, *, download: bool = True) -> tuple[str, tuple[Path, ...]]:
     """The kind and the folders on this machine, downloaded where they have to be.
+
+    Args:
+        download: without it a name must be in the cache.
 
     Raises:
         ModelError: a folder that is another model's, or a name that cannot be had.
     """
-    folders = tuple(_folder(part) for part in named.parts)
+    folders = tuple(_folder(part, download) for part in named.parts)
     kind = kind_of_folder(folders[0])
     if kind == "risam" and named.kind != "risam":
         raise ModelError(
@@ -112,15 +115,15 @@ def find_folders(named: Named) -> tuple[str, tuple[Path, ...]]:
         )
     if named.kind is None:
         parts = _with_second(kind, named.parts, "+".join(named.parts))
-        folders += tuple(_folder(part) for part in parts[len(folders) :])
+        folders += tuple(_folder(part, download) for part in parts[len(folders) :])
     return kind, folders
 
 
-def _folder(part: str) -> Path:
+def _folder(part: str, download: bool) -> Path:
     if os.path.isdir(part):
         return Path(part)
     if is_hub_name(part):
-        return fetch(part)
+        return fetch(part, download=download)
     raise ModelError(f"no folder {part!r}", "give a folder, or a name such as facebook/sam3")
 
 

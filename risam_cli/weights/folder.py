@@ -100,6 +100,7 @@ def read_model_folder(folder: Path) -> StoredModel:
     Raises:
         ModelError: a missing file, or a configuration that is not one.
     """
+    _refuse_published(folder)
     for name in NEEDED_FILES:
         if not (folder / name).is_file():
             raise ModelError(f"model folder {folder} lacks {name}", "take the folder anew")
@@ -126,6 +127,21 @@ def read_model_folder(folder: Path) -> StoredModel:
     return StoredModel(
         folder, config["model"], config["text"], tokenizer, hash_folder(folder), tuple(needs)
     )
+
+
+def _refuse_published(folder: Path) -> None:
+    """Raises ModelError where a folder is another kind of model's, by its ``config.json``."""
+    try:
+        config = json.loads(read_text(folder / CONFIG_FILE, _LONGEST_JSON))
+    except (OSError, ValueError, RecursionError):
+        return  # told below
+    if isinstance(config, dict) and "model_type" in config and "format" not in config:
+        raise ModelError(
+            f"{folder} is a published {config['model_type']!r} model, not a folder written by "
+            "risam train",
+            "published models predict and are evaluated; what trains, explains or exports takes "
+            "a RISAM folder",
+        )
 
 
 def stored_settings(source: str | Path) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import published
 
+from risam_cli.cli import main
 from risam_cli.errors import ModelError, UsageError
 from risam_cli.segmenters import hub
 from risam_cli.segmenters.names import KNOWN
@@ -267,3 +268,62 @@ def test_words_over_the_length_are_cut_and_unknown_ones_named(
     texts = grounded.encode_texts(["the dog", "the 犬 dog", "a dog. " * 30])
     assert list(texts.unknown) == [(), ("犬",), ()]
     assert [bool(cut) for cut in texts.cut_to] == [False, False, True]
+
+
+# --- risam models ---------------------------------------------------------------------------------
+
+
+def test_models_commands_take_published_models(
+    clipseg: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["models", "list", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(KNOWN) < set(rows)
+    assert rows["sam3"]["gated"]
+    assert rows["florence2"]["licence"] == "MIT"
+    assert main(["models", "list"]) == 0
+    assert "florence2-large" in capsys.readouterr().out
+
+    assert main(["models", "inspect", str(clipseg), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    loaded = load_segmenter(clipseg, **CPU)
+    assert facts["kind"] == "clipseg"
+    assert facts["hash"] == loaded.hash
+    assert facts["parameters"] == loaded.parameters == sum(facts["parameters_by_part"].values())
+
+    assert main(["models", "verify", str(clipseg)]) == 0
+    assert loaded.hash in capsys.readouterr().out
+    copy = Path(shutil.copytree(clipseg, tmp_path / "copy"))
+    tensors = load_file(copy / "model.safetensors")
+    tensors["decoder.film_mul.weight"][0, 0] = torch.nan
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    assert main(["models", "verify", str(copy)]) == 1
+    assert "film_mul" in capsys.readouterr().err
+    assert main(["models", "export", str(clipseg), "-o", str(tmp_path / "out")]) == 1
+    assert "published 'clipseg'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("offline")
+def test_fetch_says_what_it_found(
+    clipseg: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["models", "fetch", str(clipseg)]) == 0
+    assert capsys.readouterr().out == f"{clipseg}\n"
+    assert main(["models", "fetch", "florence2"]) == 1
+    assert "HF_HUB_OFFLINE" in capsys.readouterr().err
+    assert main(["models", "verify", "florence2"]) == 1
+    assert "risam models fetch" in capsys.readouterr().err
+    assert main(["models", "fetch", "refshapes-tiny"]) == 2
+
+
+def test_training_does_not_start_from_a_published_model(
+    clipseg: Path, repo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(repo / "configs" / "finetune_own_data.yaml")
+    start = ["--set", f"init_from={clipseg}", "--set", f"output={tmp_path / 'out'}"]
+    data = ["--set", f"train.annotations={repo / 'sample_data' / 'coco.json'}"]
+    assert main(["train", config, *start, *data]) == 1
+    told = capsys.readouterr().err
+    assert "published 'clipseg'" in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "out").exists()
