@@ -16,7 +16,15 @@ import click
 
 from risam_cli.commands.options import verbosity_options
 from risam_cli.console.console import Console, get_console, set_console
-from risam_cli.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, Interrupted, RisamError
+from risam_cli.console.streams import open_standard_streams
+from risam_cli.errors import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    Interrupted,
+    OutputError,
+    RisamError,
+)
 from risam_cli.version import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -59,7 +67,17 @@ class LazyGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the subcommand, past click's own answers to Ctrl-C and to a broken pipe."""
+        """Run the subcommand, past click's own answers to Ctrl-C and to a broken pipe.
+
+        Raises:
+            OutputError: the working folder is gone; libraries that look for it would crash.
+        """
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            raise OutputError(
+                "the working folder does not exist any more", "change to another (cd)"
+            ) from None
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort) as error:
@@ -108,9 +126,10 @@ def main(args: Sequence[str] | None = None) -> int:
     Args:
         args: the arguments without the program's name; by default those of the process.
     """
-    set_console(Console())
-    signal.signal(signal.SIGTERM, _on_sigterm)
     try:
+        open_standard_streams()
+        set_console(Console())
+        signal.signal(signal.SIGTERM, _on_sigterm)
         code = root.main(args=args, prog_name="risam", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:

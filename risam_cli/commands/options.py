@@ -239,6 +239,21 @@ def instance_options(function: F) -> F:
 # --- output ---------------------------------------------------------------------------------------
 
 
+def _check_output(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
+    if value == Path("-"):
+        raise click.BadParameter("- is no folder; name one, records go to stdout by --jsonl -.")
+    return value
+
+
+class _Folder(click.Path):
+    """A folder to write to; an empty name, such as that of a variable that is not set, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty (a variable that is not set?); name a folder.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def output_option(default: str | None) -> Callable[[F], F]:
     """``-o/--output DIR``: parameter ``output: Path``. Required where ``default`` is None."""
     # click takes a default that is named, even None, for a value that need not be given.
@@ -246,7 +261,8 @@ def output_option(default: str | None) -> Callable[[F], F]:
     return click.option(
         "-o",
         "--output",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=_Folder(path_type=Path, file_okay=False),
+        callback=_check_output,
         metavar="DIR",
         help="Folder to write to; created.",
         **(needed if default is None else {"default": default, "show_default": True}),

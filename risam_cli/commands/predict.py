@@ -27,6 +27,7 @@ from risam_cli.commands.options import (
     threshold_options,
     verbosity_options,
 )
+from risam_cli.console.streams import require_open
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -47,6 +48,20 @@ def _parse_save(ctx: click.Context, param: click.Parameter, value: str) -> froze
     if "none" in names and len(names) > 1:
         raise click.BadParameter(f"{value!r}: none goes with nothing else.")
     return names - {"none"}
+
+
+def _parse_bands(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        bands = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        bands = ()
+    if len(bands) != 3 or min(bands) < 1:
+        raise click.BadParameter(f"{value!r}: three bands counted from 1, such as 3,2,1.")
+    return bands
 
 
 def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None) -> bool:
@@ -148,6 +163,24 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
     help="Give an image up when reading it takes longer.",
 )
 @click.option(
+    "--bands",
+    metavar="R,G,B",
+    callback=_parse_bands,
+    help="Which bands of TIFFs with four or more are red, green and blue, counted from 1.",
+)
+@click.option(
+    "--confine",
+    is_flag=True,
+    help="Refuse images of manifests and stdin that lie outside of --image-root, or of the "
+    "manifest's folder: for lists from strangers.",
+)
+@click.option(
+    "-0",
+    "null_separated",
+    is_flag=True,
+    help="- takes paths that end in NUL, as find -print0 writes them.",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Read and check every input, load no weights, say what it is."
 )
 @verbosity_options
@@ -155,7 +188,7 @@ def command(**options: Any) -> int:
     """Find what expressions refer to in images, and write masks.
 
     INPUTS are images, folders, patterns, manifests (.jsonl, .csv, .tsv, COCO-style .json) or -
-    for JSON Lines on stdin, in any mixture.
+    for JSON Lines or, with -e, one path a line on stdin, in any mixture.
 
     The output folder gets predictions.jsonl (one record for each image and expression),
     failures.jsonl, masks/ and run.json; with --save html also gallery/index.html, to look at.
@@ -165,6 +198,7 @@ def command(**options: Any) -> int:
       risam predict photos/ -e "the dog" -e "the person" --save png,html -o out
       risam predict list.jsonl --image-root photos -o out --resume
       cat asks.jsonl | risam predict - --save none --jsonl - > answers.jsonl
+      find . -name "*.jpg" -print0 | risam predict - -0 -e "the dog" -o out
     """
     return _predict(_Options(**options))
 
@@ -200,6 +234,9 @@ class _Options:
     limit: int | None
     max_pixels: int
     image_timeout: float
+    bands: tuple[int, int, int] | None
+    confine: bool
+    null_separated: bool
     dry_run: bool
 
 
@@ -214,6 +251,8 @@ def _predict(options: _Options) -> int:
         shard = parse_shard(options.shard)
     elif (found := shard_of_environment()) is not None:
         shard, output = found, found.folder(output)
+    if "-" in options.inputs:
+        require_open("stdin")
     inputs = _inputs(options, output)
     inputs.check()
     if options.dry_run:
@@ -238,7 +277,16 @@ def _inputs(options: _Options, output: Path) -> Inputs:
             raise UsageError(
                 f"-o {output} is the input folder too", "give the results a folder of their own"
             )
-    return Inputs(options.inputs, expressions, options.image_root, exclude=options.output)
+    if options.null_separated and "-" not in options.inputs:
+        raise UsageError("-0 is for paths on stdin", "name - among the inputs")
+    return Inputs(
+        options.inputs,
+        expressions,
+        options.image_root,
+        exclude=options.output,
+        confine=options.confine,
+        null_separated=options.null_separated,
+    )
 
 
 def _settle(folder: RunFolder, options: _Options) -> None:
@@ -288,6 +336,7 @@ def _run(
         full_decode=options.full_decode,
         select="all" if options.instances else options.select,
         instance_threshold=options.instance_threshold,
+        bands=options.bands,
     )
     imported = time.perf_counter()
     segmenter = load_segmenter(
@@ -307,6 +356,7 @@ def _run(
             options.max_pixels,
             html="html" in options.save,
             timeout=options.image_timeout,
+            bands=options.bands,
         ),
         shard,
         options.limit,
@@ -351,6 +401,7 @@ def _dry_run(options: _Options, inputs: Inputs, shard: Shard, output: Path) -> i
 @contextmanager
 def _records_only() -> Iterator[BinaryIO]:
     """Keeps stdout for records: whatever else is printed meanwhile goes to stderr."""
+    require_open("stdout")
     sys.stdout.flush()
     stream = sys.stdout.buffer
     with redirect_stdout(sys.stderr):

@@ -21,10 +21,12 @@ _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
 _BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = _BRIEF.maxset = _BRIEF.maxfrozenset = 16
 
 
-def read_lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
+def read_lines(
+    stream: BinaryIO, limit: int, ends: bytes = b"\n"
+) -> Iterator[tuple[int, bytes | None]]:
     """Lines with their numbers from 1, without their ends; None for one longer than ``limit``.
 
-    Of a longer line no more than the limit is ever held. Lines end at a newline only, and a line
+    Of a longer line no more than the limit is ever held. Lines end at ``ends`` only, and a line
     is given as soon as it is there, so that a pipe can be answered line by line. What is packed or
     in UTF-16 comes as UTF-8.
 
@@ -37,9 +39,10 @@ def read_lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None
     name = getattr(stream, "name", "")
     for chunk in plain_chunks(_chunks(stream), name if isinstance(name, str) else "<stdin>"):
         start = 0
-        while (end := chunk.find(b"\n", start)) >= 0:
+        while (end := chunk.find(ends, start)) >= 0:
             held += chunk[start:end]
-            yield number, None if too_long or len(held) > limit else bytes(held.rstrip(b"\r"))
+            whole = held.rstrip(b"\r") if ends == b"\n" else held
+            yield number, None if too_long or len(held) > limit else bytes(whole)
             held.clear()
             too_long = False
             number += 1

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from risam_cli.data.images.files import FileStamp, file_stamp
 from risam_cli.data.images.frames import Frame
-from risam_cli.data.images.images import MAX_PIXELS, EncoderImage, read_for_encoder
+from risam_cli.data.images.images import MAX_PIXELS, Bands, EncoderImage, read_for_encoder
 from risam_cli.errors import ImageError, RisamError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class LoaderSettings:
         full_decode: decode every pixel before scaling; see :mod:`risam_cli.data.images.images`.
         threads: that decode where there are no processes.
         pinned: whether processes' images come in memory that a GPU copies from.
+        bands: which bands of a TIFF of several are red, green and blue.
     """
 
     frames: tuple[Frame, ...]
@@ -70,6 +71,7 @@ class LoaderSettings:
     full_decode: bool = False
     threads: int = 2
     pinned: bool = False
+    bands: Bands | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,11 @@ def load_image(path: Path, settings: LoaderSettings) -> Loaded:
     started = time.perf_counter()
     try:
         image = read_for_encoder(
-            path, settings.frames, settings.max_pixels, full_decode=settings.full_decode
+            path,
+            settings.frames,
+            settings.max_pixels,
+            full_decode=settings.full_decode,
+            bands=settings.bands,
         )
     except ImageError as error:
         return _failed(path, str(error), time.perf_counter() - started)

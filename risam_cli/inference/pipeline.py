@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from risam_cli.data.images.images import MAX_PIXELS, EncoderImage
+from risam_cli.data.images.images import MAX_PIXELS, Bands, EncoderImage
 from risam_cli.errors import ModelError, UsageError
 from risam_cli.inference.compute import Compute, ComputeSettings, Job, Select
 from risam_cli.inference.device import (
@@ -71,6 +71,7 @@ class PredictSettings:
         cores: of a CPU, for the network; None takes as many as torch's threads.
         select: what becomes of several instances of an expression.
         instance_threshold: an instance counts where its score is greater; None is the model's.
+        bands: which bands of a TIFF of several are red, green and blue, from 1.
     """
 
     device: torch.device
@@ -88,6 +89,7 @@ class PredictSettings:
     cores: int | None = None
     select: Select = "union"
     instance_threshold: float | None = None
+    bands: Bands | None = None
 
 
 def predict_samples(
@@ -158,6 +160,7 @@ def _loading(segmenter: Segmenter, settings: PredictSettings, lanes: int) -> Loa
         settings.full_decode,
         threads=max(2, lanes),
         pinned=settings.device.type == "cuda",
+        bands=settings.bands,
     )
 
 

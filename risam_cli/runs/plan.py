@@ -77,6 +77,7 @@ def identity_of(plan: RunPlan, segmenter: Segmenter) -> dict[str, Any]:
         **({"decode": "full"} if settings.full_decode else {}),
         **instance_rules(segmenter, settings),
         **segmenter.versions,
+        **({"bands": list(settings.bands)} if settings.bands else {}),
     }
 
 

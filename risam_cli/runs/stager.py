@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.data.images.images import Rgb, open_for_encoder, open_rgb
+from risam_cli.data.images.images import Bands, Rgb, open_for_encoder, open_rgb
 from risam_cli.drawing.overlay import draw_overlay
 from risam_cli.drawing.png import encode_mask, encode_rgb
 from risam_cli.errors import ImageError
@@ -38,7 +38,7 @@ class Saving:
     Attributes:
         png: the masks.
         overlay: the image with all its masks drawn into it.
-        max_pixels, timeout: as for reading the image.
+        max_pixels, timeout, bands: as for reading the image.
         html: a gallery of the run, see :mod:`risam_cli.outputs.gallery`.
     """
 
@@ -47,6 +47,7 @@ class Saving:
     max_pixels: int
     html: bool = False
     timeout: float = TIMEOUT
+    bands: Bands | None = None
 
     @property
     def names(self) -> list[str]:
@@ -96,8 +97,11 @@ class Stager:
         if not predictions or not (self._saving.overlay or self._saving.html):
             return
         own = (predictions[0].height, predictions[0].width)
+        bands = self._saving.bands
         if self._saving.overlay:
-            rgb = self._read(sample.path, lambda path, most: open_rgb(path, most))
+            rgb = self._read(
+                sample.path, lambda path, most: open_rgb(path, most, self._saving.bands)
+            )
             drawn = draw_overlay(
                 rgb,
                 [masks.decode(one.segmentation) for one in predictions],
@@ -106,7 +110,9 @@ class Stager:
             self._stage(_overlay_of(sample), encode_rgb(drawn))
         else:
             side = max(small_size(*own))
-            rgb = self._read(sample.path, lambda path, most: open_for_encoder(path, side, most)[0])
+            rgb = self._read(
+                sample.path, lambda path, most: open_for_encoder(path, side, most, bands)[0]
+            )
         if self._saving.html:
             item = encode_item(rgb, own, [traced[one.id][one.instance] for one in predictions])
             self._stage(_item_of(sample), item)

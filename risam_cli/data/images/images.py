@@ -155,15 +155,18 @@ def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 
 def open_for_encoder(
-    path: Path, size: int, max_pixels: int = MAX_PIXELS
+    path: Path, size: int, max_pixels: int = MAX_PIXELS, bands: Bands | None = None
 ) -> tuple[Rgb, tuple[int, int]]:
     """The image with its longest side at ``size``, (h, w, 3) uint8, and its own (H, W).
+
+    Args:
+        bands: as :func:`open_rgb`.
 
     Raises:
         ImageError: as :func:`open_rgb`.
     """
     with open_regular(path) as file, decoding(path):
-        return fit_image(_open_image(file, path, max_pixels), size)
+        return fit_image(_open_image(file, path, max_pixels, bands), size)
 
 
 def read_for_encoder(

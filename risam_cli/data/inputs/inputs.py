@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import BinaryIO
 
+from risam_cli.data.identity import existing, image_key
 from risam_cli.data.inputs import manifest
 from risam_cli.data.inputs.counting import NameCounts
-from risam_cli.data.inputs.walk import Unreadable, is_image_name, match_pattern, walk_images
+from risam_cli.data.inputs.walk import (
+    Unreadable,
+    is_image_name,
+    kind_of_file,
+    match_pattern,
+    walk_images,
+)
 from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.errors import DataError, UsageError
@@ -86,6 +95,8 @@ class Inputs:
         image_root: where relative paths in manifests start; by default beside the manifest, and
             in the working folder for stdin.
         exclude: a folder that is not walked into: the output.
+        confine: refuse images that a manifest or a stream names outside of where its paths start.
+        null_separated: stdin holds paths that end in NUL.
         skipped: filled while iterating: why files were passed over, and how many.
     """
 
@@ -93,13 +104,15 @@ class Inputs:
     expressions: Sequence[str] = ()
     image_root: Path | None = None
     exclude: Path | None = None
+    confine: bool = False
+    null_separated: bool = False
     skipped: Counter[str] = field(default_factory=Counter)
     _coco: dict[str, SampleSource] = field(default_factory=dict)
 
     @property
     def repeatable(self) -> bool:
         """Whether it can be iterated more than once."""
-        return "-" not in self.arguments
+        return not any(argument == "-" or _is_stream(argument) for argument in self.arguments)
 
     def check(self) -> None:
         """Finds what is wrong with the inputs as far as it can be known without reading them all.
@@ -139,15 +152,22 @@ class Inputs:
     def _wishes(self) -> Iterator[_Wish]:
         for argument in self.arguments:
             if argument == "-":
-                base = self.image_root or Path()
-                rows = manifest.read_jsonl(sys.stdin.buffer, "<stdin>")
-                yield from self._of_rows(rows, base, self.image_root)
+                yield from self._of_stream(sys.stdin.buffer, "<stdin>", null=self.null_separated)
+            elif _is_stream(argument) and manifest.kind_of(argument) in (None, "jsonl"):
+                with manifest.open_manifest(Path(argument)) as stream:
+                    yield from self._of_stream(stream, argument)
             elif os.path.lexists(argument):
                 yield from self._of_path(argument)
             elif _is_pattern(argument):
                 yield from self._of_pattern(argument)
             else:
                 yield self._of_image(argument)
+
+    def _of_stream(self, stream: BinaryIO, name: str, *, null: bool = False) -> Iterator[_Wish]:
+        """Stdin or a pipe: JSON Lines, or paths from the working folder."""
+        paths = bool(self.expressions)
+        rows = manifest.read_stream(stream, name, paths=paths, null=null)
+        yield from self._of_rows(rows, self.image_root or Path())
 
     def _of_path(self, path: str) -> Iterator[_Wish]:
         kind = manifest.kind_of(path)
@@ -162,11 +182,19 @@ class Inputs:
 
     def _of_pattern(self, pattern: str) -> Iterator[_Wish]:
         manifests = manifest.kind_of(pattern) is not None
+        given: set[str] = set()
         for path in match_pattern(pattern):
-            if manifests or os.path.isdir(path) or is_image_name(path):
-                yield from self._of_path(path)
+            if os.path.isdir(path) and os.path.islink(path):
+                self.skipped["linked folders"] += 1
+            elif manifests or os.path.isdir(path) or is_image_name(path):
+                for wish in self._of_path(path):
+                    # A folder that matches holds files that match as well.
+                    key = "" if manifests else os.path.normpath(wish.image)
+                    if not key or key not in given:
+                        given.add(key)
+                        yield wish
             else:
-                self.skipped["files that are no images"] += 1
+                self.skipped[kind_of_file(path)] += 1
 
     def _of_folder(self, folder: str) -> Iterator[_Wish]:
         for found in walk_images(folder, self.skipped, self._excluded()):
@@ -186,11 +214,9 @@ class Inputs:
                 rows = manifest.read_jsonl(stream, path)
             else:
                 rows = manifest.read_table(stream, path)
-            yield from self._of_rows(rows, base, base)
+            yield from self._of_rows(rows, base)
 
-    def _of_rows(
-        self, rows: Iterator[manifest.Row], base: Path, inside: Path | None
-    ) -> Iterator[_Wish]:
+    def _of_rows(self, rows: Iterator[manifest.Row], base: Path) -> Iterator[_Wish]:
         for row in rows:
             texts = row.expressions or tuple(self.expressions)
             several = len(texts) > 1
@@ -202,7 +228,7 @@ class Inputs:
             try:
                 if row.error is not None:
                     raise row.error
-                yield replace(wish, path=_locate(row.image, base, inside, row.where))
+                yield replace(wish, path=self._locate(row.image, base, row.where))
             except DataError as error:
                 yield replace(wish, error=str(error))
 
@@ -216,8 +242,8 @@ class Inputs:
                 continue
             wish = _Wish(group.image, group.path, asked, path, group.image, group.size)
             try:
-                _locate(os.path.abspath(group.path), base, base, f"{path}: {group.image}")
-                yield wish
+                found = self._locate(os.path.abspath(group.path), base, f"{path}: {group.image}")
+                yield replace(wish, path=found)
             except DataError as error:
                 yield replace(wish, path=None, error=str(error))
 
@@ -225,6 +251,25 @@ class Inputs:
         if path not in self._coco:
             self._coco[path] = open_coco(Path(path), self.image_root, bare_images=True)
         return self._coco[path]
+
+    def _locate(self, image: str, base: Path, where: str) -> Path:
+        """The file of an image that a manifest names, in whichever spelling it is there.
+
+        Raises:
+            DataError: it can be no file, or lies outside of ``base`` and only what is inside may be
+                read.
+        """
+        if "\0" in image:
+            raise DataError(f"{where}: {image!r} is not a path that a file can have")
+        path = existing(os.path.join(base, image))
+        if self.confine:
+            root, whole = os.path.realpath(base), os.path.realpath(path)
+            if whole != root and not whole.startswith(os.path.join(root, "")):
+                raise DataError(
+                    f"{where}: {image!r} lies outside of {root}, to which images are confined",
+                    "name the folder that holds all images as the one where paths start",
+                )
+        return Path(path)
 
     def _excluded(self) -> str | None:
         return None if self.exclude is None else os.path.realpath(self.exclude)
@@ -251,7 +296,7 @@ class Inputs:
             fail(wish.name or wish.image, None, f"{where}: no expression; {_TELL}")
         else:
             for own, text in wish.asked:
-                number = numbers.add(wish.image)
+                number = numbers.add(image_key(wish.image))
                 name = f"{wish.image}#{number}" if own is None else own
                 problem = self._problem(name, text, wish.where, ids)
                 if problem:
@@ -288,8 +333,16 @@ class Inputs:
             self._check_absent(argument)
         elif os.path.isdir(argument):
             self._require_expressions(argument)
-            if next(walk_images(argument, Counter(), self._excluded()), None) is None:
-                raise DataError(f"{argument}: no image in this folder", "check the path")
+            skipped: Counter[str] = Counter()
+            if next(walk_images(argument, skipped, self._excluded()), None) is None:
+                reasons = ", ".join(f"{count} {what}" for what, count in skipped.most_common())
+                raise DataError(
+                    f"{argument}: no image in this folder"
+                    + (f"; skipped: {reasons}" * bool(reasons)),
+                    "check the path",
+                )
+        elif _is_stream(argument):
+            return
         else:
             self._check_file(argument)
 
@@ -298,7 +351,10 @@ class Inputs:
         if _is_pattern(argument):
             found = match_pattern(argument)
             if not found:
-                raise DataError(f"{argument}: matches no file {where}", "check the pattern")
+                raise DataError(
+                    f"{argument}: matches no file {where}",
+                    "check the pattern; * ? [ ] stand for characters, [[] for [ itself",
+                )
             for path in found:
                 if os.path.isdir(path) or is_image_name(path):
                     self._require_expressions(argument)
@@ -363,24 +419,12 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def _locate(image: str, base: Path, inside: Path | None, where: str) -> Path:
-    """The file of an image that a manifest names.
-
-    Raises:
-        DataError: it can be no file, or lies outside of ``inside``.
-    """
-    if "\0" in image:
-        raise DataError(f"{where}: {image!r} is not a path that a file can have")
-    path = os.path.join(base, image)
-    if inside is not None:
-        root = os.path.abspath(inside)
-        whole = os.path.abspath(path)
-        if whole != root and not whole.startswith(os.path.join(root, "")):
-            raise DataError(
-                f"{where}: {image!r} lies outside of {root}",
-                "name the folder that holds all images with --image-root",
-            )
-    return Path(path)
+def _is_stream(argument: str) -> bool:
+    """Whether it is a pipe, such as a shell's <(…): read once, from its beginning."""
+    try:
+        return stat.S_ISFIFO(os.stat(argument).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def _key(sample: Sample | None, failures: Sequence[Failure]) -> str:

@@ -57,16 +57,41 @@ class Row:
 
 def read_jsonl(stream: BinaryIO, name: str) -> Iterator[Row]:
     """The rows of JSON Lines with ``image``, ``expression`` or ``expressions``, and ``id``."""
-    for number, line in read_lines(stream, MAX_LINE):
+    return read_stream(stream, name, paths=False, null=False)
+
+
+def read_stream(stream: BinaryIO, name: str, *, paths: bool, null: bool) -> Iterator[Row]:
+    """The rows of a stream: JSON Lines, and paths where expressions are given elsewhere.
+
+    Args:
+        paths: a line that does not begin with ``{`` is the path of an image.
+        null: all are paths, and each ends in NUL.
+    """
+    ends = b"\0" if null else b"\n"
+    for number, line in read_lines(stream, MAX_LINE, ends):
         where, short = f"{name}, line {number}", f"{os.path.basename(name)}:{number}"
         if line is not None and not line.strip():
             continue
         try:
             if line is None:
                 raise DataError(f"{where}: longer than {MAX_LINE >> 20} MiB", "split it")
-            yield _row_of_object(parse_json(line, where), where, short)
+            if null or (paths and line.lstrip(b"\xef\xbb\xbf \t")[:1] not in b"{["):
+                yield Row(where, short, os.fsdecode(line))
+            else:
+                yield _row_of_object(_object(line, where, paths), where, short)
         except DataError as error:
             yield Row(where, short, error=error)
+
+
+def _object(line: bytes, where: str, paths: bool) -> Any:
+    try:
+        return parse_json(line, where)
+    except DataError as error:
+        if paths or line.lstrip()[:1] in b"{[":
+            raise
+        raise DataError(
+            error.message, "write JSON Lines; paths are taken where expressions are given"
+        ) from None
 
 
 def read_table(stream: BinaryIO, name: str) -> Iterator[Row]:

@@ -15,6 +15,17 @@ RUN_MARKER = PRIVATE
 """A folder that every output folder holds; one with it is results, not input."""
 
 
+_MARKS = {
+    "export.json": '"owns"',
+    "report.json": '"schema_version"',
+    "config.resolved.yaml": "precision:",
+}
+"""Files by which folders of exports, explanations, evaluations and training are known, and a word
+that stands in each."""
+_HEAD = 1 << 12
+_LONGEST_SUFFIX = 8
+
+
 @dataclass(frozen=True, slots=True)
 class Unreadable:
     """A folder inside of the input that cannot be listed."""
@@ -58,8 +69,15 @@ def match_pattern(pattern: str) -> list[str]:
     """Files and folders that a pattern names, sorted; ``**`` stands for any depth.
 
     As ``glob.glob(pattern, recursive=True)``, but ``**`` goes through no linked folder: two links
-    to the folder that they are in make 2^40 paths.
+    to the folder that they are in make 2^40 paths. Where nothing matches, ``[`` stands for itself.
     """
+    found = _matches(pattern)
+    if not found and "[" in pattern:  # a folder's own name, such as "[2024] trip"
+        found = _matches(pattern.replace("[", "[[]"))
+    return found
+
+
+def _matches(pattern: str) -> list[str]:
     parts = pattern.split(os.sep)
     if "**" not in parts:
         return sorted(glob.glob(pattern))
@@ -73,13 +91,21 @@ def match_pattern(pattern: str) -> list[str]:
             folders[:] = [name for name in folders if not name.startswith(".")]
             own = os.path.join(folder, os.path.relpath(inside, folder or "."))
             own = "" if own == "." else own.removesuffix(f"{os.sep}.")
-            found.update(match_pattern(os.path.join(glob.escape(own), *rest)))
+            found.update(_matches(os.path.join(glob.escape(own), *rest)))
     return sorted(found)
 
 
 def is_image_name(name: str) -> bool:
     """Whether a file's name ends as an image's."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def kind_of_file(name: str) -> str:
+    """What a file that is no image is counted as."""
+    suffix = os.path.splitext(name)[1].lower()
+    return (
+        f"{suffix} files" if suffix and len(suffix) <= _LONGEST_SUFFIX else "files of other kinds"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +141,24 @@ def _item(entry: os.DirEntry[str], skipped: Counter[str]) -> _Item | None:
     except OSError:  # a link in a circle: let the reading of it say so
         pass
     if not is_image_name(entry.name):
-        skipped["files that are no images"] += 1
+        skipped[kind_of_file(entry.name)] += 1
         return None
     return _Item(entry.path, False, link)
 
 
 def _is_results(folder: str, exclude: str | None) -> bool:
+    """Whether this tool wrote the folder: its pictures are no input."""
     if os.path.isdir(os.path.join(folder, RUN_MARKER)):
         return True
-    return exclude is not None and os.path.realpath(folder) == exclude
+    if exclude is not None and os.path.realpath(folder) == exclude:
+        return True
+    return any(_says(os.path.join(folder, name), key) for name, key in _MARKS.items())
+
+
+def _says(path: str, key: str) -> bool:
+    """Whether a file of a run is this tool's, not another's of the same name."""
+    try:
+        with open(path, "rb") as file:
+            return key.encode() in file.read(_HEAD)
+    except OSError:
+        return False

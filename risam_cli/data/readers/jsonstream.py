@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from risam_cli.errors import DataError
 from risam_cli.files.plain import open_plain
@@ -22,17 +22,20 @@ _EDGE = 64  # characters: longer than any literal or escape that a chunk's end c
 _SPACE = " \t\r\n"
 
 
-def iter_json(path: Path) -> Iterator[tuple[str, Any]]:
+def iter_json(path: Path, source: BinaryIO | None = None) -> Iterator[tuple[str, Any]]:
     """Yield ``(key, record)`` of a JSON file in the file's order.
 
     A top-level object gives every element of its arrays under the array's key, and its other
     values once under theirs. A top-level list gives its elements under ``""``.
 
+    Args:
+        source: the file, where it is open already; it is closed at the end.
+
     Raises:
         DataError: the file is missing, is not UTF-8, is not JSON or ends too early.
     """
     try:
-        with io.TextIOWrapper(open_plain(path), encoding="utf-8-sig") as stream:
+        with io.TextIOWrapper(source or open_plain(path), encoding="utf-8-sig") as stream:
             cursor = _Cursor(stream, path)
             opening = cursor.peek()
             if opening == "{":

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from risam_cli.console.streams import require_open
 from risam_cli.data.identity import id_text
 from risam_cli.data.readers.instances import segmentation_to_rle
 from risam_cli.data.readers.jsonstream import iter_json
@@ -202,6 +203,7 @@ class Results:
 
     def _open(self) -> BinaryIO:
         if str(self.path) == "-":
+            require_open("stdin")
             stream = copied(sys.stdin.buffer, "<stdin>")
         else:
             stream = open_plain(self.path)
@@ -211,9 +213,7 @@ class Results:
         head = stream.read(1 << 10).decode("utf-8-sig", "replace").lstrip()
         stream.seek(0)
         if name.endswith(".json") or head[:1] == "[":
-            if str(self.path) == "-":  # read again, record by record
-                return self._spooled(_of_lines_or_array(stream), "result", None)
-            return self._spooled(self._of_json(), "result", stream)
+            return self._spooled(self._of_json(stream), "result", None)
         return stream
 
     def _spooled(
@@ -243,11 +243,11 @@ class Results:
                 raise row.error
             yield row.first, {k: _cell(k, v) for k, v in row.cells.items() if k and v}
 
-    def _of_json(self) -> Iterator[tuple[int, Record]]:
+    def _of_json(self, stream: BinaryIO) -> Iterator[tuple[int, Record]]:
         """The records of a JSON file: of its array, or of the lists that a COCO file has."""
         table: dict[str, list[Any]] = {"images": [], "categories": []}
         number = 0
-        for key, item in iter_json(self.path):
+        for key, item in iter_json(self.path, stream):
             if key in table:
                 table[key].append(item)
             elif key in _LISTS:
@@ -391,16 +391,6 @@ def _number(text: str) -> float | str:
 
 def _absent(columns: list[str]) -> list[str]:
     return [column for column in ("expression", "mask") if column not in columns]
-
-
-def _of_lines_or_array(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
-    """Records of stdin that is a JSON array; held as a whole, since it has no second pass."""
-    with stream:
-        found = parse_json(stream.read(), "<stdin>")
-    for number, item in enumerate(found if isinstance(found, list) else [found]):
-        if not isinstance(item, Mapping):
-            raise DataError(f"<stdin>: result {number} is {brief(item)}", "give objects")
-        yield number, dict(item)
 
 
 def _find(path: Path) -> Path:

@@ -53,7 +53,7 @@ def test_a_folder_is_walked_in_order_with_paths_as_given(tmp_path: Path) -> None
     assert asked(found)[0] == (f"{tmp_path}/in/a.PNG#0", "x")
     inputs = Inputs([str(tmp_path / "in")], ["x"])
     assert len(list(inputs)) == len(list(inputs)) == 4
-    assert inputs.skipped == {"files that are no images": 1, "hidden files and folders": 1}
+    assert inputs.skipped == {".txt files": 1, "hidden files and folders": 1}
 
 
 def test_several_expressions_are_numbered_from_0(tmp_path: Path) -> None:
@@ -195,9 +195,6 @@ BAD_LINES = [
     ('{"image": "a.jpg", "expression": "x", "id": true}', "'id' is True"),
     ('{"image": "a.jpg", "expression": "x", "id": "taken"}', "'taken' was given before"),
     ('{"image": "a.jpg", "expression": "half \\ud83d"}', "not Unicode text"),
-    ('{"image": "../a.jpg", "expression": "x"}', "lies outside"),
-    ('{"image": "sub/../../a.jpg", "expression": "x"}', "lies outside"),
-    ('{"image": "/etc/passwd.jpg", "expression": "x"}', "lies outside"),
     ('{"image": "a\\u0000.jpg", "expression": "x"}', "not a path"),
     ('{"image": "a.jpg", "expression": "' + "x" * MAX_LINE + '"}', "longer than"),
     ("[" * 200_000, "nested too deep"),
@@ -250,8 +247,12 @@ def test_image_root_moves_where_paths_start_and_how_far_they_may_go(tmp_path: Pa
         {"image": "../d.jpg", "expression": "x"},
     )
     found = entries(path, image_root=tmp_path)
-    assert [entry.sample is not None for entry in found] == [True, True, True, False]
+    assert [entry.sample is not None for entry in found] == [True] * 4
     assert os.path.normpath(found[0].sample.path) == str(tmp_path / "a.jpg")
+    assert os.path.normpath(found[3].sample.path) == str(tmp_path.parent / "d.jpg")
+    confined = list(Inputs([str(path)], image_root=tmp_path, confine=True))
+    assert [entry.sample is not None for entry in confined] == [True, True, True, False]
+    assert "'../d.jpg' lies outside of" in wrong(confined)[0]
     everything = entries(path, image_root=Path("/"))
     assert everything[2].sample.path == tmp_path / "c.jpg"
 
@@ -319,7 +320,8 @@ def test_coco_files(tmp_path: Path) -> None:
     }
     path = tmp_path / "c.json"
     path.write_text(json.dumps(data))
-    inputs = Inputs([str(path)])
+    assert asked(list(Inputs([str(path)]))) == [("11", "x"), ("12", "y"), ("13", "z")]
+    inputs = Inputs([str(path)], confine=True)
     found = list(inputs)
     assert asked(found) == [("11", "x"), ("12", "y")]
     assert "lies outside" in wrong(found)[0]
