@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+# The module under ``signal``: it is there at once, where ``signal`` takes milliseconds to import.
+import _signal  # type: ignore[import-not-found]
 import os
-import signal
 import sys
-from types import FrameType
+
+
+def _leave(number: int, frame: object) -> None:
+    os.write(2, b"error: interrupted\n")
+    os._exit(130)
+
+
+# A Ctrl-C while the command line is still imported ends without a traceback.
+_before = _signal.signal(_signal.SIGINT, _leave)
 
 
 def main() -> int:
-    """Run the command line; a Ctrl-C while it is still imported ends without a traceback."""
-    before = signal.signal(signal.SIGINT, _leave)
+    """Run the command line."""
     from risam_cli.cli import main as run
 
-    signal.signal(signal.SIGINT, before)
+    _signal.signal(_signal.SIGINT, _before)
     return run()
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    os.write(2, b"error: interrupted\n")
-    os._exit(130)
 
 
 if __name__ == "__main__":

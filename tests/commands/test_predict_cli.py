@@ -387,14 +387,17 @@ def test_a_manifest_that_is_hostile_writes_nowhere_else(predict: Call, tmp_path:
     (inside / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (inside / "sub").mkdir()
     before = {path for path in tmp_path.rglob("*") if "out" not in path.parts}
-    assert predict(inside / "m.jsonl") == 3
-    after = {p for p in tmp_path.rglob("*") if tmp_path / "out" not in [p, *p.parents]}
-    assert after == {path for path in before if tmp_path / "out" not in [path, *path.parents]}
-    assert [record["image"] for record in records()] == ["sub/../a.png", "./a.png", "a.png"]
-    for record in records():
-        assert (Path("out") / record["mask"]).is_file()
-        assert ".." not in Path(record["mask"]).parts
-    assert len(failures()) == 3
+    within = ["sub/../a.png", "./a.png", "a.png"]
+    outside = ["../outside.png", str(tmp_path / "outside.png")]
+    for options, names in (((), outside + within), (("--confine", "--overwrite"), within)):
+        assert predict(inside / "m.jsonl", *options) == 3
+        after = {p for p in tmp_path.rglob("*") if tmp_path / "out" not in [p, *p.parents]}
+        assert after == {path for path in before if tmp_path / "out" not in [path, *path.parents]}
+        assert [record["image"] for record in records()] == names
+        for record in records():
+            assert (Path("out") / record["mask"]).is_file()
+            assert ".." not in Path(record["mask"]).parts
+        assert len(failures()) == 6 - len(names)
 
 
 # --- looking first --------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_every_hostile_line_costs_a_row_at_most(
     (folder / "m.jsonl").write_bytes(b"\n".join(line for line, _ in lines))
     before = _outside(tmp_path, tmp_path / "out")
     options = ["--save", "png,overlay", "--model", model_folder, "-o", tmp_path / "out"]
-    done = cli("predict", folder / "m.jsonl", "--jsonl", "-", *options)
+    done = cli("predict", folder / "m.jsonl", "--confine", "--jsonl", "-", *options)
     assert done.returncode == 3, done.stderr
     assert "internal error" not in done.stderr
     assert not {c for c in done.stdout + done.stderr if c < " " and c != "\n"}

@@ -354,7 +354,7 @@ def _too_large(path: Path, told: str, limit: int) -> ImageError:
     pixels = re.search(r"\d+", told)
     found = f"{pixels[0]} pixels are" if pixels else "it is"
     return ImageError(
-        f"{path}: {found} more than {limit}", "raise --max-pixels if you trust the image"
+        f"{path}: {found} more than {limit}", "raise max_pixels if you trust the image"
     )
 
 
