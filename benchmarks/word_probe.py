@@ -145,7 +145,7 @@ def read(
     ids, roles = [], []
     seen: list[Tensor] = []
     hooks = [
-        block.register_forward_hook(lambda _m, _i, output: seen.append(output[1]))
+        block.register_forward_hook(lambda _m, _i, output: seen.append(output[1].words))
         for block in network.attention
     ]
     for start in range(0, len(scenes), 8):

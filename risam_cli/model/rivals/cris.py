@@ -104,6 +104,21 @@ class CrisDecoder(MaskDecoder):
         return torch.stack(moved).sum(dim=0) + bias
 
 
+class PixelAttention(CrossAttention):
+    """The same where both sides are pixels: fused, so that N×N weights are never held."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Maps (E, N, C) thrice to (E, N, C)."""
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, x in ((self.query, query), (self.key, key), (self.value, value))
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, mask)  # (E, heads, N, d)
+        return self.output(attended.transpose(1, 2).flatten(2))
+
+
 class CrisNeck(nn.Module):
     """Cross-modal neck: the sentence gates the deep features, the other depths are added.
 
@@ -147,7 +162,7 @@ class CrisLayer(nn.Module):
     def __init__(self, dim: int, heads: int, ffn_dim: int) -> None:
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
-        self.self_attention = CrossAttention(dim, heads, downsample=1)
+        self.self_attention = PixelAttention(dim, heads, downsample=1)
         self.self_norm = nn.LayerNorm(dim)
         self.word_attention = CrossAttention(dim, heads, downsample=1)
         self.word_norm = nn.LayerNorm(dim)

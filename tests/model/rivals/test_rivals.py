@@ -24,8 +24,8 @@ from support.paths import REPO
 from support.training_runs import RAW
 from torch.nn import functional as F
 
-from risam_cli.model.mask_decoder import Decoded
-from risam_cli.model.rivals.cris import CrisDecoder, CrisTaps
+from risam_cli.model.mask_decoder import CrossAttention, Decoded
+from risam_cli.model.rivals.cris import CrisDecoder, CrisTaps, PixelAttention
 from risam_cli.model.rivals.rela import RelaDecoder
 from risam_cli.settings.load import check
 from risam_cli.settings.model import ModelSettings
@@ -80,6 +80,15 @@ def test_the_neck_lets_the_sentence_gate_the_deep_features_alone() -> None:
     assert torch.allclose(quiet, neck(other, noise(2, DIM, seed=3)), atol=1e-6)
     other[:, :DIM] += 1
     assert relative_error(neck(other, noise(2, DIM, seed=3)), quiet) > 0.01
+
+
+@torch.no_grad()
+def test_fused_attention_over_pixels_is_the_written_out_one() -> None:
+    fused = randomize(PixelAttention(DIM, HEADS, downsample=1))
+    plain = CrossAttention(DIM, HEADS, downsample=1)
+    plain.load_state_dict(fused.state_dict())
+    pixels = noise(2, 15, DIM)
+    assert relative_error(fused(pixels, pixels, pixels), plain(pixels, pixels, pixels)) < 1e-5
 
 
 def test_the_taps_keep_their_depths_apart() -> None:
