@@ -18,7 +18,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from risam_cli.console.console import get_console
 from risam_cli.data.images.files import FileStamp, file_stamp
 from risam_cli.data.images.frames import Frame
 from risam_cli.data.images.images import MAX_PIXELS, Bands, EncoderImage, read_for_encoder
@@ -147,6 +148,12 @@ class _Task:
     deaths: int = 0  # of processes that had it in hand
 
 
+def _settle(task: _Task, loaded: Loaded) -> None:
+    """Says what became of an image, unless that was said before."""
+    with suppress(InvalidStateError):
+        task.future.set_result(loaded)
+
+
 class _Loader:
     """What both kinds of loader have."""
 
@@ -176,22 +183,13 @@ class ThreadLoader(_Loader):
     def __init__(self, settings: LoaderSettings, load: Load, prepare: Prepare | None) -> None:
         super().__init__(settings, load, prepare)
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._lanes: list[_Lane] = []
-        for _ in range(settings.threads):
-            self._open_lane()
-
-    @property
-    def lanes(self) -> int:
-        """How many images are loaded at a time."""
-        return len(self._lanes)
+        self._threads = {_Decoder(self._tasks, self._read) for _ in range(settings.threads)}
+        self.lanes = settings.threads  # images that are loaded at a time
 
     def __exit__(self, *exception: object) -> None:
         """Ends all threads; images that were not begun are dropped."""
-        with self._lock:
-            lanes, self._lanes = self._lanes, []
-        for lane in lanes:
-            lane.stopped = True
+        for thread in self._threads:
+            thread.stopped = True
             self._tasks.put(None)
 
     def submit(self, path: Path) -> Future[Loaded]:
@@ -206,69 +204,42 @@ class ThreadLoader(_Loader):
         A thread cannot be ended from outside; it is left behind.
         """
         limit = time.monotonic() - self._settings.timeout
-        with self._lock:
-            stalled = [lane for lane in self._lanes if lane.since < limit]
-            for lane in stalled:
-                self._lanes.remove(lane)
-        for lane in stalled:
-            lane.abandon(self._settings.timeout)
-            self._open_lane()
+        for thread in list(self._threads):
+            hand = thread.hand
+            if hand is not None and hand[1] < limit:
+                thread.stopped = True
+                self._threads.remove(thread)
+                self._threads.add(_Decoder(self._tasks, self._read))
+                _settle(hand[0], _over_time(hand[0].path, self._settings.timeout))
 
-    def _open_lane(self) -> None:
-        lane = _Lane(self._tasks, self._loaded)
-        with self._lock:
-            self._lanes.append(lane)
-        lane.start()
-
-    def _loaded(self, task: _Task) -> Loaded:
+    def _read(self, task: _Task) -> Loaded:
         return self._prepared(task, _loaded(self._load, task.path, self._settings))
 
 
-class _Lane(threading.Thread):
+class _Decoder(threading.Thread):
     """Takes one task after another; a daemon, so that a stalled drive cannot hold the exit.
 
     Attributes:
-        since: when the task in hand was begun, on the monotonic clock; infinite without one.
-        stopped: set from outside, ends the lane after the task in hand.
+        hand: the task in hand, and when it was begun on the monotonic clock.
+        stopped: set from outside, ends the thread after the task in hand.
     """
 
     def __init__(
-        self, tasks: queue.SimpleQueue[_Task | None], load: Callable[[_Task], Loaded]
+        self, tasks: queue.SimpleQueue[_Task | None], read: Callable[[_Task], Loaded]
     ) -> None:
         super().__init__(daemon=True, name="risam-loader")
         self._tasks = tasks
-        self._load = load
-        self._lock = threading.Lock()
-        self._task: _Task | None = None
-        self.since = float("inf")
+        self._read = read
+        self.hand: tuple[_Task, float] | None = None
         self.stopped = False
+        self.start()
 
     def run(self) -> None:
-        while not self.stopped:
-            task = self._tasks.get()
-            if task is None:
-                break
-            with self._lock:
-                self._task, self.since = task, time.monotonic()
-            loaded = self._load(task)
-            # Set outside of the lock: whoever waits on the future may come back for it.
-            if self._release(task):
-                task.future.set_result(loaded)
-
-    def abandon(self, seconds: float) -> None:
-        """Fails the task in hand and ends the lane, should it ever come back."""
-        self.stopped = True
-        task = self._task
-        if task is not None and self._release(task):
-            task.future.set_result(_over_time(task.path, seconds))
-
-    def _release(self, task: _Task) -> bool:
-        """Whether the caller, alone, may say what became of the task."""
-        with self._lock:
-            mine = self._task is task
-            if mine:
-                self._task, self.since = None, float("inf")
-            return mine
+        while not self.stopped and (task := self._tasks.get()) is not None:
+            self.hand = task, time.monotonic()
+            loaded = self._read(task)
+            self.hand = None
+            _settle(task, loaded)
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -294,6 +265,11 @@ class ProcessLoader(_Loader, threading.Thread):
         self._closed = False
         self._error: RisamError | None = None
         self.lanes, self._ahead = _fit_shared_memory(settings)
+        if self.lanes < settings.workers:
+            get_console().warn(
+                f"/dev/shm has room for {self.lanes} worker processes instead of "
+                f"{settings.workers}; give a container more (docker run --shm-size)"
+            )
         self._context = _Processes()
         self._pool = ThreadPoolExecutor(min(4, self.lanes), "risam-prepare")
         self.start()
