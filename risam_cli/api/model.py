@@ -109,12 +109,12 @@ def load(
         raise UsageError(
             f"batch_size {batch_size}, workers {workers}", "give at least 1, and at least 0"
         )
-    place = choose_device(device)
-    number = choose_precision(precision, place)
+    chosen = choose_device(device)
+    dtype = choose_precision(precision, chosen)
     settings = PredictSettings(
-        place, number, batch_size=batch_size, workers=workers, full_decode=full_decode
+        chosen, dtype, batch_size=batch_size, workers=workers, full_decode=full_decode
     )
-    return Model(load_segmenter(model, device=place, precision=number), settings)
+    return Model(load_segmenter(model, device=chosen, precision=dtype), settings)
 
 
 class Model:
@@ -333,11 +333,11 @@ class EncodedImage:
     ) -> Result | Results:
         """As :meth:`Model.predict` on this image, without encoding it again."""
         settings = self._model._with(**options)
-        bar = settings.no_target_threshold
-        bar = self._model.no_target_threshold if bar is None else bar
+        no_target = settings.no_target_threshold
+        no_target = self._model.no_target_threshold if no_target is None else no_target
         asked = expressions_of(self.image, texts_of(expressions))
         sample = Sample(self.image, Path(self.image), asked)
-        found = self._model._session(settings).ask(self._encoded, sample, bar)
+        found = self._model._session(settings).ask(self._encoded, sample, no_target)
         if found.failures:
             raise _error_of(found.failures[0])
         results = Results(Result(prediction, self._source) for prediction in found.predictions)

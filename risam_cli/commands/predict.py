@@ -317,9 +317,8 @@ def _run(
     from risam_cli.inference.device import choose_device, choose_precision
     from risam_cli.inference.feature_cache import CacheSettings
     from risam_cli.inference.pipeline import PredictSettings
-    from risam_cli.runs.plan import RunPlan
-    from risam_cli.runs.run import run_predict
-    from risam_cli.runs.stager import Saving
+    from risam_cli.runs.run import RunPlan, run_predict
+    from risam_cli.runs.writer import Saving
     from risam_cli.segmenters.resolve import load_segmenter
 
     device = choose_device(options.device)

@@ -50,8 +50,8 @@ def answer_and_score(
     source, absent = drop_missing_images(source, failures)
     skipped = failures.by_stage["decode"]
     settings = _settings(asked, segmenter, protocol, device, precision)
-    bar = settings.no_target_threshold
-    assert bar is not None
+    no_target_threshold = settings.no_target_threshold
+    assert no_target_threshold is not None
     console.info(f"{segmenter.name} on {describe_device(device)}, {precision_name(precision)}")
 
     seconds = StageSeconds()
@@ -79,17 +79,17 @@ def answer_and_score(
                 unknown.see(result.predictions)
                 yield item, result
 
-        answers = answers_from_model(source, run, log, bar, protocol, seconds, failures)
+        answers = answers_from_model(source, run, log, no_target_threshold, protocol, seconds, failures)
         done = run_evaluation(source, answers, protocol, asked.output, console)
     unknown.tell()
-    fit = _fit(asked, done, bar) if asked.fit_no_target else None
+    fit = _fit(asked, done, no_target_threshold) if asked.fit_no_target else None
     return Done(
         done,
         AnswersPart(
             kind="model",
             name=segmenter.name,
             sha256=segmenter.hash,
-            no_target_threshold=bar,
+            no_target_threshold=no_target_threshold,
             device=describe_device(device),
             precision=precision_name(precision),
         ),
@@ -123,7 +123,11 @@ def _settings(
     precision: torch.dtype,
 ) -> PredictSettings:
     """How the model answers: by the protocol's threshold, where it means what it says."""
-    own, bar, threshold = segmenter.thresholds, asked.no_target_threshold, asked.threshold
+    own, no_target_threshold, threshold = (
+        segmenter.thresholds,
+        asked.no_target_threshold,
+        asked.threshold,
+    )
     if threshold is None:
         threshold = protocol.threshold if own.calibrated else own.mask
     return PredictSettings(
@@ -132,7 +136,7 @@ def _settings(
         asked.batch_size,
         asked.workers,
         threshold=threshold,
-        no_target_threshold=own.no_target if bar is None else bar,
+        no_target_threshold=own.no_target if no_target_threshold is None else no_target_threshold,
         keep_raw=True,
         full_decode=asked.full_decode,
         select=asked.select,

@@ -122,13 +122,13 @@ class Finishers(Generic[T]):
     """A bounded pool that finishes answers; results come out in the order of the source.
 
     Args:
-        bar: probability of "nothing fits" above which the mask is emptied.
+        no_target_threshold: probability of "nothing fits" above which the mask is emptied.
         keep_raw: also give the mask before that rule.
         sink: keeps full-size masks.
     """
 
-    def __init__(self, bar: float, keep_raw: bool, sink: MaskSink | None) -> None:
-        self._bar = bar
+    def __init__(self, no_target_threshold: float, keep_raw: bool, sink: MaskSink | None) -> None:
+        self._no_target_threshold = no_target_threshold
         self._keep_raw = keep_raw
         self._sink = sink
         self._changed = threading.Condition()
@@ -270,7 +270,7 @@ class Finishers(Generic[T]):
             return Failure(
                 expression.id, sample.image, expression.text, "predict", answer.error_kind, message
             )
-        nothing = answer.empty or answer.no_target > self._bar
+        nothing = answer.empty or answer.no_target > self._no_target_threshold
         if nothing or not answer.by_instance:
             return [self._prediction(entry.sample, expression, answer, 0, nothing, None)]
         return [

@@ -393,7 +393,7 @@ class ProcessLoader(_Loader, threading.Thread):
     def _died(self, hands: _Hands, error: Exception) -> None:
         """Counts a death against the images that dead processes had in hand."""
         dead = [(k, p) for k, p in enumerate(self._context.started) if p.exitcode is not None]
-        ends = {hands.held_by(place): process.exitcode for place, process in dead}
+        ends = {hands.held_by(worker): process.exitcode for worker, process in dead}
         guilty = {n: end for n, end in ends.items() if n in self._in_flight}
         if not guilty and self._in_flight:
             # It died on its way, or never came up: the image that is waited for pays for it, so

@@ -120,8 +120,9 @@ def predict_samples(
     Raises:
         RisamError: what the source or the sink raised, or a device that failed for good.
     """
-    bar = settings.no_target_threshold
-    bar = segmenter.thresholds.no_target if bar is None else bar
+    no_target_threshold = settings.no_target_threshold
+    if no_target_threshold is None:
+        no_target_threshold = segmenter.thresholds.no_target
     _require_instances(segmenter, settings)
     # A CPU takes images one by one anyway: then each leaves as soon as it is done.
     batch = 1 if settings.device.type == "cpu" else settings.batch_size
@@ -132,7 +133,7 @@ def predict_samples(
     with (
         threads_of(0),  # the lanes set it for themselves, and for whatever thread is new
         open_loader(_loading(segmenter, settings, lanes), prepare=runs[0].prepare) as loader,
-        Finishers[T](bar, settings.keep_raw, sink) as finishers,
+        Finishers[T](no_target_threshold, settings.keep_raw, sink) as finishers,
     ):
         feeder = Feeder(samples, loader, settings.lookahead, 2 * batch * lanes + loader.lanes)
         network = _Network(feeder, finishers, runs, batch, stop)
@@ -310,16 +311,16 @@ class Session(Compute):
         except Exception as error:
             raise _explained(error) from error
 
-    def ask(self, encoded: Encoded, sample: Sample, bar: float) -> ImageResult:
+    def ask(self, encoded: Encoded, sample: Sample, no_target_threshold: float) -> ImageResult:
         """The result for a sample whose image was encoded before, as a whole run gives it.
 
         Args:
-            bar: probability of "nothing fits" above which the mask is emptied.
+            no_target_threshold: probability of "nothing fits" above which the mask is emptied.
         """
         texts = [expression.text for expression in sample.expressions]
         with (
             threads_of(self.settings.cores.threads),
-            Finishers[None](bar, False, None) as finishers,
+            Finishers[None](no_target_threshold, False, None) as finishers,
         ):
             finishers.begin(0, sample, None, Loaded(encoded.image, "", None, 0.0))
             job = Job(encoded.image, texts, [len(texts)])

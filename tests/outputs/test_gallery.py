@@ -24,7 +24,7 @@ from risam_cli.runs.folder import RunFolder
 from risam_cli.runs.gallery import write_gallery
 from risam_cli.runs.merge import find_parts, merge_parts
 from risam_cli.runs.shard import Shard
-from risam_cli.runs.stager import Saving
+from risam_cli.runs.writer import Saving
 
 HTML = Saving(png=True, overlay=False, max_pixels=MAX_PIXELS, html=True)
 HOSTILE = (

@@ -23,8 +23,8 @@ from support.predict_runs import CPU, Killed, Run, contents, draw, draw_pictures
 from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.errors import OutputError
 from risam_cli.inference.pipeline import PredictSettings
-from risam_cli.runs import stager
-from risam_cli.runs.stager import Saving
+from risam_cli.runs import writer
+from risam_cli.runs.writer import Saving
 
 ALL = Saving(True, True, MAX_PIXELS)
 
@@ -142,7 +142,7 @@ def test_a_disk_that_takes_no_mask_ends_the_run(
         return real(path, *args, **more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(stager, "open", opened, raising=False)
+        patched.setattr(writer, "open", opened, raising=False)
         with pytest.raises(OutputError) as caught:
             Run([pictures], out, saving=ALL).go()
     assert os.strerror(getattr(errno, number)) in str(caught.value)
@@ -207,7 +207,7 @@ def test_an_image_gone_before_its_overlay_fails_alone(
 def test_an_overlay_that_stalls_fails_alone(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = stager.open_rgb
+    real = writer.open_rgb
     let_go = threading.Event()
 
     def stall(path: Path, *more: Any) -> Any:
@@ -215,7 +215,7 @@ def test_an_overlay_that_stalls_fails_alone(
             let_go.wait(60)
         return real(path, *more)
 
-    monkeypatch.setattr(stager, "open_rgb", stall)
+    monkeypatch.setattr(writer, "open_rgb", stall)
     out = tmp_path / "out"
     run = Run([pictures], out, saving=replace(ALL, timeout=0.3))
     assert run.go() == 3

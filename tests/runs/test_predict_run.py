@@ -41,7 +41,7 @@ from risam_cli.runs.folder import RunFolder
 from risam_cli.runs.ledger import LEDGER, read_lines
 from risam_cli.runs.merge import find_parts, merge_parts
 from risam_cli.runs.shard import Shard
-from risam_cli.runs.stager import Saving
+from risam_cli.runs.writer import Saving
 
 
 @pytest.fixture

@@ -17,9 +17,8 @@ from risam_cli.data.inputs.inputs import Inputs
 from risam_cli.inference.pipeline import PredictSettings
 from risam_cli.runs.folder import RunFolder
 from risam_cli.runs.ledger import LEDGER
-from risam_cli.runs.plan import RunPlan
-from risam_cli.runs.run import run_predict
-from risam_cli.runs.stager import Saving
+from risam_cli.runs.run import RunPlan, run_predict
+from risam_cli.runs.writer import Saving
 from support.predict_fakes import FakeModel
 
 CPU = torch.device("cpu")
