@@ -8,6 +8,7 @@ that one lacks shows as its empty box, and without one as an escape, such as ``\
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import cv2
@@ -18,6 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 from risam_cli.console.text import sanitize
 
 Alpha = NDArray[np.uint8]
+
+# OpenCV's fonts keep state: two threads that draw at once cut each other's lines short.
+_FONT = threading.Lock()
 
 _HAS_FACES = hasattr(cv2, "FontFace")
 _WEIGHT = 500  # a little bolder than regular, for small sizes on colour
@@ -72,10 +76,11 @@ def _one_line(text: str) -> str:
 def _by_opencv(line: str, size: int) -> Alpha:
     face = _face()
     height, base = round(1.3 * size), round(1.0 * size)
-    # The canvas is generous: the font's own measure leaves out overhanging strokes.
-    (_, _, measured, _) = _rect(line, face, size)
-    canvas = np.zeros((height, max(1, measured + size), 3), np.uint8)
-    cv2.putText(canvas, line, (size // 4, base), (255, 255, 255), face, size, _WEIGHT)
+    with _FONT:
+        # The canvas is generous: the font's own measure leaves out overhanging strokes.
+        (_, _, measured, _) = _rect(line, face, size)
+        canvas = np.zeros((height, max(1, measured + size), 3), np.uint8)
+        cv2.putText(canvas, line, (size // 4, base), (255, 255, 255), face, size, _WEIGHT)
     return _cut(canvas[..., 0])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -184,6 +185,15 @@ def test_any_text_is_drawn(text):
     drawn = text_mask(text, 24)
     assert drawn.shape[0] == round(1.3 * 24)
     assert drawn.any() == bool(text)
+
+
+def test_threads_that_draw_at_once_draw_what_one_draws():
+    asked = [(words, size) for words in ("the rightmost pink circle", "a") for size in (12, 24)]
+    alone = [text_mask(*one) for one in asked]
+    with ThreadPoolExecutor(8) as pool:
+        drawn = list(pool.map(lambda one: text_mask(*one), asked * 300))
+    for place, one in enumerate(drawn):
+        assert np.array_equal(one, alone[place % len(asked)])
 
 
 def test_control_characters_are_drawn_as_escapes():
