@@ -314,8 +314,9 @@ def _run(
 ) -> int:
     """Loads the model and runs; torch is imported here and not before."""
     loading = time.perf_counter()
-    from risam_cli.inference.device import choose_device, choose_precision
+    from risam_cli.inference.device import choose_device, choose_precision, count_workers
     from risam_cli.inference.feature_cache import CacheSettings
+    from risam_cli.inference.loader import warm_up
     from risam_cli.inference.pipeline import PredictSettings
     from risam_cli.runs.run import RunPlan, run_predict
     from risam_cli.runs.writer import Saving
@@ -338,6 +339,7 @@ def _run(
         bands=options.bands,
     )
     imported = time.perf_counter()
+    warm_up(count_workers(options.workers, device.type))
     segmenter = load_segmenter(
         options.model, device=device, precision=settings.precision, compiled=options.compiled
     )

@@ -22,11 +22,13 @@ from risam_cli.files.write import write_atomic
 from risam_cli.inference.device import (
     choose_device,
     choose_precision,
+    count_workers,
     describe_device,
     precision_name,
 )
 from risam_cli.inference.feature_cache import cache_for
 from risam_cli.inference.finish import ImageResult
+from risam_cli.inference.loader import warm_up
 from risam_cli.inference.pipeline import PredictSettings, instance_rules, predict_samples
 from risam_cli.inference.unknown_words import UnknownWords
 from risam_cli.metrics.curves import fit_no_target
@@ -46,6 +48,7 @@ def answer_and_score(
     console = get_console()
     device = choose_device(asked.device)
     precision = choose_precision(asked.precision, device)
+    warm_up(count_workers(asked.workers, device.type))
     segmenter = _load(asked, device, precision)
     source, absent = drop_missing_images(source, failures)
     skipped = failures.by_stage["decode"]

@@ -175,6 +175,11 @@ def training_precision(name: str, device: torch.device) -> torch.dtype:
     return choose_precision(name, device)
 
 
+def count_workers(workers: int | None, device_type: str) -> int:
+    """Loader processes: as many as the user says, else what suits the device."""
+    return default_workers(device_type) if workers is None else workers
+
+
 def default_workers(device_type: str) -> int:
     """Loader processes where the user names no number.
 

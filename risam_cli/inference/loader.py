@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -136,6 +137,14 @@ def open_loader(
     if settings.workers:
         return ProcessLoader(settings, load, prepare)
     return ThreadLoader(settings, load, prepare)
+
+
+def warm_up(workers: int) -> None:
+    """Starts what worker processes are forked from: it imports torch while a model is loaded."""
+    if workers and _CLEAN == "forkserver":
+        _Processes()
+        with suppress(OSError):  # told of where the processes themselves cannot be started
+            forkserver.ensure_running()
 
 
 @dataclass(slots=True, eq=False)

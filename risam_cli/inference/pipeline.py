@@ -24,7 +24,7 @@ from risam_cli.errors import ModelError, UsageError
 from risam_cli.inference.compute import Compute, ComputeSettings, Job, Select
 from risam_cli.inference.device import (
     Room,
-    default_workers,
+    count_workers,
     is_out_of_memory,
     share_cores,
     threads_of,
@@ -150,12 +150,9 @@ def predict_samples(
 
 def _loading(segmenter: Segmenter, settings: PredictSettings, lanes: int) -> LoaderSettings:
     """How images are loaded for so many lanes of the network."""
-    workers = settings.workers
-    if workers is None:
-        workers = default_workers(settings.device.type)
     return LoaderSettings(
         segmenter.frames,
-        workers,
+        count_workers(settings.workers, settings.device.type),
         settings.max_pixels,
         settings.timeout,
         settings.full_decode,
