@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 import click
 
 from risam_cli.commands.options import verbosity_options
+from risam_cli.errors import UsageError
 
 
 @click.command(name="train")
@@ -21,11 +23,27 @@ from risam_cli.commands.options import verbosity_options
     metavar="KEY=VALUE",
     help="Change one setting, such as --set optimizer.ema_decay=0. Repeatable.",
 )
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint of the same run.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Steps of each stage, for a short run.",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from the last checkpoint of the same run; CONFIG may be its folder.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier run in the output folder.")
 @click.option("--print-config", is_flag=True, help="Print the whole configuration and stop.")
 @verbosity_options
 def command(
-    config: Path, overrides: tuple[str, ...], resume: bool, print_config: bool
+    config: Path,
+    overrides: tuple[str, ...],
+    steps: int | None,
+    resume: bool,
+    overwrite: bool,
+    print_config: bool,
 ) -> int | None:
     """Train a model as CONFIG, a YAML file, says.
 
@@ -36,13 +54,20 @@ def command(
     \b
     Examples:
       risam train configs/refshapes_tiny.yaml
-      risam train configs/refshapes_tiny.yaml --set seed=1 --set output=runs/seed1 --resume
+      risam train configs/refshapes_tiny.yaml --set seed=1 --set output=runs/seed1
+      risam train --resume runs/seed1
       torchrun --nproc-per-node 2 -m risam_cli train configs/refshapes_tiny.yaml
     """
     from risam_cli.settings.load import dump
     from risam_cli.settings.train import load_settings
     from risam_cli.weights.folder import stored_settings
 
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite contradict each other", "give one of them")
+    if config.is_dir():
+        config, overrides = _run_of(config, overrides, resume)
+    if steps is not None:
+        overrides = (*overrides, f"stages.*.steps={steps}")
     read = partial(load_settings, config, overrides, stored=stored_settings)
     if print_config:
         click.echo(dump(read()), nl=False)
@@ -58,10 +83,30 @@ def command(
     try:
         with joined() as processes:
             typed = ["risam", *sys.argv[1:]]
-            train(settings or read(), resume=resume, processes=processes, command=typed)
+            train(
+                settings or read(),
+                resume=resume,
+                overwrite=overwrite,
+                processes=processes,
+                command=typed,
+            )
     except Told as told:
         return told.exit_code
     return None
+
+
+def _run_of(
+    folder: Path, overrides: tuple[str, ...], resume: bool
+) -> tuple[Path, tuple[str, ...]]:
+    """The settings that a run has stored in its folder, wherever that lies now."""
+    stored = folder / "config.resolved.yaml"
+    if not resume:
+        raise UsageError(
+            f"{folder} is a folder", "give a YAML file, or --resume with the folder of a run"
+        )
+    if not stored.is_file():
+        raise UsageError(f"{folder} holds no training run", "give the output folder of one")
+    return stored, (f"output={json.dumps(str(folder))}", *overrides)
 
 
 def _is_one_of_several() -> bool:

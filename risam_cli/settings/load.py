@@ -93,14 +93,19 @@ def check(kind: type[AnySettings], raw: Any, where: str) -> AnySettings:
 
 
 def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[str, str]:
-    problems = error.errors()
-    first = problems[0]
+    every = error.errors()
+    # A list is also said to be too short where an item of it is wrong.
+    problems = [p for p in every if not any(_is_below(q["loc"], p["loc"]) for q in every)]
+    # A misspelt key is also one that is missing under its right name: the former tells more.
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path = [str(part) for part in first["loc"]]
-    key = ".".join(path)
+    key = ".".join(_as_written(kind, path))
     if first["type"] == "extra_forbidden":
         known = _fields_at(kind, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        meant = (*first["loc"][:-1], near[0]) if near else ()
+        problems = [p for p in problems if p["type"] != "missing" or p["loc"] != meant]
         message = f"{where}: unknown key {key!r}"
     elif first["type"] == "missing":
         message, hint = f"{where}: key {key!r} is missing", "add it"
@@ -113,8 +118,31 @@ def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[
     return message + (f" (and {more} more)" if more else ""), hint
 
 
+def _is_below(place: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
+    return len(place) > len(other) and place[: len(other)] == other
+
+
+def _as_written(kind: type[Settings], path: list[str]) -> list[str]:
+    """The path without the tags of unions, which pydantic puts in."""
+    written: list[str] = []
+    for number, part in enumerate(path):
+        if part not in _tags_at(kind, path[:number]):
+            written.append(part)
+    return written
+
+
+def _tags_at(kind: type[Settings], path: list[str]) -> set[str]:
+    """The tags that stand after a place in an error's path, where a union is."""
+    candidates = _kinds_at(kind, path)
+    return {tag for one in candidates for tag in _tags(one)} if len(candidates) > 1 else set()
+
+
 def _fields_at(kind: type[Settings], path: list[str]) -> list[str]:
     """Names of the settings at a place in an error's path, tags of unions and all."""
+    return list(dict.fromkeys(name for c in _kinds_at(kind, path) for name in c.model_fields))
+
+
+def _kinds_at(kind: type[Settings], path: list[str]) -> list[type[Settings]]:
     candidates = [kind]
     for part in path:
         held = [c.model_fields[part].annotation for c in candidates if part in c.model_fields]
@@ -122,7 +150,7 @@ def _fields_at(kind: type[Settings], path: list[str]) -> list[str]:
             candidates = [found for annotation in held for found in _nested(annotation)]
         else:  # A list index, a name in a table, or a union's tag, which picks one of them.
             candidates = [c for c in candidates if part in _tags(c)] or candidates
-    return list(dict.fromkeys(name for c in candidates for name in c.model_fields))
+    return candidates
 
 
 def _nested(annotation: Any) -> list[type[Settings]]:
@@ -138,6 +166,8 @@ def _tags(kind: type[Settings]) -> list[str]:
 
 def apply_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
     """Sets one ``a.b.c=value`` in nested settings; the value is read as YAML.
+
+    In a list, a part is the number of an item, or ``*`` for all of them.
 
     Raises:
         ConfigError: where there is no ``=`` or a part of the key is not a section.
@@ -156,6 +186,8 @@ def _set(values: Any, keys: list[str], value: Any, override: str) -> Any:
     if not keys:
         return value
     head, rest = keys[0], keys[1:]
+    if isinstance(values, list) and head == "*":
+        return [_set(one, rest, value, override) for one in values]
     if isinstance(values, list) and head.isdigit() and int(head) < len(values):
         number = int(head)
         return [_set(v, rest, value, override) if i == number else v for i, v in enumerate(values)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import islice
@@ -37,48 +38,60 @@ from risam_cli.training.checkpoint import (
 )
 from risam_cli.training.data.collate import DealtBatches, PlannedBatches, begin_worker
 from risam_cli.training.distributed import Processes
-from risam_cli.training.log import TrainingLog
+from risam_cli.training.log import METRICS, PICTURES, TrainingLog
 from risam_cli.training.optimize import NotFinite, Stepper, autocast, rate_factor
 from risam_cli.training.page import PAGE, write_page
 from risam_cli.training.stage import Stage, TrainingBuilder, stage_hashes
+from risam_cli.weights.folder import CARD_FILE
 
+RESOLVED = "config.resolved.yaml"
+_MODELS = ("best", "averaged")
 _NAMED = 8  # images of a bad batch that a message names
 
 
 def train(
     settings: TrainSettings,
     *,
-    resume: bool,
+    resume: bool = False,
+    overwrite: bool = False,
     processes: Processes | None = None,
     command: Sequence[str] = (),
 ) -> Path:
     """Runs every stage and returns the folder of the best model.
 
+    A start that fails before its first step leaves nothing behind.
+
     Args:
+        resume: go on from the folder's last checkpoint, if it has one.
+        overwrite: what an earlier run left in the folder makes way, once this one can start.
         processes: of which this is one; the first one writes.
         command: as it was typed, to be shown in ``training.html``.
 
     Raises:
-        OutputError: the output folder holds another run and ``resume`` is off, or another process
-            works in it.
+        OutputError: the output folder holds what was trained and neither ``resume`` nor
+            ``overwrite`` is given, or another process works in it.
         RisamError: data, weights or settings that do not fit, or a loss that is not finite.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
     """
     processes = processes or Processes()
     with _alone(Path(settings.output), processes):
-        return _train(settings, resume, processes, command)
+        return _train(settings, resume, overwrite, processes, command)
 
 
 def _train(
-    settings: TrainSettings, resume: bool, processes: Processes, command: Sequence[str]
+    settings: TrainSettings,
+    resume: bool,
+    overwrite: bool,
+    processes: Processes,
+    command: Sequence[str],
 ) -> Path:
     console = get_console()
     folder = Path(settings.output)
-    resolved = folder / "config.resolved.yaml"
     # All look before one writes.
-    if any(processes.gather(resolved.exists())) and not resume:
+    if any(processes.gather(holds_weights(folder))) and not (resume or overwrite):
         raise OutputError(
-            f"{folder} holds a training run", "go on with --resume, or --set output=OTHER"
+            f"{folder} holds a training run",
+            "go on with --resume, replace it with --overwrite, or --set output=OTHER",
         )
     require_own_tree(folder)
     check_paths(settings)
@@ -91,22 +104,31 @@ def _train(
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if resume and processes.leads:
-            clear_leftovers(folder)
+        # The others wait for the first one, or it would remove what they make.
+        processes.first(lambda: _make_way(folder, resume))
+        kept = {entry.name for entry in folder.iterdir()}
         run = TrainingRun(folder, builder)
         if resume:
             run.resume()
         # Only now: a refused --resume must not overwrite the settings that it asks for.
         if processes.leads:
-            write_atomic(resolved, lambda part: part.write_text(dump(settings), encoding="utf-8"))
+            text = dump(settings)
+            write_atomic(folder / RESOLVED, lambda part: part.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise OutputError(
             f"cannot write {folder}: {error.strerror}", "see space and rights"
         ) from error
-    with _page_at_the_end(folder, command, processes), closing(builder):
+    with _page_at_the_end(run, command, kept), closing(builder):
         run.run()
-    console.info(f"done: best {run.place.best:.4f}, in {folder / 'best'} ({LAST} in checkpoints/)")
-    return folder / "best"
+    best = folder / "best"
+    if not best.is_dir():  # Only dense stages: there is nothing yet that answers expressions.
+        console.info(f"done: the encoder is in {run.checkpoints.last}, curves in {folder / PAGE}")
+        return best
+    console.info(f"done: best {settings.best_by} {run.place.best:.4f}; the model is in {best}")
+    _warn_of_one_answer(settings, best)
+    console.info(f"curves and pictures: {folder / PAGE}")
+    console.info(f'use it: risam predict IMAGES -e "EXPRESSION" --model {best} -o masks')
+    return best
 
 
 @contextmanager
@@ -132,9 +154,18 @@ def _alone(folder: Path, processes: Processes) -> Iterator[None]:
 
 
 @contextmanager
-def _page_at_the_end(folder: Path, command: Sequence[str], processes: Processes) -> Iterator[None]:
-    """Writes ``training.html``, however the run ends short of a kill."""
+def _page_at_the_end(
+    run: TrainingRun, command: Sequence[str], kept: Collection[str]
+) -> Iterator[None]:
+    """Writes ``training.html``, after each validation and however the run ends short of a kill.
+
+    A run that ends before its first step is removed.
+
+    Args:
+        kept: names of what was in the folder before.
+    """
     outcome = "Finished."
+    run.command = command
     try:
         yield
     except KeyboardInterrupt:
@@ -144,16 +175,55 @@ def _page_at_the_end(folder: Path, command: Sequence[str], processes: Processes)
         outcome = f"Ended before its end: {error}"
         raise
     finally:
-        if processes.leads:
-            try:
-                write_page(folder, command, outcome)
-            except (OutputError, OSError) as error:
-                get_console().warn(f"{PAGE} is not written: {error}")
+        if run.processes.leads and run.place == Place():
+            _remove_run(run.folder, kept)
+        else:
+            run.write_page(outcome)
+
+
+def _warn_of_one_answer(settings: TrainSettings, best: Path) -> None:
+    """Says so where the best model answers all expressions of a set alike."""
+    figures = json.loads((best / CARD_FILE).read_text(encoding="utf-8"))["figures"]
+    for figure, told in [
+        ("t_acc", "'nothing' to every expression that has a target (T-acc 0)"),
+        ("n_acc", "no expression that has none with 'nothing' (N-acc 0)"),
+    ]:
+        sets = [name for name in settings.val if figures.get(f"{name}.{figure}") == 0.0]
+        if sets:
+            get_console().warn(
+                f"the best model by {settings.best_by} answers {told} in {', '.join(sets)}; train "
+                f"longer, or set best_by to another figure, such as "
+                f"{'oiou' if figure == 't_acc' else 'n_acc'}"
+            )
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether something was trained there, and kept."""
+    return (folder / "checkpoints" / LAST).exists() or any((folder / n).exists() for n in _MODELS)
+
+
+def _make_way(folder: Path, resume: bool) -> None:
+    """Before a run goes on, clears up after the one that was cut; before a new one, removes it."""
+    clear_leftovers(folder)
+    if not resume and (folder / RESOLVED).is_file():
+        _remove_run(folder)
+
+
+def _remove_run(folder: Path, kept: Collection[str] = ()) -> None:
+    """Removes what a run has written but for the names ``kept``. Raises OSError where it cannot."""
+    for name in (*_MODELS, "checkpoints", "tensorboard", PICTURES, METRICS, PAGE, RESOLVED):
+        path = folder / name
+        if name in kept:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def clear_leftovers(folder: Path) -> None:
     """Removes what a killed run left half written, and puts back what it was about to replace."""
-    for name in ("best", "averaged"):
+    for name in _MODELS:
         whole, old = folder / name, folder / f".{name}-old"
         if old.is_dir() and not whole.exists():
             old.rename(whole)
@@ -218,6 +288,7 @@ class TrainingRun:
         self.kept = KeptWeights(kept, averaging.count, averaging.of) if averaging else None
         self.log = TrainingLog(folder, self.console, silent=not self.processes.leads)
         self.stop = StopRequest()
+        self.command: Sequence[str] = ()
         self.told = 0.0, 0  # seconds and expressions when the rate was last shown
         self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
 
@@ -425,7 +496,16 @@ class TrainingRun:
         except Interrupted:  # With the validation still owed.
             self._save(stage, stepper, average)
             raise
+        self.write_page("Still training.")
         self._watch(stage, figures.get("watched", figures["best"]))
+
+    def write_page(self, outcome: str) -> None:
+        """Writes ``training.html``; without room for it, the run goes on."""
+        if self.processes.leads:
+            try:
+                write_page(self.folder, self.command, outcome)
+            except (OutputError, OSError) as error:
+                self.console.warn(f"{PAGE} is not written: {error}")
 
     def _figures(self, stage: Stage, of: str = "") -> dict[str, float]:
         with autocast(self.builder.device, self.builder.dtype), self.processes.together():

@@ -105,6 +105,10 @@ class TrainingBuilder:
         self.collate = keyed(self.tokenizer, self.size)
         self.cached: CachedEncoder | None = None
         self.data = DataBuilder(settings, console)
+        if any(stage.kind == "referring" for stage in settings.stages):
+            # Now, so that what is wrong with them is told before anything is written or trained.
+            self.data.train()
+            self.data.held_out()
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -160,7 +164,6 @@ class TrainingBuilder:
         self.cached = self._cached_encoder() if frozen_encoder else None
         task = ReferringTask(model, loss, encoder_frozen=frozen_encoder, features=self.cached)
         text_rate = settings.text_learning_rate or settings.learning_rate
-        # Read now, so that a damaged file is told of before the first step.
         held_out = self.data.held_out()
         validation = Validation(s, task, held_out, self.collate, self.processes)
         groups = parameter_groups(

@@ -101,6 +101,11 @@ def read_model_folder(folder: Path) -> StoredModel:
         ModelError: a missing file, or a configuration that is not one.
     """
     _refuse_published(folder)
+    best = folder / "best"
+    if not (folder / CONFIG_FILE).is_file() and (best / CONFIG_FILE).is_file():
+        raise ModelError(
+            f"{folder} is the folder of a training run, not a model", f"did you mean {best}?"
+        )
     for name in NEEDED_FILES:
         if not (folder / name).is_file():
             raise ModelError(f"model folder {folder} lacks {name}", "take the folder anew")

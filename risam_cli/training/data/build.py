@@ -114,7 +114,12 @@ class DataBuilder:
         _require_images(key, source)
         samples = PackedSamples(source.iterate())
         if not len(samples):
-            raise ConfigError(f"{key}: {_named(data)} holds no expressions", "give another split")
+            raise ConfigError(
+                f"{key}: {_named(data)} holds no expressions",
+                "add a list 'expressions' to the file, as docs/formats.md shows"
+                if isinstance(data, CocoData)
+                else f"give another split as {key}.split",
+            )
         self.console.info(
             f"{key}: {_named(data)}, {len(samples)} images, {samples.expressions} expressions"
             + "".join(f"; {note}" for note in source.notes)
