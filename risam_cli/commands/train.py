@@ -95,9 +95,7 @@ def command(
     return None
 
 
-def _run_of(
-    folder: Path, overrides: tuple[str, ...], resume: bool
-) -> tuple[Path, tuple[str, ...]]:
+def _run_of(folder: Path, overrides: tuple[str, ...], resume: bool) -> tuple[Path, tuple[str, ...]]:
     """The settings that a run has stored in its folder, wherever that lies now."""
     stored = folder / "config.resolved.yaml"
     if not resume:

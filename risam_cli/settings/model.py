@@ -67,8 +67,15 @@ class TextEncoderSettings(Settings):
     """The text encoder: a Hugging Face model, or a small BERT over a given vocabulary."""
 
     source: str | None = Field(None, description="folder or hub name of a CLIP or BERT model")
-    vocabulary: Literal["refshapes"] | None = Field(
-        None, description="words of a small BERT made from scratch, in place of source"
+    vocabulary: Literal["refshapes", "data"] | None = Field(
+        None,
+        description="words of a small BERT made from scratch, in place of source: those of "
+        "RefShapes, or subwords learned from the training expressions",
+    )
+    learn_words: bool = Field(
+        False,
+        description="learn subwords of the words of the training expressions that it does not "
+        "know, and add them to what it knows, where all of it is trained",
     )
     hidden: int = Field(128, gt=0, description="of the small BERT")
     layers: int = Field(2, gt=0, description="of the small BERT")
@@ -77,12 +84,21 @@ class TextEncoderSettings(Settings):
     trainable: bool = True
     lora: LoraSettings | None = Field(None, description="train these, and freeze all else of it")
 
+    @property
+    def learns_words(self) -> bool:
+        """Whether its tokenizer depends on the training expressions."""
+        return self.vocabulary == "data" or (
+            self.learn_words and self.trainable and self.lora is None
+        )
+
     @model_validator(mode="after")
     def _one_origin(self) -> TextEncoderSettings:
         if self.lora is not None and not self.trainable:
             raise ValueError("lora is what is trained of a frozen encoder; leave trainable out")
         if (self.source is None) == (self.vocabulary is None):
             raise ValueError("give either source (a folder or hub name) or vocabulary")
+        if self.vocabulary == "data" and not (self.trainable and self.lora is None):
+            raise ValueError("vocabulary: data makes a new encoder, which must be trained")
         if self.vocabulary is not None and self.hidden % self.heads:
             raise ValueError(f"hidden {self.hidden} is not divisible by heads {self.heads}")
         return self

@@ -124,8 +124,8 @@ def _train(
     if not best.is_dir():  # Only dense stages: there is nothing yet that answers expressions.
         console.info(f"done: the encoder is in {run.checkpoints.last}, curves in {folder / PAGE}")
         return best
-    console.info(f"done: best {settings.best_by} {run.place.best:.4f}; the model is in {best}")
     _warn_of_one_answer(settings, best)
+    console.info(f"done: best {settings.best_by} {run.place.best:.4f}; the model is in {best}")
     console.info(f"curves and pictures: {folder / PAGE}")
     console.info(f'use it: risam predict IMAGES -e "EXPRESSION" --model {best} -o masks')
     return best
@@ -277,7 +277,7 @@ class TrainingRun:
         self.builder = builder
         self.settings = settings
         self.model = builder.model
-        self.hashes = stage_hashes(settings)
+        self.hashes = stage_hashes(settings, builder.tokenizer.to_json())
         self.console = builder.console
         self.processes = builder.processes
         self.place = Place()

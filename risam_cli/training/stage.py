@@ -97,18 +97,17 @@ class TrainingBuilder:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.dtype = training_precision(settings.precision, self.device)
-        self.model, self.text, self.needs = start_model(settings, console)
+        self.data = DataBuilder(settings, console)
+        self.model, self.text, self.needs = start_model(settings, console, self.data.texts)
         self.model.to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.size = settings.model.image_encoder.image_size
         keyed = KeyedCollate if settings.feature_cache is not None else ReferringCollate
         self.collate = keyed(self.tokenizer, self.size)
         self.cached: CachedEncoder | None = None
-        self.data = DataBuilder(settings, console)
         if any(stage.kind == "referring" for stage in settings.stages):
             # Now, so that what is wrong with them is told before anything is written or trained.
-            self.data.train()
-            self.data.held_out()
+            self.data.check_words(self.tokenizer)
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -269,11 +268,14 @@ _STOPPING = {"best_by", "val", "validate_every"}  # these decide when a stage st
 _EXPRESSIONS_ONLY = {"expressions_per_scene", "unknown_word_rate"}
 
 
-def stage_hashes(settings: TrainSettings) -> list[str]:
+def stage_hashes(settings: TrainSettings, tokenizer: str = "") -> list[str]:
     """For each stage, a hash of all settings that bear on the weights at its end.
 
     Later stages may be edited, and a run moved, without losing what is done. Settings at their
     defaults are left out, so that a version with more of them goes on with older checkpoints.
+
+    Args:
+        tokenizer: its JSON, which bears on the weights where it is learned from the data.
     """
     without = _OPERATIONAL - (_STOPPING if settings.early_stopping is not None else set())
     if settings.train.dataset == "mixed":
@@ -286,6 +288,8 @@ def stage_hashes(settings: TrainSettings) -> list[str]:
         values["feature_cache"] = "half precision"  # wherever it is
     for unknown in ("augment", "feature_cache"):
         dense.pop(unknown, None)
+    if settings.model.text_encoder.learns_words:
+        values["tokenizer"] = hash_settings(tokenizer)
     hashes = []
     for number in range(len(settings.stages)):
         stages = settings.stages[: number + 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from risam_cli.model.sam_baseline import DeepFeatures, SamMaskDecoder
 from risam_cli.model.text_encoder import TextEncoder
 from risam_cli.settings.model import ImageEncoderSettings, ModelSettings, TextEncoderSettings
 from risam_cli.weights import lora
-from risam_cli.weights.tokenizer import TextTokenizer
+from risam_cli.weights.tokenizer import TextTokenizer, tokenizer_from_words, with_learned_words
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -177,18 +178,37 @@ def _end_of_sentence(text: TextParts) -> int | None:
     return int(text.tokenizer.encode([""]).input_ids[0, -1])
 
 
-def new_text_parts(settings: TextEncoderSettings) -> TextParts:
-    """A text encoder to start from: a pretrained one from ``source``, or the small BERT."""
+def new_text_parts(settings: TextEncoderSettings, texts: Iterable[str] = ()) -> TextParts:
+    """A text encoder to start from: a pretrained one from ``source``, or the small BERT.
+
+    Args:
+        texts: the training expressions, for an encoder that learns words from them.
+    """
+    from risam_cli.data.refshapes.vocabulary import VOCABULARY
     from risam_cli.weights.text import pretrained_text, small_bert
 
     if settings.source is not None:
         parts = TextParts(*pretrained_text(settings.source, settings.max_tokens))
+        if settings.learns_words:
+            parts = learn_words(parts, texts)
     else:
-        parts = TextParts(
-            *small_bert(settings.hidden, settings.layers, settings.heads, settings.max_tokens)
-        )
+        tokenizer = tokenizer_from_words(VOCABULARY if settings.vocabulary == "refshapes" else [])
+        if settings.learns_words:
+            tokenizer = with_learned_words(tokenizer, texts)
+        sizes = settings.hidden, settings.layers, settings.heads, settings.max_tokens
+        parts = TextParts(*small_bert(tokenizer, *sizes))
     add_lora(parts.backbone, parts.config.model_type, settings)
     return parts
+
+
+def learn_words(text: TextParts, texts: Iterable[str]) -> TextParts:
+    """The text encoder with what it does not know of the texts' words added, if anything."""
+    from risam_cli.weights.text import grow_embeddings
+
+    tokenizer = with_learned_words(text.tokenizer.tokenizer, texts)
+    if tokenizer is text.tokenizer.tokenizer:
+        return text
+    return TextParts(*grow_embeddings((text.backbone, text.config, text.tokenizer), tokenizer))
 
 
 def add_lora(backbone: nn.Module, kind: str, settings: TextEncoderSettings) -> None:

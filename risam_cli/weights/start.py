@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,31 @@ from risam_cli.settings.model import ModelSettings, TextEncoderSettings
 from risam_cli.settings.train import TrainSettings
 from risam_cli.weights import folder as model_folders
 from risam_cli.weights import frozen, lora
-from risam_cli.weights.build import TextParts, add_lora, build_model, new_text_parts
+from risam_cli.weights.build import TextParts, add_lora, build_model, learn_words, new_text_parts
 from risam_cli.weights.load import LoadedModel, load_model
 from risam_cli.weights.sam import load_sam_decoder, load_sam_encoder
 from risam_cli.weights.torch_files import load_plain
 
 
 def start_model(
-    settings: TrainSettings, console: Console
+    settings: TrainSettings, console: Console, texts: Callable[[], Iterable[str]] = tuple
 ) -> tuple[Risam, TextParts, tuple[frozen.Needed, ...]]:
     """The network with its first weights, its text parts, and the frozen parts that lie in files.
+
+    Args:
+        texts: the training expressions; called where the text encoder learns words from them.
 
     Raises:
         ModelError: weights that are not there or do not fit; ConfigError: an ``init_from`` of
             another network.
     """
     if settings.init_from is not None:
-        return _from_model_folder(settings)
+        return _from_model_folder(settings, console, texts)
     chosen = settings.model
-    text = new_text_parts(chosen.text_encoder)
+    learns = chosen.text_encoder.learns_words
+    text = new_text_parts(chosen.text_encoder, texts() if learns else ())
+    if learns:
+        _tell_of_words(console, text)
     model = build_model(chosen, text)
     if settings.init_encoder_from is not None:
         start_encoder(model.image_encoder, settings.init_encoder_from)
@@ -56,6 +62,15 @@ def start_model(
             f"and its SHA-256 {needed.sha256}, and do not hold it"
         )
     return model, text, tuple(needs)
+
+
+def _tell_of_words(console: Console, text: TextParts, before: int = 0) -> None:
+    size = text.tokenizer.tokenizer.get_vocab_size()
+    console.info(
+        f"text encoder: {size - before} tokens learned from the training expressions, {size} in all"
+        if size > before
+        else "text encoder: it knows every word of the training expressions"
+    )
 
 
 def trains_image_encoder(settings: TrainSettings) -> bool:
@@ -91,7 +106,7 @@ def _load_sam(model: Risam, path: Path, console: Console) -> None:
 
 
 def _from_model_folder(
-    run: TrainSettings,
+    run: TrainSettings, console: Console, texts: Callable[[], Iterable[str]]
 ) -> tuple[Risam, TextParts, tuple[frozen.Needed, ...]]:
     """The network of the settings with all weights of a model folder; only parts that start
     at zero may be new (adapters, no-target evidence, LoRA).
@@ -111,6 +126,9 @@ def _from_model_folder(
             "give it the same values, or leave it out to add it into the weights",
         )
     text = TextParts(backbone, config, loaded.tokenizer)
+    if settings.text_encoder.learns_words:
+        text = learn_words(text, texts())
+        _tell_of_words(console, text, loaded.tokenizer.tokenizer.get_vocab_size())
     model = build_model(settings, text)
     weights = loaded.model.state_dict()
     model.load_state_dict(weights, strict=False)  # The sections are equal.

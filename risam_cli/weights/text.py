@@ -11,10 +11,10 @@ from risam_cli.weights.tokenizer import (
     TextTokenizer,
     load_tokenizer,
     panics_told,
-    tokenizer_from_words,
 )
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from torch import nn
     from transformers import PretrainedConfig
 
@@ -23,13 +23,12 @@ if TYPE_CHECKING:
     Parts = tuple[nn.Module, PretrainedConfig, TextTokenizer]
 
 
-def small_bert(hidden: int, layers: int, heads: int, max_tokens: int) -> Parts:
-    """A BERT over RefShapes' words with random weights and no dropout."""
+def small_bert(
+    tokenizer: Tokenizer, hidden: int, layers: int, heads: int, max_tokens: int
+) -> Parts:
+    """A BERT over a tokenizer's words with random weights and no dropout."""
     from transformers import BertConfig
 
-    from risam_cli.data.refshapes.vocabulary import VOCABULARY
-
-    tokenizer = tokenizer_from_words(VOCABULARY)
     config = BertConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=hidden,
@@ -86,6 +85,40 @@ def pretrained_text(source: str, max_tokens: int) -> Parts:
     # transformers 5 keeps a file's half precision, which nothing behind the backbone has.
     backbone = backbone.float()
     return backbone, config, TextTokenizer(fast, limit, int(tokenizer.pad_token_id or 0))
+
+
+def grow_embeddings(parts: Parts, tokenizer: Tokenizer) -> Parts:
+    """The same encoder over a tokenizer that begins with its own tokens and has more behind them.
+
+    The new embeddings are drawn with the spread of the old, which stay as they are.
+
+    Raises:
+        ModelError: an encoder whose embeddings are not BERT's.
+    """
+    import torch
+    from torch import nn
+
+    backbone: Any = parts[0]
+    config: Any = parts[1]
+    embeddings: Any = getattr(backbone, "embeddings", None)
+    table = getattr(embeddings, "word_embeddings", None)
+    if not isinstance(table, nn.Embedding):
+        raise ModelError(
+            f"cannot add words to a text encoder of kind {config.model_type}",
+            "set model.text_encoder.learn_words to false",
+        )
+    rows, width = table.weight.shape
+    wider = nn.Embedding(max(rows, tokenizer.get_vocab_size()), width, table.padding_idx)
+    with torch.no_grad():
+        nn.init.normal_(wider.weight, std=float(table.weight.std()))
+        wider.weight[:rows] = table.weight
+    embeddings.word_embeddings = wider
+    if isinstance(config, PlainConfig):
+        config = PlainConfig({**config.to_dict(), "vocab_size": len(wider.weight)})
+    else:
+        config.vocab_size = len(wider.weight)
+    backbone.config = config
+    return backbone, config, TextTokenizer(tokenizer, parts[2].max_tokens, parts[2].pad_id)
 
 
 def text_from_folder(stored: StoredModel, max_tokens: int) -> Parts:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Sequence
+import string
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from risam_cli.errors import ModelError
@@ -214,3 +218,93 @@ def tokenizer_from_words(words: Sequence[str]) -> Tokenizer:
         special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
     )
     return tokenizer
+
+
+_MOST_SUBWORDS = 4096
+_ALPHABET = string.ascii_lowercase + string.digits + string.punctuation
+
+
+def with_learned_words(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer with subwords for the words of ``texts`` that it does not know (ours).
+
+    What it knows keeps its ids, and texts of known words alone are tokenized as before: the new
+    tokens come behind. Letters, digits and punctuation marks are among them, so that a word that is in no text is
+    spelled and not unknown. A tokenizer that knows every word is given back as it is, as are those
+    by bytes, to which no word is unknown.
+    """
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.to_str())
+    model = state["model"]
+    if model["type"] not in ("WordLevel", "WordPiece") or tokenizer.pre_tokenizer is None:
+        return tokenizer
+    strange, prefix = model["unk_token"], model.get("continuing_subword_prefix", "##")
+    seen: Counter[str] = Counter()
+    for text in texts:
+        short = text[:MAX_CHARACTERS]
+        plain = tokenizer.normalizer.normalize_str(short) if tokenizer.normalizer else short
+        seen.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(plain))
+    unknown = {w: seen[w] for w in sorted(seen) if strange in tokenizer.encode(w).tokens}
+    if not unknown:
+        return tokenizer
+    known: dict[str, int] = model["vocab"]
+    letters = sorted({*_ALPHABET, *"".join(unknown)})
+    learned = _subwords(unknown, prefix, _MOST_SUBWORDS)
+    for token in (*letters, *(prefix + letter for letter in letters), *learned):
+        known.setdefault(token, len(known))
+    state["model"] = {
+        "type": "WordPiece",
+        "unk_token": strange,
+        "continuing_subword_prefix": prefix,
+        "max_input_chars_per_word": model.get("max_input_chars_per_word", 100),
+        "vocab": known,
+    }
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _subwords(words: Mapping[str, int], prefix: str, most: int) -> list[str]:
+    """Subwords by byte-pair merges over counted words (Sennrich et al. 2016), in their order.
+
+    As the trainers of ``tokenizers``, but that equal counts are told apart by the letters: those
+    give other subwords from run to run, and a run must be resumed with the same.
+
+    Args:
+        prefix: of what does not begin its word; most: how many at most, each seen twice or more.
+    """
+    parts = {word: [word[0], *(prefix + letter for letter in word[1:])] for word in words}
+    counts: Counter[tuple[str, str]] = Counter()
+    holders: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    for word, times in words.items():
+        for pair in pairwise(parts[word]):
+            counts[pair] += times
+            holders[pair].add(word)
+    waiting = [(-times, pair) for pair, times in counts.items()]
+    heapify(waiting)
+    found: dict[str, None] = {}
+    while waiting and len(found) < most:
+        times, pair = heappop(waiting)
+        if -times != counts[pair]:
+            continue  # Counted anew since; it waits under that number too.
+        if counts[pair] < 2:
+            break
+        joined = pair[0] + pair[1].removeprefix(prefix)
+        found[joined] = None
+        changed = set()
+        for word in holders.pop(pair):
+            for old in pairwise(parts[word]):
+                counts[old] -= words[word]
+                changed.add(old)
+            merged: list[str] = []
+            for part in parts[word]:
+                if merged and (merged[-1], part) == pair:
+                    merged[-1] = joined
+                else:
+                    merged.append(part)
+            parts[word] = merged
+            for new in pairwise(merged):
+                counts[new] += words[word]
+                holders[new].add(word)
+                changed.add(new)
+        for one in changed - {pair}:
+            heappush(waiting, (-counts[one], one))
+    return list(found)

@@ -315,7 +315,8 @@ def test_set_reaches_every_kind_of_value(
         ("seed=[1", "value is not YAML"),
         ("name.deep=1", "'deep' is not inside a section"),
         ("stages.5.steps=1", "'5' is not inside a section"),
-        ("stages.1.stepz=1", "unknown key 'stages.1.referring.stepz'"),
+        ("stages.*.steps=0", "stages.0.steps = 0"),
+        ("stages.1.stepz=1", "unknown key 'stages.1.stepz'; did you mean 'steps'"),
         ("sede=1", "unknown key 'sede'"),
     ],
 )

@@ -63,11 +63,11 @@ WRONG: dict[str, tuple[Change, str]] = {
     ),
     "a wrong type": (
         lambda raw, made: raw["stages"][0].update(steps="many"),
-        r"train\.yaml: stages\.0\.referring\.steps = 'many': .*integer",
+        r"train\.yaml: stages\.0\.steps = 'many': .*integer",
     ),
     "a value out of range": (
         lambda raw, made: raw["stages"][0].update(learning_rate=-1.0),
-        r"train\.yaml: stages\.0\.referring\.learning_rate = -1\.0: .*greater than 0",
+        r"train\.yaml: stages\.0\.learning_rate = -1\.0: .*greater than 0",
     ),
     "a missing annotation file": (
         lambda raw, made: raw["train"].update(annotations=str(made / "mine/pears.json")),

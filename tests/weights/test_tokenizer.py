@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from risam_cli.data.refshapes.vocabulary import VOCABULARY
-from risam_cli.weights.tokenizer import TextTokenizer, tokenizer_from_words
+from risam_cli.weights import tokenizer as tokenizer_module
+from risam_cli.weights.tokenizer import (
+    TextTokenizer,
+    tokenizer_from_words,
+    with_learned_words,
+)
 
 WORDS = ["red", "blue", "circle", "left"]
 PAD, UNKNOWN, START, END = 0, 1, 2, 3
@@ -76,3 +86,66 @@ def test_refshapes_words_are_all_known() -> None:
     ids = tokenizer.encode([" ".join(VOCABULARY)]).input_ids
     assert (ids == UNKNOWN).sum() == 0
     assert ids.shape[1] == len(VOCABULARY) + 2
+
+
+# --- words learned from the data ------------------------------------------------------------------
+
+MINE = ["the boat", "two boats", "The boats!", "a café", "the red circle", "unboat"]
+
+
+def test_learned_words_come_behind_what_was_known_and_change_no_expression_of_it() -> None:
+    before = tokenizer_from_words(VOCABULARY)
+    after = with_learned_words(before, MINE)
+    old, new = before.get_vocab(), after.get_vocab()
+    assert {word: new[word] for word in old} == old
+    assert sorted(new.values()) == list(range(len(new)))
+    for text in ("the red circle", "the small green stars left of the cross", ""):
+        assert after.encode(text).ids == before.encode(text).ids
+    wrapped = TextTokenizer(after, 32, 0)
+    assert [wrapped.unknown_words(text) for text in MINE] == [()] * len(MINE)
+    tokens = after.encode("the boat").tokens
+    assert tokens == ["[CLS]", "the", "boat", "[SEP]"]
+    # A word of no text is spelled by what was learned, in letters where nothing else is left.
+    assert after.encode("Boaty, xyz").tokens[1:-1] == ["boat", "##y", ",", "x", "##y", "##z"]
+
+
+def test_learning_follows_from_the_texts_alone() -> None:
+    code = (
+        "from risam_cli.weights.tokenizer import *;import hashlib;"
+        f"t = with_learned_words(tokenizer_from_words([]), {MINE!r});"
+        "print(hashlib.sha256(t.to_str().encode()).hexdigest())"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(told) == 1
+
+
+def test_where_all_words_are_known_nothing_is_learned() -> None:
+    known = tokenizer_from_words(VOCABULARY)
+    assert with_learned_words(known, ["the red circle"]) is known
+    once = with_learned_words(known, MINE)
+    assert with_learned_words(once, MINE) is once
+
+
+def test_merges_are_those_of_the_reference_where_no_counts_are_equal() -> None:
+    """Byte-pair merges of `tokenizers`, on words whose pairs all occur unequally often."""
+    words = {"abcd": 10, "ab": 20, "xcd": 5, "ef": 3, "g": 9}
+    learner = Tokenizer(models.BPE(unk_token="[UNK]", continuing_subword_prefix="##"))
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=24, min_frequency=2, continuing_subword_prefix="##", show_progress=False
+    )
+    learner.train_from_iterator([" ".join([w] * n) for w, n in words.items()], trainer)
+    letters = {w[0] for w in words} | {c for w in words for c in w}
+    letters |= {"##" + c for w in words for c in w[1:]}
+    by_id = sorted(learner.get_vocab().items(), key=lambda item: item[1])
+    learned = [token for token, _ in by_id if token not in letters]
+    assert learned == ["ab", "##cd", "abcd", "xcd", "ef"]
+    assert tokenizer_module._subwords(words, "##", 100) == learned

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from risam_cli.training.data.dataset import (
     ReferringScenes,
 )
 from risam_cli.training.data.mixed import MixedExamples, image_key, image_keys, without_images
+from risam_cli.weights.tokenizer import TextTokenizer
 
 
 class DataBuilder:
@@ -72,6 +74,37 @@ class DataBuilder:
                     )
                 self._held_out[name] = self._examples(f"val.{name}", data, None)
         return self._held_out
+
+    def texts(self) -> Iterator[str]:
+        """The training expressions of files; those of RefShapes have RefShapes' own words."""
+        return _texts(self.train())
+
+    def check_words(self, tokenizer: TextTokenizer) -> None:
+        """Tells how many words of the data the text encoder does not know.
+
+        Raises:
+            ConfigError: they are most of the training data's words, or are in most of its
+                expressions: nothing could be learned of what these speak of.
+        """
+        told = {"train": self.train(), **{f"val.{k}": d for k, d in self.held_out().items()}}
+        for key, data in told.items():
+            known = KnownWords(tokenizer, _texts(data))
+            if not known.words:
+                continue
+            if not known.unknown:
+                self.console.info(f"{key}: {known.words} words, all known to the text encoder")
+                continue
+            message = (
+                f"{key}: {len(known.unknown)} of {known.words} words, in {known.expressions} of "
+                f"{known.of} expressions, are unknown to the text encoder: {known.named()}"
+            )
+            if key == "train" and known.most:
+                raise ConfigError(
+                    message,
+                    "set model.text_encoder.learn_words to true, or name a pretrained encoder in "
+                    "model.text_encoder.source",
+                )
+            self.console.warn(message)
 
     def scenes(self, data: DataSettings) -> RefShapes:
         """RefShapes at the encoder's size. Raises ConfigError where the data are no scenes."""
@@ -201,6 +234,51 @@ class DataBuilder:
                 f"{len(both)} images are in train and in val, so the figures on val will flatter; "
                 "dataset: mixed leaves them out of training"
             )
+
+
+class KnownWords:
+    """How far a tokenizer knows the words of expressions.
+
+    Attributes:
+        words: distinct words, whatever their case; unknown: those that it does not know.
+        of: how many expressions there are; expressions: how many have an unknown word.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, texts: Iterable[str]) -> None:
+        known: dict[str, bool] = {}
+        self.of = self.expressions = 0
+        for text in texts:
+            own = [word.lower() for word in _WORD.findall(text)]
+            for word in own:
+                if word not in known:
+                    known[word] = not tokenizer.unknown_words(word)
+            self.of += 1
+            self.expressions += not all(known[word] for word in own)
+        self.words = len(known)
+        self.unknown = [word for word, is_known in known.items() if not is_known]
+
+    @property
+    def most(self) -> bool:
+        """Whether most of the words are unknown, or most expressions have one that is."""
+        return 2 * len(self.unknown) > self.words or 2 * self.expressions > self.of
+
+    def named(self) -> str:
+        """The first of the unknown words."""
+        more = f" and {len(self.unknown) - _NAMED} more" if len(self.unknown) > _NAMED else ""
+        return ", ".join(self.unknown[:_NAMED]) + more
+
+
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+_NAMED = 8  # unknown words that a message names
+
+
+def _texts(data: Examples) -> Iterator[str]:
+    if isinstance(data, MixedExamples):
+        for member in data.members:
+            yield from _texts(member)
+    elif isinstance(data, ReferringSamples):
+        for sample in data.samples:
+            yield from (expression.text for expression in sample.expressions)
 
 
 def open_source(key: str, data: CocoData | BenchmarkData) -> SampleSource:

@@ -1,0 +1,309 @@
+"""How a training starts: what it reads first, what it leaves, and the words that it learns."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from support.training_runs import RAW, last_weights, run, settings, write_coco
+
+from risam_cli.cli import main
+from risam_cli.errors import ConfigError, DataError, OutputError
+from risam_cli.training import loop
+from risam_cli.training.losses import ReferringTask
+from risam_cli.weights.load import load_model
+
+REFERRING = [{**RAW["stages"][1], "steps": 3}]
+QUICK: dict[str, Any] = {"stages": REFERRING, "validate_every": 2, "checkpoint_every": 2}
+
+
+def _mine(folder: Path, **expressions: Any) -> dict[str, Any]:
+    """Data of ``write_coco`` for train and val, its texts replaced where some are given."""
+    data = write_coco(folder)
+    if expressions:
+        path = Path(data["annotations"])
+        content = json.loads(path.read_text())
+        for one in content["expressions"]:
+            one["text"] = expressions.get(one["text"].replace(" ", "_"), one["text"])
+        path.write_text(json.dumps(content))
+    return {"train": data, "val": {"mine": data}}
+
+
+def _config(tmp_path: Path, **changes: Any) -> Path:
+    path = tmp_path / "train.yaml"
+    chosen = settings(tmp_path / "run", **changes)
+    path.write_text(yaml.safe_dump(chosen.model_dump(mode="json")))
+    return path
+
+
+# --- a start that fails ---------------------------------------------------------------------------
+
+
+def _no_expressions(data: dict[str, Any]) -> None:
+    path = Path(data["annotations"])
+    path.write_text(json.dumps({**json.loads(path.read_text()), "expressions": []}))
+
+
+def _no_images(data: dict[str, Any]) -> None:
+    for image in Path(data["images"]).iterdir():
+        image.unlink()
+
+
+def _damaged_image(data: dict[str, Any]) -> None:
+    for image in Path(data["images"]).iterdir():
+        image.write_bytes(image.read_bytes()[:60])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message", "fix"),
+    [
+        (_no_expressions, "holds no expressions", "'expressions'"),
+        (_no_images, r"train: 2 of 2 images are not there", "as train.images"),
+        (_damaged_image, r"\.png", ""),
+    ],
+)
+def test_a_start_that_fails_leaves_nothing_and_the_corrected_one_runs(
+    tmp_path: Path, spoil: Any, message: str, fix: str
+) -> None:
+    data = _mine(tmp_path / "mine")
+    spoil(data["train"])
+    with pytest.raises((ConfigError, DataError), match=message) as raised:
+        run(tmp_path / "run", **QUICK, **data)
+    assert fix in raised.value.fix
+    assert not (tmp_path / "run").exists()
+    assert run(tmp_path / "run", **QUICK, **_mine(tmp_path / "again")).is_dir()
+
+
+def test_a_start_that_fails_keeps_what_lay_there_before(tmp_path: Path) -> None:
+    data = _mine(tmp_path / "mine")
+    _damaged_image(data["train"])
+    held = tmp_path / "run/pictures/mine.jpg"
+    held.parent.mkdir(parents=True)
+    held.write_text("mine")
+    with pytest.raises(DataError):
+        run(tmp_path / "run", **QUICK, **data)
+    assert [p for p in (tmp_path / "run").rglob("*") if p.is_file()] == [held]
+
+
+def test_a_run_cut_before_its_first_checkpoint_makes_way(tmp_path: Path) -> None:
+    """Nothing of it can be gone on from."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.resolved.yaml").write_text("name: cut\n")
+    (tmp_path / "run/metrics.jsonl").write_text('{"kind": "train", "stage": 0, "step": 1}\n')
+    run(tmp_path / "run", **QUICK)
+    rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows if '"train"' in row] == [1, 2, 3]
+
+
+# --- what is there already ------------------------------------------------------------------------
+
+
+def test_what_was_trained_is_kept_resumed_or_overwritten(tmp_path: Path) -> None:
+    run(tmp_path / "run", **QUICK)
+    (tmp_path / "run/notes.txt").write_text("mine")
+    first = last_weights(tmp_path / "run")
+    with pytest.raises(OutputError, match="holds a training run") as raised:
+        run(tmp_path / "run", **QUICK, seed=4)
+    assert "--overwrite" in raised.value.fix
+    chosen = settings(tmp_path / "run", **QUICK, seed=4)
+    loop.train(chosen, overwrite=True)
+    second = last_weights(tmp_path / "run")
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "run/notes.txt").read_text() == "mine"
+    assert len(list((tmp_path / "run/tensorboard").iterdir())) == 1
+
+
+def test_settings_that_fail_overwrite_nothing(tmp_path: Path) -> None:
+    run(tmp_path / "run", **QUICK)
+    before = (tmp_path / "run/checkpoints/last.pt").read_bytes()
+    data = _mine(tmp_path / "mine")
+    _no_expressions(data["train"])
+    with pytest.raises(ConfigError):
+        loop.train(settings(tmp_path / "run", **QUICK, **data), overwrite=True)
+    assert (tmp_path / "run/checkpoints/last.pt").read_bytes() == before
+
+
+def test_a_run_is_resumed_by_its_folder_wherever_that_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tmp_path / "whole"
+    run(whole, **QUICK)
+
+    class Cut(Exception):
+        pass
+
+    saved = loop.TrainingRun._save
+
+    def save_and_stop(self: Any, *rest: Any) -> None:
+        saved(self, *rest)
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.TrainingRun, "_save", save_and_stop)
+        with pytest.raises(Cut):
+            run(tmp_path / "cut", **QUICK)
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    assert main(["train", "--resume", str(tmp_path / "moved")]) == 0
+    told = capsys.readouterr().err
+    assert "resuming at stage 1, step 2" in told
+    assert not (tmp_path / "cut").exists()
+    expected, found = last_weights(whole), last_weights(tmp_path / "moved")
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    # The last lines say where things are and what to do with them.
+    best = tmp_path / "moved/best"
+    lines = told.splitlines()[-3:]
+    assert re.fullmatch(rf"done: best miou 0\.\d{{4}}; the model is in {best}", lines[0])
+    assert str(tmp_path / "moved/training.html") in lines[1]
+    assert f"--model {best}" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{run}"], "is a folder; give a YAML file, or --resume"),
+        (["--resume", "{empty}"], "holds no training run"),
+        (["--resume", "--overwrite", "{run}"], "contradict each other"),
+    ],
+)
+def test_a_folder_is_only_resumed(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("run", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run/config.resolved.yaml").write_text("")
+    places = {"run": tmp_path / "run", "empty": tmp_path / "empty"}
+    assert main(["train", *(one.format(**places) for one in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_short_run_is_asked_for_in_one_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(tmp_path)
+    assert main(["train", str(config), "--steps", "1", "--print-config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert [stage["steps"] for stage in printed["stages"]] == [1, 1]
+
+
+# --- what is shown and warned about ---------------------------------------------------------------
+
+
+def test_the_page_is_there_from_the_first_validation_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    watch = loop.TrainingRun._watch
+
+    def look(self: Any, *rest: Any) -> None:
+        seen.append((tmp_path / "run/training.html").read_text())
+        watch(self, *rest)
+
+    monkeypatch.setattr(loop.TrainingRun, "_watch", look)
+    run(tmp_path / "run", **QUICK)
+    assert len(seen) == 2
+    assert all("Still training." in page for page in seen)
+    assert "Finished." in (tmp_path / "run/training.html").read_text()
+
+
+@pytest.mark.parametrize(("logit", "figure"), [(50.0, "T-acc 0"), (-50.0, "N-acc 0")])
+def test_a_best_model_that_answers_all_alike_is_warned_about(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    logit: float,
+    figure: str,
+) -> None:
+    decode = ReferringTask.decode
+
+    def one_answer(self: Any, batch: Any) -> Any:
+        from dataclasses import replace
+
+        decoded = decode(self, batch)
+        none, masks = decoded.no_target_logits, decoded.mask_logits
+        return decoded if torch.is_grad_enabled() else replace(
+            decoded, no_target_logits=torch.full_like(none, logit), mask_logits=masks.abs() + 9
+        )  # fmt: skip
+
+    monkeypatch.setattr(ReferringTask, "decode", one_answer)
+    run(tmp_path / "run", **QUICK, **_mine(tmp_path / "mine"))
+    told = [line for line in capsys.readouterr().err.splitlines() if "best model" in line]
+    assert len(told) == 1
+    assert "by miou" in told[0]
+    assert figure in told[0]
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+STRANGE = {"red_square": "the shiny boat", "green_star": "the dog"}
+
+
+def test_data_of_unknown_words_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        run(tmp_path / "run", **QUICK, **_mine(tmp_path / "mine", **STRANGE))
+    assert raised.value.message == (
+        "train: 3 of 4 words, in 4 of 4 expressions, are unknown to the text encoder: "
+        "shiny, boat, dog"
+    )
+    assert "learn_words" in raised.value.fix
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_few_unknown_words_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_coco(tmp_path / "mine")
+    path = Path(data["annotations"])
+    content = json.loads(path.read_text())
+    content["expressions"][0]["text"] = "red boat"
+    path.write_text(json.dumps(content))
+    run(tmp_path / "run", **QUICK, train=data, val={"mine": data})
+    told = capsys.readouterr().err
+    assert (
+        "train: 1 of 5 words, in 1 of 4 expressions, are unknown to the text encoder: boat" in told
+    )
+
+
+@pytest.mark.parametrize("start", ["bundled", "data"])
+def test_words_of_ones_own_are_learned_beside_the_old(tmp_path: Path, start: str) -> None:
+    """From a model that knows other words, and from nothing."""
+    data = _mine(tmp_path / "mine", **STRANGE)
+    changes: dict[str, Any] = {**QUICK, **data}
+    if start == "data":
+        changes["model"] = {"text_encoder": {"vocabulary": "data"}}
+    else:
+        first = run(tmp_path / "first", **QUICK)
+        changes |= {"init_from": str(first), "model": {"text_encoder": {"learn_words": True}}}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    best = load_model(run(whole, **changes), device=torch.device("cpu"))
+    assert best.tokenizer.unknown_words("the shiny boat, a dog") == ()
+    words = best.model.text_encoder.backbone.embeddings.word_embeddings.weight
+    boat = best.tokenizer.tokenizer.token_to_id("boat")
+    assert words.shape[0] == best.tokenizer.tokenizer.get_vocab_size() > boat
+    # Trained, and another for each word.
+    one, other = (best.tokenizer.encode([text]) for text in ("the boat", "the dog"))
+    with torch.no_grad():
+        encoded = [best.model.encode_text(t.input_ids, t.attention_mask) for t in (one, other)]
+    assert not torch.allclose(encoded[0].sentence, encoded[1].sentence, atol=1e-4)
+    # The same again, to the bit.
+    run(cut, **changes)
+    a, b = last_weights(whole), last_weights(cut)
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_other_texts_are_other_settings_where_words_are_learned(tmp_path: Path) -> None:
+    changes = {**QUICK, "model": {"text_encoder": {"vocabulary": "data"}}}
+    run(tmp_path / "run", **changes, **_mine(tmp_path / "mine", **STRANGE))
+    data = _mine(tmp_path / "mine2", green_star="a cat")
+    Path(tmp_path / "mine/pairs.json").write_text((tmp_path / "mine2/pairs.json").read_text())
+    with pytest.raises(Exception, match="belongs to other settings"):
+        run(tmp_path / "run", resume=True, **changes, **_same(data, tmp_path))
+
+
+def _same(data: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The first file's path, which holds the second one's texts."""
+    old = {**data["train"], "annotations": str(tmp_path / "mine/pairs.json"),
+           "images": str(tmp_path / "mine/images")}  # fmt: skip
+    return {"train": old, "val": {"mine": old}}
