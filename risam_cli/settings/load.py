@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
-from risam_cli.errors import ConfigError
+from risam_cli.errors import ConfigError, DataError
 from risam_cli.files.jsonlines import brief, read_text
 from risam_cli.files.safe_yaml import load_yaml
 from risam_cli.settings.base import Settings
@@ -51,6 +51,8 @@ def _values(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}", "give the path of a YAML file"
         ) from error
+    except DataError as error:  # packed or encoded in a way that its first bytes belie
+        raise ConfigError(error.message, error.fix) from error
     except ValueError as error:  # not UTF-8, or what load_yaml says
         raise ConfigError(f"{path} is not YAML: {error}", "mend the file") from error
     if not isinstance(raw, dict):

@@ -228,9 +228,9 @@ def with_learned_words(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer with subwords for the words of ``texts`` that it does not know (ours).
 
     What it knows keeps its ids, and texts of known words alone are tokenized as before: the new
-    tokens come behind. Letters, digits and punctuation marks are among them, so that a word that is in no text is
-    spelled and not unknown. A tokenizer that knows every word is given back as it is, as are those
-    by bytes, to which no word is unknown.
+    tokens come behind. Letters, digits and punctuation marks are among them, so that a word that
+    is in no text is spelled and not unknown. A tokenizer that knows every word is given back as it
+    is, as are those by bytes, to which no word is unknown.
     """
     from tokenizers import Tokenizer
 

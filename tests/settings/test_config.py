@@ -122,17 +122,17 @@ WRONG: dict[str, tuple[Change, str, str]] = {
     ),
     "unknown key in a stage": (
         lambda r: r["stages"][1].update(train_encodr="no"),
-        r"unknown key 'stages\.1\.referring\.train_encodr'",
+        r"unknown key 'stages\.1\.train_encodr'; did you mean",
         "did you mean 'train_encoder'?",
     ),
     "key of another kind of stage": (
         lambda r: r["stages"][0].update(train_encoder="no"),
-        r"unknown key 'stages\.0\.dense\.train_encoder'",
+        r"unknown key 'stages\.0\.train_encoder'",
         "known keys: kind, name, steps",
     ),
     "unknown key in validation data": (
         lambda r: r["val"]["held out"].update(famly="mixed"),
-        r"unknown key 'val\.held out\.refshapes\.famly'",
+        r"unknown key 'val\.held out\.famly'",
         "did you mean 'family'?",
     ),
     "unknown kind of stage": (
@@ -251,7 +251,7 @@ def test_several_problems_are_counted(file: Path) -> None:
         (b"a: [1", "is not YAML"),
         (b"- 1\n- 2\n", "no settings at its top level"),
         (b"", "no settings at its top level"),
-        (b"\xff\xfe\x00", "is not YAML"),
+        (b"\xff\xfe\x00", "not UTF-16"),
         (b"!!python/object/apply:os.mkdir [marked]", "is not YAML"),
         (b"[" * 2_000, "is not YAML"),
     ],
@@ -316,7 +316,7 @@ def test_set_reaches_every_kind_of_value(
         ("name.deep=1", "'deep' is not inside a section"),
         ("stages.5.steps=1", "'5' is not inside a section"),
         ("stages.*.steps=0", "stages.0.steps = 0"),
-        ("stages.1.stepz=1", "unknown key 'stages.1.stepz'; did you mean 'steps'"),
+        ("stages.1.stepz=1", "unknown key 'stages.1.stepz'"),
         ("sede=1", "unknown key 'sede'"),
     ],
 )

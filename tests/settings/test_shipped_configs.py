@@ -10,11 +10,13 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from support.made_parts import ENCODER, TEXT_MAKERS, sam_file
+from support.made_parts import ENCODER, sam_file
 from support.paths import REPO
 from support.settings_files import complete, load_settings
+from support.text_folders import make_bert
 
 from risam_cli.commands.refshapes import command as refshapes
+from risam_cli.data.refshapes.vocabulary import VOCABULARY
 from risam_cli.settings.load import check, merge, read_settings_file
 from risam_cli.settings.model import ModelSettings
 from risam_cli.settings.train import TrainSettings
@@ -35,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = CliRunner().invoke(refshapes, own, standalone_mode=False)
         assert done.exception is None, done.exception
     sam_file(folder / "sam.pth")
-    TEXT_MAKERS["bert"](folder / "bert")
+    make_bert(folder / "bert", VOCABULARY)
     return folder
 
 
@@ -125,7 +127,8 @@ def test_own_data_need_one_setting(made: Path, tmp_path: Path) -> None:
         [f"train.annotations={annotations}", f"output={tmp_path / 'run'}", *QUICK],
     )
     bundled = json.loads((REPO / "risam_cli/bundled/refshapes-tiny/config.json").read_text())
-    assert settings.model == check(ModelSettings, bundled["model"], "the bundled model")
+    own = merge(bundled["model"], {"text_encoder": {"learn_words": True}})
+    assert settings.model == check(ModelSettings, own, "the bundled model")
     best = train(settings, resume=False)
     load_model(best, device=torch.device("cpu"))
     resolved = yaml.safe_load((tmp_path / "run/config.resolved.yaml").read_text())

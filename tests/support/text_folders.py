@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,13 @@ def make_clip(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def make_bert(folder: Path) -> Path:
+def make_bert(folder: Path, words: Sequence[str] = ()) -> Path:
+    """A BERT of the small words, and of others where some are given."""
     from transformers import BertConfig, BertModel
 
     folder.mkdir()
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "##s"]
+    vocabulary += sorted({*words} - {*vocabulary})
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 16}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

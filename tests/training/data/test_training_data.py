@@ -37,13 +37,20 @@ SCENES = RAW["val"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """RefShapes in the benchmarks' own files: 4 scenes of train and of val each; read-only."""
+    """RefShapes in the benchmarks' own files: 4 scenes of train and of val each; read-only.
+
+    As in life, RefCOCO, RefCOCO+ and G-Ref ask about the same pictures.
+    """
     folder = tmp_path_factory.mktemp("data")
     own = ["-o", str(folder), "--splits", "train,val", "--scenes", "4", "--expressions", "3"]
     for more in (["--size", "128"], ["--size", "128", "--family", "refshapes", *PHRASECUT]):
         done = CliRunner().invoke(refshapes, [*own, *more], standalone_mode=False)
         assert done.exception is None, done.exception
     shutil.move(folder / "refshapes/phrasecut", folder / "phrasecut")
+    for name, refs in (("refcoco+", "refs(unc).p"), ("refcocog", "refs(umd).p")):
+        shutil.rmtree(folder / name)
+        shutil.copytree(folder / "refcoco", folder / name)
+        (folder / name / "refs(unc).p").rename(folder / name / refs)
     return folder
 
 
@@ -219,7 +226,7 @@ def test_this_runs_own_validation_images_are_dropped_too(data: Path, tmp_path: P
 def test_visual_genomes_photos_are_known_by_cocos_numbers(data: Path, tmp_path: Path) -> None:
     """RefCOCO's validation photos must not come back through PhraseCut under another name."""
     own = shutil.copytree(data, tmp_path / "data")
-    path = next((own / "phrasecut").glob("image_data*.json"))
+    path = own / "phrasecut/image_data_split3000.json"
     images = json.loads(path.read_text())
     used = open_dataset("phrasecut", own, "train").groups
     first = int(used[0].path.stem)
@@ -383,7 +390,7 @@ def test_a_mix_of_which_nothing_is_left_is_refused(data: Path, tmp_path: Path) -
         ({"weights": {"refcoco": 0}}, "the weight of 'refcoco' is 0.0, it must be above 0"),
         ({"members": {}}, "members = {}: .*at least 1"),
         ({"members": {"a": {"dataset": "mixed", "members": {}}}}, "'mixed'"),
-        ({"wieghts": {}}, "unknown key 'train.mixed.wieghts'"),
+        ({"wieghts": {}}, "unknown key 'train.wieghts'"),
     ],
 )
 def test_a_mix_that_is_none_is_told(
