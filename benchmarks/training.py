@@ -138,4 +138,5 @@ def spread(batch: ReferringBatch) -> ReferringBatch:
         attention_mask=batch.attention_mask,
         targets=batch.targets,
         no_target=batch.no_target,
+        weights=batch.weights,
     )

@@ -2,7 +2,8 @@
 
 Beside what COCO asks for, an annotation carries ``score``, ``expression`` and ``record_id``, and
 the file has ``expressions``, as the project's own readers take them: what referred to nothing is
-kept there, though it has no annotation.
+kept there, though it has no annotation. Expressions are marked ``pseudo``: their truth is a model's
+answer, which training may weigh less.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class _Coco:
             "ann_ids": ids,
             "text": p.expression,
             "record_id": p.id,
+            "pseudo": True,
         }
         self._expressions.add(_dump(row), between=",\n")
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
@@ -25,6 +24,7 @@ from risam_cli.errors import ModelError
 from risam_cli.files.jsonlines import read_text
 from risam_cli.segmenters.segmenter import Capabilities, Instances, Thresholds
 from risam_cli.weights.folder import count_weights
+from risam_cli.weights.text import quiet
 
 _LONGEST_JSON = 1 << 24
 _MOST_SIDE = 1 << 14  # pixels of an input
@@ -250,22 +250,6 @@ def _processor_numbers(folder: Folder) -> Mapping[str, Any]:
         f"{folder.name}: {folder.path} lacks {_PROCESSORS[0]}, which says how images are prepared",
         "put it into the folder",
     )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps transformers' bars, reports and warnings off the terminal: what matters is checked."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(50)  # critical
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 class Published:

@@ -68,6 +68,13 @@ class CocoData(PartOfFile):
     annotations: str = Field(description="the JSON file; in val by default that of train")
     images: str | None = Field(None, description="folder that file names are relative to")
     split: str = Field("all", description="take the records that carry this split; all is all")
+    pseudo_weight: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="weight in the loss of expressions that the file marks as pseudo, their masks "
+        "being a model's answers",
+    )
 
     def paths(self) -> Iterator[tuple[str, Path]]:
         """Keys and paths that must be there."""

@@ -119,7 +119,7 @@ class ReferringTask:
 
     def counts(self, batch: ReferringBatch) -> Tensor:
         """See :func:`referring_counts`."""
-        return referring_counts(batch.no_target)
+        return referring_counts(batch.no_target, batch.weights)
 
     def loss(
         self, batch: ReferringBatch, counts: Tensor | None = None
@@ -127,7 +127,8 @@ class ReferringTask:
         """See :class:`ReferringLoss`."""
         decoded = self.decode(batch)
         target = batch.targets.float() / 255
-        parts = self.criterion(decoded, target, inside(batch, target), batch.no_target, counts)
+        valid, weights = inside(batch, target), batch.weights
+        parts = self.criterion(decoded, target, valid, batch.no_target, counts, weights)
         figures = {name: value for name, value in vars(parts).items() if value is not None}
         return figures.pop("total"), {name: value.detach() for name, value in figures.items()}
 
@@ -159,6 +160,9 @@ class LossParts:
     no_target: Tensor
     iou: Tensor
     minimap: Tensor | None = None
+
+
+_LEAST = 1e-6  # of what is divided by, where no expression counts
 
 
 class ReferringLoss(nn.Module):
@@ -197,6 +201,7 @@ class ReferringLoss(nn.Module):
         valid: Tensor,
         no_target: Tensor,
         counts: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> LossParts:
         """Compares predictions with soft targets.
 
@@ -206,24 +211,27 @@ class ReferringLoss(nn.Module):
             valid: (E, T, T) in 0..1, 0 where the square is padding.
             no_target: (E,) 1 where nothing fits.
             counts: (2,) expressions, and those with a target, of the batch that this one is a
-                part of: the losses of the parts add up to the whole's. None: it is the whole.
+                part of, by weight: the losses of the parts add up to the whole's. None: it is the
+                whole.
+            weights: (E,) of the expressions; None is 1 for each.
         """
+        weights = torch.ones_like(no_target) if weights is None else weights
         if counts is None:
-            counts = referring_counts(no_target)
-        expressions, targets = counts.clamp(min=1).unbind()
+            counts = referring_counts(no_target, weights)
+        expressions, targets = counts.clamp(min=_LEAST).unbind()
         logits = decoded.mask_logits.float()[:, None]
         logits = F.interpolate(
             logits, size=target.shape[-2:], mode="bilinear", align_corners=False
         )[:, 0]
         area = valid.sum(dim=(1, 2)).clamp(min=1)
-        has_target = 1 - no_target
+        has_target = (1 - no_target) * weights
 
         pixel = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         probability = logits.sigmoid()
         if self.focal_gamma > 0:
             agreement = 1 - (probability - target).abs()
             pixel = pixel * (1 - agreement).clamp(min=1e-6) ** self.focal_gamma
-        mask = ((pixel * valid).sum(dim=(1, 2)) / area).sum() / expressions
+        mask = ((pixel * valid).sum(dim=(1, 2)) / area * weights).sum() / expressions
 
         probability = probability * valid
         overlap = (probability * target).sum(dim=(1, 2))
@@ -231,9 +239,9 @@ class ReferringLoss(nn.Module):
         dice = ((1 - (2 * overlap + 1) / (size + 1)) * has_target).sum() / targets
 
         none = F.binary_cross_entropy_with_logits(
-            decoded.no_target_logits.float(), no_target, reduction="sum"
+            decoded.no_target_logits.float(), no_target, reduction="none"
         )
-        none = none / expressions
+        none = (none * weights).sum() / expressions
         with torch.no_grad():
             hard = (probability > 0.5) & (valid > 0)
             truth = target > 0.5
@@ -254,14 +262,17 @@ class ReferringLoss(nn.Module):
         minimap = decoded.minimap_logits.float()
         where = F.adaptive_avg_pool2d(target, minimap.shape[-1])  # (E, P, P) in 0..1
         apart = F.binary_cross_entropy_with_logits(minimap, where, reduction="none")
-        apart = self.minimap_weight * apart.mean(dim=(1, 2)).sum() / expressions
+        apart = self.minimap_weight * (apart.mean(dim=(1, 2)) * weights).sum() / expressions
         return LossParts(total + apart, *parts, apart)
 
 
-def referring_counts(no_target: Tensor) -> Tensor:
-    """(2,) expressions, and those with a target: what :class:`ReferringLoss` divides by."""
-    expressions = no_target.new_tensor(len(no_target))
-    return torch.stack([expressions, (1 - no_target).sum()])
+def referring_counts(no_target: Tensor, weights: Tensor) -> Tensor:
+    """(2,) weight of all expressions, and of those with a target: what the loss divides by.
+
+    Args:
+        no_target: (E,) 1 where nothing fits; weights: (E,).
+    """
+    return torch.stack([weights.sum(), ((1 - no_target) * weights).sum()])
 
 
 # --- dense ----------------------------------------------------------------------------------------

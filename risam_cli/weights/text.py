@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from risam_cli.errors import ModelError
@@ -21,6 +22,22 @@ if TYPE_CHECKING:
     from risam_cli.weights.folder import StoredModel
 
     Parts = tuple[nn.Module, PretrainedConfig, TextTokenizer]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' bars, reports and warnings off the terminal: what matters is checked."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(50)  # critical
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def small_bert(
@@ -52,24 +69,30 @@ def pretrained_text(source: str, max_tokens: int) -> Parts:
     from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel, CLIPTextModel
 
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        config = config.text_config if config.model_type == "clip" else config
-        if config.is_encoder_decoder:
-            raise ValueError(f"a {config.model_type} is no encoder of its own")
-        if config.model_type == "clip_text_model":
-            backbone: Any = CLIPTextModel.from_pretrained(source, config=config)
-        elif config.model_type == "bert":
+        with quiet():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            config = config.text_config if config.model_type == "clip" else config
+            if config.is_encoder_decoder:
+                raise ValueError(f"a {config.model_type} is no encoder of its own")
+            kind: Any = {"clip_text_model": CLIPTextModel, "bert": BertModel}.get(
+                config.model_type, AutoModel
+            )
             # As _backbone builds it again from a model folder.
-            backbone = BertModel.from_pretrained(source, config=config, add_pooling_layer=False)
-        else:
-            backbone = AutoModel.from_pretrained(source, config=config, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            bare = {"add_pooling_layer": False} if kind is BertModel else {}
+            backbone, report = kind.from_pretrained(
+                source, config=config, trust_remote_code=False, output_loading_info=True, **bare
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        lacking = sorted(name for name in report["missing_keys"] if "pooler" not in name)
+        if lacking:
+            raise ValueError(f"its files lack {len(lacking)} weights, first {lacking[0]!r}")
     except Exception as error:  # transformers passes on whatever a file's bytes lead to
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"cannot load text encoder {source!r}: {reason}",
             "give a folder with config.json, weights and tokenizer files, or a name that is in "
-            "the local Hugging Face cache",
+            "the local Hugging Face cache or on the hub; or none: model.text_encoder.source null "
+            "and vocabulary data learn the words of the training expressions",
         ) from error
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.networks import TEXTS, noise, randomize, relative_error, small_settings
 from support.text_folders import clip_config, clip_tokenizer_files, make_bert, make_clip
 
@@ -187,7 +188,9 @@ def test_the_text_half_of_a_whole_clip_is_taken(tmp_path: Path) -> None:
     assert relative_error(found.last_hidden_state, expected.last_hidden_state) < 1e-5
 
 
-@pytest.mark.parametrize("problem", ["absent", "no weights", "cut weights", "no tokenizer", "t5"])
+@pytest.mark.parametrize(
+    "problem", ["absent", "no weights", "cut weights", "a weight less", "no tokenizer", "t5"]
+)
 def test_a_folder_that_cannot_be_loaded_is_named(tmp_path: Path, problem: str) -> None:
     source = tmp_path / "text"
     if problem != "absent":
@@ -197,6 +200,11 @@ def test_a_folder_that_cannot_be_loaded_is_named(tmp_path: Path, problem: str) -
     if problem == "cut weights":
         path = source / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-64])
+    if problem == "a weight less":
+        path = source / "model.safetensors"
+        tensors = load_file(path)
+        del tensors["encoder.layer.1.output.dense.weight"]
+        save_file(tensors, path, {"format": "pt"})
     if problem == "no tokenizer":
         (source / "vocab.txt").unlink()
         (source / "tokenizer_config.json").unlink()

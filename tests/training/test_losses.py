@@ -239,3 +239,22 @@ def test_dense_loss_without_foreground_is_finite() -> None:
     total, figures = dense_loss(*logits, noise(1, 2, 2, 2), labels, centres, 0.08)
     assert torch.isfinite(total)
     assert all(value.item() == 0 for value in figures.values())
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_an_expression_of_weight_one_half_counts_half(gamma: float) -> None:
+    """Twice at one half is once, and the whole of a batch is that of its parts by their weights."""
+    torch.manual_seed(0)
+    logits, target, none = noise(3, 4, 4), torch.rand(3, 4, 4), torch.tensor([0.0, 0.0, 1.0])
+    loss, valid = _loss(gamma), torch.ones(3, 4, 4)
+
+    def total(rows: list[int], weights: list[float]) -> float:
+        decoded = Decoded(logits[rows], torch.full((len(rows),), 0.3), noise(3)[rows])
+        parts = loss(decoded, target[rows], valid[rows], none[rows], None, torch.tensor(weights))
+        return float(parts.total)
+
+    once = total([0, 1, 2], [1.0, 1.0, 1.0])
+    assert total([0, 0, 1, 2], [0.5, 0.5, 1.0, 1.0]) == pytest.approx(once, rel=1e-6)
+    assert total([0, 1, 2], [0.5, 1.0, 1.0]) != pytest.approx(once, rel=1e-3)
+    # Only the proportions count.
+    assert total([0, 1, 2], [0.25, 0.25, 0.25]) == pytest.approx(once, rel=1e-6)

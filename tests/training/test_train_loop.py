@@ -54,6 +54,7 @@ def batch(images: list[int]) -> ReferringBatch:
         attention_mask=tokens.attention_mask,
         targets=targets[rows],
         no_target=none[rows],
+        weights=torch.ones(len(rows)),
     )
 
 

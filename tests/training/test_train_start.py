@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from support.text_folders import make_bert
 from support.training_runs import RAW, last_weights, run, settings, write_coco
 
 from risam_cli.cli import main
+from risam_cli.console.console import Console
 from risam_cli.errors import ConfigError, DataError, OutputError
 from risam_cli.training import loop
 from risam_cli.training.losses import ReferringTask
+from risam_cli.training.stage import TrainingBuilder
 from risam_cli.weights.load import load_model
 
 REFERRING = [{**RAW["stages"][1], "steps": 3}]
@@ -307,3 +310,64 @@ def _same(data: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     old = {**data["train"], "annotations": str(tmp_path / "mine/pairs.json"),
            "images": str(tmp_path / "mine/images")}  # fmt: skip
     return {"train": old, "val": {"mine": old}}
+
+
+# --- labels that a model made ---------------------------------------------------------------------
+
+
+def _pseudo(folder: Path) -> dict[str, Any]:
+    """Data whose first expression of each image is a model's answer."""
+    data = write_coco(folder)
+    path = Path(data["annotations"])
+    content = json.loads(path.read_text())
+    for one in content["expressions"][::2]:
+        one["pseudo"] = True
+    path.write_text(json.dumps(content))
+    return data
+
+
+def test_pseudo_labels_are_counted_and_weigh_as_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {**_pseudo(tmp_path / "mine"), "pseudo_weight": 0.25}
+    augment = {"flip": 0.5, "crop": 0.5, "jitter": 0.5}
+    chosen = settings(tmp_path / "run", **QUICK, train=data, val={"mine": data}, augment=augment)
+    builder = TrainingBuilder(chosen, Console())
+    assert "2 images, 4 expressions, 2 of them pseudo-labels" in capsys.readouterr().err
+    examples = builder.data.train()
+    for index in range(8):  # four epochs
+        one = examples[index]
+        told = dict(zip(one.texts, one.weights.tolist(), strict=True))
+        assert told == {"red square": 0.25, "green star": 1.0}
+    stage = builder.stage(chosen.stages[0])
+    batch = stage.collate([examples[0], examples[1]])
+    assert batch.weights.tolist() == [0.25, 1.0, 0.25, 1.0]
+    assert stage.task.counts(batch).tolist() == [2.5, 0.5]
+
+
+def test_what_predict_answers_is_marked_in_its_export(tmp_path: Path) -> None:
+    """From masks of a model to training on them."""
+    data = write_coco(tmp_path / "mine")
+    images, out, coco = data["images"], tmp_path / "out", tmp_path / "coco"
+    phrases = ["-e", "the blue square", "-e", "the red circle"]
+    assert main(["predict", images, *phrases, "-o", str(out), "-q"]) == 0
+    assert main(["export-masks", str(out), "--to", "coco", "-o", str(coco), "-q"]) == 0
+    said = json.loads((coco / "instances.json").read_text())["expressions"]
+    assert len(said) == 4
+    assert all(one["pseudo"] is True for one in said)
+    own = {"dataset": "coco", "annotations": str(coco / "instances.json"), "images": images}
+    best = run(tmp_path / "run", **QUICK, train={**own, "pseudo_weight": 0.5}, val={"mine": data})
+    assert best.is_dir()
+
+
+def test_a_pretrained_text_encoder_loads_in_silence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_bert(tmp_path / "bert")
+    text = {"source": str(tmp_path / "bert"), "vocabulary": None, "max_tokens": 12}
+    config = _config(tmp_path, **QUICK, model={"text_encoder": text})
+    capfd.readouterr()
+    assert main(["train", str(config), "-q"]) == 0
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert [line for line in told.err.splitlines() if "best model by miou" not in line] == []

@@ -78,7 +78,8 @@ def open_coco(
 class _Spoken(NamedTuple):
     """One expression as the file has it; ``id`` is empty where it has none.
 
-    ``ann_id`` is the annotation that it stands on, None for one of the list.
+    ``ann_id`` is the annotation that it stands on, None for one of the list. ``pseudo``: its truth
+    is a model's answer.
     """
 
     image_id: Any
@@ -87,6 +88,7 @@ class _Spoken(NamedTuple):
     parts: tuple[Any, ...] | None
     split: Any
     ann_id: Any = None
+    pseudo: bool = False
 
 
 def _not_listed(captioned: Sequence[_Spoken], listed: Sequence[_Spoken]) -> list[_Spoken]:
@@ -137,7 +139,8 @@ def _listed(record: Any, where: str) -> _Spoken:
         raise DataError(f"{where} has the image_id {brief(image_id)}", "give an image's id")
     name = str(given) if isinstance(given, (int, str)) else ""
     parts = None if ann_ids is None else tuple(ann_ids)
-    return _Spoken(image_id, name, text, parts, record.get("split"))
+    pseudo = record.get("pseudo") is True
+    return _Spoken(image_id, name, text, parts, record.get("split"), pseudo=pseudo)
 
 
 def _captioned(ann_id: Any, annotation: dict[str, Any]) -> Iterator[_Spoken]:
@@ -181,13 +184,15 @@ def _group(instances: Instances, image_id: Any, folder: Path, spoken: Sequence[_
     image = instances.image(image_id)
     size = instances.size(image)
     file_name = image["file_name"]
-    known: dict[tuple[Any, ...] | None, dict[str, Any]] = {}  # equal facts are held once
+    known: dict[tuple[Any, bool], dict[str, Any]] = {}  # equal facts are held once
     phrases = []
     for k, one in enumerate(spoken):
-        if one.parts not in known:
-            known[one.parts] = _attributes(instances, image_id, one.parts)
+        fact = one.parts, one.pseudo
+        if fact not in known:
+            mark = {"pseudo": True} if one.pseudo else {}
+            known[fact] = {**_attributes(instances, image_id, one.parts), **mark}
         name = one.id or f"{file_name}#{k}"
-        phrases.append(Phrase(name, one.text, one.parts, known[one.parts]))
+        phrases.append(Phrase(name, one.text, one.parts, known[fact]))
     draw = partial(instances.draw, image_id=image_id, size=size or (1, 1))
     redraw = partial(instances.redraw, size=size or (1, 1))
     path = folder / file_name

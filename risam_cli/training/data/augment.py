@@ -9,7 +9,7 @@ other workers, sees the very same pictures.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -29,12 +29,14 @@ class Picture:
     Attributes:
         image: (H, W, 3) uint8; masks: E masks (H, W); texts: E expressions.
         scale: part of the square that the longest side is to take, in 0..1.
+        weights: of the E expressions in the loss; none given are 1.
     """
 
     image: Rgb
     masks: tuple[Mask, ...]
     texts: tuple[str, ...]
     scale: float = 1.0
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +67,9 @@ class Augmentation:
         if cut.random() < s.crop:
             picture = crop(picture, s.crop_least, cut)
         if color.random() < s.jitter and not any(map(speaks_of_color, picture.texts)):
-            picture = Picture(jittered(picture.image, color), picture.masks, picture.texts)
+            picture = replace(picture, image=jittered(picture.image, color))
         scale = float(size.uniform(s.shrink, 1.0)) if s.shrink < 1 else 1.0
-        return Picture(picture.image, picture.masks, picture.texts, scale)
+        return replace(picture, scale=scale)
 
 
 def choose(picture: Picture, most: int | None, rng: np.random.Generator) -> Picture:
@@ -75,11 +77,11 @@ def choose(picture: Picture, most: int | None, rng: np.random.Generator) -> Pict
     if most is None or len(picture.texts) <= most:
         return picture
     kept = sorted(rng.choice(len(picture.texts), most, replace=False).tolist())
-    return Picture(
-        picture.image,
-        tuple(picture.masks[k] for k in kept),
-        tuple(picture.texts[k] for k in kept),
-        picture.scale,
+    return replace(
+        picture,
+        masks=tuple(picture.masks[k] for k in kept),
+        texts=tuple(picture.texts[k] for k in kept),
+        weights=tuple(picture.weights[k] for k in kept) if picture.weights else (),
     )
 
 
@@ -91,7 +93,7 @@ def flip(picture: Picture) -> Picture:
         return picture
     image = np.ascontiguousarray(picture.image[:, ::-1])
     masks = tuple(np.ascontiguousarray(mask[:, ::-1]) for mask in picture.masks)
-    return Picture(image, masks, texts, picture.scale)
+    return replace(picture, image=image, masks=masks, texts=texts)
 
 
 def crop(picture: Picture, least: float, rng: np.random.Generator) -> Picture:
@@ -106,11 +108,10 @@ def crop(picture: Picture, least: float, rng: np.random.Generator) -> Picture:
     top, rows = _span(height, y0, y1, least, rng)
     left, columns = _span(width, x0, x1, least, rng)
     window = np.s_[top : top + rows, left : left + columns]
-    return Picture(
-        np.ascontiguousarray(picture.image[window]),
-        tuple(np.ascontiguousarray(mask[window]) for mask in picture.masks),
-        picture.texts,
-        picture.scale,
+    return replace(
+        picture,
+        image=np.ascontiguousarray(picture.image[window]),
+        masks=tuple(np.ascontiguousarray(mask[window]) for mask in picture.masks),
     )
 
 

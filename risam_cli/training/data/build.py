@@ -155,9 +155,11 @@ class DataBuilder:
             )
         self.console.info(
             f"{key}: {_named(data)}, {len(samples)} images, {samples.expressions} expressions"
+            + (f", {samples.pseudo} of them pseudo-labels" if samples.pseudo else "")
             + "".join(f"; {note}" for note in source.notes)
         )
-        return ReferringSamples(samples, self.size, self.target_size, augment)
+        weight = data.pseudo_weight if isinstance(data, CocoData) else 1.0
+        return ReferringSamples(samples, self.size, self.target_size, augment, weight)
 
     def _mixed(self, data: MixedData) -> Examples:
         sources: dict[str, SampleSource] = {}

@@ -28,7 +28,7 @@ class ReferringBatch:
         image_index: (E,) image of each expression.
         input_ids, attention_mask: (E, L).
         targets: (E, T, T) uint8, 255 is full cover.
-        no_target: (E,) float, 1 where nothing fits.
+        no_target: (E,) float, 1 where nothing fits; weights: (E,) float, in the loss.
     """
 
     images: Tensor
@@ -38,6 +38,7 @@ class ReferringBatch:
     attention_mask: Tensor
     targets: Tensor
     no_target: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class ReferringCollate:
             attention_mask=tokens.attention_mask,
             targets=torch.cat([torch.from_numpy(e.targets) for e in examples]),
             no_target=torch.cat([torch.from_numpy(e.no_target) for e in examples]).float(),
+            weights=torch.cat([torch.from_numpy(e.weights) for e in examples]),
         )
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pickle
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, overload
+from typing import Any, Protocol, overload
 
 import cv2
 import numpy as np
@@ -47,13 +47,14 @@ class ReferringExample:
         targets: (E, T, T) uint8, 255 times the part of each cell that the referent covers, on
             a grid over the padded square.
         no_target: (E,) bool.
-        texts: E expressions.
+        texts: E expressions; weights: theirs in the loss, (E,) float32.
     """
 
     image: NDArray[np.uint8]
     targets: NDArray[np.uint8]
     no_target: NDArray[np.bool_]
     texts: tuple[str, ...]
+    weights: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,7 @@ class PackedSamples(Sequence[Sample]):
 
     def __init__(self, samples: Iterable[Sample]) -> None:
         block, ends, counts = bytearray(), array("q"), array("q")
+        self.pseudo = 0  # expressions whose truth is a model's answer
         for sample in samples:
             if not sample.expressions:
                 continue
@@ -164,6 +166,7 @@ class PackedSamples(Sequence[Sample]):
                         "give it ann_ids",
                     )
             counts.append(len(sample.expressions))
+            self.pseudo += sum(map(is_pseudo, sample.expressions))
             block += pickle.dumps(_lean(sample), protocol=5)
             ends.append(len(block))
         self._block = np.frombuffer(bytes(block), np.uint8)
@@ -202,9 +205,21 @@ class PackedSamples(Sequence[Sample]):
         return sample
 
 
+_PSEUDO: Mapping[str, Any] = {"pseudo": True}
+_PLAIN: Mapping[str, Any] = {}
+
+
+def is_pseudo(expression: Expression) -> bool:
+    """Whether its ground truth is a model's answer."""
+    return expression.attributes.get("pseudo") is True
+
+
 def _lean(sample: Sample) -> Sample:
     """Without what only evaluation looks at."""
-    kept = tuple(Expression(e.id, e.text, e.target, e.no_target) for e in sample.expressions)
+    kept = tuple(
+        Expression(e.id, e.text, e.target, e.no_target, _PSEUDO if is_pseudo(e) else _PLAIN)
+        for e in sample.expressions
+    )
     return Sample(sample.image, sample.path, kept, sample.size)
 
 
@@ -215,6 +230,7 @@ class ReferringSamples:
         samples: with known masks.
         size: side S of the encoder's input; target_size: side T of the targets.
         augment: None changes nothing, so every epoch is the same.
+        pseudo_weight: of pseudo-labels in the loss.
     """
 
     def __init__(
@@ -223,7 +239,9 @@ class ReferringSamples:
         size: int,
         target_size: int,
         augment: Augmentation | None = None,
+        pseudo_weight: float = 1.0,
     ) -> None:
+        self.pseudo_weight = pseudo_weight
         self.samples = samples
         self.size = size
         self.target_size = target_size
@@ -244,7 +262,7 @@ class ReferringSamples:
         epoch, index = divmod(index, len(self))
         sample = self.samples[index]
         try:
-            picture = _picture(sample)
+            picture = _picture(sample, self.pseudo_weight)
         except DataError as error:
             raise ExampleError(error.message, error.fix) from error
         if self.augment is not None:
@@ -252,7 +270,7 @@ class ReferringSamples:
         return make_example(picture, self.size, self.target_size)
 
 
-def _picture(sample: Sample) -> Picture:
+def _picture(sample: Sample, pseudo_weight: float) -> Picture:
     """Decodes the image and the masks. Raises DataError where they do not fit each other."""
     image = open_rgb(sample.path)
     chosen = tuple(masks.decode(e.target) for e in sample.expressions if e.target is not None)
@@ -261,7 +279,8 @@ def _picture(sample: Sample) -> Picture:
             f"{sample.path} is {image.shape[:2]} (H, W), its masks are {chosen[0].shape}",
             "mend height and width in the annotations",
         )
-    return Picture(image, chosen, tuple(expression.text for expression in sample.expressions))
+    weights = tuple(pseudo_weight if is_pseudo(e) else 1.0 for e in sample.expressions)
+    return Picture(image, chosen, tuple(e.text for e in sample.expressions), weights=weights)
 
 
 def _at_most(expressions: int, augment: Augmentation | None) -> int:
@@ -299,8 +318,9 @@ def make_example(picture: Picture, size: int, target_size: int) -> ReferringExam
     longest = max(1, int(size * picture.scale + 0.5))
     targets = np.stack([soft_target(mask, size, target_size, longest) for mask in picture.masks])
     empty = np.array([not mask.any() for mask in picture.masks])
+    weights = np.array(picture.weights or [1.0] * len(picture.texts), np.float32)
     return ReferringExample(
-        resize_for_encoder(picture.image, longest), targets, empty, picture.texts
+        resize_for_encoder(picture.image, longest), targets, empty, picture.texts, weights
     )
 
 
