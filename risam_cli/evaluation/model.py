@@ -82,7 +82,9 @@ def answer_and_score(
                 unknown.see(result.predictions)
                 yield item, result
 
-        answers = answers_from_model(source, run, log, no_target_threshold, protocol, seconds, failures)
+        answers = answers_from_model(
+            source, run, log, no_target_threshold, protocol, seconds, failures
+        )
         done = run_evaluation(source, answers, protocol, asked.output, console)
     unknown.tell()
     fit = _fit(asked, done, no_target_threshold) if asked.fit_no_target else None

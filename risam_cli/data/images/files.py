@@ -72,7 +72,9 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
             raise ImageError(f"{path}: the file is empty (0 bytes)", "copy or download it again")
         file = open(path, "rb")  # noqa: SIM115 - closed below, outside of this try
     except FileNotFoundError:
-        raise ImageError(f"{path}: no such file", "check the path, and where relative paths start") from None
+        raise ImageError(
+            f"{path}: no such file", "check the path, and where relative paths start"
+        ) from None
     except PermissionError:
         raise ImageError(f"{path}: permission denied", "make the file readable") from None
     except ValueError as error:  # a NUL byte
