@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from risam_cli.runs.stager import Saving
+from risam_cli.runs.writer import Saving
 from support.predict_runs import Killed, Run, contents, run_json
 from support.records import read_records
 
