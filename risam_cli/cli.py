@@ -14,9 +14,16 @@ from typing import Any
 
 import click
 
-from risam_cli.commands.options import verbosity_options
+from risam_cli.commands.options import option_names, verbosity_options
 from risam_cli.console.console import Console, get_console, set_console
-from risam_cli.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, Interrupted, RisamError
+from risam_cli.errors import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    Interrupted,
+    RisamError,
+    use_front_end,
+)
 from risam_cli.version import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -110,6 +117,14 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     set_console(Console())
     signal.signal(signal.SIGTERM, _on_sigterm)
+    before = use_front_end(option_names(root))
+    try:
+        return _run(args)
+    finally:
+        use_front_end(before)
+
+
+def _run(args: Sequence[str] | None) -> int:
     try:
         code = root.main(args=args, prog_name="risam", standalone_mode=False)
         sys.stdout.flush()

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from risam_cli.data.images.files import file_sha256
 from risam_cli.data.readers.predictions import Answer, PredictionIndex
 from risam_cli.data.readers.source import OnFailure, SampleSource
-from risam_cli.errors import DataError, OutputError
+from risam_cli.errors import DataError, OutputError, setting
 from risam_cli.evaluation.run import ANSWERS_FILE
 from risam_cli.evaluation.scoring import Answered
 from risam_cli.files.durable import sync_file, sync_folder
@@ -94,7 +94,7 @@ class AnswerLog:
         if held and not (resume or overwrite):
             raise OutputError(
                 f"{folder} holds an interrupted run",
-                "go on with --resume, or start anew with --overwrite",
+                f"go on with {setting('resume')}, or start anew with {setting('overwrite')}",
             )
         try:
             if held and resume:
@@ -173,14 +173,16 @@ class AnswerLog:
         try:
             own = json.loads(first)["settings"]
         except (ValueError, KeyError, TypeError):
-            raise OutputError(f"{self.path} is damaged", "start anew with --overwrite") from None
+            raise OutputError(
+                f"{self.path} is damaged", f"start anew with {setting('overwrite')}"
+            ) from None
         wanted = json.loads(json.dumps(header["settings"]))
         for key in sorted({*own, *wanted}):
             if own.get(key) != wanted.get(key):
                 raise OutputError(
                     f"the interrupted run in {self.path.parent} had {key} {own.get(key)!r}, this "
                     f"one has {wanted.get(key)!r}",
-                    "give the same settings, or start anew with --overwrite",
+                    f"give the same settings, or start anew with {setting('overwrite')}",
                 )
 
 

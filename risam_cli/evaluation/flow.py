@@ -15,7 +15,7 @@ from risam_cli.console.console import get_console
 from risam_cli.data.readers.catalog import count_differences
 from risam_cli.data.readers.predictions import PredictionIndex
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED
+from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, setting, told
 from risam_cli.evaluation.report.assemble import (
     RunFacts,
     assemble,
@@ -136,7 +136,8 @@ def _tell_surplus(index: PredictionIndex, source: SampleSource, folder: Path) ->
     if not index.unused:
         return 0
     if source.limit is not None:
-        get_console().info(f"{index.unused} predictions were not looked at (--limit)")
+        limited = setting("limit", source.limit)
+        get_console().info(told(f"{index.unused} predictions were not looked at ({limited})"))
         return 0
     first = ""
     with path.open("w", encoding="utf-8", errors="backslashreplace") as stream:

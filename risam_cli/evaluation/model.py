@@ -10,7 +10,7 @@ import torch
 
 from risam_cli.console.console import get_console
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.errors import DataError, OutputError, UsageError
+from risam_cli.errors import DataError, OutputError, UsageError, setting
 from risam_cli.evaluation.answers import AnswerLog, StageSeconds, answers_from_model
 from risam_cli.evaluation.protocol import mask_rule
 from risam_cli.evaluation.report.schema import AnswersPart, NoTargetFitPart, TimingPart
@@ -93,9 +93,9 @@ def _load(asked: Asked, device: torch.device, precision: torch.dtype) -> Segment
     )
     if asked.fit_no_target and not segmenter.capabilities.trainable:
         raise UsageError(
-            f"--fit-no-target would write into the folder of {segmenter.name}, a published "
-            f"{segmenter.kind}",
-            "give the threshold by --no-target-threshold",
+            f"{setting('fit_no_target')} would write into the folder of {segmenter.name}, a "
+            f"published {segmenter.kind}",
+            f"give the threshold by {setting('no_target_threshold')}",
         )
     return segmenter
 
@@ -154,7 +154,7 @@ def _identity(
         "precision": precision_name(settings.precision),
         "shuffle": asked.shuffle,
         "full decode": asked.full_decode,
-        "features": "float32" if asked.feature_cache is None else "half (--feature-cache)",
+        "features": "float32" if asked.feature_cache is None else "half (feature cache)",
         **instance_rules(segmenter, settings),
         **segmenter.versions,
     }
@@ -170,9 +170,9 @@ def _fit(asked: Asked, run: EvalRun, before: float) -> NoTargetFitPart:
     point = fit_no_target(run.scored.table)
     if point is None:
         raise DataError(
-            "--fit-no-target needs expressions with and without a target, and this split has not "
-            "both",
-            "take grefcoco, or refshapes with --family grefshapes",
+            f"{setting('fit_no_target')} needs expressions with and without a target, and this "
+            "split does not have both",
+            f"take grefcoco, or refshapes with {setting('family', 'grefshapes')}",
         )
     folder = model_folders.find_model(asked.model)
     _store(folder, point.threshold)
@@ -198,5 +198,5 @@ def _store(folder: Path, threshold: float) -> None:
     except OutputError as error:
         raise OutputError(
             f"{error.message}: the threshold {threshold:.6g} is not stored",
-            "copy the model folder to a place of your own and give it as --model",
+            f"copy the model folder to a place of your own and give it as {setting('model')}",
         ) from error

@@ -14,7 +14,7 @@ from typing import TextIO
 from risam_cli.console.console import Console
 from risam_cli.data.readers.layout import is_file
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.errors import DataError, OutputError
+from risam_cli.errors import DataError, OutputError, setting
 from risam_cli.evaluation.scoring import Answered, Scored, Scorer
 from risam_cli.files.durable import replace_durably
 from risam_cli.metrics.protocols import Protocol
@@ -189,5 +189,5 @@ def images_nowhere(source: SampleSource, absent: int, looked: set[Path]) -> Data
     return DataError(
         f"none of the {absent} images of {source.dataset} {source.split} is there; looked for "
         f"{first} and the others in {places}",
-        "give --images DIR, the folder in which these names start",
+        f"give {setting('image_root', 'DIR')}, the folder in which these names start",
     )

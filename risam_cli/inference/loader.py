@@ -103,7 +103,7 @@ def load_image(path: Path, settings: LoaderSettings) -> Loaded:
             path, settings.frames, settings.max_pixels, full_decode=settings.full_decode
         )
     except ImageError as error:
-        return _failed(path, str(error), time.perf_counter() - started)
+        return _failed(path, error.raw, time.perf_counter() - started)
     except MemoryError:
         why = f"{path}: not enough memory to decode it"
         return _failed(path, why, time.perf_counter() - started)

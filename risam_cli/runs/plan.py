@@ -13,6 +13,7 @@ from typing import Any
 
 from risam_cli.console.console import get_console
 from risam_cli.data.inputs.inputs import Entry, Inputs
+from risam_cli.errors import setting, told
 from risam_cli.inference.device import precision_name
 from risam_cli.inference.feature_cache import CacheSettings
 from risam_cli.inference.pipeline import PredictSettings, compute_settings, instance_rules
@@ -110,7 +111,7 @@ def plan_to_go_on(folder: Path, plan: RunPlan, segmenter: Segmenter) -> RunPlan:
     if changed:
         get_console().warn(
             f"the earlier part of this run was computed otherwise ({changed}); last digits may "
-            "differ from a run in one go, --overwrite starts anew"
+            + told(f"differ from a run in one go, {setting('overwrite')} starts anew")
         )
     changed = _changes({key: ran_by.get(key) for key in _limits(plan)}, _limits(plan))
     if not changed or plan.retry_failed:

@@ -21,6 +21,7 @@ from risam_cli.errors import (
     Interrupted,
     OutputError,
     RisamError,
+    setting,
 )
 from risam_cli.inference.device import describe_device, precision_name
 from risam_cli.inference.feature_cache import FeatureCache, cache_for
@@ -163,12 +164,14 @@ class _Run:
         self.writing = writer.seconds
         if self._too_many_failures():
             raise RisamError(
-                f"stopped: {self.failed} items failed, more than --max-failures "
+                f"stopped: {self.failed} items failed, more than {setting('max_failures')} "
                 f"{self.plan.max_failures}; what was done is kept",
-                "see failures.jsonl; go on with --resume",
+                f"see failures.jsonl; go on with {setting('resume')}",
             )
         if asked.is_set() and not complete:
-            raise Interrupted("interrupted; what was done is kept", "go on with --resume")
+            raise Interrupted(
+                "interrupted; what was done is kept", f"go on with {setting('resume')}"
+            )
 
     def _todo(self) -> Iterator[tuple[Sample, tuple[Entry, bool]]]:
         """The samples still to do, each with its entry and whether it is done again.
@@ -219,7 +222,7 @@ class _Run:
     # --- what is said of it -----------------------------------------------------------------------
 
     def tell_settings(self) -> None:
-        """With ``--verbose``: by what the run goes."""
+        """Where it is verbose: by what the run goes."""
         console, settings = get_console(), self.plan.settings
         console.debug(
             f"model {self.segmenter.name} ({self.segmenter.hash[:12]}), "

@@ -50,7 +50,7 @@ class Saving:
 
     @property
     def names(self) -> list[str]:
-        """What is written, by the names of ``--save``."""
+        """What is written, by the names that the setting ``save`` takes."""
         return [name for name in ("png", "overlay", "html") if getattr(self, name)]
 
 

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from risam_cli.data.inputs.inputs import Entry
-from risam_cli.errors import OutputError
+from risam_cli.errors import OutputError, setting
 from risam_cli.files.durable import sync_folders
 from risam_cli.inference.finish import ImageResult
 from risam_cli.outputs.records import failure_to_json, to_json
@@ -268,7 +268,8 @@ def _require_there(ledger: BinaryIO, folder: RunFolder) -> None:
         there = False
     if not there:
         raise OutputError(
-            f"{folder.path} was deleted or replaced during the run", "run again into a new -o"
+            f"{folder.path} was deleted or replaced during the run",
+            f"run again into a new {setting('output')}",
         )
 
 
@@ -305,11 +306,11 @@ def _as_output_error(error: BaseException, folder: Path) -> BaseException:
     """A message with a way out for what the system says about disks and pipes."""
     if isinstance(error, BrokenPipeError):
         return OutputError(
-            "the reader of stdout is gone; what was done is kept", "go on with --resume"
+            "the reader of stdout is gone; what was done is kept", f"go on with {setting('resume')}"
         )
     if isinstance(error, OSError):
         return OutputError(
             f"{error.filename or folder}: {error.strerror or error}; what was done is kept",
-            "mend it, then go on with --resume",
+            f"mend it, then go on with {setting('resume')}",
         )
     return error

@@ -39,7 +39,7 @@ from risam_cli.data.images.files import (
 )
 from risam_cli.data.images.frames import Frame
 from risam_cli.data.images.transforms import fit_size, resize_for_encoder
-from risam_cli.errors import ImageError
+from risam_cli.errors import ImageError, setting
 
 Rgb = NDArray[np.uint8]
 
@@ -234,7 +234,8 @@ def _too_large(path: Path, told: str, limit: int) -> ImageError:
     pixels = re.search(r"\d+", told)
     found = f"{pixels[0]} pixels are" if pixels else "it is"
     return ImageError(
-        f"{path}: {found} more than {limit}", "raise --max-pixels if you trust the image"
+        f"{path}: {found} more than {limit}",
+        f"raise {setting('max_pixels')} if you trust the image",
     )
 
 

@@ -21,7 +21,7 @@ from risam_cli.data.inputs.counting import NameCounts
 from risam_cli.data.inputs.walk import Unreadable, is_image_name, match_pattern, walk_images
 from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.errors import DataError, UsageError
+from risam_cli.errors import DataError, UsageError, setting, told
 from risam_cli.files.jsonlines import read_text
 from risam_cli.types import Expression, Failure, Sample
 
@@ -29,7 +29,10 @@ MAX_CHARACTERS = 10_000
 """Of one expression. No text encoder reads so many; a legend, a page or a tokenizer would choke."""
 
 _LONGEST = 1 << 28  # bytes of a file of expressions
-_TELL = "give -e TEXT or --expressions FILE, or a manifest that brings its own"
+_TELL = (
+    f"give {setting('expression', 'TEXT')} or {setting('expressions', 'FILE')}, or a manifest that "
+    "brings its own"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Entry:
 
     Attributes:
         index: its number among all entries, from 0.
-        run: which stretch of entries with one image it is in; ``--shard`` deals these out.
+        run: which stretch of entries with one image it is in; shards are dealt these.
         sample: what is to be predicted; None where nothing of it can be.
         failures: what is wrong with it already.
         where: its manifest and line, for messages; empty for a file.
@@ -112,7 +115,9 @@ class Inputs:
             raise UsageError("stdin ('-') is named twice", "name it once")
         for text in self.expressions:
             if not text.strip():
-                raise UsageError("an expression is empty", "give words after -e")
+                raise UsageError(
+                    "an expression is empty", f"give words after {setting('expression')}"
+                )
             if not _is_text(text):
                 raise UsageError(f"the expression {text!r} is not Unicode text")
         for argument in self.arguments:
@@ -248,7 +253,7 @@ class Inputs:
                 fail(wish.name, None, wish.error)
         elif not wish.asked:
             where = f"{wish.where}: {wish.image}" if wish.where else wish.image
-            fail(wish.name or wish.image, None, f"{where}: no expression; {_TELL}")
+            fail(wish.name or wish.image, None, told(f"{where}: no expression; {_TELL}"))
         else:
             for own, text in wish.asked:
                 number = numbers.add(wish.image)
@@ -339,14 +344,16 @@ def read_expressions(path: Path) -> list[str]:
     try:
         lines = read_text(path, _LONGEST).split("\n")
     except OSError as error:
-        raise DataError(f"--expressions {path}: {error.strerror}", "check the path") from None
+        raise DataError(
+            f"{setting('expressions', path)}: {error.strerror}", "check the path"
+        ) from None
     except UnicodeDecodeError:
-        raise DataError(f"--expressions {path}: not UTF-8", "save it as UTF-8") from None
+        raise DataError(f"{setting('expressions', path)}: not UTF-8", "save it as UTF-8") from None
     except ValueError as error:
-        raise DataError(f"--expressions {path}: {error}", "split it") from None
+        raise DataError(f"{setting('expressions', path)}: {error}", "split it") from None
     found = [line.strip() for line in lines if line.strip()]
     if not found:
-        raise UsageError(f"--expressions {path}: holds no expression", "write one a line")
+        raise UsageError(f"{setting('expressions', path)}: holds no expression", "write one a line")
     return found
 
 
@@ -378,7 +385,7 @@ def _locate(image: str, base: Path, inside: Path | None, where: str) -> Path:
         if whole != root and not whole.startswith(os.path.join(root, "")):
             raise DataError(
                 f"{where}: {image!r} lies outside of {root}",
-                "name the folder that holds all images with --image-root",
+                f"name the folder that holds all images with {setting('image_root')}",
             )
     return Path(path)
 

@@ -11,6 +11,7 @@ from jinja2 import Environment
 
 from risam_cli.drawing import svg
 from risam_cli.drawing.html import page_environment
+from risam_cli.errors import setting, told
 from risam_cli.evaluation.report import text
 from risam_cli.evaluation.report.gallery import ANSWER, TRUTH, Picture
 from risam_cli.evaluation.report.schema import Report, SlicePart
@@ -94,7 +95,7 @@ def cautions(report: Report) -> list[str]:
     if data.limit is not None and counts.scored < data.counts.get("expressions", counts.scored):
         lines.append(
             f"Only {counts.scored} of the split's {data.counts['expressions']} expressions were "
-            "scored (--limit)."
+            + told(f"scored ({setting('limit')}).")
         )
     if counts.missing:
         lines.append(f"{counts.missing} expressions have no answer and score zero.")

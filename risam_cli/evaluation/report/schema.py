@@ -154,7 +154,7 @@ class CurvesPart(_Part):
 
 
 class NoTargetFitPart(_Part):
-    """The no-target threshold that ``--fit-no-target`` chose."""
+    """The no-target threshold that was fitted to the split."""
 
     threshold: float
     before: float
