@@ -15,7 +15,7 @@ from risam_cli.errors import OutputError, UsageError, setting
 from risam_cli.evaluation.report.assemble import HTML_FILE, MARKDOWN_FILE
 from risam_cli.evaluation.report.compare import REPORT_FILE, Other, read_other
 from risam_cli.evaluation.report.schema import AnswersPart, CountsPart, NoTargetFitPart, TimingPart
-from risam_cli.evaluation.run import (
+from risam_cli.evaluation.scoring import (
     ANSWERS_FILE,
     FAILURES_FILE,
     ROWS_FILE,

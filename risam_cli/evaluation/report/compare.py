@@ -12,15 +12,20 @@ import numpy as np
 from pydantic import ValidationError
 
 from risam_cli.errors import DataError, setting
-from risam_cli.evaluation.report.parts import SEED, value
-from risam_cli.evaluation.report.schema import ChangedExpression, ChangePart, ComparisonPart, Report
-from risam_cli.metrics.figures import outcome, terms
+from risam_cli.evaluation.report.schema import (
+    SEED,
+    ChangedExpression,
+    ChangePart,
+    ComparisonPart,
+    Report,
+    value,
+)
+from risam_cli.evaluation.scoring import ROWS_FILE
+from risam_cli.metrics.figures import ExpressionScore, ScoreTable, Tally, outcome, terms
 from risam_cli.metrics.intervals import compare
 from risam_cli.metrics.protocols import Protocol
-from risam_cli.metrics.table import ExpressionScore, ScoreTable, Tally
 
 REPORT_FILE = "report.json"
-ROWS_FILE = "per_expression.jsonl"
 _MOST_CHANGED = 20
 
 
