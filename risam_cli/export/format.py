@@ -24,7 +24,7 @@ OpenImage = Callable[[Path], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ExportSettings:
     """What the user chose; which of it a format uses, docs/export-masks.md says.
 
     Attributes:
@@ -61,7 +61,7 @@ class Settings:
 
 
 @dataclass(slots=True)
-class Tally:
+class ExportCounts:
     """What an export did, and what was lost on the way.
 
     Attributes:
@@ -204,9 +204,9 @@ class Context:
     """What a format works with."""
 
     folder: ExportFolder
-    settings: Settings
+    settings: ExportSettings
     categories: Categories
-    tally: Tally
+    tally: ExportCounts
     open_image: OpenImage
     copy_images: bool = False
 

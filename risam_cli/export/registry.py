@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from risam_cli.errors import UsageError, setting
-from risam_cli.export.format import Context, Format, Settings
+from risam_cli.export.format import Context, ExportSettings, Format
 from risam_cli.outputs.naming import GALLERY
 
 
@@ -59,14 +59,16 @@ def formats() -> dict[str, FormatInfo]:
     }
 
 
-def check_options(kind: str, info: FormatInfo, settings: Settings, *, copy_images: bool) -> None:
+def check_options(
+    kind: str, info: FormatInfo, settings: ExportSettings, *, copy_images: bool
+) -> None:
     """Refuse options that the format would ignore.
 
     Raises:
         UsageError: one was set.
     """
-    usual = Settings()
-    for name in Settings.__dataclass_fields__:
+    usual = ExportSettings()
+    for name in ExportSettings.__dataclass_fields__:
         if name not in info.options and getattr(settings, name) != getattr(usual, name):
             users = [other for other, one in formats().items() if name in one.options]
             raise UsageError(

@@ -42,7 +42,7 @@ from risam_cli.runs.plan import (
 )
 from risam_cli.runs.resume import Kept, check_inputs, prepare, still_to_do
 from risam_cli.runs.stager import Stager
-from risam_cli.runs.writer import RunWriter, Tally
+from risam_cli.runs.writer import RunCounts, RunWriter
 from risam_cli.segmenters.segmenter import Segmenter
 from risam_cli.types import Failure, Sample
 from risam_cli.version import __version__
@@ -115,7 +115,7 @@ class _Run:
         self.entries: int | None = None  # of all shards; known at the end of the inputs
         self.asked = 0  # entries given to the network so far
         self.images = 0
-        self.done = Tally()
+        self.done = RunCounts()
         self.failed = 0
         self.spent = dict.fromkeys(_PARTS, 0.0)
         self.writing = 0.0
@@ -126,7 +126,7 @@ class _Run:
         stop = threading.Event()
         stager = Stager(self.folder, self.plan.saving)
 
-        def committed(tally: Tally) -> None:
+        def committed(tally: RunCounts) -> None:
             self._count(tally)
             again = {"again": self.done.again} if self.done.again else {}
             progress.advance(
@@ -203,9 +203,9 @@ class _Run:
         named = zip(_SHOWN_PARTS, _PARTS, strict=True)
         return {**{name: self.spent[part] for name, part in named}, "write": writing}
 
-    def _count(self, tally: Tally) -> None:
+    def _count(self, tally: RunCounts) -> None:
         before = self.done
-        self.done = Tally(
+        self.done = RunCounts(
             before.entries + tally.entries,
             before.again + tally.again,
             before.records + tally.records,

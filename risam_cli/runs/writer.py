@@ -37,7 +37,7 @@ _AT_ONCE = 256  # results committed together
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class RunCounts:
     """What a commit brought.
 
     Attributes:
@@ -78,7 +78,7 @@ class RunWriter:
         self,
         folder: RunFolder,
         stager: Stager,
-        on_commit: Callable[[Tally], None],
+        on_commit: Callable[[RunCounts], None],
         stream: BinaryIO | None = None,
     ) -> None:
         self._folder = folder
@@ -184,7 +184,7 @@ class RunWriter:
             self._append(fresh)
         if done:
             self._on_commit(
-                Tally(
+                RunCounts(
                     len(fresh),
                     len(again),
                     sum(len(one.result.predictions) for one in done),
