@@ -6,6 +6,7 @@ What "RGB" means here, decided once (ours):
 - Transparent pixels lie on white, as most viewers show them.
 - 16-bit samples are scaled to 8 (65535 becomes 255). 32-bit integers are taken as 16-bit where
   they fit; floats are taken as 0..1 where they fit; else both are stretched to their own range.
+- A TIFF of more bands than its picture needs says which are its colours, or the user does.
 - Of several frames or pages (GIF, TIFF, WebP) the first counts.
 
 Only formats whose decoders are safe on files from strangers are opened (no EPS, no WMF).
@@ -27,10 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from risam_cli.data.images.depth import scale_to_8_bit
 from risam_cli.data.images.files import (
     FileStamp,
     digest_of,
@@ -38,6 +41,7 @@ from risam_cli.data.images.files import (
     stamp_of,
 )
 from risam_cli.data.images.frames import Frame
+from risam_cli.data.images.tiff import Tiff, is_plain, read_header, read_picture, unreadable
 from risam_cli.data.images.transforms import fit_size, resize_for_encoder
 from risam_cli.errors import ImageError, setting
 
@@ -49,6 +53,7 @@ MAX_PIXELS = 178_956_970
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".tif", ".tiff", ".bmp", ".dib"}
     | {".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif"}
+    | {".heic", ".heif", ".hif", ".jxl"}  # by a plugin; without it, each says which
 )
 """Lower-case file name endings that a folder walk takes as images."""
 
@@ -56,6 +61,7 @@ SUFFIXES = frozenset(
 _PLUGINS = ("Bmp", "Gif", "Jpeg", "Mpo", "Png", "Ppm", "Tiff", "WebP", "Jpeg2K", "Avif")
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF")
 _DRAFTING = {"JPEG", "MPO"}  # whose decoder can give less than all pixels
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"hevc", b"hevx"}
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -71,7 +77,9 @@ _DRAFTED = 2  # times the wanted size to which a JPEG decoder may go down by its
 _TURNED = {5, 6, 7, 8}  # orientations that swap height and width
 _MOST_BYTES = 8  # a pixel: 16 bits of red, green, blue and alpha, packed by nothing
 _MOST_ELSE = 1 << 26  # bytes of a file that are no pixels
-_BAND_PIXELS = 1 << 22  # rows are scaled from 16 bit in bands of about this many pixels
+
+Bands = tuple[int, int, int]
+"""Which bands of a TIFF are red, green and blue, from 1."""
 
 # What damaged files make Pillow raise, beside OSError.
 _BROKEN = (
@@ -121,14 +129,17 @@ class EncoderImage:
         return self.views[0]
 
 
-def open_rgb(path: Path, max_pixels: int = MAX_PIXELS) -> Rgb:
+def open_rgb(path: Path, max_pixels: int = MAX_PIXELS, bands: Bands | None = None) -> Rgb:
     """The whole image as upright (H, W, 3) uint8.
+
+    Args:
+        bands: which bands of a TIFF of several are red, green and blue; others are read as usual.
 
     Raises:
         ImageError: the file is missing, no image, damaged, or larger than ``max_pixels``.
     """
     with open_regular(path) as file, decoding(path):
-        return to_rgb(_open_image(file, path, max_pixels))
+        return to_rgb(_open_image(file, path, max_pixels, bands))
 
 
 def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -139,7 +150,8 @@ def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
             whose EXIF may stand behind its pixels).
     """
     with open_regular(path) as file, decoding(path):
-        return _upright_size(_open_image(file, path, max_pixels))
+        tiff = _special_tiff(file, path, max_pixels, None)
+        return tiff.size if tiff else _upright_size(_open_plain(file, path, max_pixels))
 
 
 def open_for_encoder(
@@ -155,12 +167,18 @@ def open_for_encoder(
 
 
 def read_for_encoder(
-    path: Path, frames: Sequence[Frame], max_pixels: int = MAX_PIXELS, *, full_decode: bool = False
+    path: Path,
+    frames: Sequence[Frame],
+    max_pixels: int = MAX_PIXELS,
+    *,
+    full_decode: bool = False,
+    bands: Bands | None = None,
 ) -> EncoderImage:
     """The image in each of a network's frames, with the file's hash and stamp, read once.
 
     Args:
         full_decode: scale every image down from all of its pixels, whatever that takes.
+        bands: as :func:`open_rgb`.
 
     Raises:
         ImageError: as :func:`open_rgb`.
@@ -169,7 +187,7 @@ def read_for_encoder(
         stamp = stamp_of(os.fstat(file.fileno()))
         digest = digest_of(file)
         file.seek(0)
-        image = _open_image(file, path, max_pixels)
+        image = _open_image(file, path, max_pixels, bands)
         views, own_size = fit_frames(image, frames, full_decode=full_decode)
     return EncoderImage(views, own_size, digest, stamp)
 
@@ -205,8 +223,57 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _open_image(file: BinaryIO, path: Path, max_pixels: int) -> Image.Image:
-    """The image, its header read and its size checked, its pixels not decoded."""
+def _special_tiff(file: BinaryIO, path: Path, max_pixels: int, bands: Bands | None) -> Tiff | None:
+    """The header of a TIFF that Pillow does not read right, or None."""
+    tiff = read_header(file)
+    if tiff is None or (is_plain(tiff) and (bands is None or tiff.samples < 4)):
+        return None
+    if tiff.width * tiff.height > max_pixels:
+        raise _too_large(path, f"{tiff.width * tiff.height} pixels", max_pixels)
+    return tiff
+
+
+def _open_image(
+    file: BinaryIO, path: Path, max_pixels: int, bands: Bands | None = None
+) -> Image.Image:
+    """The image, its header read and its size checked, its pixels not decoded where Pillow can."""
+    tiff = _special_tiff(file, path, max_pixels, bands)
+    if tiff is None:
+        image = _open_plain(file, path, max_pixels)
+        return _deep_jpeg2000(file, path) if _is_deep_jpeg2000(image, file) else image
+    return read_picture(file, tiff, str(path), bands if tiff.samples >= 4 else None)
+
+
+def _is_deep_jpeg2000(image: Image.Image, file: BinaryIO) -> bool:
+    """Whether it is JPEG 2000 in colour of over 8 bits: Pillow turns its brightest pixels black."""
+    if image.format != "JPEG2000" or image.mode not in ("RGB", "RGBA"):
+        return False
+    file.seek(0)
+    head = file.read(1 << 16)
+    at = head.find(b"\xff\x4f\xff\x51")  # the code stream's start and its sizes
+    components = int.from_bytes(head[at + 40 : at + 42], "big") if at >= 0 else 0
+    depths = head[at + 42 : at + 42 + 3 * components : 3]
+    return any((depth & 0x7F) + 1 > 8 for depth in depths)
+
+
+def _deep_jpeg2000(file: BinaryIO, path: Path) -> Image.Image:
+    """JPEG 2000 of more than 8 bits in colour, by OpenCV."""
+    file.seek(0)
+    try:
+        pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        pixels = None
+    if pixels is None or pixels.ndim != 3 or pixels.shape[2] < 3 or pixels.dtype != np.uint16:
+        raise ImageError(
+            f"{path}: JPEG 2000 of more than 8 bits in colour cannot be read here",
+            "convert it to PNG or TIFF",
+        )
+    order = [2, 1, 0, 3][: pixels.shape[2]]
+    return Image.fromarray(scale_to_8_bit(pixels[..., order]))
+
+
+def _open_plain(file: BinaryIO, path: Path, max_pixels: int) -> Image.Image:
+    """As :func:`_open_image`, of a file that Pillow reads right."""
     # WebP and AVIF are read whole, before their size is known.
     size = file.seek(0, os.SEEK_END)
     if size > _MOST_BYTES * max_pixels + _MOST_ELSE:
@@ -215,8 +282,11 @@ def _open_image(file: BinaryIO, path: Path, max_pixels: int) -> Image.Image:
     # GIF and ICO-like formats check frames against this one as they decode.
     Image.MAX_IMAGE_PIXELS = max(1, (max_pixels + 1) // 2)
     try:
-        image = Image.open(file, formats=_known_formats())
+        image = _identified(file)
     except UnidentifiedImageError:
+        tiff = read_header(file)
+        if tiff is not None:
+            raise unreadable(tiff, str(path)) from None
         file.seek(0)
         raise ImageError(f"{path}: {_what_else(file.read(512))}") from None
     except Image.DecompressionBombError as error:
@@ -227,6 +297,53 @@ def _open_image(file: BinaryIO, path: Path, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         raise _too_large(path, f"{width * height} pixels", max_pixels)
     return image
+
+
+def _identified(file: BinaryIO) -> Image.Image:
+    """The image by Pillow's own decoders, or by a plugin for its kind where one is installed."""
+    try:
+        return Image.open(file, formats=_known_formats())
+    except UnidentifiedImageError:
+        file.seek(0)
+        plugin = _plugin_of(file.read(64))
+        if plugin is None or not plugin.load():
+            raise
+        file.seek(0)
+        return Image.open(file, formats=(plugin.format,))
+
+
+@dataclass(frozen=True, slots=True)
+class _Plugin:
+    """A decoder that is installed by choice: ``pip install risam[extra]``."""
+
+    kind: str
+    extra: str
+    module: str
+    format: str
+    register: str = ""
+
+    def load(self) -> bool:
+        """Have Pillow know it; False where it is not installed."""
+        try:
+            module = importlib.import_module(self.module)
+        except ImportError:
+            return False
+        if self.register:
+            getattr(module, self.register)()
+        return True
+
+
+_HEIF = _Plugin("HEIC", "heif", "pillow_heif", "HEIF", "register_heif_opener")
+_JXL = _Plugin("JPEG XL", "jxl", "pillow_jxl", "JXL")
+
+
+def _plugin_of(head: bytes) -> _Plugin | None:
+    """The plugin that a file beginning so needs."""
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
+        return _HEIF
+    if head[:2] == b"\xff\x0a" or head[:12] == b"\0\0\0\x0cJXL \r\n\x87\n":
+        return _JXL
+    return None
 
 
 def _too_large(path: Path, told: str, limit: int) -> ImageError:
@@ -241,8 +358,12 @@ def _too_large(path: Path, told: str, limit: int) -> ImageError:
 
 def _what_else(head: bytes) -> str:
     """What a file that no decoder knows seems to be."""
-    if head[4:12] in {b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"}:
-        return "HEIC is not supported; convert it to JPEG or PNG"
+    plugin = _plugin_of(head)
+    if plugin is not None:
+        return (
+            f"{plugin.kind} needs a decoder of its own: pip install 'risam[{plugin.extra}]', or "
+            "convert it to JPEG or PNG"
+        )
     if head[:3] == b"\xff\xd8\xff" or head[:8] == b"\x89PNG\r\n\x1a\n":
         return "the file is cut short or damaged within its header; copy or download it again"
     try:
@@ -355,24 +476,4 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     """A gray image with 16 or 32 bits a pixel as 8-bit gray; others as they are."""
     if not image.mode.startswith("I") and image.mode != "F":
         return image
-    deep = np.asarray(image)
-    low, high = _range_of(deep)
-    if deep.dtype.itemsize == 2 or (deep.dtype.kind == "i" and low >= 0 and high <= 65535):
-        low, high = 0.0, 65535.0
-    elif deep.dtype.kind == "f" and low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
-    scale = 255.0 / (high - low) if high > low else 0.0
-    result = np.empty(deep.shape, np.uint8)
-    rows = max(1, _BAND_PIXELS // deep.shape[1])  # never the whole image in float
-    for top in range(0, deep.shape[0], rows):
-        band = np.nan_to_num(deep[top : top + rows].astype(np.float64), posinf=high, neginf=low)
-        result[top : top + rows] = np.clip((band - low) * scale + 0.5, 0, 255)
-    return Image.fromarray(result)
-
-
-def _range_of(deep: NDArray[np.generic]) -> tuple[float, float]:
-    """Least and greatest finite value."""
-    if deep.dtype.kind != "f":
-        return float(deep.min()), float(deep.max())
-    finite = deep[np.isfinite(deep)]
-    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    return Image.fromarray(scale_to_8_bit(np.asarray(image)))

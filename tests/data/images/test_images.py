@@ -252,7 +252,7 @@ def broken_files(folder: Path) -> dict[str, str]:
         "head.jpg": (jpeg.getvalue()[:3], "cut short or damaged"),
         "head.png": (png.getvalue()[:12], "cut short or damaged"),
         "noise.webp": (bytes(range(128, 256)) * 9, "not an image of a known kind"),
-        "photo.heic": (b"\0\0\0\x18ftypheic" + bytes(40), "HEIC is not supported"),
+        "photo.heic": (b"\0\0\0\x18ftypheic" + bytes(40), "pip install 'risam[heif]'"),
         "page.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "holds text"),
         "riff.webp": (b"RIFF\x10\0\0\0WEBPVP8 " + bytes(8), "damaged"),
     }
