@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import risam_cli.evaluation.model
+import risam_cli.evaluation.answers
 import risam_cli.runs.merge
 import risam_cli.runs.run
 import risam_cli.training.loop  # noqa: F401 - as those before, for all forks

@@ -28,8 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.masks import rle as masks
-from risam_cli.metrics.figures import summarize
-from risam_cli.metrics.table import Tally, score_masks
+from risam_cli.metrics.figures import Tally, score_masks, summarize
 from risam_cli.types import Rle
 
 HEIGHT, WIDTH = 480, 640

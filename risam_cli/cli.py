@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from risam_cli.commands.options import verbosity_options
+from risam_cli.commands.options import option_names, verbosity_options
 from risam_cli.console.console import Console, get_console, set_console
 from risam_cli.console.streams import open_standard_streams
 from risam_cli.errors import (
@@ -24,6 +24,7 @@ from risam_cli.errors import (
     Interrupted,
     OutputError,
     RisamError,
+    use_front_end,
 )
 from risam_cli.version import __version__
 
@@ -126,6 +127,14 @@ def main(args: Sequence[str] | None = None) -> int:
     Args:
         args: the arguments without the program's name; by default those of the process.
     """
+    before = use_front_end(option_names(root))
+    try:
+        return _run(args)
+    finally:
+        use_front_end(before)
+
+
+def _run(args: Sequence[str] | None) -> int:
     try:
         open_standard_streams()
         set_console(Console())

@@ -22,6 +22,7 @@ from support.cli import Cli
 from support.paths import REPO
 
 from risam_cli.console.console import Console, set_console
+from risam_cli.errors import keyword, use_front_end
 
 # A loaded machine must not fail a property test for its time.
 settings.register_profile("risam", deadline=None, max_examples=60)
@@ -32,6 +33,12 @@ settings.load_profile("risam")
 def console_of_its_own() -> None:
     """What one test made of ``--quiet`` or ``--verbose`` must not silence the next."""
     set_console(Console())
+
+
+@pytest.fixture(autouse=True)
+def settings_by_their_keys() -> None:
+    """Messages name settings by key, whichever front end was imported or ran before."""
+    use_front_end(keyword)
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,7 @@ def sample_of(
         ready = memory_for_encoder(image, frames, name, MAX_PIXELS, full_decode=full_decode)
         loaded = Loaded(ready, "", None, 0.0)
     except ImageError as error:
-        loaded = Loaded(None, str(error), None, 0.0)
+        loaded = Loaded(None, error.raw, None, 0.0)
     # A path of its own: two images in memory are never the same one.
     path = Path(f"\0image {number}")
     return ReadySample(name, path, expressions_of(name, texts), None, loaded), image

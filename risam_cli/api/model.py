@@ -14,6 +14,7 @@ where the batches are the same.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import closing
@@ -33,7 +34,15 @@ from risam_cli.api.inputs import (
 )
 from risam_cli.api.results import ExplanationResult, Result, Results, source_rgb
 from risam_cli.data.images.images import EncoderImage, read_for_encoder
-from risam_cli.errors import ImageError, ModelError, RisamError, UsageError
+from risam_cli.errors import (
+    ImageError,
+    ModelError,
+    RisamError,
+    UsageError,
+    keyword,
+    told,
+    use_front_end,
+)
 from risam_cli.explain.attention import Attention, explain
 from risam_cli.explain.explainer import Explainer
 from risam_cli.explain.explanation import Shown
@@ -52,6 +61,19 @@ from risam_cli.types import Failure, Sample
 
 if TYPE_CHECKING:
     import torch
+
+_PARAMETERS = {"expression": "expressions", "json": "with_json"}  # where names differ
+
+
+def parameter_name(key: str, value: str) -> str | None:
+    """What Python calls a setting: the parameter of a function below, or None."""
+    name = _PARAMETERS.get(key, key)
+    functions = (load, Model.predict_iter, EncodedImage.explain, ExplanationResult.save)
+    known = any(name in inspect.signature(function).parameters for function in functions)
+    return keyword(name, value) if known else None
+
+
+use_front_end(parameter_name)  # until a command runs
 
 __all__ = ["EncodedImage", "ImageLike", "Model", "Result", "Results", "load"]
 
@@ -285,7 +307,7 @@ class Model:
         else:
             pixels, why = read_for_encoder(sample.path, frames, full_decode=whole), ""
         if pixels is None:
-            raise ImageError(why)
+            raise ImageError(told(why))
         return EncodedImage(self, sample.image, pixels, source)
 
     def _with(

@@ -189,8 +189,7 @@ def _read_truth(path: Path, shape: tuple[int, ...]) -> NDArray[np.bool_]:
 def _iou(result: Result, truth: NDArray[np.bool_]) -> float:
     """By the rules of the protocol ``native``."""
     from risam_cli.masks import rle
-    from risam_cli.metrics.figures import outcome
-    from risam_cli.metrics.table import Tally, score_masks
+    from risam_cli.metrics.figures import Tally, outcome, score_masks
 
     tally = Tally()
     tally.add(score_masks("0", "0", result.rle, rle.encode(truth), pred_no_target=result.no_target))

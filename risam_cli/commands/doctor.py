@@ -29,6 +29,7 @@ from risam_cli.version import __version__
 if TYPE_CHECKING:
     import torch
 
+    from risam_cli.inference.device import Advice
     from risam_cli.segmenters.segmenter import Segmenter
 
 LIBRARIES = (
@@ -229,8 +230,12 @@ def _network(source: str | None, device_name: str, precision: str) -> Facts:
         "encode_seconds": {kind: round(value, 5) for kind, value in measured.encode.items()},
         "images_per_second": {str(k): round(rate, 2) for k, rate in measured.rates.items()},
     }
-    facts["settings"] = [setting.as_dict() for setting in advise(measured)]
+    facts["settings"] = [_as_option(one) for one in advise(measured)]
     return facts
+
+
+def _as_option(one: Advice) -> dict[str, str]:
+    return {"option": f"--{one.setting.replace('_', '-')}", "value": one.value, "why": one.why}
 
 
 def _timed_forward(segmenter: Segmenter, device: torch.device) -> dict[str, float]:

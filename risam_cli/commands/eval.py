@@ -55,6 +55,7 @@ def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None)
 )
 @click.option(
     "--images",
+    "image_root",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
     help="Where image file names start.  [default: looked for near --root]",

@@ -159,7 +159,7 @@ def command(
       risam export-masks risam-out --to yolo -o yolo --one-class dog --copy-images
     """
     from risam_cli.data.images.images import image_size, open_rgb
-    from risam_cli.export.format import Settings
+    from risam_cli.export.format import ExportSettings
     from risam_cli.export.run_export import Request, run_export
 
     request = Request(
@@ -168,7 +168,7 @@ def command(
         output=output,
         image_root=image_root or Path(),
         naming=_naming(category_map, one_class),
-        settings=Settings(**settings),
+        settings=ExportSettings(**settings),
         annotations=annotations,
         min_score=min_score,
         min_area=min_area,

@@ -12,7 +12,7 @@ import click
 
 from risam_cli.commands import completing
 from risam_cli.console.console import get_console
-from risam_cli.errors import UsageError
+from risam_cli.errors import NameOf, UsageError, use_front_end
 from risam_cli.files.sizes import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -35,7 +35,11 @@ def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    """Tell the console at once, so that errors in later options already follow it."""
+    """Tell the console at once, so that errors in later options already follow it.
+
+    It is the first that runs for a command, so messages are told here whose options they name.
+    """
+    use_front_end(option_names(ctx.command))
     console = get_console()
     if not value:
         return
@@ -47,6 +51,30 @@ def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool) -> N
         console.tracebacks = True
     if console.quiet and console.verbose:
         raise UsageError("--quiet and --verbose contradict each other", "give one of them")
+
+
+def option_names(command: click.Command) -> NameOf:
+    """What a command calls the settings that messages speak of, by the names of its parameters.
+
+    ``risam train`` has those of its YAML file too.
+    """
+    options: dict[str, str] = {}
+    for param in command.params:
+        if isinstance(param, click.Option):
+            spelled = max(param.opts, key=len)
+            options[spelled.lstrip("-").replace("-", "_")] = spelled
+            options.setdefault(param.name or "", spelled)
+
+    def name_of(key: str, value: str) -> str | None:
+        if key in options:
+            return options[key] if value in ("", "True") else f"{options[key]} {value}"
+        if "set" in options:
+            from risam_cli.settings.train import TrainSettings
+
+            return f"--set {key}={value or '…'}" if key in TrainSettings.model_fields else None
+        return None
+
+    return name_of
 
 
 def verbosity_options(function: F) -> F:

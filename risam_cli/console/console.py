@@ -47,7 +47,7 @@ class Console:
     Args:
         quiet: only warnings and errors.
         verbose: also what :meth:`debug` is given.
-        tracebacks: show the traceback of an error (``--debug``).
+        tracebacks: show the traceback of an error.
         stream: instead of ``sys.stderr``, which is looked up at each message.
         clock: seconds, monotonic.
     """
@@ -80,12 +80,12 @@ class Console:
         return self.stream.isatty() and os.environ.get("TERM") != "dumb"
 
     def info(self, message: str) -> None:
-        """One line; not with ``--quiet``."""
+        """One line; not where it is quiet."""
         if not self.quiet:
             self._write(sanitize(message))
 
     def debug(self, message: str) -> None:
-        """One line; only with ``--verbose``."""
+        """One line; only where it is verbose."""
         if self.verbose and not self.quiet:
             self._write(sanitize(message))
 
@@ -98,7 +98,7 @@ class Console:
         self._write(sanitize(message), "error")
 
     def block(self, text: str) -> None:
-        """Several lines as they are, such as a table; not with ``--quiet``."""
+        """Several lines as they are, such as a table; not where it is quiet."""
         if not self.quiet:
             self._write(sanitize(text, keep_newlines=True).rstrip("\n"))
 

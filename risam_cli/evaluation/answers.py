@@ -7,22 +7,52 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
+import torch
+
+from risam_cli.console.console import get_console
 from risam_cli.data.images.files import file_sha256
 from risam_cli.data.readers.predictions import Answer, PredictionIndex
 from risam_cli.data.readers.source import OnFailure, SampleSource
-from risam_cli.errors import DataError, OutputError
-from risam_cli.evaluation.run import ANSWERS_FILE
-from risam_cli.evaluation.scoring import Answered
+from risam_cli.errors import DataError, OutputError, UsageError, setting
+from risam_cli.evaluation.protocol import mask_rule
+from risam_cli.evaluation.report.schema import AnswersPart, NoTargetFitPart, TimingPart
+from risam_cli.evaluation.request import Asked, Done, count
+from risam_cli.evaluation.scoring import (
+    ANSWERS_FILE,
+    Answered,
+    EvalRun,
+    FailureLog,
+    drop_missing_images,
+    run_evaluation,
+)
 from risam_cli.files.durable import sync_file, sync_folder
 from risam_cli.files.patience import within
+from risam_cli.files.write import write_atomic
+from risam_cli.inference.device import (
+    choose_device,
+    choose_precision,
+    count_workers,
+    describe_device,
+    precision_name,
+)
+from risam_cli.inference.feature_cache import cache_for
 from risam_cli.inference.finish import ImageResult, Raw
-from risam_cli.inference.loader import TIMEOUT
+from risam_cli.inference.loader import TIMEOUT, warm_up
+from risam_cli.inference.pipeline import PredictSettings, instance_rules, predict_samples
+from risam_cli.inference.unknown_words import UnknownWords
+from risam_cli.metrics.curves import fit_no_target
 from risam_cli.metrics.protocols import Protocol
+from risam_cli.segmenters.resolve import load_segmenter
+from risam_cli.segmenters.segmenter import Segmenter
 from risam_cli.types import Expression, Failure, Prediction, Sample
+from risam_cli.weights import folder as model_folders
+
+T = TypeVar("T")
 
 SYNCED = 2.0
 """Seconds after which answers are made to be on the disk."""
@@ -94,7 +124,7 @@ class AnswerLog:
         if held and not (resume or overwrite):
             raise OutputError(
                 f"{folder} holds an interrupted run",
-                "go on with --resume, or start anew with --overwrite",
+                f"go on with {setting('resume')}, or start anew with {setting('overwrite')}",
             )
         try:
             if held and resume:
@@ -173,14 +203,16 @@ class AnswerLog:
         try:
             own = json.loads(first)["settings"]
         except (ValueError, KeyError, TypeError):
-            raise OutputError(f"{self.path} is damaged", "start anew with --overwrite") from None
+            raise OutputError(
+                f"{self.path} is damaged", f"start anew with {setting('overwrite')}"
+            ) from None
         wanted = json.loads(json.dumps(header["settings"]))
         for key in sorted({*own, *wanted}):
             if own.get(key) != wanted.get(key):
                 raise OutputError(
                     f"the interrupted run in {self.path.parent} had {key} {own.get(key)!r}, this "
                     f"one has {wanted.get(key)!r}",
-                    "give the same settings, or start anew with --overwrite",
+                    f"give the same settings, or start anew with {setting('overwrite')}",
                 )
 
 
@@ -294,3 +326,188 @@ def _cut_to_whole_lines(path: Path) -> None:
             at = start
         if at < size:
             stream.truncate(at)
+
+
+# --- how a model is asked -------------------------------------------------------------------------
+
+
+def answer_and_score(
+    asked: Asked, source: SampleSource, protocol: Protocol, failures: FailureLog
+) -> Done:
+    """Load the model, have it answer every image that is there, and score it."""
+    console = get_console()
+    device = choose_device(asked.device)
+    precision = choose_precision(asked.precision, device)
+    warm_up(count_workers(asked.workers, device.type))
+    segmenter = _load(asked, device, precision)
+    source, absent = drop_missing_images(source, failures)
+    skipped = failures.by_stage["decode"]
+    settings = _settings(asked, segmenter, protocol, device, precision)
+    no_target_threshold = settings.no_target_threshold
+    assert no_target_threshold is not None
+    console.info(f"{segmenter.name} on {describe_device(device)}, {precision_name(precision)}")
+
+    seconds = StageSeconds()
+    side = protocol.canvas
+    log = AnswerLog(
+        asked.output,
+        _identity(asked, source, protocol, segmenter, settings),
+        size=(side, side) if protocol.resolution == "stretch" else None,
+        resume=asked.resume,
+        overwrite=asked.overwrite,
+    )
+    images = min(len(source), source.limit or len(source))
+    with log, cache_for(asked.kept_features(), segmenter, settings, images) as cache:
+        predict = partial(
+            predict_samples,
+            segmenter=segmenter,
+            settings=settings,
+            rule=mask_rule(protocol),
+            cache=cache,
+        )
+        unknown = UnknownWords(segmenter.name)
+
+        def run(samples: Iterable[tuple[Sample, T]]) -> Iterator[tuple[T, ImageResult]]:
+            for item, result in predict(samples):
+                unknown.see(result.predictions)
+                yield item, result
+
+        answers = answers_from_model(
+            source, run, log, no_target_threshold, protocol, seconds, failures
+        )
+        done = run_evaluation(source, answers, protocol, asked.output, console)
+    unknown.tell()
+    fit = _fit(asked, done, no_target_threshold) if asked.fit_no_target else None
+    return Done(
+        done,
+        AnswersPart(
+            kind="model",
+            name=segmenter.name,
+            sha256=segmenter.hash,
+            no_target_threshold=no_target_threshold,
+            device=describe_device(device),
+            precision=precision_name(precision),
+        ),
+        count(done, failed=len(failures) - skipped, skipped=skipped, images_missing=absent),
+        _timing(seconds, done),
+        threshold=None if segmenter.thresholds.calibrated else segmenter.thresholds.mask,
+        no_target_fit=fit,
+        finish=log.finished,
+    )
+
+
+def _load(asked: Asked, device: torch.device, precision: torch.dtype) -> Segmenter:
+    """The model; refuses what would write into a folder that is not the user's own."""
+    segmenter = load_segmenter(
+        asked.model, device=device, precision=precision, compiled=asked.compiled
+    )
+    if asked.fit_no_target and not segmenter.capabilities.trainable:
+        raise UsageError(
+            f"{setting('fit_no_target')} would write into the folder of {segmenter.name}, a "
+            f"published {segmenter.kind}",
+            f"give the threshold by {setting('no_target_threshold')}",
+        )
+    return segmenter
+
+
+def _settings(
+    asked: Asked,
+    segmenter: Segmenter,
+    protocol: Protocol,
+    device: torch.device,
+    precision: torch.dtype,
+) -> PredictSettings:
+    """How the model answers: by the protocol's threshold, where it means what it says."""
+    own, threshold = segmenter.thresholds, asked.threshold
+    no_target = asked.no_target_threshold
+    if threshold is None:
+        threshold = protocol.threshold if own.calibrated else own.mask
+    return PredictSettings(
+        device,
+        precision,
+        asked.batch_size,
+        asked.workers,
+        threshold=threshold,
+        no_target_threshold=own.no_target if no_target is None else no_target,
+        keep_raw=True,
+        full_decode=asked.full_decode,
+        select=asked.select,
+        instance_threshold=asked.instance_threshold,
+    )
+
+
+def _timing(seconds: StageSeconds, done: EvalRun) -> TimingPart:
+    return TimingPart(
+        decode=seconds.decode,
+        encode=seconds.encode,
+        decode_mask=seconds.decode_mask,
+        score=done.scored.seconds,
+        total=done.seconds,
+        expressions_per_second=seconds.expressions / done.seconds,
+    )
+
+
+def _identity(
+    asked: Asked,
+    source: SampleSource,
+    protocol: Protocol,
+    segmenter: Segmenter,
+    settings: PredictSettings,
+) -> dict[str, object]:
+    """What the answers depend on; a resumed run must agree in all of it."""
+    return {
+        "model": segmenter.hash,
+        "data": f"{source.dataset} {source.split}",
+        "expressions": source.planned,
+        "protocol": protocol.name,
+        "threshold": settings.threshold,
+        "no-target threshold": settings.no_target_threshold,
+        "precision": precision_name(settings.precision),
+        "shuffle": asked.shuffle,
+        "full decode": asked.full_decode,
+        "features": "float32" if asked.feature_cache is None else "half (feature cache)",
+        **instance_rules(segmenter, settings),
+        **segmenter.versions,
+    }
+
+
+def _fit(asked: Asked, run: EvalRun, before: float) -> NoTargetFitPart:
+    """Choose the no-target threshold on this split and store it in the model's folder.
+
+    Raises:
+        DataError: the split lacks expressions with or without a target.
+        OutputError: the folder cannot be written.
+    """
+    point = fit_no_target(run.scored.table)
+    if point is None:
+        raise DataError(
+            f"{setting('fit_no_target')} needs expressions with and without a target, and this "
+            "split does not have both",
+            f"take grefcoco, or refshapes with {setting('family', 'grefshapes')}",
+        )
+    folder = model_folders.find_model(asked.model)
+    _store(folder, point.threshold)
+    return NoTargetFitPart(
+        threshold=point.threshold,
+        before=before,
+        n_acc=point.n_acc,
+        t_acc=point.t_acc,
+        giou=point.giou,
+        stored_in=folder.name,
+        sha256_after=model_folders.hash_folder(folder),
+    )
+
+
+def _store(folder: Path, threshold: float) -> None:
+    """Put the threshold into the folder's ``config.json``; everything else stays as it is."""
+    path = folder / model_folders.CONFIG_FILE
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["model"]["no_target_threshold"] = threshold
+    text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
+    try:
+        write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+    except OutputError as error:
+        raise OutputError(
+            f"{error.message}: the threshold {threshold:.6g} is not stored",
+            f"copy the model folder to a place of your own and give it as {setting('model')}",
+        ) from error

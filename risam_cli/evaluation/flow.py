@@ -15,7 +15,7 @@ from risam_cli.console.console import get_console
 from risam_cli.data.readers.catalog import count_differences
 from risam_cli.data.readers.predictions import PredictionIndex
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED
+from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, setting, told
 from risam_cli.evaluation.report.assemble import (
     RunFacts,
     assemble,
@@ -25,15 +25,15 @@ from risam_cli.evaluation.report.assemble import (
     write_reports,
 )
 from risam_cli.evaluation.report.compare import Other
+from risam_cli.evaluation.report.render import console_table
 from risam_cli.evaluation.report.schema import AnswersPart, Report, TimingPart
-from risam_cli.evaluation.report.text import console_table
 from risam_cli.evaluation.request import DEFAULT_FAMILY, SURPLUS_FILE, Asked, Done, count
-from risam_cli.evaluation.run import (
+from risam_cli.evaluation.scoring import (
     FailureLog,
+    answers_from_predictions,
     count_missing_images,
     run_evaluation,
 )
-from risam_cli.evaluation.scoring import answers_from_predictions
 from risam_cli.files.locks import PRIVATE, FolderLock
 from risam_cli.metrics.protocols import Protocol, get_protocol
 
@@ -121,7 +121,7 @@ def _from_model(
     asked: Asked, source: SampleSource, protocol: Protocol, failures: FailureLog
 ) -> Done:
     """Have a model answer. Torch is loaded here."""
-    from risam_cli.evaluation.model import answer_and_score
+    from risam_cli.evaluation.answers import answer_and_score
 
     return answer_and_score(asked, source, protocol, failures)
 
@@ -136,7 +136,8 @@ def _tell_surplus(index: PredictionIndex, source: SampleSource, folder: Path) ->
     if not index.unused:
         return 0
     if source.limit is not None:
-        get_console().info(f"{index.unused} predictions were not looked at (--limit)")
+        limited = setting("limit", source.limit)
+        get_console().info(told(f"{index.unused} predictions were not looked at ({limited})"))
         return 0
     first = ""
     with path.open("w", encoding="utf-8", errors="backslashreplace") as stream:

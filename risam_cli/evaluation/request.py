@@ -11,11 +11,11 @@ from risam_cli.console.console import get_console
 from risam_cli.data.readers.catalog import count_differences, open_dataset
 from risam_cli.data.readers.refshapes import BENCHMARKS, open_refshapes, open_refshapes_files
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.errors import OutputError, UsageError
+from risam_cli.errors import OutputError, UsageError, setting
 from risam_cli.evaluation.report.assemble import HTML_FILE, MARKDOWN_FILE
 from risam_cli.evaluation.report.compare import REPORT_FILE, Other, read_other
 from risam_cli.evaluation.report.schema import AnswersPart, CountsPart, NoTargetFitPart, TimingPart
-from risam_cli.evaluation.run import (
+from risam_cli.evaluation.scoring import (
     ANSWERS_FILE,
     FAILURES_FILE,
     ROWS_FILE,
@@ -47,7 +47,7 @@ class Asked:
 
     dataset: str
     root: Path | None
-    images: Path | None
+    image_root: Path | None
     split: str | None
     split_by: str | None
     family: str | None
@@ -79,28 +79,35 @@ class Asked:
     def check(self) -> None:
         """Refuse options that contradict each other. Raises UsageError."""
         if self.predictions is not None:
-            for name, given in (
-                ("--model", self.model is not None),
-                ("--threshold", self.threshold is not None),
-                ("--no-target-threshold", self.no_target_threshold is not None),
-                ("--instance-threshold", self.instance_threshold is not None),
-                ("--fit-no-target", self.fit_no_target),
-                ("--resume", self.resume),
-                ("--feature-cache", self.feature_cache is not None),
+            for key, given in (
+                ("model", self.model is not None),
+                ("threshold", self.threshold is not None),
+                ("no_target_threshold", self.no_target_threshold is not None),
+                ("instance_threshold", self.instance_threshold is not None),
+                ("fit_no_target", self.fit_no_target),
+                ("resume", self.resume),
+                ("feature_cache", self.feature_cache is not None),
             ):
                 if given:
-                    raise UsageError(f"{name} is for a model, --predictions brings its own masks")
+                    raise UsageError(
+                        f"{setting(key)} is for a model, {setting('predictions')} brings its own "
+                        "masks"
+                    )
         if self.dataset != "refshapes":
             if self.family is not None:
-                raise UsageError("--family is for --dataset refshapes")
+                raise UsageError(f"{setting('family')} is for {setting('dataset', 'refshapes')}")
             if self.root is None:
                 raise UsageError(
-                    f"--dataset {self.dataset} needs --root", "name the folder of its files"
+                    f"{setting('dataset', self.dataset)} needs {setting('root')}",
+                    "name the folder of its files",
                 )
         elif self.split_by is not None:
-            raise UsageError("--split-by is not for refshapes", "leave it out")
+            raise UsageError(f"{setting('split_by')} is not for refshapes", "leave it out")
         if self.split is None and self.dataset != "coco":
-            raise UsageError(f"--dataset {self.dataset} needs --split", "such as --split val")
+            raise UsageError(
+                f"{setting('dataset', self.dataset)} needs {setting('split')}",
+                f"such as {setting('split', 'val')}",
+            )
 
     def kept_features(self) -> CacheSettings | None:
         """Where the image encoder's features are kept, if they are."""
@@ -118,10 +125,10 @@ class Asked:
         if self.dataset != "refshapes":
             assert self.root is not None
             source = open_dataset(
-                self.dataset, self.root, split, split_by=self.split_by, image_root=self.images
+                self.dataset, self.root, split, split_by=self.split_by, image_root=self.image_root
             )
         elif self.root is not None:
-            source = open_refshapes_files(self.root, family, split, self.images)
+            source = open_refshapes_files(self.root, family, split, self.image_root)
         else:
             source = open_refshapes(family, split, scratch)
         for line in (*count_differences(source, self.split_by), *source.notes):
@@ -134,7 +141,10 @@ class Asked:
             return None
         mine = {self.output.resolve(), (self.output / "report.json").resolve()}
         if self.compare.resolve() in mine:
-            raise UsageError("--compare names the folder that -o writes to", "choose another -o")
+            raise UsageError(
+                f"{setting('compare')} names the folder that {setting('output')} writes to",
+                f"choose another {setting('output')}",
+            )
         return read_other(self.compare)
 
     def prepare_output(self) -> None:
@@ -142,13 +152,14 @@ class Asked:
         if (self.output / LEDGER).exists():
             raise OutputError(
                 f"{self.output} holds a run of predict, which has files of the same names",
-                "choose another -o",
+                f"choose another {setting('output')}",
             )
         # A run that was cut off between its reports and its end still has its answers.
         cut_off = self.resume and (self.output / ANSWERS_FILE).exists()
         if (self.output / "report.json").exists() and not (self.overwrite or cut_off):
             raise OutputError(
-                f"{self.output} holds a report already", "choose another -o or give --overwrite"
+                f"{self.output} holds a report already",
+                f"choose another {setting('output')} or give {setting('overwrite')}",
             )
         parts = [f".{name}.part" for name in _WRITTEN]
         require_own(self.output, [*_WRITTEN, *parts])
@@ -156,7 +167,8 @@ class Asked:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(
-                f"cannot make {self.output}: {error.strerror or error}", "choose another -o"
+                f"cannot make {self.output}: {error.strerror or error}",
+                f"choose another {setting('output')}",
             ) from error
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from risam_cli.drawing.drawing import no_larger, outline, webp_uri
 from risam_cli.drawing.html import page_environment
+from risam_cli.errors import setting, told
 from risam_cli.explain.attention import Attention
 from risam_cli.explain.explanation import Explained, Explanation, spread
 from risam_cli.explain.picture import HEAT, word_colors
@@ -87,7 +88,10 @@ def chosen_maps(explanation: Explanation) -> tuple[list[Key], str]:
     a_key = own * sum(len(one.attention.words) for one in explanation.expressions)
     if a_key * len(whole) <= PAGE_BYTES:
         return whole, ""
-    more = "they are in explain.json (--json), or in another run with --block and --head"
+    more = told(
+        f"they are in explain.json ({setting('json')}), or in another run with "
+        f"{setting('block')} and {setting('head')}"
+    )
     if a_key * len(by_block) <= PAGE_BYTES:
         keys = list(dict.fromkeys([start, *by_block]))
         return keys, f"To keep this page small, maps of single heads are left out; {more}."

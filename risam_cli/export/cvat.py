@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.console.text import sanitize
+from risam_cli.errors import setting, told
 from risam_cli.export.format import (
     Context,
     Labeled,
@@ -93,7 +94,7 @@ class Cvat:
         if long:
             self.context.tally.note(
                 f"labels over the {LONGEST_LABEL} characters that CVAT takes; "
-                "--category-map or --one-class gives shorter ones",
+                + told(f"{setting('category_map')} or {setting('one_class')} gives shorter ones"),
                 long,
             )
         labels = "".join(

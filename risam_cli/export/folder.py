@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from risam_cli.errors import OutputError
+from risam_cli.errors import OutputError, setting
 from risam_cli.files.confine import Confined, require_own
 from risam_cli.files.durable import sync_file, sync_folder, sync_tree
 from risam_cli.files.locks import PRIVATE, FolderLock
@@ -191,9 +191,11 @@ def _require_free(path: Path, *, overwrite: bool) -> None:
         return
     if _summary(path).get("complete") is False:
         raise OutputError(
-            f"{path} holds an export that was cut off", "start it anew with --overwrite"
+            f"{path} holds an export that was cut off", f"start it anew with {setting('overwrite')}"
         )
-    raise OutputError(f"{path} is not empty", "choose another folder or give --overwrite")
+    raise OutputError(
+        f"{path} is not empty", "choose another folder", f"give {setting('overwrite', True)}"
+    )
 
 
 def _summary(path: Path) -> dict[str, Any]:

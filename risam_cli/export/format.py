@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from risam_cli.drawing.png import check_header
-from risam_cli.errors import DataError
+from risam_cli.errors import DataError, setting
 from risam_cli.export.categories import Categories
 from risam_cli.export.folder import ExportFolder
 from risam_cli.masks import rle as masks
@@ -24,7 +24,7 @@ OpenImage = Callable[[Path], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ExportSettings:
     """What the user chose; which of it a format uses, docs/export-masks.md says.
 
     Attributes:
@@ -61,7 +61,7 @@ class Settings:
 
 
 @dataclass(slots=True)
-class Tally:
+class ExportCounts:
     """What an export did, and what was lost on the way.
 
     Attributes:
@@ -105,7 +105,7 @@ class Tally:
         self.notes[what] = self.notes.get(what, 0) + count
 
     def summary(self) -> dict[str, object]:
-        """For ``export.json`` and ``--json``."""
+        """For ``export.json`` and for JSON on stdout."""
         out: dict[str, object] = {
             "images": self.images,
             "masks": self.masks,
@@ -204,9 +204,9 @@ class Context:
     """What a format works with."""
 
     folder: ExportFolder
-    settings: Settings
+    settings: ExportSettings
     categories: Categories
-    tally: Tally
+    tally: ExportCounts
     open_image: OpenImage
     copy_images: bool = False
 
@@ -217,7 +217,7 @@ class Context:
             raise DataError(
                 f"image {labeled.path} is {rgb.shape[0]}x{rgb.shape[1]} (height x width), "
                 f"its masks are {labeled.size[0]}x{labeled.size[1]}",
-                "give --image-root, so that the image is the one that was predicted on",
+                f"give {setting('image_root')}, so that the image is the one that was predicted on",
             )
         return rgb
 
@@ -270,7 +270,8 @@ def copy_image(context: Context, image: LabeledImage, folder: str) -> None:
         return
     if not image.path.is_file():
         raise DataError(
-            f"image {image.path} is not there to be copied", "give --image-root DIR where it is"
+            f"image {image.path} is not there to be copied",
+            f"give {setting('image_root', 'DIR')} where it is",
         )
     try:
         # Records name what they like: only what is an image leaves its place.

@@ -13,7 +13,7 @@ from PIL import Image
 
 from risam_cli.drawing.palette import color, indexed_palette
 from risam_cli.drawing.png import encode_mask
-from risam_cli.errors import DataError
+from risam_cli.errors import DataError, setting
 from risam_cli.export.format import Context, Format, Labeled, LabeledImage
 from risam_cli.export.targets import replace_suffix
 from risam_cli.outputs.naming import mask_name
@@ -95,7 +95,8 @@ class _Layered(_Png):
         if max(values.values(), default=0) > MOST:
             raise DataError(
                 f"{image.image} needs the value {max(values.values())}, a palette has {MOST}",
-                "name fewer categories by --category-map, or write --style binary",
+                f"name fewer categories by {setting('category_map')}",
+                f"write {setting('style', 'binary')}",
             )
         canvas = np.zeros(image.size, np.uint8)
         for item in sorted(image.items, key=lambda i: -i.prediction.area):

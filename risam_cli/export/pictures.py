@@ -56,7 +56,7 @@ class Overlays(_Pictures):
 
 
 class GalleryPages(_Pictures):
-    """``gallery/``: the page that ``risam predict --save html`` writes, of anyone's masks."""
+    """``gallery/``: the page that a predict run writes with ``save: html``, of anyone's masks."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

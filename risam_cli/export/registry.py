@@ -6,8 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from risam_cli.errors import UsageError
-from risam_cli.export.format import Context, Format, Settings
+from risam_cli.errors import UsageError, setting
+from risam_cli.export.format import Context, ExportSettings, Format
 from risam_cli.outputs.naming import GALLERY
 
 
@@ -19,7 +19,7 @@ class FormatInfo:
         owns: names that it writes directly in the output folder.
         options: settings that mean something to it, beside those that all formats share.
         needs_image: whether it draws on the image.
-        copies: whether ``--copy-images`` means something to it.
+        copies: whether copying images means something to it.
         without: a folder's name that no path in it may have; see
             :class:`risam_cli.export.targets.Placement`.
     """
@@ -59,24 +59,29 @@ def formats() -> dict[str, FormatInfo]:
     }
 
 
-def check_options(kind: str, info: FormatInfo, settings: Settings, *, copy_images: bool) -> None:
+def check_options(
+    kind: str, info: FormatInfo, settings: ExportSettings, *, copy_images: bool
+) -> None:
     """Refuse options that the format would ignore.
 
     Raises:
         UsageError: one was set.
     """
-    usual = Settings()
-    for name in Settings.__dataclass_fields__:
+    usual = ExportSettings()
+    for name in ExportSettings.__dataclass_fields__:
         if name not in info.options and getattr(settings, name) != getattr(usual, name):
             users = [other for other, one in formats().items() if name in one.options]
             raise UsageError(
-                f"--{name} means nothing to --to {kind}", f"it goes with {', '.join(users)}"
+                f"{setting(name)} means nothing to {setting('to', kind)}",
+                f"it goes with {', '.join(users)}",
             )
     if copy_images and not info.copies:
         raise UsageError(
-            f"--copy-images means nothing to --to {kind}", "it goes with yolo, labelme, cvat"
+            f"{setting('copy_images')} means nothing to {setting('to', kind)}",
+            "it goes with yolo, labelme, cvat",
         )
     if settings.shapes == "mask" and (settings.simplify or settings.vertices):
         raise UsageError(
-            "--shapes mask is exact", "leave out --simplify and --vertices, or write polygons"
+            f"{setting('shapes', 'mask')} is exact",
+            f"leave out {setting('simplify')} and {setting('vertices')}, or write polygons",
         )

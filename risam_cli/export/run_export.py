@@ -14,13 +14,13 @@ from risam_cli.export.categories import UNNAMED, Categories, Naming
 from risam_cli.export.folder import ExportFolder
 from risam_cli.export.format import (
     Context,
+    ExportCounts,
+    ExportSettings,
     Format,
     Labeled,
     LabeledImage,
     OpenImage,
-    Settings,
     TakesEntries,
-    Tally,
 )
 from risam_cli.export.registry import check_options, formats
 from risam_cli.export.sources import MAX_PIXELS, ImageGroup, OnFailure, Source
@@ -45,7 +45,7 @@ class Request:
     output: Path
     image_root: Path
     naming: Naming
-    settings: Settings
+    settings: ExportSettings
     annotations: Path | None = None
     max_pixels: int = MAX_PIXELS
     min_score: float = 0.0
@@ -58,7 +58,7 @@ class Request:
 class Outcome:
     """What came of it."""
 
-    tally: Tally
+    tally: ExportCounts
     failures: int
     categories: int
 
@@ -109,7 +109,7 @@ def run_export(
             ExportFolder(request.output, request.kind, info.owns, overwrite=request.overwrite)
         )
         given = source.names.categories if source.names is not None else None
-        tally, categories = Tally(), Categories(request.naming, given)
+        tally, categories = ExportCounts(), Categories(request.naming, given)
         context = Context(
             folder, request.settings, categories, tally, open_image, request.copy_images
         )
@@ -216,7 +216,7 @@ def _check_size(group: ImageGroup, path: Path, measure: Callable[[Path], tuple[i
     )
 
 
-def _note(tally: Tally, categories: Categories, source: Source) -> None:
+def _note(tally: ExportCounts, categories: Categories, source: Source) -> None:
     if categories.unnamed:
         tally.note(f"records have no expression; their class is {UNNAMED!r}", categories.unnamed)
     tally.remarks += source.notes()

@@ -18,7 +18,7 @@ import numpy as np
 
 from risam_cli.data.identity import id_text, image_key
 from risam_cli.data.readers.results import Record, Results
-from risam_cli.errors import DataError
+from risam_cli.errors import DataError, setting
 from risam_cli.export.targets import Placement
 from risam_cli.files.jsonlines import brief
 from risam_cli.masks import rle as masks
@@ -194,7 +194,7 @@ class Source:
             if size[0] * size[1] > self._max_pixels:
                 raise DataError(
                     f"{where}: a mask of {size[0]} x {size[1]} pixels is over {self._max_pixels}",
-                    "raise --max-pixels if you trust the file",
+                    f"raise {setting('max_pixels')} if you trust the file",
                 )
             if first is not None and size != (first.height, first.width):
                 raise DataError(

@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from risam_cli.errors import setting, told
 from risam_cli.export.format import Context, Labeled, LabeledImage, copy_image, read_back
 from risam_cli.export.targets import replace_suffix
 from risam_cli.masks import rle as masks
@@ -55,7 +56,8 @@ class Yolo:
         elif image.target != image.own_name:
             self.context.tally.note(
                 "labels are not called as their image, so readers will not find them by name; "
-                "mapping.jsonl says which belongs to which, --copy-images names both alike"
+                "mapping.jsonl says which belongs to which, "
+                + told(f"{setting('copy_images')} names both alike")
             )
         self._mapping.add(json.dumps(row) + "\n")
 

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from risam_cli.errors import OutputError
+from risam_cli.errors import OutputError, setting
 
-_FIX = "see who put it there and remove it, or choose another -o"
+_FIX = f"see who put it there and remove it, or choose another {setting('output')}"
 
 
 def require_own(folder: Path, names: Iterable[str]) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from risam_cli.console.console import get_console
 from risam_cli.data.images.frames import Frame, Pixels
 from risam_cli.data.images.images import EncoderImage
-from risam_cli.errors import ModelError
+from risam_cli.errors import ModelError, setting, told
 from risam_cli.inference.device import (
     Cores,
     Room,
@@ -554,8 +554,9 @@ def _explained(error: Exception) -> tuple[str, str]:
     if is_device_lost(error):
         raise ModelError(
             f"the device failed: {text}",
-            "what was done is kept; go on with --resume once it is well",
+            f"what was done is kept; go on with {setting('resume')} once it is well",
         ) from error
     if is_out_of_memory(error):
-        return "OutOfMemory", "out of memory even alone; take a smaller model or --device cpu"
+        fix = told(f"take a smaller model or {setting('device', 'cpu')}")
+        return "OutOfMemory", f"out of memory even alone; {fix}"
     return type(error).__name__, text

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ import torch
 
 from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.images import read_for_encoder
-from risam_cli.errors import ConfigError, UsageError
+from risam_cli.errors import ConfigError, UsageError, setting
 from risam_cli.model.fast.prepare import prepare_for_inference
 
 if TYPE_CHECKING:
@@ -60,13 +60,20 @@ def choose_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(f"--device {name!r} is no device", "use auto, cpu, cuda or mps") from None
+        raise UsageError(
+            f"{setting('device')} {name!r} is no device", "use auto, cpu, cuda or mps"
+        ) from None
     if device.type == "cuda":
         return _checked_gpu(device)
     if device.type == "mps" and not _has_mps():
-        raise UsageError("--device mps: this machine has no MPS", "use --device auto")
+        raise UsageError(
+            f"{setting('device', 'mps')}: this machine has no MPS",
+            f"use {setting('device', 'auto')}",
+        )
     if device.type not in {"cpu", "mps"}:
-        raise UsageError(f"--device {name!r} is not supported", "use auto, cpu, cuda or mps")
+        raise UsageError(
+            f"{setting('device')} {name!r} is not supported", "use auto, cpu, cuda or mps"
+        )
     return device
 
 
@@ -83,14 +90,18 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if native else torch.float32
     if name not in PRECISIONS:
-        raise UsageError(f"--precision {name!r} is unknown", f"use auto, {', '.join(PRECISIONS)}")
+        raise UsageError(
+            f"{setting('precision')} {name!r} is unknown", f"use auto, {', '.join(PRECISIONS)}"
+        )
     if name == "fp16" and device.type == "cpu":
-        raise UsageError("--precision fp16 does not run on a CPU", "use bf16 or fp32")
+        raise UsageError(
+            f"{setting('precision', 'fp16')} does not run on a CPU", "use bf16 or fp32"
+        )
     return PRECISIONS[name]
 
 
 def precision_name(dtype: torch.dtype) -> str:
-    """The name that ``--precision`` has for a number format."""
+    """The name that the setting ``precision`` has for a number format."""
     return next(name for name, known in PRECISIONS.items() if known == dtype)
 
 
@@ -148,12 +159,17 @@ def _local_gpu() -> torch.device:
 
 def _checked_gpu(device: torch.device) -> torch.device:
     if not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: this machine has no CUDA GPU", "use --device auto")
+        raise UsageError(
+            f"{setting('device', device)}: this machine has no CUDA GPU",
+            f"use {setting('device', 'auto')}",
+        )
     if device.index is None:
         return _local_gpu()
     if device.index >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise UsageError(f"--device {device}: this machine has {count} GPU(s), counted from 0")
+        raise UsageError(
+            f"{setting('device', device)}: this machine has {count} GPU(s), counted from 0"
+        )
     return device
 
 
@@ -296,16 +312,12 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """One option of ``risam predict`` and ``eval``: its value here, and why."""
+class Advice:
+    """One setting of ``risam predict`` and ``eval``: its key, its value here, and why."""
 
-    option: str
+    setting: str
     value: str
     why: str
-
-    def as_dict(self) -> dict[str, str]:
-        """For JSON."""
-        return asdict(self)
 
 
 def measure(encoder: ImageEncoder, device: torch.device, cores: int, seconds: float) -> Measured:
@@ -335,34 +347,34 @@ def measure(encoder: ImageEncoder, device: torch.device, cores: int, seconds: fl
     return Measured(device.type, cores, read, encode, rates, shared.lanes)
 
 
-def advise(measured: Measured) -> list[Setting]:
+def advise(measured: Measured) -> list[Advice]:
     """What to give ``risam predict`` and ``eval`` on this machine."""
     return [_precision(measured), _batch_size(measured), _workers(measured), _compile(measured)]
 
 
-def _precision(measured: Measured) -> Setting:
+def _precision(measured: Measured) -> Advice:
     plain, lower = measured.encode["fp32"], measured.encode.get("bf16", math.inf)
     if plain / lower >= _WORTH:
         why = f"{plain / lower:.1f} times as fast here as fp32; masks differ in few pixels"
-        return Setting("--precision", "bf16", why)
+        return Advice("precision", "bf16", why)
     if lower == math.inf:
-        return Setting("--precision", "fp32", "bf16 is no faster on this kind of device")
-    return Setting("--precision", "fp32", f"bf16 is {plain / lower:.1f} times as fast here")
+        return Advice("precision", "fp32", "bf16 is no faster on this kind of device")
+    return Advice("precision", "fp32", f"bf16 is {plain / lower:.1f} times as fast here")
 
 
-def _batch_size(measured: Measured) -> Setting:
+def _batch_size(measured: Measured) -> Advice:
     if not measured.rates:
-        return Setting("--batch-size", "8", "the default: a CPU takes images one by one anyway")
+        return Advice("batch_size", "8", "the default: a CPU takes images one by one anyway")
     sizes = sorted(measured.rates)
     chosen = sizes[0]
     for size in sizes[1:]:
         if measured.rates[size] >= _GAIN * measured.rates[chosen]:
             chosen = size
     why = f"{measured.rates[chosen]:.1f} images/s encoded; the next size gains less than a tenth"
-    return Setting("--batch-size", str(chosen), why)
+    return Advice("batch_size", str(chosen), why)
 
 
-def _workers(measured: Measured) -> Setting:
+def _workers(measured: Measured) -> Advice:
     rate = max([measured.lanes / min(measured.encode.values()), *measured.rates.values()])
     needed = measured.read * rate  # processes that are busy reading while the network never waits
     default = default_workers(measured.device_type)
@@ -373,16 +385,16 @@ def _workers(measured: Measured) -> Setting:
     if measured.lanes > 1:
         told += f" ({measured.lanes} side by side)"
     if measured.device_type == "cpu" and needed <= measured.lanes:
-        return Setting("--workers", str(default), f"the default: {told}, and threads keep up")
+        return Advice("workers", str(default), f"the default: {told}, and threads keep up")
     wanted = max(1, min(math.ceil(needed * 1.25), measured.cores - 1))
     short = f"; {measured.cores} cores cannot read as fast" if wanted < needed else ""
-    return Setting("--workers", str(wanted), told + short)
+    return Advice("workers", str(wanted), told + short)
 
 
-def _compile(measured: Measured) -> Setting:
+def _compile(measured: Measured) -> Advice:
     if measured.device_type == "cuda":
-        return Setting("--compile", "for long runs", "minutes before the first image, once")
-    return Setting("--compile", "no", "on this device PyTorch's own kernels are faster")
+        return Advice("compile", "for long runs", "minutes before the first image, once")
+    return Advice("compile", "no", "on this device PyTorch's own kernels are faster")
 
 
 def _encoding(encoder: ImageEncoder, device: torch.device, batch: int) -> Callable[[], object]:

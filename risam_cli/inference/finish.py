@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.data.images.files import FileStamp
-from risam_cli.errors import ImageError, OutputError, RisamError
+from risam_cli.errors import ImageError, OutputError, RisamError, setting, told
 from risam_cli.inference.compute import Answer
 from risam_cli.inference.loader import Loaded
 from risam_cli.inference.mask_rules import unpacked
@@ -344,7 +344,7 @@ def score(value: float) -> float:
 def _wrong(sample: Sample, loaded: Loaded) -> tuple[str, str] | None:
     """Kind and message of what is wrong with a sample's image."""
     if loaded.image is None:
-        return "ImageError", loaded.error
+        return "ImageError", told(loaded.error)
     if sample.size is not None and sample.size != loaded.image.size:
         (height, width), (said_height, said_width) = loaded.image.size, sample.size
         return "DataError", (
@@ -374,7 +374,7 @@ def _fatal(error: Exception) -> Exception | None:
     if isinstance(cause, OSError) and cause.errno in _NO_WRITING:
         return OutputError(
             f"{cause.filename or 'the output folder'}: {cause.strerror}",
-            "mend it or make room, then go on with --resume",
+            f"mend it or make room, then go on with {setting('resume')}",
         )
     # An image that is gone by the time that its overlay is drawn costs that overlay alone.
     return None if isinstance(error, (OSError, OutputError, ImageError)) else _unexpected(error)

@@ -111,7 +111,7 @@ def load_image(path: Path, settings: LoaderSettings) -> Loaded:
             bands=settings.bands,
         )
     except ImageError as error:
-        return _failed(path, str(error), time.perf_counter() - started)
+        return _failed(path, error.raw, time.perf_counter() - started)
     except MemoryError:
         why = f"{path}: not enough memory to decode it"
         return _failed(path, why, time.perf_counter() - started)

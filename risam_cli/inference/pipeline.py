@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from risam_cli.data.images.images import MAX_PIXELS, Bands, EncoderImage
-from risam_cli.errors import ModelError, UsageError
+from risam_cli.errors import ModelError, UsageError, setting
 from risam_cli.inference.compute import Compute, ComputeSettings, Job, Select
 from risam_cli.inference.device import (
     Room,
@@ -348,5 +348,5 @@ class Session(Compute):
 
 def _explained(error: Exception) -> ModelError:
     text = " ".join(str(error).split())[:300] or type(error).__name__
-    fix = "take a smaller model or --device cpu" if is_out_of_memory(error) else ""
+    fix = f"take a smaller model or {setting('device', 'cpu')}" if is_out_of_memory(error) else ""
     return ModelError(f"the network failed: {text}", fix)

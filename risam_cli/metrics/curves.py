@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.metrics.figures import figures, outcome, terms
+from risam_cli.metrics.figures import ScoreTable, figures, outcome, terms
 from risam_cli.metrics.protocols import Protocol, get_protocol
-from risam_cli.metrics.table import ScoreTable
 
 _POINTS = 201
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.metrics.figures import Terms
-from risam_cli.metrics.table import Flags, Floats, Ints
+from risam_cli.metrics.figures import Flags, Floats, Ints, Terms
 
 REPLICATES = 2000
 LEVEL = 0.95

@@ -7,7 +7,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from risam_cli.errors import OutputError
+from risam_cli.errors import OutputError, setting
 from risam_cli.files.confine import Confined, require_own
 from risam_cli.files.durable import replace_durably, sync_file, sync_folder, sync_folders, sync_tree
 from risam_cli.files.locks import PRIVATE, FolderLock
@@ -51,7 +51,8 @@ class RunFolder:
         except OSError as error:
             self.close()
             raise OutputError(
-                f"{error.filename or path}: {error.strerror or error}", "choose another -o"
+                f"{error.filename or path}: {error.strerror or error}",
+                f"choose another {setting('output')}",
             ) from None
 
     def __enter__(self) -> RunFolder:
@@ -135,7 +136,7 @@ class RunFolder:
             found = ", ".join(name for name in _OWN if (self.path / name).exists())
             raise OutputError(
                 f"{self.path} holds {found} but no {LEDGER}, so it is not known what else is its",
-                "delete the folder yourself, or choose another -o",
+                f"delete the folder yourself, or choose another {setting('output')}",
             )
 
     def delete_files(self, line: LedgerLine) -> None:
@@ -160,7 +161,7 @@ class RunFolder:
         except OSError as error:
             raise OutputError(
                 f"{self.path / RUN}: {error.strerror or error}; what was done is kept",
-                "mend it, then go on with --resume",
+                f"mend it, then go on with {setting('resume')}",
             ) from error
 
     def clear_staging(self) -> None:

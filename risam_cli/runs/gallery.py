@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from risam_cli.errors import OutputError
+from risam_cli.errors import OutputError, setting
 from risam_cli.outputs.gallery import Gallery, Row, about
 from risam_cli.outputs.naming import GALLERY, OVERLAYS
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
@@ -55,7 +55,7 @@ def _objects(file: BinaryIO, span: Span, folder: Path) -> list[dict[str, Any]]:
     if data is None:
         raise OutputError(
             f"{folder / os.path.basename(file.name)} was changed by someone else during the run",
-            "go on with --resume",
+            f"go on with {setting('resume')}",
         )
     return [json.loads(text) for text in data.splitlines()]
 

@@ -15,7 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from risam_cli.errors import DataError, OutputError
+from risam_cli.errors import DataError, OutputError, setting
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
 from risam_cli.runs.folder import RUN, RunFolder
 from risam_cli.runs.gallery import write_gallery
@@ -122,13 +122,16 @@ def merge_parts(
     """
     for part in parts:
         if part.folder.resolve() == output.resolve():
-            raise OutputError(f"{output} is one of the shards", "choose another -o")
+            raise OutputError(
+                f"{output} is one of the shards", f"choose another {setting('output')}"
+            )
     try:
         with RunFolder(output) as folder:
             if folder.holds_run():
                 if not overwrite:
                     raise OutputError(
-                        f"{output} holds a run already", "choose another -o or give --overwrite"
+                        f"{output} holds a run already",
+                        f"choose another {setting('output')} or give {setting('overwrite')}",
                     )
                 folder.require_known()
             merged = _write(parts, folder, advance)
@@ -142,7 +145,7 @@ def merge_parts(
     except OSError as error:
         raise OutputError(
             f"{error.filename or output}: {error.strerror or error}",
-            "make room or choose another -o",
+            f"make room or choose another {setting('output')}",
         ) from error
 
 
@@ -175,7 +178,7 @@ def _read_part(folder: Path) -> Part:
             f"{path} is not what `risam predict` writes", "run the shard anew"
         ) from None
     if status != "complete" or type(entries) is not int or not isinstance(checked, str):
-        raise DataError(f"the run in {folder} is not finished: {status}", "go on with --resume")
+        raise DataError(f"the run in {folder} is not finished: {status}", "finish it first")
     identity = read_header(folder / LEDGER)
     if identity is None or identity != run["settings"] or not fits:
         raise DataError(
@@ -222,7 +225,8 @@ def _lines(parts: Sequence[Part]) -> Iterator[tuple[int, LedgerLine]]:
 
 def _missing(entry: int) -> DataError:
     return DataError(
-        f"input {entry} (counted from 0) is in no shard", "go on with --resume in its shard"
+        f"input {entry} (counted from 0) is in no shard",
+        "finish the run of its shard",
     )
 
 
@@ -315,7 +319,9 @@ def _copy(source: Path, target: Path, mark: FileMark) -> None:
 
 
 def _changed(path: Path) -> DataError:
-    return DataError(f"{path} is not what its run wrote", "run the shard anew with --overwrite")
+    return DataError(
+        f"{path} is not what its run wrote", f"run the shard anew with {setting('overwrite')}"
+    )
 
 
 def _identity(parts: Sequence[Part]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from risam_cli.console.console import get_console
 from risam_cli.data.images.files import file_sha256, file_stamp
 from risam_cli.data.inputs.inputs import Entry
-from risam_cli.errors import OutputError
+from risam_cli.errors import OutputError, setting
 from risam_cli.files.durable import sync_file, sync_folder
 from risam_cli.files.patience import within
 from risam_cli.inference.loader import TIMEOUT, timed_out
@@ -35,7 +35,7 @@ from risam_cli.runs.ledger import (
     read_span,
 )
 
-_ANEW = "start anew with --overwrite, or choose another -o"
+_ANEW = f"start anew with {setting('overwrite')}, or choose another {setting('output')}"
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ def _start(folder: RunFolder, identity: Mapping[str, Any]) -> Kept:
     if folder.predictions.exists() and folder.predictions.stat().st_size:
         raise OutputError(
             f"{folder.path} holds {folder.predictions.name} but no ledger of how it came to be",
-            "choose another -o",
+            f"choose another {setting('output')}",
         )
     for path in (folder.predictions, folder.failures):
         path.write_bytes(b"")

@@ -24,6 +24,8 @@ from risam_cli.errors import (
     Interrupted,
     OutputError,
     RisamError,
+    setting,
+    told,
 )
 from risam_cli.inference.device import describe_device, precision_name
 from risam_cli.inference.feature_cache import CacheSettings, FeatureCache, cache_for
@@ -41,7 +43,7 @@ from risam_cli.runs.gallery import write_gallery
 from risam_cli.runs.ledger import settings_hash
 from risam_cli.runs.resume import Kept, check_inputs, prepare, still_to_do
 from risam_cli.runs.shard import Shard
-from risam_cli.runs.writer import Committed, RunWriter, Saving, Stager
+from risam_cli.runs.writer import RunCounts, RunWriter, Saving, Stager
 from risam_cli.segmenters.segmenter import Segmenter
 from risam_cli.types import Failure, Sample
 from risam_cli.version import __version__
@@ -150,7 +152,7 @@ class _Run:
         self.entries: int | None = None  # of all shards; known at the end of the inputs
         self.asked = 0  # entries given to the network so far
         self.images = 0
-        self.done = Committed()
+        self.done = RunCounts()
         self.failed = 0
         self.spent = dict.fromkeys(_PARTS, 0.0)
         self.writing = 0.0
@@ -162,7 +164,7 @@ class _Run:
         stop = threading.Event()
         stager = Stager(self.folder, self.plan.saving)
 
-        def committed(tally: Committed) -> None:
+        def committed(tally: RunCounts) -> None:
             self._count(tally)
             again = {"again": self.done.again} if self.done.again else {}
             progress.advance(
@@ -200,12 +202,14 @@ class _Run:
         self.writing = writer.seconds
         if self._too_many_failures():
             raise RisamError(
-                f"stopped: {self.failed} items failed, more than --max-failures "
+                f"stopped: {self.failed} items failed, more than {setting('max_failures')} "
                 f"{self.plan.max_failures}; what was done is kept",
-                "see failures.jsonl; go on with --resume",
+                f"see failures.jsonl; go on with {setting('resume')}",
             )
         if asked.is_set() and not complete:
-            raise Interrupted("interrupted; what was done is kept", "go on with --resume")
+            raise Interrupted(
+                "interrupted; what was done is kept", f"go on with {setting('resume')}"
+            )
 
     def _todo(self) -> Iterator[tuple[Sample, tuple[Entry, bool]]]:
         """The samples still to do, each with its entry and whether it is done again.
@@ -238,9 +242,9 @@ class _Run:
         named = zip(_SHOWN_PARTS, _PARTS, strict=True)
         return {**{name: self.spent[part] for name, part in named}, "write": writing}
 
-    def _count(self, tally: Committed) -> None:
+    def _count(self, tally: RunCounts) -> None:
         before = self.done
-        self.done = Committed(
+        self.done = RunCounts(
             before.entries + tally.entries,
             before.again + tally.again,
             before.records + tally.records,
@@ -257,7 +261,7 @@ class _Run:
     # --- what is said of it -----------------------------------------------------------------------
 
     def tell_settings(self) -> None:
-        """With ``--verbose``: by what the run goes."""
+        """Where it is verbose: by what the run goes."""
         console, settings = get_console(), self.plan.settings
         console.debug(
             f"model {self.segmenter.name} ({self.segmenter.hash[:12]}), "
@@ -424,7 +428,7 @@ def plan_to_go_on(folder: Path, plan: RunPlan, segmenter: Segmenter) -> RunPlan:
     if changed:
         get_console().warn(
             f"the earlier part of this run was computed otherwise ({changed}); last digits may "
-            "differ from a run in one go, --overwrite starts anew"
+            + told(f"differ from a run in one go, {setting('overwrite')} starts anew")
         )
     changed = _changes({key: ran_by.get(key) for key in _limits(plan)}, _limits(plan))
     if not changed or plan.retry_failed:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from risam_cli.data.inputs.inputs import Entry
-from risam_cli.errors import UsageError
+from risam_cli.errors import UsageError, setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,9 @@ def parse_shard(text: str) -> Shard:
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     index, count = (int(found[1]), int(found[2])) if found else (0, 0)
     if count < 1 or index > count:
-        raise UsageError(f"--shard {text!r} is not I/N with I from 0 to N", "write 0/4, 1/4, …")
+        raise UsageError(
+            f"{setting('shard')} {text!r} is not I/N with I from 0 to N", "write 0/4, 1/4, …"
+        )
     return Shard(index % count, count)
 
 

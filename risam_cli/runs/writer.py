@@ -29,7 +29,7 @@ from risam_cli.data.images.images import Bands, Rgb, open_for_encoder, open_rgb
 from risam_cli.data.inputs.inputs import Entry
 from risam_cli.drawing.overlay import draw_overlay
 from risam_cli.drawing.png import encode_mask, encode_rgb
-from risam_cli.errors import ImageError, OutputError
+from risam_cli.errors import ImageError, OutputError, setting
 from risam_cli.files.durable import sync_folders
 from risam_cli.files.patience import within
 from risam_cli.inference.finish import ImageResult
@@ -70,7 +70,7 @@ class Saving:
 
     @property
     def names(self) -> list[str]:
-        """What is written, by the names of ``--save``."""
+        """What is written, by the names that the setting ``save`` takes."""
         return [name for name in ("png", "overlay", "html") if getattr(self, name)]
 
 
@@ -188,7 +188,7 @@ def _item_of(sample: Sample) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Committed:
+class RunCounts:
     """What a commit brought.
 
     Attributes:
@@ -229,7 +229,7 @@ class RunWriter:
         self,
         folder: RunFolder,
         stager: Stager,
-        on_commit: Callable[[Committed], None],
+        on_commit: Callable[[RunCounts], None],
         stream: BinaryIO | None = None,
     ) -> None:
         self._folder = folder
@@ -335,7 +335,7 @@ class RunWriter:
             self._append(fresh)
         if done:
             self._on_commit(
-                Committed(
+                RunCounts(
                     len(fresh),
                     len(again),
                     sum(len(one.result.predictions) for one in done),
@@ -419,7 +419,8 @@ def _require_there(ledger: BinaryIO, folder: RunFolder) -> None:
         there = False
     if not there:
         raise OutputError(
-            f"{folder.path} was deleted or replaced during the run", "run again into a new -o"
+            f"{folder.path} was deleted or replaced during the run",
+            f"run again into a new {setting('output')}",
         )
 
 
@@ -456,11 +457,11 @@ def _as_output_error(error: BaseException, folder: Path) -> BaseException:
     """A message with a way out for what the system says about disks and pipes."""
     if isinstance(error, BrokenPipeError):
         return OutputError(
-            "the reader of stdout is gone; what was done is kept", "go on with --resume"
+            "the reader of stdout is gone; what was done is kept", f"go on with {setting('resume')}"
         )
     if isinstance(error, OSError):
         return OutputError(
             f"{error.filename or folder}: {error.strerror or error}; what was done is kept",
-            "mend it, then go on with --resume",
+            f"mend it, then go on with {setting('resume')}",
         )
     return error

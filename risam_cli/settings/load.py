@@ -1,4 +1,4 @@
-"""YAML and ``--set`` to plain values, merged where one file extends another, and checked."""
+"""YAML and overrides to plain values, merged where one file extends another, and checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
-from risam_cli.errors import ConfigError, DataError
+from risam_cli.errors import ConfigError, DataError, setting
 from risam_cli.files.jsonlines import brief, read_text
 from risam_cli.files.safe_yaml import load_yaml
 from risam_cli.settings.base import Settings
@@ -115,7 +115,7 @@ def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[
         text = first["msg"].removeprefix("Value error, ")
         # What concerns several keys names them itself.
         message = f"{where}: {key} = {brief(first['input'])}: {text}" if key else f"{where}: {text}"
-        hint = "see risam train --print-config for the keys and their values"
+        hint = f"see risam train, {setting('print_config')}, for the keys and their values"
     more = len(problems) - 1
     return message + (f" (and {more} more)" if more else ""), hint
 
@@ -176,11 +176,16 @@ def apply_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {override!r} has no '='", "write --set section.key=value")
+        raise ConfigError(
+            f"{setting('set', repr(override))} has no '='",
+            f"write {setting('set', 'section.key=value')}",
+        )
     try:
         value = load_yaml(text)
     except ValueError as error:
-        raise ConfigError(f"--set {override!r}: value is not YAML", "quote it") from error
+        raise ConfigError(
+            f"{setting('set', repr(override))}: value is not YAML", "quote it"
+        ) from error
     return _set(values, key.split("."), value, override)
 
 
@@ -197,7 +202,8 @@ def _set(values: Any, keys: list[str], value: Any, override: str) -> Any:
         values = {}
     if not isinstance(values, Mapping):
         raise ConfigError(
-            f"--set {override!r}: {head!r} is not inside a section", "see --print-config for keys"
+            f"{setting('set', repr(override))}: {head!r} is not inside a section",
+            f"see {setting('print_config')} for keys",
         )
     return {**values, head: _set(values.get(head), rest, value, override)}
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from risam_cli.errors import ModelError, RisamError
+from risam_cli.errors import ModelError, RisamError, setting
 from risam_cli.files.write import write_atomic
 from risam_cli.weights.torch_files import load_plain
 
@@ -160,7 +160,9 @@ class Untrained:
             )
         missing, surplus = self.model.load_state_dict(weights, strict=False)
         if surplus or set(missing) != self.names:
-            raise ModelError("the checkpoint holds another network", "start without --resume")
+            raise ModelError(
+                "the checkpoint holds another network", f"start without {setting('resume')}"
+            )
 
 
 class Checkpoints:
@@ -259,7 +261,9 @@ def read_state(path: Path, hashes: Sequence[str]) -> dict[str, Any]:
     except ModelError as error:
         raise ModelError(f"checkpoint {error.message}", _way_out(path)) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ModelError(f"{path} is no checkpoint of risam train", "start without --resume")
+        raise ModelError(
+            f"{path} is no checkpoint of risam train", f"start without {setting('resume')}"
+        )
     try:
         place = Place(**state["place"])
         # At a stage's start, either side of the border is the same state.
@@ -279,7 +283,7 @@ def read_state(path: Path, hashes: Sequence[str]) -> dict[str, Any]:
 
 def _way_out(path: Path) -> str:
     others = Checkpoints(path.parent).others()
-    return f"put {others[-1].name} in its place" if others else "start without --resume"
+    return f"put {others[-1].name} in its place" if others else f"start without {setting('resume')}"
 
 
 def restore(
@@ -303,7 +307,7 @@ def restore(
     except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ModelError(
-            f"the checkpoint does not fit the model: {reason}", "start without --resume"
+            f"the checkpoint does not fit the model: {reason}", f"start without {setting('resume')}"
         ) from error
 
 

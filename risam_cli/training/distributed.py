@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from risam_cli.console.console import Console, get_console, set_console
-from risam_cli.errors import Interrupted, RisamError, UsageError
+from risam_cli.errors import Interrupted, RisamError, UsageError, setting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,7 +114,8 @@ class LostProcess(RisamError):
     def __init__(self, world: int) -> None:
         super().__init__(
             f"one of the {world} processes of this run has ended or cannot be reached",
-            "look above for what it said, or whether memory was short; then go on with --resume",
+            "look above for what it said, or whether memory was short; then go on with "
+            + setting("resume"),
         )
 
 

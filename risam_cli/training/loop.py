@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from risam_cli.console.console import Progress, get_console
-from risam_cli.errors import ConfigError, Interrupted, OutputError, RisamError
+from risam_cli.errors import ConfigError, Interrupted, OutputError, RisamError, setting
 from risam_cli.files.confine import require_own_tree
 from risam_cli.files.locks import FolderLock
 from risam_cli.files.write import write_atomic
@@ -91,7 +91,9 @@ def _train(
     if any(processes.gather(holds_weights(folder))) and not (resume or overwrite):
         raise OutputError(
             f"{folder} holds a training run",
-            "go on with --resume, replace it with --overwrite, or --set output=OTHER",
+            f"go on with {setting('resume')}",
+            f"replace it with {setting('overwrite')}",
+            f"give another folder by {setting('output', 'OTHER')}",
         )
     require_own_tree(folder)
     check_paths(settings)
@@ -564,7 +566,7 @@ class TrainingRun:
     def _interrupted(self) -> Interrupted:
         return Interrupted(
             f"interrupted after step {self.place.step}; {self.checkpoints.last} holds it",
-            "go on with --resume",
+            f"go on with {setting('resume')}",
         )
 
     def _save(

@@ -228,7 +228,7 @@ class TrainingBuilder:
         place: Place,
         averaged: Sequence[int] = (),
     ) -> None:
-        """Writes the model as it is to a folder that ``--model`` takes, with its card.
+        """Writes the model as it is to a folder that can be loaded, with its card.
 
         Args:
             averaged: the steps whose weights are averaged in it, if they are.
@@ -236,7 +236,7 @@ class TrainingBuilder:
         self.write_model(folder, card_of(self.settings, stage, figures, place, averaged))
 
     def write_model(self, folder: Path, card: dict[str, Any]) -> None:
-        """Writes the model as it is to a folder that ``--model`` takes, frozen files left out."""
+        """Writes the model as it is to a folder that can be loaded, frozen files left out."""
         weights = self.model.state_dict()
         model_folders.write_model_folder(
             folder,

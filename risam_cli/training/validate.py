@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader
 from risam_cli.data.refshapes.dataset import RefShapes
 from risam_cli.drawing.overlay import draw_overlay
 from risam_cli.errors import ConfigError
-from risam_cli.metrics.figures import summarize
-from risam_cli.metrics.table import ExpressionScore
+from risam_cli.metrics.figures import ExpressionScore, summarize
 from risam_cli.model.fast.prepare import inference_forms
 from risam_cli.settings.train import TrainSettings
 from risam_cli.training.data.collate import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from risam_cli.errors import OutputError
+from risam_cli.errors import OutputError, setting
 from risam_cli.weights import folder as model_folders
 
 NEEDS_TITLE = "Needs beside it, or in a folder that `RISAM_WEIGHTS` names:"
@@ -29,7 +29,9 @@ def export_model(source: str | Path | None, output: Path, *, merged: bool) -> No
     from risam_cli.weights.load import load_model
 
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise OutputError(f"{output} is there already", "give another folder by -o")
+        raise OutputError(
+            f"{output} is there already", f"give another folder by {setting('output')}"
+        )
     folder = model_folders.find_model(source)
     loaded = load_model(folder, device=torch.device("cpu"), keep_lora=not merged)
     stored = model_folders.read_model_folder(folder)
@@ -43,7 +45,7 @@ def export_model(source: str | Path | None, output: Path, *, merged: bool) -> No
         settings = model.model_dump(mode="json")
         card = {**card, "merged_from": {"hash": stored.hash, "needs": list(stored.needs)}}
         readme = readme.partition(f"\n{NEEDS_TITLE}")[0] + (
-            f"\nMade whole by `risam models export --merged` from the folder {stored.hash[:12]}.\n"
+            f"\nMade whole by `risam models export` from the folder {stored.hash[:12]}.\n"
         )
     else:
         held = model_folders.read_tensors(folder / model_folders.WEIGHTS_FILE)

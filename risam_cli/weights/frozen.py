@@ -116,7 +116,7 @@ def find(needed: Needed, folder: Path) -> Path:
     want = f"{needed.name} ({needed.size} bytes, SHA-256 {needed.sha256})"
     fix = (
         f"put that file beside the model folder, or name its folder in {WEIGHTS_VARIABLE}; "
-        "risam models export --merged makes a folder that needs none"
+        "a folder merged by risam models export needs none"
     )
     if others:
         raise ModelError(f"model folder {folder} needs {want}, but {others[0]} is another one", fix)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from risam_cli.errors import ModelError, RisamError, UsageError
+from risam_cli.errors import ModelError, RisamError, UsageError, setting
 from risam_cli.model.fast.prepare import prepare_for_inference
 from risam_cli.model.risam import Risam
 from risam_cli.settings.load import check
@@ -73,8 +73,9 @@ def load_model(
 
     if compiled and device.type != "cuda":
         raise UsageError(
-            f"--compile on {device}: compiled blocks are slower there than PyTorch's own kernels",
-            "leave --compile out, or name a CUDA GPU by --device",
+            f"{setting('compile')} on {device}: compiled blocks are slower there than PyTorch's "
+            "own kernels",
+            f"leave {setting('compile')} out, or name a CUDA GPU by {setting('device')}",
         )
 
     folder = model_folders.find_model(source)

@@ -14,7 +14,7 @@ import pytest
 
 from risam_cli.cli import main
 from risam_cli.commands import doctor
-from risam_cli.inference.device import Measured, Setting, advise, threads_of
+from risam_cli.inference.device import Advice, Measured, advise, threads_of
 
 
 @pytest.fixture(autouse=True)
@@ -62,43 +62,43 @@ def test_quick_loads_no_model_and_no_torch(capsys: pytest.CaptureFixture[str]) -
     assert done.stdout.splitlines()[-1] == "[] 0", done.stderr
 
 
-def _chosen(measured: Measured) -> dict[str, Setting]:
-    return {setting.option: setting for setting in advise(measured)}
+def _chosen(measured: Measured) -> dict[str, Advice]:
+    return {setting.setting: setting for setting in advise(measured)}
 
 
 def test_a_cpu_with_fast_bf16_and_one_without() -> None:
     fast = _chosen(Measured("cpu", 4, 0.02, {"fp32": 3.0, "bf16": 1.0}, {}))
-    assert fast["--precision"].value == "bf16"
-    assert "3.0 times" in fast["--precision"].why
-    assert fast["--workers"].value == "0"
-    assert fast["--compile"].value == "no"
+    assert fast["precision"].value == "bf16"
+    assert "3.0 times" in fast["precision"].why
+    assert fast["workers"].value == "0"
+    assert fast["compile"].value == "no"
     slow = _chosen(Measured("cpu", 4, 0.02, {"fp32": 1.0, "bf16": 4.0}, {}))
-    assert slow["--precision"].value == "fp32"
+    assert slow["precision"].value == "fp32"
 
 
 def test_a_small_model_on_a_cpu_wants_processes_that_read() -> None:
     chosen = _chosen(Measured("cpu", 8, 0.06, {"fp32": 0.02}, {}))
-    assert chosen["--workers"].value == "4"  # three busy ones, and a quarter more
-    few = _chosen(Measured("cpu", 2, 0.06, {"fp32": 0.02}, {}))["--workers"]
+    assert chosen["workers"].value == "4"  # three busy ones, and a quarter more
+    few = _chosen(Measured("cpu", 2, 0.06, {"fp32": 0.02}, {}))["workers"]
     assert few.value == "1"
     assert "2 cores cannot read as fast" in few.why
 
 
 def test_images_side_by_side_want_images_sooner_and_have_more_threads_that_read() -> None:
-    beside = _chosen(Measured("cpu", 4, 0.02, {"fp32": 0.1}, {}, lanes=4))["--workers"]
+    beside = _chosen(Measured("cpu", 4, 0.02, {"fp32": 0.1}, {}, lanes=4))["workers"]
     assert beside.value == "0"
     assert "every 25 ms (4 side by side)" in beside.why
-    behind = _chosen(Measured("cpu", 8, 0.15, {"fp32": 0.1}, {}, lanes=4))["--workers"]
+    behind = _chosen(Measured("cpu", 8, 0.15, {"fp32": 0.1}, {}, lanes=4))["workers"]
     assert behind.value == "7"  # six busy ones, a quarter more, but a core for the network
 
 
 def test_a_gpu_gets_the_batch_from_where_more_gains_little() -> None:
     rates = {1: 30.0, 2: 50.0, 4: 70.0, 8: 72.0}
     chosen = _chosen(Measured("cuda", 16, 0.05, {"fp32": 0.2, "bf16": 0.03}, rates))
-    assert chosen["--batch-size"].value == "4"
-    assert chosen["--precision"].value == "bf16"
-    assert chosen["--workers"].value == "5"  # 0.05 s each for 72 images a second, and a quarter
-    assert chosen["--compile"].value == "for long runs"
+    assert chosen["batch_size"].value == "4"
+    assert chosen["precision"].value == "bf16"
+    assert chosen["workers"].value == "5"  # 0.05 s each for 72 images a second, and a quarter
+    assert chosen["compile"].value == "for long runs"
 
 
 def test_the_report_is_readable(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

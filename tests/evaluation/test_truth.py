@@ -16,7 +16,7 @@ from risam_cli.data.readers.catalog import count_differences, open_dataset
 from risam_cli.data.readers.phrasecut import open_phrasecut
 from risam_cli.errors import DataError
 from risam_cli.masks import rle as masks
-from risam_cli.metrics import ExpressionScore, summarize
+from risam_cli.metrics.figures import ExpressionScore, summarize
 
 # Columns 6 to 10 of rows 4 to 12 are covered twice.
 OVERLAPPING = [box(2, 2, 10, 12), box(6, 4, 20, 14)]

@@ -14,10 +14,9 @@ import pytest
 from risam_cli.errors import DataError
 from risam_cli.masks import rle as masks
 from risam_cli.metrics.curves import fit_no_target, no_target_curve, risk_coverage
-from risam_cli.metrics.figures import FIGURES, summarize, terms
+from risam_cli.metrics.figures import FIGURES, ExpressionScore, Tally, score_masks, summarize, terms
 from risam_cli.metrics.intervals import compare, intervals
 from risam_cli.metrics.slices import SLICES, Facts, Slicer
-from risam_cli.metrics.table import ExpressionScore, Tally, score_masks
 
 
 def test_native_equals_a_dense_computation_on_500_random_pairs() -> None:
@@ -74,7 +73,7 @@ def test_undefined_figures_are_nan_not_zero() -> None:
 
 
 def test_metrics_load_no_torch() -> None:
-    modules = "sys, risam_cli.metrics, risam_cli.evaluation.report.render"
+    modules = "sys, risam_cli.metrics.figures, risam_cli.evaluation.report.render"
     code = f"import {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

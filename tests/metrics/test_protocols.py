@@ -24,9 +24,8 @@ from risam_cli.evaluation.scoring import (
     warp_through_letterbox,
 )
 from risam_cli.masks import rle as masks
-from risam_cli.metrics.figures import summarize
+from risam_cli.metrics.figures import ExpressionScore, summarize
 from risam_cli.metrics.protocols import PROTOCOLS, get_protocol
-from risam_cli.metrics.table import ExpressionScore
 from risam_cli.segmenters.segmenter import GridMaps
 from risam_cli.types import Expression, Sample
 

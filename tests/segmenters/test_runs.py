@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from risam_cli.runs.writer import Saving
 from support.predict_runs import Killed, Run, contents, run_json
 from support.records import read_records
 
@@ -28,6 +27,7 @@ from risam_cli.inference.pipeline import PredictSettings, compute_settings
 from risam_cli.masks import rle as masks
 from risam_cli.runs.merge import find_parts, merge_parts
 from risam_cli.runs.shard import Shard
+from risam_cli.runs.writer import Saving
 from risam_cli.segmenters.resolve import load_segmenter
 
 CPU = torch.device("cpu")

@@ -144,7 +144,7 @@ WRONG: dict[str, tuple[Change, str, str]] = {
     "wrong type": (
         lambda r: r.update(workers="many"),
         "workers = 'many': .*valid integer",
-        "--print-config",
+        "print_config",
     ),
     "fraction for a count": (
         lambda r: r.update(validate_every=1.5),

@@ -34,8 +34,8 @@ os._exit(answer[0] if answer else 1)
 def main() -> None:
     """Serve until killed."""
     import risam_cli.cli
-    import risam_cli.evaluation.report.parts
-    import risam_cli.evaluation.run
+    import risam_cli.evaluation.report.assemble
+    import risam_cli.evaluation.scoring
     import risam_cli.export.run_export
     import risam_cli.runs.run
     import risam_cli.weights.build

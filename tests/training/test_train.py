@@ -228,7 +228,7 @@ def test_a_folder_with_a_run_is_not_written_over(unbroken: Path) -> None:
     before = (unbroken / "metrics.jsonl").read_bytes()
     with pytest.raises(OutputError, match="holds a training run") as raised:
         run(unbroken)
-    assert "--resume" in raised.value.fix
+    assert "resume" in raised.value.settings
     assert (unbroken / "metrics.jsonl").read_bytes() == before
 
 

@@ -167,7 +167,7 @@ def test_a_missing_file_is_named_with_where_it_was_looked_for(moved: Path) -> No
         str(moved.parent / "sam.pth"),
         "/nowhere/sam.pth",
         "RISAM_WEIGHTS",
-        "--merged",
+        "risam models export",
     ):
         assert part in problems[0]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from risam_cli.errors import ImageError
+from risam_cli.errors import ImageError, setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,9 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         file = open(path, "rb")  # noqa: SIM115 - closed below, outside of this try
     except FileNotFoundError:
         raise ImageError(
-            f"{path}: no such file", "check the path, and where relative paths start"
+            f"{path}: no such file",
+            "check the path",
+            f"say by {setting('image_root')} where paths start",
         ) from None
     except PermissionError:
         raise ImageError(f"{path}: permission denied", "make the file readable") from None

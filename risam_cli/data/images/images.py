@@ -43,7 +43,7 @@ from risam_cli.data.images.files import (
 from risam_cli.data.images.frames import Frame
 from risam_cli.data.images.tiff import Tiff, is_plain, read_header, read_picture, unreadable
 from risam_cli.data.images.transforms import fit_size, resize_for_encoder
-from risam_cli.errors import ImageError
+from risam_cli.errors import ImageError, setting
 
 Rgb = NDArray[np.uint8]
 
@@ -354,7 +354,8 @@ def _too_large(path: Path, told: str, limit: int) -> ImageError:
     pixels = re.search(r"\d+", told)
     found = f"{pixels[0]} pixels are" if pixels else "it is"
     return ImageError(
-        f"{path}: {found} more than {limit}", "raise max_pixels if you trust the image"
+        f"{path}: {found} more than {limit}",
+        f"raise {setting('max_pixels')} if you trust the image",
     )
 
 

@@ -30,7 +30,7 @@ from risam_cli.data.inputs.walk import (
 )
 from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.errors import DataError, UsageError
+from risam_cli.errors import DataError, UsageError, setting, told
 from risam_cli.files.jsonlines import read_text
 from risam_cli.types import Expression, Failure, Sample
 
@@ -38,7 +38,10 @@ MAX_CHARACTERS = 10_000
 """Of one expression. No text encoder reads so many; a legend, a page or a tokenizer would choke."""
 
 _LONGEST = 1 << 28  # bytes of a file of expressions
-_TELL = "give -e TEXT or --expressions FILE, or a manifest that brings its own"
+_TELL = (
+    f"give {setting('expression', 'TEXT')} or {setting('expressions', 'FILE')}, or a manifest that "
+    "brings its own"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Entry:
 
     Attributes:
         index: its number among all entries, from 0.
-        run: which stretch of entries with one image it is in; ``--shard`` deals these out.
+        run: which stretch of entries with one image it is in; shards are dealt these.
         sample: what is to be predicted; None where nothing of it can be.
         failures: what is wrong with it already.
         where: its manifest and line, for messages; empty for a file.
@@ -125,7 +128,9 @@ class Inputs:
             raise UsageError("stdin ('-') is named twice", "name it once")
         for text in self.expressions:
             if not text.strip():
-                raise UsageError("an expression is empty", "give words after -e")
+                raise UsageError(
+                    "an expression is empty", f"give words after {setting('expression')}"
+                )
             if not _is_text(text):
                 raise UsageError(f"the expression {text!r} is not Unicode text")
         for argument in self.arguments:
@@ -293,7 +298,7 @@ class Inputs:
                 fail(wish.name, None, wish.error)
         elif not wish.asked:
             where = f"{wish.where}: {wish.image}" if wish.where else wish.image
-            fail(wish.name or wish.image, None, f"{where}: no expression; {_TELL}")
+            fail(wish.name or wish.image, None, told(f"{where}: no expression; {_TELL}"))
         else:
             for own, text in wish.asked:
                 number = numbers.add(image_key(wish.image))
@@ -395,14 +400,16 @@ def read_expressions(path: Path) -> list[str]:
     try:
         lines = read_text(path, _LONGEST).split("\n")
     except OSError as error:
-        raise DataError(f"--expressions {path}: {error.strerror}", "check the path") from None
+        raise DataError(
+            f"{setting('expressions', path)}: {error.strerror}", "check the path"
+        ) from None
     except UnicodeDecodeError:
-        raise DataError(f"--expressions {path}: not UTF-8", "save it as UTF-8") from None
+        raise DataError(f"{setting('expressions', path)}: not UTF-8", "save it as UTF-8") from None
     except ValueError as error:
-        raise DataError(f"--expressions {path}: {error}", "split it") from None
+        raise DataError(f"{setting('expressions', path)}: {error}", "split it") from None
     found = [line.strip() for line in lines if line.strip()]
     if not found:
-        raise UsageError(f"--expressions {path}: holds no expression", "write one a line")
+        raise UsageError(f"{setting('expressions', path)}: holds no expression", "write one a line")
     return found
 
 

@@ -1,1 +1,0 @@
-"""Readers: one file a format, each gives samples with masks as RLE. Torch-free."""

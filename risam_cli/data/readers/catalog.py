@@ -10,7 +10,7 @@ from risam_cli.data.readers.layout import missing
 from risam_cli.data.readers.phrasecut import open_phrasecut
 from risam_cli.data.readers.refer import SPLIT_BY, open_refer
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.errors import UsageError
+from risam_cli.errors import UsageError, setting
 
 DATASETS = ("refcoco", "refcoco+", "refcocog", "refclef", "grefcoco", "phrasecut", "coco")
 """What :func:`open_dataset` opens; RefShapes has :mod:`risam_cli.data.readers.refshapes`."""
@@ -77,7 +77,7 @@ def open_dataset(
         UsageError: the data set has no such option.
     """
     if split_by is not None and dataset not in SPLIT_BY:
-        raise UsageError(f"--split-by is for {', '.join(SPLIT_BY)}, not for {dataset}")
+        raise UsageError(f"{setting('split_by')} is for {', '.join(SPLIT_BY)}, not for {dataset}")
     if dataset in SPLIT_BY:
         return open_refer(root, dataset, split, split_by=split_by, image_root=image_root)
     if dataset == "phrasecut":

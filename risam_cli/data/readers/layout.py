@@ -1,11 +1,11 @@
-"""Where a benchmark's files are looked for below ``--root``, and what is said if they are not."""
+"""Where a benchmark's files are looked for below its root, and what is said if they are not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from risam_cli.errors import DataError
+from risam_cli.errors import DataError, setting
 
 _MOST_LISTED = 12
 
@@ -21,7 +21,9 @@ def find_folder(root: Path, names: Sequence[str], marks: Sequence[str]) -> Path:
         DataError: none does; the message lists every file that was looked for.
     """
     if not root.exists():
-        raise DataError(f"--root {root} does not exist", "name the folder that holds the data set")
+        raise DataError(
+            f"{setting('root', root)} does not exist", "name the folder that holds the data set"
+        )
     folders = [root, *(root / name for name in names)]
     for folder in folders:
         if any((folder / mark).is_file() for mark in marks):
@@ -61,7 +63,7 @@ def missing(paths: Sequence[Path], what: str) -> DataError:
         shown.append(f"… {len(paths) - _MOST_LISTED} more")
     return DataError(
         f"{what} were not found; looked for: {', '.join(shown)}",
-        "give --root as the folder that holds the data set, or as the data set's own folder",
+        f"give by {setting('root')} the folder that holds the data set, or its own folder",
     )
 
 

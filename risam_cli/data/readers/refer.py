@@ -23,7 +23,7 @@ from risam_cli.data.readers.source import (
     make_source,
     require_some_truth,
 )
-from risam_cli.errors import DataError
+from risam_cli.errors import DataError, setting
 from risam_cli.files.jsonlines import brief
 
 SPLIT_BY: dict[str, tuple[str, ...]] = {
@@ -72,7 +72,8 @@ def open_refer(
     by = split_by or splits_by[0]
     if by not in splits_by:
         raise DataError(
-            f"{dataset} has no splits by {by!r}", f"--split-by takes {' or '.join(splits_by)}"
+            f"{dataset} has no splits by {by!r}",
+            f"{setting('split_by')} takes {' or '.join(splits_by)}",
         )
     names = _ref_files(dataset, by)
     folder = find_folder(root, (dataset, f"data/{dataset}", f"refer/data/{dataset}"), names)

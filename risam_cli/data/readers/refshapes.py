@@ -22,7 +22,7 @@ from risam_cli.data.readers.layout import missing
 from risam_cli.data.readers.phrasecut import open_phrasecut
 from risam_cli.data.readers.refer import open_refer
 from risam_cli.data.readers.source import Group, Phrase, SampleSource
-from risam_cli.errors import DataError, OutputError
+from risam_cli.errors import DataError, OutputError, setting
 from risam_cli.masks import rle as masks
 from risam_cli.types import Rle
 
@@ -101,7 +101,9 @@ def _check_family(folder: Path, family: str) -> None:
     except (OSError, ValueError, AttributeError):
         return
     if own != family:
-        raise DataError(f"{folder} holds the family {own!r}, not {family!r}", f"--family {own}")
+        raise DataError(
+            f"{folder} holds the family {own!r}, not {family!r}", f"give {setting('family', own)}"
+        )
 
 
 class _Scenes(Sequence[Group]):

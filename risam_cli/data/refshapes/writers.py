@@ -19,7 +19,7 @@ from PIL import Image
 
 from risam_cli.data.refshapes import formats
 from risam_cli.data.refshapes.dataset import VERSION, RefShapes, SceneItem
-from risam_cli.errors import OutputError, UsageError
+from risam_cli.errors import OutputError, UsageError, setting
 
 FORMATS: tuple[str, ...] = ("own", "refer", "grefcoco", "phrasecut", "coco")
 """``own`` is the format of the benchmark that a family follows."""
@@ -74,18 +74,20 @@ class Plan:
     def __post_init__(self) -> None:
         if self.written_as == "refer" and self.family == "grefshapes":
             raise UsageError(
-                "--format refer has one object for each phrase, grefshapes has several or none",
-                "take --format own, grefcoco or coco",
+                f"{setting('format', 'refer')} has one object for each phrase, grefshapes has "
+                "several or none",
+                f"take {setting('format', 'own')}, grefcoco or coco",
             )
         if self.written_as == "refer" and "testC" in self.splits:
             raise UsageError(
-                "--format refer has one object for each phrase, testC has phrases of none",
-                "take --format grefcoco or coco",
+                f"{setting('format', 'refer')} has one object for each phrase, testC has phrases "
+                "of none",
+                f"take {setting('format', 'grefcoco')} or coco",
             )
         if self.written_as == "phrasecut" and self.image_format != "jpg":
             raise UsageError(
-                f"--format phrasecut names images ID.jpg, not {self.image_format}",
-                "take --image-format jpg",
+                f"{setting('format', 'phrasecut')} names images ID.jpg, not {self.image_format}",
+                f"take {setting('image_format', 'jpg')}",
             )
         if self.written_as == "phrasecut" and self.polygons:
             raise UsageError("PhraseCut's format has polygons of its own", "leave polygons out")
@@ -278,7 +280,10 @@ def _staged(folder: Path, images: Path, overwrite: bool) -> Iterator[Path]:
     files are replaced.
     """
     if folder.exists() and not overwrite:
-        raise OutputError(f"{folder} is there already", "choose another -o or give --overwrite")
+        raise OutputError(
+            f"{folder} is there already",
+            f"choose another {setting('output')} or give {setting('overwrite')}",
+        )
     stage = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
@@ -293,7 +298,8 @@ def _staged(folder: Path, images: Path, overwrite: bool) -> Iterator[Path]:
         if old.exists() and not folder.exists():
             old.rename(folder)
         raise OutputError(
-            f"{error.filename or folder}: {error.strerror or error}", "choose another -o"
+            f"{error.filename or folder}: {error.strerror or error}",
+            f"choose another {setting('output')}",
         ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)

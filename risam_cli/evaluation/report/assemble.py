@@ -11,31 +11,39 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.errors import OutputError
 from risam_cli.evaluation.report.compare import REPORT_FILE, Other, comparison_part
-from risam_cli.evaluation.report.gallery import Picture, draw_cases
-from risam_cli.evaluation.report.parts import (
-    curves_part,
-    figure_parts,
-    interval_part,
-    protocol_part,
-)
-from risam_cli.evaluation.report.render import to_html, to_json, to_markdown
+from risam_cli.evaluation.report.render import Picture, draw_cases, to_html, to_json, to_markdown
 from risam_cli.evaluation.report.schema import (
+    SEED,
     AnswersPart,
     CountsPart,
+    CurvesPart,
     DatasetPart,
     EnvironmentPart,
+    Figure,
     FileNote,
+    IntervalPart,
+    LevelPart,
+    NoTargetCurvePoint,
     NoTargetFitPart,
+    ProtocolPart,
     Report,
+    RiskCoveragePart,
+    SlicePart,
     TimingPart,
+    value,
 )
 from risam_cli.evaluation.scoring import Scored, pick_cases
 from risam_cli.files.durable import replace_durably
+from risam_cli.metrics.curves import no_target_curve, risk_coverage
+from risam_cli.metrics.figures import Flags, ScoreTable, Terms, figures, outcome, terms
+from risam_cli.metrics.intervals import LEVEL, REPLICATES, intervals, masked
 from risam_cli.metrics.protocols import Protocol
+from risam_cli.metrics.slices import CATEGORY, Slice
 from risam_cli.version import __version__
 
 MARKDOWN_FILE = "report.md"
@@ -60,7 +68,7 @@ def assemble(
     facts: RunFacts, scored: Scored, protocol: Protocol, rows: Path, other: Other | None
 ) -> Report:
     """The report of a scored run; ``rows`` is its ``per_expression.jsonl``."""
-    figures, slices = figure_parts(scored, protocol)
+    headline_figures, slices = figure_parts(scored, protocol)
     return Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=list(facts.command),
@@ -68,7 +76,7 @@ def assemble(
         protocol=protocol_part(protocol, facts.answers.kind, facts.threshold),
         answers=facts.answers,
         counts=facts.counts,
-        figures=figures,
+        figures=headline_figures,
         interval=interval_part(),
         slices=slices,
         curves=curves_part(scored.table, protocol),
@@ -144,3 +152,140 @@ def environment() -> EnvironmentPart:
         numpy=np.__version__,
         torch=None if torch is None else str(torch.__version__),
     )
+
+
+# --- from a scored run to the parts of its report -------------------------------------------------
+
+SLICE_FIGURES = ("miou", "oiou", "pr@0.5", "giou")
+_MOST_LEVELS = 40
+_BINS = 20
+
+_PREDICTION_REMARKS = {
+    "image": "The predictions came as finished masks, so the threshold on probabilities is that "
+    "of whoever made them.",
+    "stretch": "The predictions came as finished masks at the image's size: they were resized to "
+    "{canvas}x{canvas} by nearest neighbour like the ground truth, and the threshold on "
+    "probabilities is that of whoever made them.",
+    "letterbox": "The predictions came as finished masks at the image's size: they were compared "
+    "as they are, without the warp through {canvas}x{canvas}, and the threshold on probabilities "
+    "is that of whoever made them.",
+}
+
+
+def protocol_part(protocol: Protocol, kind: str, threshold: float | None = None) -> ProtocolPart:
+    """The protocol as it was applied, with what had to differ."""
+    remarks = []
+    if kind == "predictions":
+        remarks.append(_PREDICTION_REMARKS[protocol.resolution].format(canvas=protocol.canvas))
+        if protocol.no_target == "head":
+            remarks.append(
+                "Where a record says no_target, its mask is usually empty already; the union then "
+                "keeps the ground truth only."
+            )
+    if threshold is not None and threshold != protocol.threshold:
+        remarks.append(
+            f"The mask threshold was set to {threshold:g} by hand; the protocol's own is "
+            f"{protocol.threshold:g}. These are not this protocol's figures."
+        )
+    return ProtocolPart(
+        name=protocol.name,
+        definition=protocol.definition,
+        threshold=protocol.threshold if threshold is None else threshold,
+        resolution=protocol.resolution,
+        canvas=protocol.canvas,
+        empty_iou=protocol.empty_iou,
+        strict=protocol.strict,
+        no_target=protocol.no_target,
+        targets_only=protocol.targets_only,
+        remarks=remarks,
+    )
+
+
+def interval_part() -> IntervalPart:
+    """How the intervals of this report were made."""
+    return IntervalPart(level=LEVEL, replicates=REPLICATES, seed=SEED)
+
+
+def headline(parts: Terms, table: ScoreTable) -> dict[str, Figure]:
+    """Every figure with its interval."""
+    bounds = intervals(list(parts.values()), table.cluster, seed=SEED)
+    return _figures(parts, list(parts), bounds, np.ones(len(table), np.bool_))
+
+
+def slice_parts(parts: Terms, table: ScoreTable, slices: Sequence[Slice]) -> list[SlicePart]:
+    """Every slice that parts anything, with intervals; the largest levels of the category."""
+    found = [_slice(parts, table, one) for one in slices]
+    return [part for part in found if part.levels]
+
+
+def _slice(parts: Terms, table: ScoreTable, one: Slice) -> SlicePart:
+    numbers = table.slices.get(one.name, np.full(len(table), -1))
+    sizes = np.bincount(numbers[numbers >= 0], minlength=len(one.levels))
+    present = [k for k in range(len(one.levels)) if sizes[k]]
+    left_out = 0
+    if one.name == CATEGORY:
+        present = sorted(present, key=lambda k: (-sizes[k], one.levels[k]))
+        left_out = max(0, len(present) - _MOST_LEVELS)
+        present = present[:_MOST_LEVELS]
+    names = [name for name in SLICE_FIGURES if name in parts]
+    columns = (masked(parts[name], numbers == k) for k in present for name in names)
+    bounds = intervals(columns, table.cluster, seed=SEED)
+    levels = []
+    for row, k in enumerate(present):
+        own = bounds[row * len(names) : (row + 1) * len(names)]
+        levels.append(
+            LevelPart(
+                label=one.levels[k],
+                expressions=int(sizes[k]),
+                figures=_figures(parts, names, own, numbers == k),
+            )
+        )
+    return SlicePart(
+        name=one.name,
+        title=one.title,
+        definition=one.definition,
+        levels=levels,
+        left_out=left_out,
+    )
+
+
+def _figures(
+    parts: Terms, names: Sequence[str], bounds: NDArray[np.float64], chosen: Flags
+) -> dict[str, Figure]:
+    found = figures({name: parts[name] for name in names}, chosen)
+    return {
+        name: Figure(
+            value=value(found[name]),
+            low=value(float(bounds[k, 0])),
+            high=value(float(bounds[k, 1])),
+        )
+        for k, name in enumerate(names)
+    }
+
+
+def curves_part(table: ScoreTable, protocol: Protocol) -> CurvesPart:
+    """The curves that the run's data allow."""
+    points = no_target_curve(table, protocol)
+    risk = risk_coverage(table, protocol)
+    iou = outcome(table, protocol).iou
+    return CurvesPart(
+        no_target=[
+            NoTargetCurvePoint(threshold=p.threshold, n_acc=p.n_acc, t_acc=p.t_acc, giou=p.giou)
+            for p in points
+        ]
+        or None,
+        risk_coverage=RiskCoveragePart(
+            coverage=[round(float(c), 6) for c in risk.coverage],
+            risk=[round(float(r), 6) for r in risk.risk],
+            area=risk.area,
+        )
+        if risk
+        else None,
+        iou_histogram=[int(n) for n in np.histogram(iou, bins=_BINS, range=(0, 1))[0]],
+    )
+
+
+def figure_parts(scored: Scored, protocol: Protocol) -> tuple[dict[str, Figure], list[SlicePart]]:
+    """Headline and slices of a run."""
+    parts = terms(scored.table, protocol)
+    return headline(parts, scored.table), slice_parts(parts, scored.table, scored.slices)

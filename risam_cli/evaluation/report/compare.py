@@ -1,4 +1,4 @@
-"""``--compare``: this run beside another report, expression by expression."""
+"""This run beside another report, expression by expression."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from risam_cli.errors import DataError
-from risam_cli.evaluation.report.parts import SEED, value
-from risam_cli.evaluation.report.schema import ChangedExpression, ChangePart, ComparisonPart, Report
-from risam_cli.metrics.figures import outcome, terms
+from risam_cli.errors import DataError, setting
+from risam_cli.evaluation.report.schema import (
+    SEED,
+    ChangedExpression,
+    ChangePart,
+    ComparisonPart,
+    Report,
+    value,
+)
+from risam_cli.evaluation.scoring import ROWS_FILE
+from risam_cli.metrics.figures import ExpressionScore, ScoreTable, Tally, outcome, terms
 from risam_cli.metrics.intervals import compare
 from risam_cli.metrics.protocols import Protocol
-from risam_cli.metrics.table import ExpressionScore, ScoreTable, Tally
 
 REPORT_FILE = "report.json"
-ROWS_FILE = "per_expression.jsonl"
 _MOST_CHANGED = 20
 
 
@@ -45,7 +50,7 @@ def read_other(path: Path) -> Other:
     except OSError as error:
         raise DataError(
             f"cannot read the report {report_file}: {error.strerror or error}",
-            f"--compare takes a {REPORT_FILE} of risam eval, or its folder",
+            f"{setting('compare')} takes a {REPORT_FILE} of risam eval, or its folder",
         ) from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import cv2
+import numpy as np
 from jinja2 import Environment
 
+from risam_cli.data.images.images import open_rgb
 from risam_cli.drawing import svg
+from risam_cli.drawing.drawing import outline, webp_uri
 from risam_cli.drawing.html import page_environment
-from risam_cli.evaluation.report import text
-from risam_cli.evaluation.report.gallery import ANSWER, TRUTH, Picture
-from risam_cli.evaluation.report.schema import Report, SlicePart
+from risam_cli.errors import ImageError, setting, told
+from risam_cli.evaluation.report.schema import ChangePart, Figure, Report, SlicePart
+from risam_cli.evaluation.scoring import Case
 
 _PLOTTED_CATEGORIES = 20
 
@@ -63,11 +68,11 @@ def _environment(*, autoescape: bool) -> Environment:
     environment = page_environment("risam_cli.evaluation.report", autoescape=autoescape)
     environment.keep_trailing_newline = True
     filters: dict[str, Callable[..., Any]] = {
-        "percent": text.percent,
-        "interval": text.interval,
-        "signed": text.signed,
-        "probability": text.probability,
-        "change_interval": text.change_interval,
+        "percent": percent,
+        "interval": interval,
+        "signed": signed,
+        "probability": probability,
+        "change_interval": change_interval,
         "cell": _cell,
     }
     environment.filters.update(filters)
@@ -77,8 +82,8 @@ def _environment(*, autoescape: bool) -> Environment:
 def _shared(report: Report) -> dict[str, Any]:
     return {
         "r": report,
-        "title": text.title(report),
-        "names": text.NAMES,
+        "title": title(report),
+        "names": NAMES,
         "cautions": cautions(report),
         "slices": shown_slices(report),
         "fit_text": _fit_text(report),
@@ -94,7 +99,7 @@ def cautions(report: Report) -> list[str]:
     if data.limit is not None and counts.scored < data.counts.get("expressions", counts.scored):
         lines.append(
             f"Only {counts.scored} of the split's {data.counts['expressions']} expressions were "
-            "scored (--limit)."
+            + told(f"scored ({setting('limit')}).")
         )
     if counts.missing:
         lines.append(f"{counts.missing} expressions have no answer and score zero.")
@@ -129,8 +134,8 @@ def _fit_text(report: Report) -> str:
     stored = f" It is stored in {fit.stored_in}." if fit.stored_in else " It was not stored."
     return (
         f"Fitted on this split ({fit.criterion}): {fit.threshold:.4g} instead of {fit.before:.4g}, "
-        f"with N-acc {text.percent(fit.n_acc)}, T-acc {text.percent(fit.t_acc)} and gIoU "
-        f"{text.percent(fit.giou)} here.{stored} Figures on the split it was fitted on are "
+        f"with N-acc {percent(fit.n_acc)}, T-acc {percent(fit.t_acc)} and gIoU "
+        f"{percent(fit.giou)} here.{stored} Figures on the split it was fitted on are "
         "optimistic: quote them from another one. The figures above are at the threshold before."
     )
 
@@ -180,7 +185,7 @@ def _plots(report: Report) -> dict[str, Any]:
         rows = []
         for level in part.levels[:_PLOTTED_CATEGORIES]:
             figure = level.figures["miou"]
-            note = f"{text.percent(figure.value, 1)}  n={level.expressions}"
+            note = f"{percent(figure.value, 1)}  n={level.expressions}"
             rows.append(_bar(level.label, figure.value, figure.low, figure.high, note))
         line = _hundred(overall)
         plots["slices"][part.name] = svg.dot_plot(rows, "mIoU, %", high=100.0, line=line)
@@ -223,7 +228,7 @@ def _change_plot(report: Report) -> Any:
     assert report.comparison is not None
     changes = report.comparison.figures
     bars = [
-        _bar(text.NAMES[name], c.difference, c.low, c.high, text.signed(c.difference))
+        _bar(NAMES[name], c.difference, c.low, c.high, signed(c.difference))
         for name, c in changes.items()
     ]
     ends = [abs(e) for bar in bars for e in (bar.value, bar.low, bar.high) if e is not None]
@@ -252,3 +257,131 @@ def _cell(value: object) -> str:
 
 def _css(color: tuple[int, int, int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*color)
+
+
+# --- numbers as people read them, and the table that a run prints ---------------------------------
+
+NAMES = {
+    "oiou": "oIoU",
+    "miou": "mIoU",
+    "giou": "gIoU",
+    "ciou": "cIoU",
+    "n_acc": "N-acc",
+    "t_acc": "T-acc",
+    **{f"pr@0.{x}": f"Pr@0.{x}" for x in (3, *range(5, 10))},
+}
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """A fraction as a number of per cent, or a dash."""
+    return "–" if value is None else f"{100 * value:.{digits}f}"
+
+
+def interval(figure: Figure) -> str:
+    """The interval of a figure in per cent, or a dash."""
+    if figure.low is None or figure.high is None:
+        return "–"
+    return f"{percent(figure.low)} – {percent(figure.high)}"
+
+
+def signed(value: float | None) -> str:
+    """A difference of fractions in per cent points, with its sign."""
+    return "–" if value is None else f"{100 * value:+.2f}"
+
+
+def probability(value: float | None) -> str:
+    """A p-value."""
+    if value is None:
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def change_interval(change: ChangePart) -> str:
+    """The interval of a difference."""
+    if change.low is None or change.high is None:
+        return "–"
+    return f"{signed(change.low)} … {signed(change.high)}"
+
+
+def title(report: Report) -> str:
+    """What was scored on what, in one line."""
+    return f"{report.answers.name} on {report.dataset.name} {report.dataset.split}"
+
+
+def console_table(report: Report) -> str:
+    """The headline as a table of plain text."""
+    counts = report.counts
+    lines = [
+        f"{title(report)}, protocol {report.protocol.name}: {counts.scored} expressions, "
+        f"{counts.images} images, {counts.no_target} without a target",
+        f"{'figure':<8} {'%':>7}   95 % interval",
+    ]
+    for name, figure in report.figures.items():
+        lines.append(f"{NAMES[name]:<8} {percent(figure.value):>7}   {interval(figure)}")
+    if report.comparison is not None:
+        other = report.comparison
+        lines += [
+            "",
+            f"against {other.other_name} on {other.shared} shared expressions",
+            f"{'figure':<8} {'change':>7}   {'95 % interval':<18} p",
+        ]
+        for name, change in other.figures.items():
+            lines.append(
+                f"{NAMES[name]:<8} {signed(change.difference):>7}   "
+                f"{change_interval(change):<18} {probability(change.p)}"
+            )
+    return "\n".join(lines)
+
+
+# --- cases as small pictures ----------------------------------------------------------------------
+
+TRUTH = (86, 180, 233)
+"""Sky blue of Okabe and Ito's palette, told apart from the other by every kind of eye."""
+ANSWER = (230, 159, 0)
+"""Orange of the same palette."""
+
+_SIDE = 320
+_PLAIN = 96  # gray of the ground where the image is not at hand
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One case, drawn.
+
+    Attributes:
+        uri: the image as a ``data:`` address of a WebP file.
+        width, height: of the picture in pixels.
+        truth, answer: outlines as SVG path data; empty where there is no pixel.
+        note: why the image itself is not shown, or empty.
+    """
+
+    case: Case
+    uri: str
+    width: int
+    height: int
+    truth: str
+    answer: str
+    note: str = ""
+
+
+def draw_cases(cases: Sequence[Case]) -> list[Picture]:
+    """Every case as a picture; where its image cannot be read, on plain ground, and it says so."""
+    return [_draw(case) for case in cases]
+
+
+def _draw(case: Case) -> Picture:
+    height, width = case.target["size"]
+    scale = _SIDE / max(height, width)
+    small = max(1, round(width * scale)), max(1, round(height * scale))
+    note = ""
+    try:
+        rgb = open_rgb(case.path)
+        if rgb.shape[:2] != (height, width):
+            note = f"the image is {rgb.shape[0]}x{rgb.shape[1]}, its masks {height}x{width}"
+    except ImageError:
+        rgb = np.full((small[1], small[0], 3), _PLAIN, np.uint8)
+        note = "image not at hand"
+    how = cv2.INTER_AREA if rgb.shape[0] > small[1] else cv2.INTER_CUBIC
+    canvas = np.asarray(cv2.resize(rgb, small, interpolation=how), np.uint8)
+    answer = "" if case.answered_none else outline(case.prediction, small)
+    return Picture(case, webp_uri(canvas), *small, outline(case.target, small), answer, note)

@@ -6,13 +6,22 @@ with a default do not.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION: Literal[1] = 1
 
+SEED = 0
+"""Of every interval of a report."""
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def value(number: float) -> float | None:
+    """The number, or None for nan: JSON has no nan."""
+    return None if math.isnan(number) else float(number)
 
 
 class _Part(BaseModel):
@@ -154,7 +163,7 @@ class CurvesPart(_Part):
 
 
 class NoTargetFitPart(_Part):
-    """The no-target threshold that ``--fit-no-target`` chose."""
+    """The no-target threshold that was fitted to the split."""
 
     threshold: float
     before: float

@@ -292,7 +292,6 @@ def open_source(key: str, data: CocoData | BenchmarkData) -> SampleSource:
     Raises:
         DataError: files are missing or damaged, or the split does not exist.
     """
-    coco = isinstance(data, CocoData)
     try:
         source = open_dataset(
             data.dataset,
@@ -302,9 +301,10 @@ def open_source(key: str, data: CocoData | BenchmarkData) -> SampleSource:
             image_root=Path(data.images) if data.images else None,
         )
     except DataError as error:
-        fix = error.fix.replace("--root", f"{key}.{'annotations' if coco else 'root'}")
-        fix = fix.replace("--split-by takes", f"{key}.split_by takes")
-        message = error.message.replace("--root", f"{key}.root")
+        keys = {"image_root": "images"}
+        if isinstance(data, CocoData):
+            keys["root"] = "annotations"
+        message, fix = error.named(lambda name, _: f"{key}.{keys.get(name, name)}")
         raise DataError(f"{key}: {message}", fix) from error
     order = [number for number in range(len(source.groups)) if data.takes(number)]
     return replace(source, order=tuple(order[: data.limit]))

@@ -359,7 +359,7 @@ def test_images_without_an_expression_are_wrong_usage(tmp_path: Path) -> None:
     table = tmp_path / "m.csv"
     table.write_text("image\na.jpg\n")
     for argument in (tmp_path, tmp_path / "a.jpg", tmp_path / "*.jpg", "none.jpg", table):
-        with pytest.raises(UsageError, match="-e TEXT"):
+        with pytest.raises(UsageError, match="expression=TEXT"):
             Inputs([str(argument)]).check()
         Inputs([str(argument)], ["x"]).check()
 

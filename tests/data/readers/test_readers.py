@@ -437,5 +437,5 @@ def test_counts_are_held_against_the_published_ones(tmp_path: Path) -> None:
 
 
 def test_split_by_is_for_refer_only(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--split-by"):
+    with pytest.raises(UsageError, match="split_by"):
         open_dataset("phrasecut", tmp_path, "val", split_by="unc")

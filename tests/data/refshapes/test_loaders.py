@@ -14,7 +14,7 @@ from support.loaders import Loaded
 from support.paths import REPO
 
 from risam_cli.data.readers.catalog import open_dataset
-from risam_cli.data.refshapes import FAMILIES, RefShapes
+from risam_cli.data.refshapes.dataset import FAMILIES, RefShapes
 from risam_cli.data.refshapes.formats import image_id
 from risam_cli.data.refshapes.writers import Plan, write_family
 from risam_cli.masks import rle as masks

@@ -21,10 +21,16 @@ from support.eval_files import box_mask, image_file
 
 from risam_cli.data.readers.predictions import Answer
 from risam_cli.drawing import svg
-from risam_cli.evaluation.report import text
+from risam_cli.evaluation.report import render
 from risam_cli.evaluation.report.assemble import RunFacts, assemble, gallery, write_reports
-from risam_cli.evaluation.report.gallery import ANSWER, TRUTH, draw_cases
-from risam_cli.evaluation.report.render import to_html, to_json, to_markdown
+from risam_cli.evaluation.report.render import (
+    ANSWER,
+    TRUTH,
+    draw_cases,
+    to_html,
+    to_json,
+    to_markdown,
+)
 from risam_cli.evaluation.report.schema import (
     AnswersPart,
     ChangedExpression,
@@ -191,7 +197,7 @@ def test_the_page_holds_every_part(made: Any) -> None:
     assert report.protocol.definition.split(">")[0] in page
     assert {len(shown) for shown in pictures.values()} == {12}
     for name, figure in report.figures.items():
-        assert text.percent(figure.value) in page, name
+        assert render.percent(figure.value) in page, name
 
 
 def test_figures_undefined_are_dashes(made: Any) -> None:
@@ -401,9 +407,9 @@ def test_ticks_are_round_and_few(low: float, high: float) -> None:
 
 
 def test_numbers_as_people_read_them() -> None:
-    assert text.percent(0.12345) == "12.35" or text.percent(0.12345) == "12.34"
-    assert text.percent(None) == "–"
-    assert text.signed(-0.01) == "-1.00"
-    assert text.signed(0.01) == "+1.00"
-    assert text.probability(0.0004) == "< 0.001"
-    assert text.probability(None) == "–"
+    assert render.percent(0.12345) == "12.35" or render.percent(0.12345) == "12.34"
+    assert render.percent(None) == "–"
+    assert render.signed(-0.01) == "-1.00"
+    assert render.signed(0.01) == "+1.00"
+    assert render.probability(0.0004) == "< 0.001"
+    assert render.probability(None) == "–"
