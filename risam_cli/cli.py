@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("explain", "Show what the network looked at, word by word."),
     "eval": ("eval", "Score a model or anyone's masks on a benchmark."),
     "compare-models": ("compare_models", "Draw several models' masks side by side."),
+    "compare": ("compare", "Put eval reports side by side, with paired intervals."),
     "train": ("train", "Train a model from a YAML file."),
     "export-masks": ("export_masks", "Turn predictions into other annotation formats."),
     "merge": ("merge", "Put the output folders of shards together."),

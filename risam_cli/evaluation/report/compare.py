@@ -1,9 +1,9 @@
-"""This run beside another report, expression by expression."""
+"""Runs beside each other, expression by expression: two in a report, any number in a table."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from risam_cli.errors import DataError, setting
+from risam_cli.console.text import sanitize
+from risam_cli.errors import DataError
 from risam_cli.evaluation.report.schema import (
     SEED,
     ChangedExpression,
@@ -22,8 +23,8 @@ from risam_cli.evaluation.report.schema import (
 )
 from risam_cli.evaluation.scoring import ROWS_FILE
 from risam_cli.metrics.figures import ExpressionScore, ScoreTable, Tally, outcome, terms
-from risam_cli.metrics.intervals import compare
-from risam_cli.metrics.protocols import Protocol
+from risam_cli.metrics.intervals import Change, compare
+from risam_cli.metrics.protocols import Protocol, get_protocol
 
 REPORT_FILE = "report.json"
 _MOST_CHANGED = 20
@@ -50,7 +51,7 @@ def read_other(path: Path) -> Other:
     except OSError as error:
         raise DataError(
             f"cannot read the report {report_file}: {error.strerror or error}",
-            f"{setting('compare')} takes a {REPORT_FILE} of risam eval, or its folder",
+            f"give a {REPORT_FILE} of risam eval, or its folder",
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
@@ -113,20 +114,110 @@ def comparison_part(this_rows: Path, other: Other, protocol: Protocol) -> Compar
         shared=len(shared),
         only_this=len(mine.places) - len(shared),
         only_other=len(theirs.places) - len(shared),
-        figures={
-            name: ChangePart(
-                other=value(c.first),
-                this=value(c.second),
-                difference=value(c.difference),
-                low=value(c.low),
-                high=value(c.high),
-                p=value(c.p),
-            )
-            for name, c in changes.items()
-        },
+        figures={name: _change(c) for name, c in changes.items()},
         better=changed(better),
         worse=changed(worse),
         remarks=_remarks(other.report, first, second, protocol),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A figure of one run in a table of several.
+
+    Attributes:
+        figure: such as ``miou``; run: its label.
+        value: on the expressions that all runs scored, a fraction.
+        change: against the first run; None for the first itself.
+    """
+
+    figure: str
+    run: str
+    value: float | None
+    change: ChangePart | None
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """Any number of runs on the expressions that all of them scored.
+
+    Attributes:
+        runs: labels, the first being the one that the others are held against.
+        data: what was scored, of the first; protocol: under which all counts were put.
+        shared: how many expressions; images: of how many images.
+        rows: figure by figure, run by run.
+        remarks: what a reader must know.
+    """
+
+    runs: tuple[str, ...]
+    data: str
+    protocol: str
+    shared: int
+    images: int
+    rows: tuple[Row, ...]
+    remarks: tuple[str, ...]
+
+
+def side_by_side(others: Sequence[Other]) -> SideBySide:
+    """Puts runs side by side, each paired with the first, by the bootstrap over images.
+
+    The raw counts of all are put under the first one's protocol.
+
+    Raises:
+        DataError: they share no expression, or a file is damaged.
+    """
+    read = [_Rows(other.rows) for other in others]
+    shared = [name for name in read[0].places if all(name in one.places for one in read[1:])]
+    if not shared:
+        raise DataError(
+            f"the {len(others)} reports share no expression",
+            "compare runs on the same data set and split",
+        )
+    tables = [_take(one.table, np.array([one.places[name] for name in shared])) for one in read]
+    first = others[0].report
+    protocol = get_protocol(first.protocol.name)
+    labels = _labels(others)
+    figures = [terms(table, protocol) for table in tables]
+    changes = [compare(figures[0], one, tables[0].cluster, seed=SEED) for one in figures]
+    rows = [
+        Row(name, label, value(found[name].second), _change(found[name]) if k else None)
+        for name in figures[0]
+        for k, (label, found) in enumerate(zip(labels, changes, strict=True))
+    ]
+    remarks = []
+    for other, label, own, table in zip(others, labels, read, tables, strict=True):
+        left = len(own.places) - len(shared)
+        if left:
+            remarks.append(f"{label}: {left} of its expressions are not in every report.")
+        for remark in _remarks(other.report, tables[0], table, protocol):
+            remarks.append(f"{label}: {remark}")
+    data = f"{first.dataset.name} {first.dataset.split}"
+    images = int(tables[0].cluster.max()) + 1
+    return SideBySide(
+        tuple(labels), data, protocol.name, len(shared), images, tuple(rows), tuple(remarks)
+    )
+
+
+def _labels(others: Sequence[Other]) -> list[str]:
+    """What the runs are called: by their answers' names, by their folders where those are equal."""
+    names = [sanitize(other.report.answers.name) for other in others]
+    if len(set(names)) == len(names):
+        return names
+    folders = [sanitize(str(other.rows.parent)) for other in others]
+    if len(set(folders)) < len(folders):
+        twice = next(one for one in folders if folders.count(one) > 1)
+        raise DataError(f"the report in {twice} is named twice", "name each report once")
+    return [f"{name} ({folder})" for name, folder in zip(names, folders, strict=True)]
+
+
+def _change(c: Change) -> ChangePart:
+    return ChangePart(
+        other=value(c.first),
+        this=value(c.second),
+        difference=value(c.difference),
+        low=value(c.low),
+        high=value(c.high),
+        p=value(c.p),
     )
 
 

@@ -1,0 +1,155 @@
+"""``risam compare``: any number of reports, paired with the first."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from risam_cli.cli import main
+from risam_cli.masks import rle as masks
+
+Ask = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Answers that are right, half right on some images, and wrong on the first image."""
+    root = tmp_path_factory.mktemp("compare")
+    size, rng = (40, 60), np.random.default_rng(0)
+    images, annotations, expressions, answers = [], [], [], []
+    for number in range(12):
+        images.append({"id": number, "file_name": f"{number}.png", "height": 40, "width": 60})
+        for k in range(2):
+            mask = np.zeros(size, bool)
+            top, left = rng.integers(2, 15, 2)
+            mask[top : top + 20, left : left + 30] = True
+            place = 2 * number + k
+            annotations.append(
+                {
+                    "id": place,
+                    "image_id": number,
+                    "category_id": 1,
+                    "iscrowd": 0,
+                    "segmentation": masks.encode(mask),
+                    "area": int(mask.sum()),
+                    "bbox": [0, 0, 1, 1],
+                }
+            )
+            expressions.append(
+                {"id": f"e{place}", "image_id": number, "ann_ids": [place], "text": f"thing {k}"}
+            )
+            answers.append((number, f"e{place}", f"thing {k}", mask))
+    data = root / "data.json"
+    data.write_text(
+        json.dumps(
+            {
+                "images": images,
+                "annotations": annotations,
+                "expressions": expressions,
+                "categories": [{"id": 1, "name": "thing"}],
+            }
+        )
+    )
+    made = []
+    for name in ("right", "half", "first"):
+        lines = []
+        for number, ident, text, mask in answers:
+            shown = mask.copy()
+            if name == "half" and number % 2:
+                shown[:20] = False
+            if name == "first" and number == 0:
+                shown[:] = False
+            record = {"id": ident, "image": f"{number}.png", "expression": text}
+            record |= {"height": 40, "width": 60, "segmentation": masks.encode(shown)}
+            lines.append(json.dumps(record | {"score": 0.5, "no_target": False}))
+        records = root / f"{name}.jsonl"
+        records.write_text("\n".join(lines) + "\n")
+        arguments = ["eval", "--dataset", "coco", "--root", str(data)]
+        arguments += ["--predictions", str(records), "-o", str(root / name)]
+        assert main(arguments) == 0
+        made.append(root / name)
+    return made
+
+
+@pytest.fixture
+def ask(capsys: pytest.CaptureFixture[str]) -> Ask:
+    def run(*arguments: object, code: int = 0) -> str:
+        capsys.readouterr()
+        assert main(["compare", *map(str, arguments)]) == code
+        seen = capsys.readouterr()
+        return seen.out if code == 0 else seen.err
+
+    return run
+
+
+def rows(text: str) -> dict[tuple[str, str], dict[str, str]]:
+    return {(row["figure"], row["run"]): row for row in csv.DictReader(io.StringIO(text))}
+
+
+def test_values_are_the_reports_own_and_changes_are_theirs(reports: list[Path], ask: Ask) -> None:
+    found = rows(ask(*reports, "--to", "csv"))
+    runs = list(dict.fromkeys(run for _, run in found))
+    assert len(runs) == 3
+    for folder, run in zip(reports, runs, strict=True):
+        figures = json.loads((folder / "report.json").read_text())["figures"]
+        for name, figure in figures.items():
+            row = found[name, run]
+            assert row["expressions"] == "24"
+            assert row["images"] == "12"
+            if figure["value"] is not None:
+                assert float(row["value"]) == pytest.approx(figure["value"], abs=1e-12)
+    first, half, one = runs
+    assert found["miou", first]["difference"] == ""
+    change = found["miou", half]
+    before, after = (float(found["miou", run]["value"]) for run in (first, half))
+    assert float(change["difference"]) == pytest.approx(after - before)
+    assert float(change["low"]) < float(change["difference"]) < float(change["high"]) < 0
+    assert float(change["p"]) < 0.01
+    # All of the difference is in one image: draws without it show none.
+    assert float(found["miou", one]["high"]) == 0
+    assert float(found["miou", one]["p"]) > 0.05
+
+
+def test_two_reports_are_compared_as_eval_compares_them(
+    reports: list[Path], ask: Ask, tmp_path: Path
+) -> None:
+    root = reports[0].parent
+    arguments = ["eval", "--dataset", "coco", "--root", str(root / "data.json")]
+    arguments += ["--predictions", str(root / "half.jsonl"), "--compare", str(reports[0])]
+    assert main([*arguments, "-o", str(tmp_path / "again")]) == 0
+    theirs = json.loads((tmp_path / "again" / "report.json").read_text())["comparison"]["figures"]
+    found = rows(ask(reports[0], reports[1], "--to", "csv"))
+    run = [run for _, run in found][-1]
+    for name, change in theirs.items():
+        for key in ("difference", "low", "high", "p"):
+            row = found[name, run][key]
+            assert (None if row == "" else float(row)) == change[key]
+
+
+def test_every_form_says_the_same(reports: list[Path], ask: Ask) -> None:
+    value = float(next(iter(rows(ask(*reports, "--to", "csv")).values()))["value"])
+    for form, mark in (("text", "mIoU"), ("md", "| mIoU |"), ("latex", r"\toprule")):
+        table = ask(*reports, "--to", form)
+        assert mark in table
+        assert f"{100 * value:.2f}" in table
+        assert "half" in table
+        assert "24 expressions of 12 images" in table
+    latex = ask(*reports, "--to", "latex")
+    columns = {line.count("&") for line in latex.splitlines() if line.endswith(r"\\")}
+    assert len(columns) == 1
+
+
+def test_what_cannot_be_compared_is_told(reports: list[Path], ask: Ask, tmp_path: Path) -> None:
+    assert "two or more" in ask(reports[0], code=2)
+    assert "cannot read" in ask(reports[0], tmp_path / "none", code=1)
+    assert "named twice" in ask(reports[0], reports[0], code=1)
+    assert main(
+        ["eval", "--dataset", "refshapes", "--split", "val", "--limit", "2", "-o", str(tmp_path)]
+    ) in (0, 3)
+    assert "share no expression" in ask(reports[0], tmp_path, code=1)
