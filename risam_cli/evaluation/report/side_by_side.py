@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from risam_cli.evaluation.report.compare import Row, SideBySide
-from risam_cli.evaluation.report.text import (
+from risam_cli.evaluation.report.render import (
     NAMES,
     change_interval,
     percent,
