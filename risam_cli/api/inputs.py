@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from risam_cli.data.images.frames import Frame
 from risam_cli.data.images.images import MAX_PIXELS
-from risam_cli.data.images.memory import Pixels, memory_for_encoder
+from risam_cli.data.images.memory import Pixels, bytes_to_rgb, memory_for_encoder
+from risam_cli.data.inputs.inputs import MAX_CHARACTERS
 from risam_cli.errors import ImageError, UsageError
 from risam_cli.inference.feeder import ReadySample
 from risam_cli.inference.loader import Loaded
 from risam_cli.types import Expression, Sample
 
-ImageLike = str | os.PathLike[str] | Pixels
-"""A path, an image of Pillow's, or an array.
+ImageLike = str | os.PathLike[str] | bytes | BinaryIO | Pixels
+"""A path, a file's bytes or an open one, an image of Pillow's, or an array.
 
 See :func:`risam_cli.data.images.memory.pixels_to_rgb`.
 """
@@ -73,20 +74,32 @@ def sample_of(
     if isinstance(image, (str, os.PathLike)):
         name = os.fspath(image)
         return Sample(name, Path(name), expressions_of(name, texts)), Path(name)
-    if not isinstance(image, (Image.Image, np.ndarray)):
-        raise UsageError(
-            f"image {number} is a {type(image).__name__}",
-            "give a path, an image of Pillow's or a numpy array",
-        )
-    name = getattr(image, "filename", "") or f"image {number}"
+    name = f"image {number}"
     try:
+        image = _decoded(image, name)
+        if not isinstance(image, (Image.Image, np.ndarray)):
+            kind = "None" if image is None else f"a {type(image).__name__}"
+            raise UsageError(
+                f"image {number} is {kind}",
+                "give a path, a file's bytes, an image of Pillow's or a numpy array",
+            )
+        name = getattr(image, "filename", "") or name
         ready = memory_for_encoder(image, frames, name, MAX_PIXELS, full_decode=full_decode)
         loaded = Loaded(ready, "", None, 0.0)
     except ImageError as error:
-        loaded = Loaded(None, error.raw, None, 0.0)
+        image, loaded = np.zeros((1, 1), np.uint8), Loaded(None, error.raw, None, 0.0)
     # A path of its own: two images in memory are never the same one.
     path = Path(f"\0image {number}")
     return ReadySample(name, path, expressions_of(name, texts), None, loaded), image
+
+
+def _decoded(image: Any, name: str) -> Any:
+    """The picture of a file in memory, by the rules of files on disk; else what was given."""
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return Image.fromarray(bytes_to_rgb(bytes(image), name, MAX_PIXELS))
+    if hasattr(image, "read") and not isinstance(image, Image.Image):
+        return Image.fromarray(bytes_to_rgb(image.read(), name, MAX_PIXELS))
+    return image
 
 
 def expressions_of(name: str, texts: Sequence[str]) -> tuple[Expression, ...]:
@@ -108,6 +121,11 @@ def texts_of(expressions: str | Sequence[str]) -> tuple[str, ...]:
             raise UsageError(f"an expression is a {type(text).__name__}", "give text")
         if not text.strip():
             raise UsageError("an expression is empty", "give words")
+        if len(text) > MAX_CHARACTERS:
+            raise UsageError(
+                f"an expression has {len(text)} characters, more than {MAX_CHARACTERS}",
+                "say it in fewer words",
+            )
         if any("\ud800" <= char <= "\udfff" for char in text):
             raise UsageError(f"the expression {text!r} is not Unicode text")
     return texts
@@ -117,4 +135,5 @@ def is_one(images: object) -> bool:
     """Whether it is one image rather than several."""
     if isinstance(images, np.ndarray):
         return images.ndim != 4
-    return isinstance(images, (str, os.PathLike, Image.Image))
+    kinds = (str, os.PathLike, Image.Image, bytes, bytearray, memoryview)
+    return isinstance(images, kinds) or hasattr(images, "read") or not hasattr(images, "__iter__")

@@ -14,6 +14,7 @@ import click
 from risam_cli.console.console import get_console
 from risam_cli.data.readers.catalog import count_differences
 from risam_cli.data.readers.predictions import PredictionIndex
+from risam_cli.data.readers.refer import SPLIT_BY
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, setting, told
 from risam_cli.evaluation.report.assemble import (
@@ -164,7 +165,7 @@ def _report(
     data = dataset_part(
         source,
         count_differences(source, asked.split_by),
-        split_by=asked.split_by,
+        split_by=asked.split_by or SPLIT_BY.get(asked.dataset, (None,))[0],
         family=(asked.family or DEFAULT_FAMILY) if asked.dataset == "refshapes" else None,
         limit=asked.limit,
         shuffle=asked.shuffle,

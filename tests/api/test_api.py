@@ -391,3 +391,52 @@ def test_the_package_itself_is_light() -> None:
         [sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview, io.BytesIO])
+def test_a_files_bytes_are_what_the_file_is(
+    model: risam_cli.Model, wrap: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.png"
+    deep = (np.arange(40 * 60).reshape(40, 60) * 27).astype(np.uint16)
+    Image.fromarray(deep).save(path)
+    (of_file,) = model.predict(path, TEXTS[:1])
+    (of_bytes,) = model.predict(wrap(path.read_bytes()), TEXTS[:1])
+    assert np.array_equal(of_file.mask, of_bytes.mask)
+    assert of_file.score == of_bytes.score
+    with pytest.raises(ImageError, match="image 0: the file is cut short"):
+        model.predict(wrap(path.read_bytes()[:200]), TEXTS[:1])
+    with pytest.raises(ImageError, match="holds text, not an image"):
+        model.predict(wrap(b"<html>no such page</html>"), TEXTS[:1])
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16"]
+)
+def test_every_mode_of_pillows_is_an_image(model: risam_cli.Model, mode: str) -> None:
+    picture = Image.new("RGB", (30, 20), (200, 40, 60))
+    made = Image.new("I;16", (30, 20)) if mode == "I;16" else picture.convert(mode)
+    (result,) = model.predict(made, TEXTS[:1])
+    assert result.mask.shape == (20, 30)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "says"),
+    [
+        (None, UsageError, "image 0 is None"),
+        (5, UsageError, "image 0 is a int"),
+        (b"", ImageError, "no bytes of an image"),
+        (io.StringIO("text"), ImageError, "open the file in binary mode"),
+    ],
+)
+def test_what_cannot_be_an_image_is_a_typed_error(
+    model: risam_cli.Model, image: Any, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says) as raised:
+        model.predict(image, TEXTS[:1])
+    assert "--" not in str(raised.value)
+
+
+def test_a_text_that_is_too_long_is_refused_as_by_the_command(model: risam_cli.Model) -> None:
+    with pytest.raises(UsageError, match="10001 characters, more than 10000"):
+        model.predict(Image.new("RGB", (30, 20)), "x" * 10_001)

@@ -440,3 +440,40 @@ def test_help_loads_neither_torch_nor_numpy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
     assert done.returncode == 0
+
+
+def test_every_table_of_the_markdown_report_is_whole(
+    tmp_path: Path, evaluate: Any, grefcoco: list[Any]
+) -> None:
+    path = write_records(tmp_path / "p.jsonl", grefcoco_records())
+    first = evaluate(*grefcoco, "--predictions", path)
+    run = evaluate(*grefcoco, "--predictions", path, "--compare", first.folder)
+    tables: list[list[str]] = [[]]
+    for line in (run.folder / "report.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("|"):
+            tables[-1].append(line)
+        elif tables[-1]:
+            tables.append([])
+    tables = [table for table in tables if table]
+    assert len(tables) > 5
+    for table in tables:
+        assert set(table[1]) <= set("|-: "), table
+        assert len({line.replace(r"\|", "").count("|") for line in table}) == 1, table
+    assert any("scoring, s" in line and len(table) > 4 for table in tables for line in table)
+
+
+@pytest.mark.parametrize("by", ["umd", "google"])
+def test_a_report_on_g_ref_says_whose_splits_they_are(
+    by: str, tmp_path: Path, evaluate: Any
+) -> None:
+    from support.eval_files import write_refer
+
+    write_refer(tmp_path / "data", "refcocog", by)
+    path = write_records(tmp_path / "p.jsonl", [record("10", A, "left cat", TRUTH[101])])
+    args = ["--dataset", "refcocog", "--root", tmp_path / "data", "--split", "val"]
+    args += ["--split-by", by] if by == "google" else []
+    run = evaluate(*args, "--predictions", path)
+    assert run.report.dataset.split_by == by
+    page = (run.folder / "report.md").read_text(encoding="utf-8")
+    assert f"refcocog val ({by})" in page.splitlines()[0]
+    assert f"split val (by {by})" in page

@@ -139,7 +139,7 @@ def open_rgb(path: Path, max_pixels: int = MAX_PIXELS, bands: Bands | None = Non
         ImageError: the file is missing, no image, damaged, or larger than ``max_pixels``.
     """
     with open_regular(path) as file, decoding(path):
-        return to_rgb(_open_image(file, path, max_pixels, bands))
+        return to_rgb(open_image(file, path, max_pixels, bands))
 
 
 def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -166,7 +166,7 @@ def open_for_encoder(
         ImageError: as :func:`open_rgb`.
     """
     with open_regular(path) as file, decoding(path):
-        return fit_image(_open_image(file, path, max_pixels, bands), size)
+        return fit_image(open_image(file, path, max_pixels, bands), size)
 
 
 def read_for_encoder(
@@ -190,7 +190,7 @@ def read_for_encoder(
         stamp = stamp_of(os.fstat(file.fileno()))
         digest = digest_of(file)
         file.seek(0)
-        image = _open_image(file, path, max_pixels, bands)
+        image = open_image(file, path, max_pixels, bands)
         views, own_size = fit_frames(image, frames, full_decode=full_decode)
     return EncoderImage(views, own_size, digest, stamp)
 
@@ -236,7 +236,7 @@ def _special_tiff(file: BinaryIO, path: Path, max_pixels: int, bands: Bands | No
     return tiff
 
 
-def _open_image(
+def open_image(
     file: BinaryIO, path: Path, max_pixels: int, bands: Bands | None = None
 ) -> Image.Image:
     """The image, its header read and its size checked, its pixels not decoded where Pillow can."""
@@ -276,7 +276,7 @@ def _deep_jpeg2000(file: BinaryIO, path: Path) -> Image.Image:
 
 
 def _open_plain(file: BinaryIO, path: Path, max_pixels: int) -> Image.Image:
-    """As :func:`_open_image`, of a file that Pillow reads right."""
+    """As :func:`open_image`, of a file that Pillow reads right."""
     # WebP and AVIF are read whole, before their size is known.
     size = file.seek(0, os.SEEK_END)
     if size > _MOST_BYTES * max_pixels + _MOST_ELSE:

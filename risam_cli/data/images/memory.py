@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,14 @@ from PIL import Image
 
 from risam_cli.data.images.files import FileStamp
 from risam_cli.data.images.frames import Frame
-from risam_cli.data.images.images import EncoderImage, Rgb, decoding, fit_frames, to_rgb
+from risam_cli.data.images.images import (
+    EncoderImage,
+    Rgb,
+    decoding,
+    fit_frames,
+    open_image,
+    to_rgb,
+)
 from risam_cli.errors import ImageError
 
 Pixels = Image.Image | NDArray[np.generic]
@@ -42,6 +50,18 @@ def pixels_to_rgb(image: Pixels, name: str) -> Rgb:
             "give (H, W, 3) RGB, (H, W, 4) RGBA or (H, W) gray, as uint8 in 0..255",
         )
     return _pillow(Image.fromarray(np.ascontiguousarray(array)), name)
+
+
+def bytes_to_rgb(data: bytes, name: str, max_pixels: int) -> Rgb:
+    """The picture of a file's bytes as upright (H, W, 3) uint8, as a file on disk is read.
+
+    Raises:
+        ImageError: they are no image, damaged, or larger than ``max_pixels``.
+    """
+    if not isinstance(data, bytes) or not data:
+        raise ImageError(f"{name}: no bytes of an image", "open the file in binary mode")
+    with decoding(Path(name)):
+        return to_rgb(open_image(io.BytesIO(data), Path(name), max_pixels))
 
 
 def memory_for_encoder(

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from jinja2 import Environment
 
+from risam_cli.data.readers.refer import SPLIT_BY
 from risam_cli.data.images.images import open_rgb
 from risam_cli.drawing import svg
 from risam_cli.drawing.drawing import outline, webp_uri
@@ -304,8 +305,11 @@ def change_interval(change: ChangePart) -> str:
 
 
 def title(report: Report) -> str:
-    """What was scored on what, in one line."""
-    return f"{report.answers.name} on {report.dataset.name} {report.dataset.split}"
+    """What was scored on what, in one line; with who made the splits, where several did."""
+    data = report.dataset
+    several = len(SPLIT_BY.get(data.name, ())) > 1
+    by = f" ({data.split_by})" if several and data.split_by else ""
+    return f"{report.answers.name} on {data.name} {data.split}{by}"
 
 
 def console_table(report: Report) -> str:
