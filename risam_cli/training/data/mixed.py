@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from risam_cli.data import identity
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.training.data.dataset import Examples, ReferringExample
 
@@ -84,11 +85,14 @@ class Dropped:
 
 
 def image_key(path: Path | str) -> str:
-    """What tells an image apart across data sets: COCO's own number, or else where its file is."""
+    """What tells an image apart across data sets: COCO's own number, or else where its file is.
+
+    Links are followed, and names are compared as :mod:`risam_cli.data.identity` says.
+    """
     found = _COCO.fullmatch(Path(path).stem)
     if found:
         return f"coco/{int(found[1] or found[2])}"
-    return os.path.abspath(path)
+    return identity.image_key(os.path.realpath(path))
 
 
 def image_keys(source: SampleSource, aliases: Mapping[str, str] | None = None) -> set[str]:

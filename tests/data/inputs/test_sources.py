@@ -223,3 +223,10 @@ def test_a_real_export_inside_of_the_input_is_recognized(tmp_path: Path) -> None
     out = tmp_path / "in" / "cut"
     assert export(source, "--to", "cutout", "-o", out, "--image-root", tmp_path / "in") == 0
     assert len(images(Inputs([str(tmp_path / "in")], ["x"]))) == 1
+
+
+def test_one_image_named_twice_goes_on_counting(tmp_path: Path) -> None:
+    found = list(Inputs(["d/a.png", "./d/a.png", "d//a.png", "d/b.png"], ["x"]))
+    ids = [e.id for entry in found for e in entry.sample.expressions]
+    assert ids == ["d/a.png#0", "./d/a.png#1", "d//a.png#2", "d/b.png#0"]
+    assert not wrong(found)

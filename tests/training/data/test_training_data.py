@@ -467,3 +467,14 @@ def test_photos_are_data_of_ones_own(photos: Path, repo: Path) -> None:
         assert len(example.targets) == len(example.texts) == train.expressions_of(index)
         # What nothing fits has no mask, and what something fits keeps one, cut and mirrored.
         assert (example.targets.max(axis=(1, 2)) > 0).tolist() == (~example.no_target).tolist()
+
+
+def test_one_image_under_two_names_is_held_out_as_one(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "caf\u00e9.png").touch()
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    names = ("a/caf\u00e9.png", "a/../a/caf\u00e9.png", "b/caf\u00e9.png", "a/cafe\u0301.png")
+    assert len({image_key(tmp_path / name) for name in names}) == 1
+    assert image_key(tmp_path / "a" / "other.png") != image_key(tmp_path / names[0])
+    # COCO's own number says it whatever the folder.
+    assert image_key("x/COCO_train2014_000000000009.jpg") == image_key("y/000000000009.jpg")
