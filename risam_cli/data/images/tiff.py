@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
 from risam_cli.data.images.depth import scale_to_8_bit
-from risam_cli.errors import ImageError
+from risam_cli.errors import ImageError, setting
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _STRIPS, _ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR = 273, 274, 277, 278, 279, 284
@@ -158,8 +158,8 @@ def read_picture(file: BinaryIO, tiff: Tiff, name: str, bands: Sequence[int] | N
     if bands is None and tiff.is_multiband:
         raise ImageError(
             f"{name}: {tiff.describe()}, and nothing says which are red, green and blue",
-            "name three bands, such as 3,2,1, or convert it: "
-            "gdal_translate -b 3 -b 2 -b 1 -ot Byte -scale in.tif out.tif",
+            f"say which by {setting('bands', '3,2,1')}",
+            "convert it: gdal_translate -b 3 -b 2 -b 1 -ot Byte -scale in.tif out.tif",
         )
     if bands is not None and max(bands) > tiff.samples:
         raise ImageError(

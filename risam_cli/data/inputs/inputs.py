@@ -272,7 +272,7 @@ class Inputs:
             if whole != root and not whole.startswith(os.path.join(root, "")):
                 raise DataError(
                     f"{where}: {image!r} lies outside of {root}, to which images are confined",
-                    "name the folder that holds all images as the one where paths start",
+                    f"name the folder that holds all images with {setting('image_root')}",
                 )
         return Path(path)
 

@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 from jinja2 import Environment
 
-from risam_cli.data.readers.refer import SPLIT_BY
 from risam_cli.data.images.images import open_rgb
+from risam_cli.data.readers.refer import SPLIT_BY
 from risam_cli.drawing import svg
 from risam_cli.drawing.drawing import outline, webp_uri
 from risam_cli.drawing.html import page_environment
