@@ -13,10 +13,11 @@ Importing this package imports nothing heavy: torch comes with the first use of 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
 
 from risam_cli.version import __version__ as __version__
 
+# As ``typing`` has it, which takes milliseconds to import: a Ctrl-C meanwhile prints a traceback.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from risam_cli.api.model import EncodedImage as EncodedImage
     from risam_cli.api.model import Model as Model
