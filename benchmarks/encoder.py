@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from risam_cli.model.fast.linear import linear
 from risam_cli.model.fast.prepare import prepare_for_inference
 from risam_cli.model.image_encoder import ImageEncoder
-from risam_cli.model.sam_baseline import segment_anything_modeling
+from risam_cli.model.rivals.sam import segment_anything_modeling
 from risam_cli.settings.presets import PRESETS
 from risam_cli.weights.sam import from_hugging_face
 

@@ -194,7 +194,7 @@ def make_sam(path: Path, settings: Any) -> int:
     """A file with the keys and shapes of SAM's published one, weights random; gives its bytes."""
     import torch
 
-    from risam_cli.model.sam_baseline import segment_anything_modeling
+    from risam_cli.model.rivals.sam import segment_anything_modeling
     from risam_cli.weights.build import build_image_encoder
 
     sam: Any = segment_anything_modeling()

@@ -16,7 +16,7 @@ from risam_cli.model.mutual_aware_attention import MutualAwareAttention
 from risam_cli.model.risam import Risam
 from risam_cli.model.rivals.cris import CrisDecoder, CrisTaps
 from risam_cli.model.rivals.rela import RelaDecoder
-from risam_cli.model.sam_baseline import DeepFeatures, SamMaskDecoder
+from risam_cli.model.rivals.sam import DeepFeatures, SamMaskDecoder
 from risam_cli.model.text_encoder import TextEncoder
 from risam_cli.settings.model import ImageEncoderSettings, ModelSettings, TextEncoderSettings
 from risam_cli.weights import lora

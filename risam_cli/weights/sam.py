@@ -24,7 +24,7 @@ from risam_cli.model.image_encoder import (
     resize_pos_embed,
     resize_rel_pos,
 )
-from risam_cli.model.sam_baseline import SamMaskDecoder
+from risam_cli.model.rivals.sam import SamMaskDecoder
 from risam_cli.weights.torch_files import load_plain
 
 ENCODER = "image_encoder."

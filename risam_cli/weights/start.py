@@ -15,7 +15,7 @@ from risam_cli.console.console import Console
 from risam_cli.errors import ConfigError, ModelError
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.model.risam import Risam
-from risam_cli.model.sam_baseline import SamMaskDecoder
+from risam_cli.model.rivals.sam import SamMaskDecoder
 from risam_cli.settings.model import ModelSettings, TextEncoderSettings
 from risam_cli.settings.train import TrainSettings
 from risam_cli.weights import folder as model_folders

@@ -117,5 +117,5 @@ def test_every_import_is_a_dependency_and_every_dependency_is_imported(repo: Pat
 # What is used without an import statement of its own.
 INDIRECT = {
     "tensorboard",  # by torch.utils.tensorboard
-    "segment-anything",  # by the place of its files, see model/sam_baseline.py
+    "segment-anything",  # by the place of its files, see model/rivals/sam.py
 }

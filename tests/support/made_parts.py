@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from risam_cli.model.sam_baseline import segment_anything_modeling
+from risam_cli.model.rivals.sam import segment_anything_modeling
 from support.networks import randomize, reference_encoder, save_pth
 from support.text_folders import make_bert, make_clip
 from support.training_runs import RAW

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from risam_cli.model.fast.prepare import prepare_for_inference
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.model.risam import Risam
-from risam_cli.model.sam_baseline import segment_anything_modeling
+from risam_cli.model.rivals.sam import segment_anything_modeling
 from risam_cli.model.streams import LinguisticStream, VisualStream
 from risam_cli.settings.load import check, merge
 from risam_cli.settings.model import ModelSettings

@@ -22,7 +22,7 @@ from torch import nn
 from risam_cli.console.console import Console
 from risam_cli.errors import ConfigError, ModelError
 from risam_cli.model.risam import Risam
-from risam_cli.model.sam_baseline import SamMaskDecoder
+from risam_cli.model.rivals.sam import SamMaskDecoder
 from risam_cli.settings.train import OptimizerSettings
 from risam_cli.training.optimize import parameter_groups
 from risam_cli.training.stage import TrainingBuilder, stage_hashes

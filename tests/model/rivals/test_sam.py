@@ -25,9 +25,9 @@ from support.networks import (
 from torch import Tensor, nn
 
 from risam_cli.errors import ModelError
-from risam_cli.model import sam_baseline
 from risam_cli.model.mask_decoder import Decoded
-from risam_cli.model.sam_baseline import DeepFeatures, SamMaskDecoder, segment_anything_modeling
+from risam_cli.model.rivals import sam
+from risam_cli.model.rivals.sam import DeepFeatures, SamMaskDecoder, segment_anything_modeling
 from risam_cli.weights.build import build_model, new_text_parts
 from risam_cli.weights.folder import write_model_folder
 from risam_cli.weights.load import load_model
@@ -254,7 +254,7 @@ def test_without_the_package_the_message_names_it(monkeypatch: pytest.MonkeyPatc
         "find_spec",
         lambda name, *rest: None if name == "segment_anything" else find(name, *rest),
     )
-    monkeypatch.delitem(sys.modules, sam_baseline._PRIVATE_NAME, raising=False)
+    monkeypatch.delitem(sys.modules, sam._PRIVATE_NAME, raising=False)
     settings = small_settings(**SAM)
     with pytest.raises(ModelError, match="segment_anything is not installed") as raised:
         build_model(settings, new_text_parts(settings.text_encoder))
