@@ -21,7 +21,6 @@ from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.data.images.transforms import fit_size, logits_to_size, to_pixels
 from risam_cli.model import image_encoder
-from risam_cli.model.fast import by_expression as fast_risam
 from risam_cli.model.fast.prepare import take_plain_forms
 from risam_cli.weights.load import LoadedModel, load_model
 
@@ -55,7 +54,7 @@ def overlaps(photos: Sequence[Path], precision: torch.dtype, device: torch.devic
     for photo in photos:
         with torch.inference_mode(), written_out_attention():
             expected = masks(plain, photo, device)
-        with torch.inference_mode(), by_expression():
+        with torch.inference_mode():
             given = masks(fast, photo, device)
         union = (expected | given).flatten(1).sum(1)
         both = (expected & given).flatten(1).sum(1)
@@ -74,17 +73,6 @@ def masks(loaded: LoadedModel, photo: Path, device: torch.device) -> Tensor:
     logits = loaded.model.decode(features, text, index).mask_logits
     side = loaded.image_size
     return logits_to_size(logits.float(), fit_size(*image.size, side), side, image.size) > 0
-
-
-@contextmanager
-def by_expression() -> Iterator[None]:
-    """Within it a CPU decodes one expression after another, however small the grid."""
-    before = fast_risam.BATCHED_BELOW
-    fast_risam.BATCHED_BELOW = 0
-    try:
-        yield
-    finally:
-        fast_risam.BATCHED_BELOW = before
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from support.networks import (
 )
 from torch import Tensor
 
-from risam_cli.model.fast import by_expression
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.risam import Risam
 from risam_cli.weights.tokenizer import TextTokenizer
@@ -57,10 +56,9 @@ OWNER = [1, 0, 1, 1]
 
 @pytest.fixture(autouse=True, params=["plain", "for inference"])
 def _both_forms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is trained, and as a CPU runs it on large grids: expression after expression."""
+    """As it is built, and as a CPU runs it."""
     if request.param == "plain" or "gradients" in request.node.name:
         return
-    monkeypatch.setattr(by_expression, "BATCHED_BELOW", 0)
     plain = small_model
 
     def small_and_prepared(**changes: Any) -> tuple[Risam, TextTokenizer]:

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+SMALL = 1 << 20
+"""Multiplications below which oneDNN's call costs more than its product gains, in float32."""
+
 _Product = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
 
 
@@ -66,6 +69,8 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.compiler.is_compiling():  # the compiler chooses, and fuses more
         return False
     if not x.numel() or not weight.is_contiguous():
+        return False
+    if weight.dtype == torch.float32 and x.numel() * len(weight) < SMALL:
         return False
     return not torch.is_grad_enabled() or not (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

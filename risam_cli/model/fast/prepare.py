@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from risam_cli.model.fast.by_expression import RisamByExpression
+from risam_cli.model.fast.decoding import FastRisam
 from risam_cli.model.fast.encoder import (
     FastAdapter,
     FastAttention,
@@ -50,7 +50,7 @@ _PLAIN: _Forms = {
     **{fast: plain for plain, fast in _INFERENCE.items()},
     HostBlock: Block,
     RecomputedBlock: Block,
-    RisamByExpression: Risam,
+    FastRisam: Risam,
 }
 
 
@@ -75,8 +75,8 @@ def prepare_for_inference(
             the folder that ``TORCHINDUCTOR_CACHE_DIR`` names.
     """
     for part in list(module.modules()):
-        if isinstance(part, Risam) and _decodes_by_expression(part, device):
-            part.__class__ = RisamByExpression
+        if isinstance(part, Risam) and _decodes_fast(part, device):
+            part.__class__ = FastRisam
         if isinstance(part, ImageEncoder):
             _change(part, _INFERENCE | ({Block: HostBlock} if device.type == "cpu" else {}))
             if precision != torch.float32:
@@ -116,7 +116,7 @@ def inference_forms(module: nn.Module, device: torch.device) -> Iterator[None]:
             part.__class__ = form
 
 
-def _decodes_by_expression(model: Risam, device: torch.device) -> bool:
+def _decodes_fast(model: Risam, device: torch.device) -> bool:
     return device.type == "cpu" and isinstance(model.mask_decoder, MutualAwareMaskDecoder)
 
 

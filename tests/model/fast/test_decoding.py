@@ -1,8 +1,7 @@
-"""Decoding one expression after another gives what the batch gives."""
+"""Decoding the expressions of an image together gives what the plain equations give."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,8 +19,8 @@ from support.networks import (
 )
 from torch import Tensor
 
-from risam_cli.model.fast import by_expression
-from risam_cli.model.fast.by_expression import RisamByExpression
+from risam_cli.model.fast import decoding
+from risam_cli.model.fast.decoding import FastRisam
 from risam_cli.model.fast.prepare import prepare_for_inference, take_plain_forms
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.risam import ImageFeatures, Risam
@@ -42,14 +41,6 @@ SAM: dict[str, Any] = {"kind": "sam"}
 DIM, MASK_DIM = 16, 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _small_grids_too() -> Iterator[None]:
-    before = by_expression.BATCHED_BELOW
-    by_expression.BATCHED_BELOW = 0
-    yield
-    by_expression.BATCHED_BELOW = before
-
-
 def features(
     model: Risam, grid: tuple[int, int], images: int, lengths: list[int]
 ) -> tuple[ImageFeatures, TextFeatures]:
@@ -68,12 +59,12 @@ def features(
 def both(
     model: Risam, image: ImageFeatures, text: TextFeatures, owner: list[int]
 ) -> tuple[Decoded, Decoded]:
-    """By expression, and in one batch."""
+    """The fast form, and the plain one."""
     index = torch.tensor(owner)
     take_plain_forms(model)
     batched = model.decode(image, text, index)
     prepared(model)
-    assert isinstance(model, RisamByExpression)
+    assert isinstance(model, FastRisam)
     with torch.inference_mode():
         return model.decode(image, text, index), batched
 
@@ -99,24 +90,33 @@ def test_every_switch(switch: str) -> None:
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     owners=st.lists(st.integers(0, 2), min_size=4, max_size=4),
     rows=st.integers(1, 50),
+    together=st.integers(1, 200),
     stem=st.booleans(),
 )
 def test_any_grid_any_lengths_any_parts(
-    grid: tuple[int, int], lengths: list[int], owners: list[int], rows: int, stem: bool
+    grid: tuple[int, int],
+    lengths: list[int],
+    owners: list[int],
+    rows: int,
+    together: int,
+    stem: bool,
 ) -> None:
     model, _ = small_model(**(WITH_STEM if stem else {}))
     in_double(model)
     image, text = features(model, grid, 3, lengths)
-    before = by_expression.ROWS
-    by_expression.ROWS = rows
+    before = decoding.ROWS, decoding.GROUP_ROWS
+    decoding.ROWS, decoding.GROUP_ROWS = rows, together
     try:
         assert_equal(*both(model, image, text, owners[: len(lengths)]))
     finally:
-        by_expression.ROWS = before
+        decoding.ROWS, decoding.GROUP_ROWS = before
 
 
-def test_an_expression_does_not_depend_on_those_beside_it() -> None:
+def test_on_large_grids_an_expression_does_not_depend_on_those_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """To the bit, whatever stands before it and however long the longest is."""
+    monkeypatch.setattr(decoding, "GROUP_ROWS", 31)  # of 16 regions each: one by one
     model = prepared(small_model()[0])
     image, text = features(model, (4, 4), 1, [3, 6, 2])
     image = ImageFeatures(image.visual.float(), None)
@@ -155,24 +155,20 @@ def test_no_expression_at_all() -> None:
     assert found.iou.shape == found.no_target_logits.shape == (0,)
 
 
-def test_small_grids_go_in_batches_and_single_expressions_never(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(by_expression, "BATCHED_BELOW", 512)
-    model = prepared(small_model()[0])
-    batched: list[int] = []
-    decoder = model.mask_decoder
-    decoder.register_forward_pre_hook(lambda _m, args: batched.append(len(args[0].features)))
-    for grid, expressions in (((16, 16), 2), ((16, 16), 1), ((32, 16), 2)):
-        visual = noise(1, DIM, *grid)
-        words = noise(expressions, 3, DIM)
-        text = TextFeatures(words, torch.ones(expressions, 3).bool(), noise(expressions, DIM))
-        with torch.inference_mode():
-            model.decode(ImageFeatures(visual, None), text, torch.zeros(expressions).long())
-    assert batched == [2], "the small grid with two expressions alone"
+@pytest.mark.parametrize(
+    ("limit", "numbers", "expected"),
+    [
+        (8, [3, 4, 5], [slice(3, 6)]),
+        (2, [0, 1, 2, 3, 4], [slice(0, 1), slice(1, 3), slice(3, 5)]),
+        (1, [1, 3], [slice(1, 2), slice(3, 4)]),
+        (4, [0, 2, 5], [[0, 2, 5]]),
+    ],
+)
+def test_groups_are_few_and_even(limit: int, numbers: list[int], expected: list[Any]) -> None:
+    assert list(decoding._groups(numbers, limit)) == expected
 
 
-def test_gpus_and_other_decoders_keep_the_batch() -> None:
+def test_gpus_and_other_decoders_keep_the_plain_form() -> None:
     for model, device in ((small_model()[0], "cuda"), (small_model(**SAM)[0], "cpu")):
         prepare_for_inference(model, torch.device(device))
         assert type(model) is Risam
