@@ -5,7 +5,7 @@
 
 Trains each variant under the same budget, data and seeds from one image encoder, evaluates each on
 scenes that training never drew, writes what was found to ``--results`` and prints the tables. What
-is there already is taken as it is, so that a cut run goes on; ``--until`` cuts every run at a step,
+already exists is taken as it is, so that a cut run goes on; ``--until`` cuts every run at a step,
 to be gone on with by a later call; ``--table`` only reads. Runs of another budget have other
 folders, and stay in the results.
 """
@@ -159,7 +159,7 @@ def main() -> None:
     options = parser.parse_args()
     names = options.only.split(",")
     if unknown := sorted(set(names) - set(VARIANTS)):
-        parser.error(f"--only {unknown[0]}: take some of {', '.join(VARIANTS)}")
+        parser.error(f"--only {unknown[0]}: use some of {', '.join(VARIANTS)}")
     encoder = options.encoder or str(options.output / "encoder" / "checkpoints" / "last.pt")
     budget = Budget(options.steps, options.frozen, options.until, encoder, options.limit)
     runs = options.output / budget.name

@@ -48,7 +48,7 @@ def samples_of(
         keep: also give images that are in memory; without it None stands for them.
 
     Raises:
-        UsageError: an item that is no image, or one that nothing is asked of.
+        UsageError: an item that is not an image, or one that nothing is asked of.
     """
     for number, item in enumerate(images):
         image, own = item if isinstance(item, tuple) and len(item) == 2 else (item, None)

@@ -120,7 +120,7 @@ def command(model: str | None, device: str, precision: str, quick: bool, as_json
     except RisamError as error:
         problem(error.message, error.fix)
     except ImportError as error:
-        problem(f"cannot import {error.name or 'a library'}: {error}", "install risam anew")
+        problem(f"cannot import {error.name or 'a library'}: {error}", "reinstall risam")
     facts["problems"] = problems
     facts["ok"] = not problems
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _report(facts))

@@ -22,7 +22,7 @@ FORMATS = ("coco", "coco-polygons", "yolo", "labelme", "cvat", "png", "overlay",
 
 def _pixels(ctx: click.Context, param: click.Parameter, value: float) -> float:
     if not math.isfinite(value) or value < 0:
-        raise click.BadParameter(f"{value} is no distance in pixels.")
+        raise click.BadParameter(f"{value} is not a distance in pixels.")
     return value
 
 
@@ -58,14 +58,14 @@ def _unit(ctx: click.Context, param: click.Parameter, value: float) -> float:
     default=0.0,
     metavar="P",
     callback=_unit,
-    help="Leave out masks scored below.",
+    help="Skip masks with a lower score.",
 )
 @click.option(
     "--min-area",
     type=click.IntRange(min=0),
     default=0,
     metavar="PIXELS",
-    help="Leave out masks that are smaller.",
+    help="Skip masks with a smaller area.",
 )
 @click.option(
     "--simplify",
@@ -114,7 +114,7 @@ def _unit(ctx: click.Context, param: click.Parameter, value: float) -> float:
     type=click.IntRange(min=0),
     default=0,
     metavar="PIXELS",
-    help="cutout: room around the mask.",
+    help="cutout: margin around the mask.",
 )
 @click.option("--copy-images", is_flag=True, help="yolo, labelme, cvat: copy the images along.")
 @click.option(
@@ -123,7 +123,7 @@ def _unit(ctx: click.Context, param: click.Parameter, value: float) -> float:
     default=178_956_970,
     show_default=True,
     metavar="N",
-    help="Masks over it fail.",
+    help="Masks with more pixels fail.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export in the folder.")
 @json_option

@@ -20,7 +20,7 @@ from risam_cli.console.console import get_console
     type=click.Path(path_type=Path, exists=True, file_okay=False),
 )
 @output_option(None)
-@click.option("--overwrite", is_flag=True, help="Start anew in a folder that holds a run.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in the output folder.")
 @json_option
 @verbosity_options
 def command(folders: tuple[Path, ...], output: Path, overwrite: bool, as_json: bool) -> None:

@@ -235,7 +235,8 @@ def fetch(model: str) -> None:
 @click.option(
     "--merged",
     is_flag=True,
-    help="Put in the frozen weights that the folder names, and add LoRA into the text encoder.",
+    help="Include the frozen weights that the folder refers to, and merge LoRA into the "
+    "text encoder.",
 )
 @verbosity_options
 def export(model: str | None, output: Path, merged: bool) -> None:

@@ -90,7 +90,7 @@ def verbosity_options(function: F) -> F:
     }
     return _stack(
         click.option("-q", "--quiet", help="Only warnings and errors on stderr.", **common),
-        click.option("-v", "--verbose", help="Say more on stderr.", **common),
+        click.option("-v", "--verbose", help="More messages on stderr.", **common),
         click.option("--debug", help="Show the traceback of an error.", **common),
     )(function)
 
@@ -145,8 +145,8 @@ def compile_option(function: F) -> F:
         "--compile",
         "compiled",
         is_flag=True,
-        help="Compile the image encoder, on a CUDA GPU: minutes before the first image, kept for "
-        "later runs; for long ones.",
+        help="Compile the image encoder (CUDA GPUs only). It takes minutes before the first image "
+        "and is cached for later runs; pays off in long ones.",
     )(function)
 
 
@@ -159,7 +159,7 @@ def batch_options(function: F) -> F:
             metavar="N",
             default=8,
             show_default=True,
-            help="Images per batch; halved by itself where memory runs out.",
+            help="Images per batch; halved automatically where memory runs out.",
         ),
         click.option(
             "--workers",
@@ -176,8 +176,8 @@ def decode_option(function: F) -> F:
     return click.option(
         "--full-decode",
         is_flag=True,
-        help="Decode every pixel of a JPEG of more than four times the encoder's size; else its "
-        "decoder goes down by itself, in half the time.",
+        help="Decode large JPEGs at full resolution. By default a JPEG of more than four times the "
+        "encoder's size is decoded at reduced scale, in half the time.",
     )(function)
 
 
@@ -198,8 +198,8 @@ def cache_options(function: F) -> F:
             "--feature-cache",
             type=click.Path(path_type=Path, file_okay=False),
             metavar="DIR",
-            help="Keep the image encoder's features here, in half precision, and take from here "
-            "those that it holds. Several runs may share it.",
+            help="Store the image encoder's features here, in half precision, and reuse those that "
+            "are there. Several runs may share it.",
         ),
         click.option(
             "--feature-cache-limit",
@@ -207,7 +207,7 @@ def cache_options(function: F) -> F:
             default="50GB",
             show_default=True,
             callback=_parse_size,
-            help="How large that folder may get.",
+            help="Size limit of that folder.",
         ),
     )(function)
 
@@ -316,13 +316,13 @@ def run_mode_options(function: F) -> F:
             "--resume",
             is_flag=True,
             callback=_one_of_two("overwrite"),
-            help="Go on with the run that is in the output folder.",
+            help="Continue the run in the output folder.",
         ),
         click.option(
             "--overwrite",
             is_flag=True,
             callback=_one_of_two("resume"),
-            help="Start anew in a folder that holds a run.",
+            help="Replace the run in the output folder.",
         ),
     )(function)
 

@@ -131,7 +131,7 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
     "and score.",
 )
 @run_mode_options
-@click.option("--retry-failed", is_flag=True, help="As --resume, and do again what failed before.")
+@click.option("--retry-failed", is_flag=True, help="As --resume, and retry what failed before.")
 @click.option(
     "--max-failures",
     type=click.IntRange(min=0),
@@ -141,10 +141,10 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
 @click.option(
     "--shard",
     metavar="I/N",
-    help="Take only part I of N, counted from 0.  [default: all, or torchrun's RANK/WORLD_SIZE]",
+    help="Process only part I of N, counted from 0.  [default: all, or torchrun's RANK/WORLD_SIZE]",
 )
 @click.option(
-    "--limit", type=click.IntRange(min=1), metavar="N", help="Take only the first N images."
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Process only the first N images."
 )
 @click.option(
     "--max-pixels",
@@ -160,7 +160,7 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
     default=TIMEOUT,
     show_default=True,
     metavar="SECONDS",
-    help="Give an image up when reading it takes longer.",
+    help="Give up on an image that takes longer to read.",
 )
 @click.option(
     "--bands",
@@ -181,7 +181,9 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
     help="- takes paths that end in NUL, as find -print0 writes them.",
 )
 @click.option(
-    "--dry-run", is_flag=True, help="Read and check every input, load no weights, say what it is."
+    "--dry-run",
+    is_flag=True,
+    help="Check every input without loading weights, and print what would be done.",
 )
 @verbosity_options
 def command(**options: Any) -> int:
@@ -300,7 +302,7 @@ def _settle(folder: RunFolder, options: _Options) -> None:
     elif folder.holds_run() and not (options.resume or options.retry_failed):
         raise OutputError(
             f"{folder.path} holds another run",
-            "go on with it by --resume, start anew by --overwrite, or choose another -o",
+            "continue it with --resume, replace it with --overwrite, or choose another -o",
         )
 
 
@@ -389,7 +391,7 @@ def _dry_run(options: _Options, inputs: Inputs, shard: Shard, output: Path) -> i
     if found.entries > len(found.first):
         say("...")
     for reason, number in sorted(inputs.skipped.items()):
-        say(f"passed over: {number} {reason}")
+        say(f"skipped: {number} {reason}")
     say(
         f"{found.images} images, {found.records} records to make, {found.bad} that would fail; "
         f"output: {output}{' (holds a run already)' if (output / LEDGER).exists() else ''}"

@@ -132,7 +132,7 @@ def command(
     taken = [str(output / plan.folder) for plan in plans if (output / plan.folder).exists()]
     if taken and not overwrite:
         raise OutputError(
-            f"{', '.join(taken)} {'is' if len(taken) == 1 else 'are'} there already",
+            f"{', '.join(taken)} {'exists' if len(taken) == 1 else 'exist'} already",
             "choose another -o or give --overwrite",
         )
     console = get_console()

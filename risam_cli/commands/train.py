@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from risam_cli.commands.options import verbosity_options
+from risam_cli.console.console import get_console
 from risam_cli.errors import UsageError
 
 
@@ -32,7 +33,7 @@ from risam_cli.errors import UsageError
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on from the last checkpoint of the same run; CONFIG may be its folder.",
+    help="Continue from the last checkpoint of the same run; CONFIG may be its folder.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in the output folder.")
 @click.option("--print-config", is_flag=True, help="Print the whole configuration and stop.")
@@ -83,13 +84,16 @@ def command(
     try:
         with joined() as processes:
             typed = ["risam", *sys.argv[1:]]
-            train(
+            best = train(
                 settings or read(),
                 resume=resume,
                 overwrite=overwrite,
                 processes=processes,
                 command=typed,
             )
+            if best.is_dir():
+                how = f'risam predict IMAGES -e "EXPRESSION" --model {best} -o masks'
+                get_console().info(f"use it: {how}")
     except Told as told:
         return told.exit_code
     return None

@@ -49,7 +49,7 @@ def check_header(source: Path | BinaryIO) -> None:
     """Make sure that a file begins as an image of no absurd size, before a decoder takes it.
 
     Raises:
-        UnidentifiedImageError, SyntaxError: it is no image of a common kind.
+        UnidentifiedImageError, SyntaxError: it is not an image of a common kind.
         Image.DecompressionBombError: it claims more than 178,956,970 pixels.
         OSError, ValueError: it cannot be read, or has no name that a file can have.
     """

@@ -124,7 +124,7 @@ class AnswerLog:
         if held and not (resume or overwrite):
             raise OutputError(
                 f"{folder} holds an interrupted run",
-                f"go on with {setting('resume')}, or start anew with {setting('overwrite')}",
+                f"continue with {setting('resume')}, or start over with {setting('overwrite')}",
             )
         try:
             if held and resume:
@@ -204,7 +204,7 @@ class AnswerLog:
             own = json.loads(first)["settings"]
         except (ValueError, KeyError, TypeError):
             raise OutputError(
-                f"{self.path} is damaged", f"start anew with {setting('overwrite')}"
+                f"{self.path} is damaged", f"start over with {setting('overwrite')}"
             ) from None
         wanted = json.loads(json.dumps(header["settings"]))
         for key in sorted({*own, *wanted}):
@@ -212,7 +212,7 @@ class AnswerLog:
                 raise OutputError(
                     f"the interrupted run in {self.path.parent} had {key} {own.get(key)!r}, this "
                     f"one has {wanted.get(key)!r}",
-                    f"give the same settings, or start anew with {setting('overwrite')}",
+                    f"give the same settings, or start over with {setting('overwrite')}",
                 )
 
 
@@ -483,7 +483,7 @@ def _fit(asked: Asked, run: EvalRun, before: float) -> NoTargetFitPart:
         raise DataError(
             f"{setting('fit_no_target')} needs expressions with and without a target, and this "
             "split does not have both",
-            f"take grefcoco, or refshapes with {setting('family', 'grefshapes')}",
+            f"use grefcoco, or refshapes with {setting('family', 'grefshapes')}",
         )
     folder = model_folders.find_model(asked.model)
     _store(folder, point.threshold)

@@ -449,7 +449,7 @@ def run_evaluation(
         replace_durably(part, rows)
     except OSError as error:
         raise OutputError(
-            f"cannot write {rows}: {error.strerror or error}", "see space and rights"
+            f"cannot write {rows}: {error.strerror or error}", "check disk space and permissions"
         ) from error
     finally:
         part.unlink(missing_ok=True)

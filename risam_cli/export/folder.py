@@ -191,7 +191,7 @@ def _require_free(path: Path, *, overwrite: bool) -> None:
         return
     if _summary(path).get("complete") is False:
         raise OutputError(
-            f"{path} holds an export that was cut off", f"start it anew with {setting('overwrite')}"
+            f"{path} holds an interrupted export", f"start over with {setting('overwrite')}"
         )
     raise OutputError(
         f"{path} is not empty", "choose another folder", f"give {setting('overwrite', True)}"
@@ -228,5 +228,5 @@ def _told(path: Path) -> Iterator[None]:
     except OSError as error:
         place = error.filename if isinstance(error.filename, str) else path
         raise OutputError(
-            f"{place}: {error.strerror or error}", "make room or choose another place"
+            f"{place}: {error.strerror or error}", "free disk space or choose another place"
         ) from error

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from risam_cli.errors import OutputError, setting
 
-_FIX = f"see who put it there and remove it, or choose another {setting('output')}"
+_FIX = f"remove it if it does not belong there, or choose another {setting('output')}"
 
 
 def require_own(folder: Path, names: Iterable[str]) -> None:

@@ -19,7 +19,7 @@ def parse_size(text: str) -> int:
     if found is not None:
         size = math.floor(float(found[1]) * 1024 ** _UNITS[f"{found[2].upper()}B"])
     if size <= 0:
-        raise ValueError(f"{text!r} is no size; write it as 50GB, 800MB or 1.5TB")
+        raise ValueError(f"{text!r} is not a size; write it as 50GB, 800MB or 1.5TB")
     return size
 
 

@@ -33,7 +33,9 @@ def write_atomic(path: Path, write: Any) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
         reason = " ".join(str(error).split())[:200]
-        raise OutputError(f"cannot write {path}: {reason}", "see space and rights") from error
+        raise OutputError(
+            f"cannot write {path}: {reason}", "check disk space and permissions"
+        ) from error
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -393,7 +393,7 @@ class Compute:
 
     def _halved(self, what: str, was: int) -> int:
         release_memory(self.settings.device)
-        get_console().warn(f"out of memory with {was} {what}; going on with {was // 2}")
+        get_console().warn(f"out of memory with {was} {what}; continuing with {was // 2}")
         return was // 2
 
     # --- in the network ---------------------------------------------------------------------------
@@ -554,9 +554,9 @@ def _explained(error: Exception) -> tuple[str, str]:
     if is_device_lost(error):
         raise ModelError(
             f"the device failed: {text}",
-            f"what was done is kept; go on with {setting('resume')} once it is well",
+            f"what was done is kept; continue with {setting('resume')} once it works again",
         ) from error
     if is_out_of_memory(error):
-        fix = told(f"take a smaller model or {setting('device', 'cpu')}")
+        fix = told(f"use a smaller model or {setting('device', 'cpu')}")
         return "OutOfMemory", f"out of memory even alone; {fix}"
     return type(error).__name__, text

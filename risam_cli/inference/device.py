@@ -61,7 +61,7 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(
-            f"{setting('device')} {name!r} is no device", "use auto, cpu, cuda or mps"
+            f"{setting('device')} {name!r} is not a device", "use auto, cpu, cuda or mps"
         ) from None
     if device.type == "cuda":
         return _checked_gpu(device)

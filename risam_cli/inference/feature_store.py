@@ -224,7 +224,7 @@ class FeatureStore:
             self.counts.damaged += 1
             told = self.counts.damaged
         if told <= _TOLD:
-            get_console().warn(f"feature cache: {path} is damaged ({why}); it is made anew")
+            get_console().warn(f"feature cache: {path} is damaged ({why}); it is made again")
         with contextlib.suppress(OSError):
             path.unlink()
             self._release(size)

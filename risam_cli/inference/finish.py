@@ -374,7 +374,7 @@ def _fatal(error: Exception) -> Exception | None:
     if isinstance(cause, OSError) and cause.errno in _NO_WRITING:
         return OutputError(
             f"{cause.filename or 'the output folder'}: {cause.strerror}",
-            f"mend it or make room, then go on with {setting('resume')}",
+            f"fix it or free disk space, then continue with {setting('resume')}",
         )
     # An image that is gone by the time that its overlay is drawn costs that overlay alone.
     return None if isinstance(error, (OSError, OutputError, ImageError)) else _unexpected(error)

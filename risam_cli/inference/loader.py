@@ -313,7 +313,7 @@ class ProcessLoader(_Loader, threading.Thread):
         except Exception as caught:  # no processes to be had: raised where images are taken
             error = RisamError(
                 f"images cannot be read in processes of their own: {caught}",
-                "take 0 workers, which reads them in threads",
+                "use 0 workers, which reads them in threads",
             )
             with self._changed:
                 self._error = error

@@ -348,5 +348,5 @@ class Session(Compute):
 
 def _explained(error: Exception) -> ModelError:
     text = " ".join(str(error).split())[:300] or type(error).__name__
-    fix = f"take a smaller model or {setting('device', 'cpu')}" if is_out_of_memory(error) else ""
+    fix = f"use a smaller model or {setting('device', 'cpu')}" if is_out_of_memory(error) else ""
     return ModelError(f"the network failed: {text}", fix)

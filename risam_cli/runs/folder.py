@@ -161,7 +161,7 @@ class RunFolder:
         except OSError as error:
             raise OutputError(
                 f"{self.path / RUN}: {error.strerror or error}; what was done is kept",
-                f"mend it, then go on with {setting('resume')}",
+                f"fix it, then continue with {setting('resume')}",
             ) from error
 
     def clear_staging(self) -> None:

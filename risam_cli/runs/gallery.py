@@ -55,7 +55,7 @@ def _objects(file: BinaryIO, span: Span, folder: Path) -> list[dict[str, Any]]:
     if data is None:
         raise OutputError(
             f"{folder / os.path.basename(file.name)} was changed by someone else during the run",
-            f"go on with {setting('resume')}",
+            f"continue with {setting('resume')}",
         )
     return [json.loads(text) for text in data.splitlines()]
 

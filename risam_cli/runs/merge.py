@@ -145,7 +145,7 @@ def merge_parts(
     except OSError as error:
         raise OutputError(
             f"{error.filename or output}: {error.strerror or error}",
-            f"make room or choose another {setting('output')}",
+            f"free disk space or choose another {setting('output')}",
         ) from error
 
 
@@ -175,14 +175,14 @@ def _read_part(folder: Path) -> Part:
         raise DataError(f"{folder} has no {RUN}", "let its run begin at least") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise DataError(
-            f"{path} is not what `risam predict` writes", "run the shard anew"
+            f"{path} is not what `risam predict` writes", "run the shard again"
         ) from None
     if status != "complete" or type(entries) is not int or not isinstance(checked, str):
         raise DataError(f"the run in {folder} is not finished: {status}", "finish it first")
     identity = read_header(folder / LEDGER)
     if identity is None or identity != run["settings"] or not fits:
         raise DataError(
-            f"{folder}: {LEDGER} and {RUN} do not belong together", "run the shard anew"
+            f"{folder}: {LEDGER} and {RUN} do not belong together", "run the shard again"
         )
     return Part(folder, identity, run, index, count)
 
@@ -213,7 +213,7 @@ def _lines(parts: Sequence[Part]) -> Iterator[tuple[int, LedgerLine]]:
         if entry < expected:
             raise DataError(
                 f"input {entry} is in {parts[place].folder} and in another shard as well",
-                "run the shards anew with the same inputs",
+                "run the shards again with the same inputs",
             )
         if entry > expected:
             raise _missing(expected)
@@ -261,7 +261,7 @@ def _opened(path: Path) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", "run the shard anew") from None
+        raise DataError(f"{path}: {error.strerror}", "run the shard again") from None
 
 
 def _write(parts: Sequence[Part], folder: RunFolder, advance: Callable[[], None]) -> Merged:
@@ -305,7 +305,7 @@ def _copy(source: Path, target: Path, mark: FileMark) -> None:
             raise _changed(source / mark.path)
         data = (source / mark.path).read_bytes()
     except OSError as error:
-        raise DataError(f"{source / mark.path}: {error.strerror}", "run the shard anew") from None
+        raise DataError(f"{source / mark.path}: {error.strerror}", "run the shard again") from None
     if len(data) != mark.size or zlib.crc32(data) != mark.crc:
         raise _changed(source / mark.path)
     place = target / mark.path
@@ -320,7 +320,7 @@ def _copy(source: Path, target: Path, mark: FileMark) -> None:
 
 def _changed(path: Path) -> DataError:
     return DataError(
-        f"{path} is not what its run wrote", f"run the shard anew with {setting('overwrite')}"
+        f"{path} is not what its run wrote", f"run the shard again with {setting('overwrite')}"
     )
 
 

@@ -35,7 +35,7 @@ from risam_cli.runs.ledger import (
     read_span,
 )
 
-_ANEW = f"start anew with {setting('overwrite')}, or choose another {setting('output')}"
+_ANEW = f"start over with {setting('overwrite')}, or choose another {setting('output')}"
 
 
 @dataclass(slots=True)

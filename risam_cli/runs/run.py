@@ -204,11 +204,11 @@ class _Run:
             raise RisamError(
                 f"stopped: {self.failed} items failed, more than {setting('max_failures')} "
                 f"{self.plan.max_failures}; what was done is kept",
-                f"see failures.jsonl; go on with {setting('resume')}",
+                f"see failures.jsonl; continue with {setting('resume')}",
             )
         if asked.is_set() and not complete:
             raise Interrupted(
-                "interrupted; what was done is kept", f"go on with {setting('resume')}"
+                "interrupted; what was done is kept", f"continue with {setting('resume')}"
             )
 
     def _todo(self) -> Iterator[tuple[Sample, tuple[Entry, bool]]]:
@@ -278,7 +278,7 @@ class _Run:
         seconds = time.perf_counter() - self.started
         console = get_console()
         for reason, number in sorted(self.plan.inputs.skipped.items()):
-            console.info(f"passed over: {number} {reason}")
+            console.info(f"skipped: {number} {reason}")
         rate = f", {self.images / seconds:.3g} images/s" if self.images and seconds else ""
         nothing = count_lines(self.folder.predictions, b'"no_target": true')
         console.info(
@@ -428,7 +428,7 @@ def plan_to_go_on(folder: Path, plan: RunPlan, segmenter: Segmenter) -> RunPlan:
     if changed:
         get_console().warn(
             f"the earlier part of this run was computed otherwise ({changed}); last digits may "
-            + told(f"differ from a run in one go, {setting('overwrite')} starts anew")
+            + told(f"differ from a run in one go, {setting('overwrite')} starts over")
         )
     changed = _changes({key: ran_by.get(key) for key in _limits(plan)}, _limits(plan))
     if not changed or plan.retry_failed:

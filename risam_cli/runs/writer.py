@@ -457,11 +457,12 @@ def _as_output_error(error: BaseException, folder: Path) -> BaseException:
     """A message with a way out for what the system says about disks and pipes."""
     if isinstance(error, BrokenPipeError):
         return OutputError(
-            "the reader of stdout is gone; what was done is kept", f"go on with {setting('resume')}"
+            "the reader of stdout is gone; what was done is kept",
+            f"continue with {setting('resume')}",
         )
     if isinstance(error, OSError):
         return OutputError(
             f"{error.filename or folder}: {error.strerror or error}; what was done is kept",
-            f"mend it, then go on with {setting('resume')}",
+            f"fix it, then continue with {setting('resume')}",
         )
     return error

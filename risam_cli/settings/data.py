@@ -151,12 +151,12 @@ class AugmentSettings(Settings):
     )
     jitter: float = Field(0.0, ge=0, le=1, description="chance of other colours, if none is named")
     expressions_per_image: int | None = Field(
-        None, gt=0, description="most expressions of an image at a time, drawn anew each epoch"
+        None, gt=0, description="most expressions of an image at a time, drawn again each epoch"
     )
 
     @property
     def changes(self) -> bool:
-        """Whether anything is drawn anew each epoch."""
+        """Whether anything is drawn again each epoch."""
         return self != AugmentSettings()
 
     @property

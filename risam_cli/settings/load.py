@@ -34,7 +34,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         return values
     base = values.pop(EXTENDS)
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: extends = {base!r} is no file name", "name one YAML file")
+        raise ConfigError(f"{path}: extends = {base!r} is not a file name", "name one YAML file")
     seen = (*above, path.resolve())
     other = path.parent / base
     if other.resolve() in seen:
@@ -54,7 +54,7 @@ def _values(path: Path) -> dict[str, Any]:
     except DataError as error:  # packed or encoded in a way that its first bytes belie
         raise ConfigError(error.message, error.fix) from error
     except ValueError as error:  # not UTF-8, or what load_yaml says
-        raise ConfigError(f"{path} is not YAML: {error}", "mend the file") from error
+        raise ConfigError(f"{path} is not YAML: {error}", "fix the file") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds no settings at its top level", "write 'key: value' lines")
     return raw

@@ -34,7 +34,7 @@ class ImageEncoderSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> ImageEncoderSettings:
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is no multiple of {self.patch_size}")
+            raise ValueError(f"image_size {self.image_size} is not a multiple of {self.patch_size}")
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
         last = self.depth - 1
@@ -80,7 +80,7 @@ class TextEncoderSettings(Settings):
     hidden: int = Field(128, gt=0, description="of the small BERT")
     layers: int = Field(2, gt=0, description="of the small BERT")
     heads: int = Field(4, gt=0, description="of the small BERT")
-    max_tokens: int = Field(32, gt=2, description="longer expressions are cut, and said to be")
+    max_tokens: int = Field(32, gt=2, description="longer expressions are cut, with a note")
     trainable: bool = True
     lora: LoraSettings | None = Field(None, description="train these, and freeze all else of it")
 
@@ -185,7 +185,7 @@ class ModelSettings(Settings):
             return values
         name = values["preset"]
         if name not in PRESETS:
-            raise ValueError(f"preset {name!r} is unknown; take one of {', '.join(PRESETS)}")
+            raise ValueError(f"preset {name!r} is unknown; use one of {', '.join(PRESETS)}")
         return merge(PRESETS[name], values)
 
     @model_validator(mode="after")

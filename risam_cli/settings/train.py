@@ -25,7 +25,7 @@ class DenseStage(Settings):
     steps: int = Positive
     images_per_step: int = Positive
     accumulate: int = Field(
-        1, gt=0, description="parts that a step's images go through the network in"
+        1, gt=0, description="parts that a step's images are split into (gradient accumulation)"
     )
     learning_rate: float = Positive
     background_weight: float = Field(0.08, ge=0, le=1)
@@ -40,7 +40,7 @@ class ReferringStage(Settings):
     steps: int = Positive
     images_per_step: int = Positive
     accumulate: int = Field(
-        1, gt=0, description="parts that a step's images go through the network in"
+        1, gt=0, description="parts that a step's images are split into (gradient accumulation)"
     )
     learning_rate: float = Positive
     train_encoder: Literal["no", "adapters", "yes"] = "no"
@@ -71,21 +71,25 @@ class OptimizerSettings(Settings):
         0.02, ge=0, description="of matrices; norms, biases, embeddings and position tables have 0"
     )
     beta2: float = Field(0.99, gt=0, lt=1)
-    clip_norm: float = Field(1.0, gt=0, description="the gradient's norm is cut to this")
+    clip_norm: float = Field(1.0, gt=0, description="the gradient's norm is clipped to this")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="0 keeps no moving average")
     schedule: Literal["cosine", "polynomial", "constant"] = Field(
-        "cosine", description="how the rate comes down after the warm-up"
+        "cosine", description="schedule of the learning rate after the warm-up"
     )
     power: float = Field(0.9, gt=0, description="of the polynomial schedule")
-    floor: float = Field(0.01, ge=0, le=1, description="part of the rate that is left at the end")
+    floor: float = Field(
+        0.01, ge=0, le=1, description="fraction of the learning rate that is left at the end"
+    )
 
 
 class EarlyStoppingSettings(Settings):
     """Ends a stage that has stopped getting better."""
 
-    patience: int = Field(gt=0, description="validations in a row that may bring nothing")
+    patience: int = Field(
+        gt=0, description="validations in a row without improvement before the stage ends"
+    )
     figure: str | None = Field(None, description="the figure to watch; by default best_by")
-    min_delta: float = Field(0.0, ge=0, description="less than this more is nothing")
+    min_delta: float = Field(0.0, ge=0, description="smallest gain that counts as an improvement")
 
 
 class AveragingSettings(Settings):
@@ -99,7 +103,7 @@ class FeatureCacheSettings(Settings):
     """Keeps the frozen image encoder's features on disk, for all epochs, runs and commands."""
 
     folder: str = Field(description="may be shared with other runs, and with predict and eval")
-    limit: str = Field("50GB", description="how large the folder may get")
+    limit: str = Field("50GB", description="size limit of the folder")
 
     @field_validator("limit")
     @classmethod
@@ -138,7 +142,8 @@ class TrainSettings(Settings):
     checkpoint_every: int = Field(500, gt=0, description="steps")
     log_every: int = Field(50, gt=0, description="steps")
     gradient_checkpointing: bool = Field(
-        False, description="compute the image encoder's blocks again going back, to save memory"
+        False,
+        description="recompute the image encoder's blocks in the backward pass, to save memory",
     )
     best_by: str = Field(
         "miou", description="what best/ maximizes: a mean over val, or one's, as in NAME.miou"
@@ -198,7 +203,7 @@ class TrainSettings(Settings):
                 one for one in known if one.lower() == name.lower()
             ]
             hint = f"did you mean {near[0]!r}" if near else f"one of {', '.join(FIGURES)}"
-            raise ValueError(f"{name!r} is no figure of the validation; {hint}")
+            raise ValueError(f"{name!r} is not a figure of the validation; {hint}")
 
 
 # --- from a file ----------------------------------------------------------------------------------

@@ -262,7 +262,7 @@ def read_state(path: Path, hashes: Sequence[str]) -> dict[str, Any]:
         raise ModelError(f"checkpoint {error.message}", _way_out(path)) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ModelError(
-            f"{path} is no checkpoint of risam train", f"start without {setting('resume')}"
+            f"{path} is not a checkpoint of risam train", f"start without {setting('resume')}"
         )
     try:
         place = Place(**state["place"])
@@ -327,7 +327,7 @@ def _restore(
     except ValueError as error:
         raise ModelError(
             f"the checkpoint's optimizer is that of another version: {error}",
-            "resume with that version, or start anew from its best/ by init_from",
+            "resume with that version, or start over from its best/ by init_from",
         ) from error
     if state.get("scaler"):
         scaler.load_state_dict(state["scaler"])

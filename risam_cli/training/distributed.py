@@ -114,7 +114,7 @@ class LostProcess(RisamError):
     def __init__(self, world: int) -> None:
         super().__init__(
             f"one of the {world} processes of this run has ended or cannot be reached",
-            "look above for what it said, or whether memory was short; then go on with "
+            "see its message above, or whether memory ran out; then continue with "
             + setting("resume"),
         )
 

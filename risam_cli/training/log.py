@@ -97,7 +97,7 @@ class TrainingLog:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
             raise OutputError(
-                f"cannot write {self.path}: {error.strerror}", "see space and rights"
+                f"cannot write {self.path}: {error.strerror}", "check disk space and permissions"
             ) from error
         for key, value in figures.items():
             self._tell_board("add_scalar", f"{name}/{kind}/{key}", value, place.step)

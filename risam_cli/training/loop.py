@@ -91,7 +91,7 @@ def _train(
     if any(processes.gather(holds_weights(folder))) and not (resume or overwrite):
         raise OutputError(
             f"{folder} holds a training run",
-            f"go on with {setting('resume')}",
+            f"continue with {setting('resume')}",
             f"replace it with {setting('overwrite')}",
             f"give another folder by {setting('output', 'OTHER')}",
         )
@@ -118,7 +118,7 @@ def _train(
             write_atomic(folder / RESOLVED, lambda part: part.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise OutputError(
-            f"cannot write {folder}: {error.strerror}", "see space and rights"
+            f"cannot write {folder}: {error.strerror}", "check disk space and permissions"
         ) from error
     with _page_at_the_end(run, command, kept), closing(builder):
         run.run()
@@ -129,7 +129,6 @@ def _train(
     _warn_of_one_answer(settings, best)
     console.info(f"done: best {settings.best_by} {run.place.best:.4f}; the model is in {best}")
     console.info(f"curves and pictures: {folder / PAGE}")
-    console.info(f'use it: risam predict IMAGES -e "EXPRESSION" --model {best} -o masks')
     return best
 
 
@@ -144,7 +143,7 @@ def _alone(folder: Path, processes: Processes) -> Iterator[None]:
         lock = FolderLock(folder)
     except OSError as error:
         raise OutputError(
-            f"cannot write {folder}: {error.strerror}", "see space and rights"
+            f"cannot write {folder}: {error.strerror}", "check disk space and permissions"
         ) from error
     try:
         yield
@@ -247,7 +246,7 @@ def check_paths(settings: TrainSettings) -> None:
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, beside, n=1)
         hint = f"did you mean {str(path.with_name(near[0]))!r}?" if near else "give its path"
-        raise ConfigError(f"{key} = {str(path)!r}: nothing is there", hint)
+        raise ConfigError(f"{key} = {str(path)!r}: no such file or folder", hint)
 
 
 def _paths(settings: TrainSettings) -> Iterator[tuple[str, Path]]:
@@ -322,7 +321,7 @@ class TrainingRun:
             raise ConfigError(
                 f"stage {stage.settings.name!r}: images_per_step {stage.settings.images_per_step} "
                 f"is less than the {self.processes.world} processes",
-                "start fewer, or take more images",
+                "start fewer, or use more images",
             )
         if self.state is not None and self.place.step == 0:
             self.untrained.load(self.state["model"], self.state["untrained"])
@@ -566,7 +565,7 @@ class TrainingRun:
     def _interrupted(self) -> Interrupted:
         return Interrupted(
             f"interrupted after step {self.place.step}; {self.checkpoints.last} holds it",
-            f"go on with {setting('resume')}",
+            f"continue with {setting('resume')}",
         )
 
     def _save(

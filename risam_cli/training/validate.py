@@ -186,7 +186,7 @@ class Validation:
         if not values:
             raise ConfigError(
                 f"{key} is {figure!r}, but no validation set has such expressions",
-                "take another figure, or another validation set",
+                "use another figure, or another validation set",
             )
         return sum(values) / len(values)
 

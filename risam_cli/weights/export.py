@@ -29,9 +29,7 @@ def export_model(source: str | Path | None, output: Path, *, merged: bool) -> No
     from risam_cli.weights.load import load_model
 
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise OutputError(
-            f"{output} is there already", f"give another folder by {setting('output')}"
-        )
+        raise OutputError(f"{output} already exists", f"give another folder by {setting('output')}")
     folder = model_folders.find_model(source)
     loaded = load_model(folder, device=torch.device("cpu"), keep_lora=not merged)
     stored = model_folders.read_model_folder(folder)

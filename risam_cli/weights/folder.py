@@ -108,27 +108,29 @@ def read_model_folder(folder: Path) -> StoredModel:
         )
     for name in NEEDED_FILES:
         if not (folder / name).is_file():
-            raise ModelError(f"model folder {folder} lacks {name}", "take the folder anew")
+            raise ModelError(f"model folder {folder} lacks {name}", "download the folder again")
     try:
         config = _read_json(folder / CONFIG_FILE)
         tokenizer = read_text(folder / TOKENIZER_FILE, _LONGEST_TOKENIZER)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{folder / TOKENIZER_FILE} cannot be read: {error}", "take it anew"
+            f"{folder / TOKENIZER_FILE} cannot be read: {error}", "download it again"
         ) from error
     formats = (FORMAT, FORMAT_WITH_NEEDS)
     if not isinstance(config, dict) or config.get("format") not in formats:
         found = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise ModelError(
             f"{folder / CONFIG_FILE} has format {found!r}, this version reads 1 and 2",
-            "take a matching version of risam",
+            "use a matching version of risam",
         )
     for key in ("model", "text"):
         if not isinstance(config.get(key), dict):
-            raise ModelError(f"{folder / CONFIG_FILE} has no section {key!r}", "take it anew")
+            raise ModelError(f"{folder / CONFIG_FILE} has no section {key!r}", "download it again")
     needs = config.get("needs", [])
     if not isinstance(needs, list):
-        raise ModelError(f"{folder / CONFIG_FILE}: its section 'needs' is damaged", "take it anew")
+        raise ModelError(
+            f"{folder / CONFIG_FILE}: its section 'needs' is damaged", "download it again"
+        )
     return StoredModel(
         folder, config["model"], config["text"], tokenizer, hash_folder(folder), tuple(needs)
     )
@@ -171,9 +173,9 @@ def _read_json(path: Path) -> Any:
                 for inner in (outer.values() if isinstance(outer, dict) else outer)
             ]
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", "take it anew") from error
+        raise ModelError(f"{path} cannot be read: {error}", "download it again") from error
     if level:
-        raise ModelError(f"{path} is nested more than {_DEEPEST} deep", "take it anew")
+        raise ModelError(f"{path} is nested more than {_DEEPEST} deep", "download it again")
     return value
 
 
@@ -208,14 +210,14 @@ def load_weights(
             raise ModelError(
                 f"{stored.folder / WEIGHTS_FILE} {problem} {len(names)} tensors, "
                 f"first {names[0]!r}",
-                "its config.json belongs to other weights; take the folder anew",
+                "its config.json belongs to other weights; download the folder again",
             )
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape:
             raise ModelError(
                 f"{stored.folder / WEIGHTS_FILE}: {name} is {tuple(tensor.shape)}, its config.json "
                 f"says {tuple(own[name].shape)}",
-                "take the folder anew",
+                "download the folder again",
             )
     model.load_state_dict(weights, strict=False)  # The names were compared above.
 
@@ -232,7 +234,7 @@ def count_weights(path: Path) -> tuple[int, int]:
         with safe_open(path, framework="numpy") as file:
             shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path} is damaged: {error}", "take the folder anew") from error
+        raise ModelError(f"{path} is damaged: {error}", "download the folder again") from error
     return sum(math.prod(shape) for shape in shapes), len(shapes)
 
 
@@ -248,7 +250,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} is damaged: {error}", "take the folder anew") from error
+        raise ModelError(f"{path} is damaged: {error}", "download the folder again") from error
     return tensors
 
 
@@ -299,7 +301,9 @@ def write_model_folder(
             shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by its own
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise OutputError(f"cannot write {folder}: {reason}", "see space and rights") from error
+        raise OutputError(
+            f"cannot write {folder}: {reason}", "check disk space and permissions"
+        ) from error
 
 
 def inspect_model_folder(folder: Path) -> dict[str, Any]:
@@ -321,7 +325,9 @@ def inspect_model_folder(folder: Path) -> dict[str, Any]:
                 part = name.split(".")[0]
                 parts[part] = parts.get(part, 0) + count
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{folder / WEIGHTS_FILE} is damaged: {error}", "take it anew") from error
+        raise ModelError(
+            f"{folder / WEIGHTS_FILE} is damaged: {error}", "download it again"
+        ) from error
     card = _read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
     return {
         "path": str(folder),

@@ -78,7 +78,7 @@ def parse_needed(raw: Any, where: str) -> tuple[Needed, ...]:
     except TypeError:
         fits = False
     if not fits:
-        raise ModelError(f"{where}: its section 'needs' is damaged", "take the folder anew")
+        raise ModelError(f"{where}: its section 'needs' is damaged", "download the folder again")
     return found
 
 
@@ -146,7 +146,8 @@ def fill(model: Risam, needed: Needed, folder: Path) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{place} does not fit the text encoder of {folder}: {reason}", "take the folder anew"
+            f"{place} does not fit the text encoder of {folder}: {reason}",
+            "download the folder again",
         ) from error
 
 

@@ -134,7 +134,7 @@ def _load_lora(
     if (settings.lora is None) != (not side):
         raise ModelError(
             f"{where} holds {len(side)} LoRA weights, its config.json says otherwise",
-            "take the folder anew",
+            "download the folder again",
         )
     if settings.lora is None:
         return
@@ -144,7 +144,9 @@ def _load_lora(
     add_lora(model.text_encoder.backbone, str(stored.text_config.get("model_type")), settings)
     own = {name: tensor for name, tensor in model.state_dict().items() if lora.is_lora(name)}
     if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in side.items()}:
-        raise ModelError(f"{where}: its LoRA weights fit no other layers", "take the folder anew")
+        raise ModelError(
+            f"{where}: its LoRA weights fit no other layers", "download the folder again"
+        )
     model.load_state_dict(dict(side), strict=False)
 
 

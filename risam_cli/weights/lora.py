@@ -57,7 +57,7 @@ def add_lora(
             ends = sorted({name.rpartition(".")[2] for name in linear})
             raise ConfigError(
                 f"text_encoder.lora.targets: no linear layer of the {kind} is named {target!r}",
-                f"take some of {', '.join(ends)}",
+                f"use some of {', '.join(ends)}",
             )
     scaled: Any = alpha  # peft only divides by it, and calls it whole
     settings = LoraConfig(
@@ -115,6 +115,6 @@ def merge_lora(model: nn.Module, side: Mapping[str, Tensor], scale: float, where
         if not fits or weight is None or down is None or up is None:
             raise ModelError(
                 f"{where}: the LoRA weights of {base!r} are not whole or fit no layer",
-                "take the folder anew",
+                "download the folder again",
             )
         weight += scale * (up.float() @ down.float())

@@ -39,7 +39,7 @@ def require_plausible(
             asked = f"{float(min(needed, 10**300)):.3g}"
             raise ModelError(
                 f"{where}: {what} asks for {asked} weights, its files hold {elements}",
-                "take the folder anew from where it was made",
+                "download the folder again",
             )
     counts = {
         "image_encoder.depth": settings.image_encoder.depth,
@@ -51,13 +51,13 @@ def require_plausible(
         if count > tensors:
             raise ModelError(
                 f"{where}: {what} is {count}, its files hold {tensors} tensors",
-                "take the folder anew from where it was made",
+                "download the folder again",
             )
     grid = settings.image_encoder.image_size // settings.image_encoder.patch_size
     if settings.image_encoder.window > max(grid, _MOST_WINDOW):
         raise ModelError(
             f"{where}: image_encoder.window is {settings.image_encoder.window}, its grid {grid}",
-            "take the folder anew from where it was made",
+            "download the folder again",
         )
 
 

@@ -162,12 +162,14 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"{path} is no index of weights: {error!r}", "take it anew") from error
+            raise ModelError(
+                f"{path} is not an index of weights: {error!r}", "download it again"
+            ) from error
         for shard in shards:
             if not isinstance(shard, str) or Path(shard).name != shard:
                 raise ModelError(f"{path} names a file outside its folder: {shard!r}", "mend it")
             if not (folder / shard).is_file():
-                raise ModelError(f"{path} names {shard!r}, which is not there", "take it anew")
+                raise ModelError(f"{path} names {shard!r}, which is not there", "download it again")
         return [folder / shard for shard in sorted(shards)]
     raise ModelError(f"folder {folder} holds none of {', '.join(_FOLDER_FILES)}", _WANTED)
 
@@ -180,7 +182,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     # Mapped, so that a ViT-H's 2.6 GB need not be in memory twice.
     held: Any = load_plain(path, mapped=True)
     if not isinstance(held, dict) or not all(isinstance(v, Tensor) for v in held.values()):
-        raise ModelError(f"{path} is no plain table of weights by name", _WANTED)
+        raise ModelError(f"{path} is not a plain table of weights by name", _WANTED)
     return {str(name): tensor for name, tensor in held.items()}
 
 

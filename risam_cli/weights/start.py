@@ -209,7 +209,7 @@ def _tensors(source: str) -> Mapping[str, Tensor]:
             if not isinstance(model, dict) or not all(
                 isinstance(value, Tensor) for value in model.values()
             ):
-                raise ModelError(f"{path} is no checkpoint of risam train", "give its last.pt")
+                raise ModelError(f"{path} is not a checkpoint of risam train", "give its last.pt")
             return model
         folder = model_folders.find_model(source)
         if model_folders.read_model_folder(folder).needs:

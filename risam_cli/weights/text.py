@@ -73,7 +73,7 @@ def pretrained_text(source: str, max_tokens: int) -> Parts:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             config = config.text_config if config.model_type == "clip" else config
             if config.is_encoder_decoder:
-                raise ValueError(f"a {config.model_type} is no encoder of its own")
+                raise ValueError(f"a {config.model_type} is not an encoder of its own")
             kind: Any = {"clip_text_model": CLIPTextModel, "bert": BertModel}.get(
                 config.model_type, AutoModel
             )
@@ -169,7 +169,7 @@ def text_from_folder(stored: StoredModel, max_tokens: int) -> Parts:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"{stored.folder}: text encoder cannot be built: {reason}",
-            "take the folder anew from where it was made",
+            "download the folder again",
         ) from error
     limit = min(max_tokens, int(config.max_position_embeddings))
     return backbone, config, TextTokenizer(tokenizer, limit, int(config.pad_token_id or 0))

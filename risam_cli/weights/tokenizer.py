@@ -41,7 +41,7 @@ def panics_told() -> Iterator[None]:
         reason = " ".join(str(error).split())[:160]
         raise ModelError(
             f"the model's tokenizer.json does not work on an expression: {reason}",
-            "take the model folder anew from where it was made",
+            "download the model folder again",
         ) from None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from risam_cli.errors import ModelError
 
-_FIX = "take the file anew from where it was made"
+_FIX = "download the file again"
 
 
 def load_plain(path: Path, *, mapped: bool = False) -> Any:
@@ -29,7 +29,7 @@ def load_plain(path: Path, *, mapped: bool = False) -> Any:
         ModelError: it cannot be read, holds code, or stands for more than it holds.
     """
     if not path.is_file():
-        raise ModelError(f"{path} is no file", _FIX)
+        raise ModelError(f"{path} is not a file", _FIX)
     try:
         zipped = zipfile.is_zipfile(path)
         if zipped:
@@ -44,7 +44,7 @@ def load_plain(path: Path, *, mapped: bool = False) -> Any:
     for tensor in tensors:
         if not _is_plain(tensor):
             raise ModelError(
-                f"{path} holds a tensor {tuple(tensor.shape)} that is no plain block of values",
+                f"{path} holds a tensor {tuple(tensor.shape)} that is not a plain block of values",
                 _FIX,
             )
     return held

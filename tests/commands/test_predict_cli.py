@@ -148,7 +148,7 @@ def test_a_folder_with_a_run_is_refused_resumed_or_begun_anew(
     assert predict(tiny_images, "-e", "x", "--limit", "2") == 0
     first = Path("out/predictions.jsonl").read_bytes()
     assert predict(tiny_images, "-e", "x") == 1
-    assert "holds another run; go on with it by --resume" in capfd.readouterr().err
+    assert "holds another run; continue it with --resume" in capfd.readouterr().err
     assert Path("out/predictions.jsonl").read_bytes() == first
     assert predict(tiny_images, "-e", "x", "--resume", "--jsonl", "-") == 0
     assert capfd.readouterr().out == Path("out/predictions.jsonl").read_text()
@@ -337,7 +337,7 @@ def bad_images(folder: Path) -> dict[str, str]:
         "bad_cut.jpg": "cut short",
         "bad_noise.png": "not an image",
         "bad_link.jpg": "no such file",
-        "bad_pipe.jpg": "no regular file",
+        "bad_pipe.jpg": "not a regular file",
         "bad_huge.png": "200000000 pixels are more than 178956970",
     }
 

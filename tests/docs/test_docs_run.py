@@ -38,7 +38,7 @@ def _page(path: Path) -> str:
 
 
 def test_every_block_says_what_it_is() -> None:
-    """So none is passed over: a known language, known tags, a reason where there must be one."""
+    """So none is skipped: a known language, known tags, a reason where there must be one."""
     wrong = [
         f"{block.name}: {why}"
         for block in BLOCKS

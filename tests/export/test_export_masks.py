@@ -196,7 +196,7 @@ def test_losses_are_told(tmp_path, capsys):
         (["cvat", "--shapes", "mask", "--simplify", "1"], "--shapes mask is exact"),
         (["coco", "--one-class", "a", "--category-map", "b"], "contradict"),
         (["coco", "--min-score", "nan"], "0 to 1"),
-        (["yolo", "--simplify", "-1"], "no distance"),
+        (["yolo", "--simplify", "-1"], "not a distance"),
         (["word"], "'word'"),
     ],
 )
@@ -313,7 +313,7 @@ def test_a_bad_record_fails_alone(tmp_path, what):
         ("gone.jsonl", None, "No such file"),
         ("empty.jsonl", "", "holds no record"),
         ("bad.jsonl", "{\n[\n", "holds no record that can be read"),
-        ("dict.json", "{}", "no COCO results file"),
+        ("dict.json", "{}", "not a COCO results file"),
         ("cut.json", '[{"image_id": 1, "category_id": 2', "damaged at character"),
         ("list.json", "[1, 2]", "result 0 is 1"),
         ("none.csv", "image,words\na,b\n", "has no column expression, mask"),
@@ -463,7 +463,7 @@ def test_a_spool_is_gone_after_use(tmp_path):
         folder.publish("all.txt", ["[", rows, "]"])
     assert (tmp_path / "x" / "all.txt").read_text() == "[a, b]"
     assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["all.txt", "export.json"]
-    with pytest.raises(OutputError, match="cut off"):
+    with pytest.raises(OutputError, match="interrupted export"):
         ExportFolder(tmp_path / "x", "coco", (), overwrite=False)
     (tmp_path / "x" / "export.json").unlink()
     with pytest.raises(OutputError, match="not empty"):

@@ -97,7 +97,7 @@ def test_a_cut_export_is_told_from_a_folder_of_something_else(
         with pytest.raises(Killed):
             export(source, "png", out)
     assert export(source, "png", out) == 1
-    assert "an export that was cut off; start it anew with --overwrite" in capsys.readouterr().err
+    assert "an interrupted export; start over with --overwrite" in capsys.readouterr().err
 
 
 def test_a_second_export_into_the_folder_is_refused(

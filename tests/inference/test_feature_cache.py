@@ -164,7 +164,7 @@ def test_damage_is_made_anew_and_changes_nothing(
     assert encoded == [1]
     assert said(first) == said(second)
     told = capsys.readouterr().err
-    assert f"{one} is damaged (its checksum is wrong); it is made anew" in told
+    assert f"{one} is damaged (its checksum is wrong); it is made again" in told
     assert "3 read, 1 added" in told
     assert "1 were damaged" in told
     assert one.read_bytes() != data
@@ -321,4 +321,4 @@ def test_a_limit_that_is_no_size_is_wrong_usage(
 ) -> None:
     asked = ("predict", "x.png", "-e", "a", "-o", tmp_path / "o", "--feature-cache", tmp_path / "c")
     assert run(*asked, "--feature-cache-limit", size) == 2
-    assert "is no size; write it as 50GB" in capfd.readouterr().err
+    assert "is not a size; write it as 50GB" in capfd.readouterr().err

@@ -250,7 +250,7 @@ def test_out_of_memory_side_by_side_is_none_alone(
     results = predict(asked, FakeModel(FakeNetwork(before_encode=check)), cores=2)
     assert not any(result.failures for result in results)
     assert told(results) == told(predict(asked, cores=1))
-    assert "2 images side by side; going on with 1" in capsys.readouterr().err
+    assert "2 images side by side; continuing with 1" in capsys.readouterr().err
 
 
 # --- failures -------------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ def test_out_of_memory_halves_the_batch_and_remembers(
     encoded = len(network.encoded)
     assert outcome(list(running.run(work))) == wanted
     assert network.encoded[encoded:] == [3, 3, 1]  # at once with what had fitted
-    assert "going on with 3" in capsys.readouterr().err
+    assert "continuing with 3" in capsys.readouterr().err
 
 
 def test_out_of_memory_alone_fails_alone(pictures: list[Path]) -> None:

@@ -146,7 +146,7 @@ def test_a_disk_that_takes_no_mask_ends_the_run(
         with pytest.raises(OutputError) as caught:
             Run([pictures], out, saving=ALL).go()
     assert os.strerror(getattr(errno, number)) in str(caught.value)
-    assert str(caught.value).endswith("go on with resume")
+    assert str(caught.value).endswith("continue with resume")
     assert not any(row["stage"] == "write" for row in failures(out))
     assert Run([pictures], out, saving=ALL).go() == 3
     assert contents(out) == contents(whole[1])

@@ -54,8 +54,8 @@ def test_every_hostile_image_costs_a_row_at_most(
         "circle-a.png",
         "circle-b.png",
     }
-    assert "passed over: 3 linked folders" in done.stderr
-    assert "passed over: 2 links that lead out of the folder" in done.stderr
+    assert "skipped: 3 linked folders" in done.stderr
+    assert "skipped: 2 links that lead out of the folder" in done.stderr
     assert _outside(tmp_path, out) == before
     masks = [p.relative_to(out).as_posix() for p in (out / "masks").rglob("*.png")]
     assert len({name.casefold() for name in masks}) == len(records)

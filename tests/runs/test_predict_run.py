@@ -454,7 +454,7 @@ def test_a_disk_that_fills_up_keeps_what_was_done(
         patched.setattr(os, "fsync", fsync)
         with pytest.raises(OutputError, match="No space left on device") as caught:
             Run([pictures], out).go()
-    assert str(caught.value).endswith("go on with resume")
+    assert str(caught.value).endswith("continue with resume")
     assert Run([pictures], out).go() == 3
     assert contents(out) == contents(finished[1])
 

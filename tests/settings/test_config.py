@@ -164,7 +164,7 @@ WRONG: dict[str, tuple[Change, str, str]] = {
     ),
     "unknown preset": (
         lambda r: r.update(model={"preset": "vit_x"}),
-        "preset 'vit_x' is unknown; take one of vit_b, vit_l, vit_h, tiny",
+        "preset 'vit_x' is unknown; use one of vit_b, vit_l, vit_h, tiny",
         "",
     ),
     "two text encoders": (

@@ -79,7 +79,7 @@ def test_sigterm_ends_after_the_step_with_a_checkpoint(
     assert (stopped["codes"], resumed["codes"]) == ([130], [0])
     last = stopped["stderr"][0].splitlines()[-1]
     assert last.startswith("error: interrupted after step ")
-    assert last.endswith("go on with --resume")
+    assert last.endswith("continue with --resume")
     # The checkpoint is of the very step, so that nothing is done again.
     step = int(last.split("after step ")[1].split(";")[0])
     assert f"resuming at stage 2, step {step}" in resumed["stderr"][0]
@@ -112,7 +112,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     assert (full["codes"], resumed["codes"]) == ([1], [0])
     last = full["stderr"][0].splitlines()[-1]
     assert last.startswith(f"error: cannot write {stage_end}: ")
-    assert last.endswith("see space and rights")
+    assert last.endswith("check disk space and permissions")
     assert "Traceback" not in full["stderr"][0]
     assert "resuming at stage " in resumed["stderr"][0]
     assert_same_run(jobs.folder / "full", jobs.folder / "unbroken")

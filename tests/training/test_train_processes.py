@@ -93,7 +93,7 @@ def test_a_process_that_dies_ends_the_others_with_one_line(
     assert bereft["codes"] == [1, -9]
     last = bereft["stderr"][0].splitlines()[-1]
     assert last.startswith("error: one of the 2 processes of this run has ended")
-    assert last.endswith("then go on with --resume")
+    assert last.endswith("then continue with --resume")
     assert "Traceback" not in bereft["stderr"][0]
 
 

@@ -103,7 +103,7 @@ def test_a_run_cut_before_its_first_checkpoint_makes_way(tmp_path: Path) -> None
     assert [json.loads(row)["step"] for row in rows if '"train"' in row] == [1, 2, 3]
 
 
-# --- what is there already ------------------------------------------------------------------------
+# --- what already exists ------------------------------------------------------------------------
 
 
 def test_what_was_trained_is_kept_resumed_or_overwritten(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_what_was_trained_is_kept_resumed_or_overwritten(tmp_path: Path) -> None
     first = last_weights(tmp_path / "run")
     with pytest.raises(OutputError, match="holds a training run") as raised:
         run(tmp_path / "run", **QUICK, seed=4)
-    assert "--overwrite" in raised.value.fix
+    assert "overwrite" in raised.value.settings
     chosen = settings(tmp_path / "run", **QUICK, seed=4)
     loop.train(chosen, overwrite=True)
     second = last_weights(tmp_path / "run")

@@ -231,7 +231,7 @@ def test_a_merged_folder_needs_nothing_and_answers_the_same(made: Path, tmp_path
     assert "Needs beside it" not in (whole / "README.md").read_text()
     card = json.loads((whole / "card.json").read_text())
     assert card["merged_from"]["hash"] == model_folders.hash_folder(made / "runs/best")
-    with pytest.raises(OutputError, match="whole is there already"):
+    with pytest.raises(OutputError, match="whole already exists"):
         export_model(made / "runs/best", whole, merged=True)
 
 

@@ -114,7 +114,7 @@ def test_plain_weights_are_read(zipped: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["/dev/zero", ".", "missing", "pipe"])
 def test_only_files_are_read(path: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ModelError, match="is no file"):
+    with pytest.raises(ModelError, match="is not a file"):
         load_plain(Path(path) if path == "/dev/zero" else tmp_path / path)
 
 

@@ -221,7 +221,7 @@ UNFIT: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "nested": (
         _edit(lambda w: (held := dict(w), w.clear(), w.update(model=held))),
-        "no plain table of weights",
+        "not a plain table of weights",
     ),
     "cut": (_bytes(lambda b: b[: len(b) // 2]), "cannot be read as plain weights"),
     "empty": (_bytes(lambda b: b""), "cannot be read"),
@@ -307,8 +307,8 @@ def test_a_path_with_nothing_is_named(tmp_path: Path) -> None:
     [
         ('{"weight_map": {"a": "../../etc/passwd"}}', "names a file outside its folder"),
         ('{"weight_map": {"a": "model-1.safetensors"}}', "which is not there"),
-        ('{"weight_map": [1]}', "no index of weights"),
-        ("[" * 100_000, "no index of weights"),
+        ('{"weight_map": [1]}', "not an index of weights"),
+        ("[" * 100_000, "not an index of weights"),
     ],
 )
 def test_an_index_that_lies_is_refused(tmp_path: Path, index: str, message: str) -> None:

@@ -67,7 +67,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         if stat.S_ISDIR(status.st_mode):
             raise ImageError(f"{path}: is a folder, not an image")
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{path}: is no regular file")
+            raise ImageError(f"{path}: is not a regular file")
         if status.st_size == 0:
             raise ImageError(f"{path}: the file is empty (0 bytes)", "copy or download it again")
         file = open(path, "rb")  # noqa: SIM115 - closed below, outside of this try

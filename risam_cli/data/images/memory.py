@@ -72,7 +72,7 @@ def memory_for_encoder(
     ``sha256`` is that of the scaled pixels and the own size, ``stamp`` is empty.
 
     Raises:
-        ImageError: it is no image, or larger than ``max_pixels``.
+        ImageError: it is not an image, or larger than ``max_pixels``.
     """
     shape = image.size if isinstance(image, Image.Image) else image.shape[:2]
     pixels = math.prod(shape)

@@ -100,7 +100,7 @@ class Inputs:
         exclude: a folder that is not walked into: the output.
         confine: refuse images that a manifest or a stream names outside of where its paths start.
         null_separated: stdin holds paths that end in NUL.
-        skipped: filled while iterating: why files were passed over, and how many.
+        skipped: filled while iterating: why files were skipped, and how many.
     """
 
     arguments: Sequence[str]
@@ -243,7 +243,7 @@ class Inputs:
             own = tuple((phrase.id or None, phrase.text) for phrase in group.phrases)
             asked = own or tuple((None, text) for text in self.expressions)
             if not asked:
-                self.skipped["images that nothing is asked of"] += 1
+                self.skipped["images without an expression"] += 1
                 continue
             wish = _Wish(group.image, group.path, asked, path, group.image, group.size)
             try:
@@ -391,7 +391,7 @@ class Inputs:
 
 
 def read_expressions(path: Path) -> list[str]:
-    """The expressions of a text file, one a line; blank lines are passed over.
+    """The expressions of a text file, one a line; blank lines are skipped.
 
     Raises:
         DataError: it cannot be read.

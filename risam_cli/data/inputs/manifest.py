@@ -128,7 +128,7 @@ def _table(stream: BinaryIO, name: str) -> Table:
 
 def _row_of_object(obj: Any, where: str, short: str) -> Row:
     if not isinstance(obj, Mapping):
-        raise DataError(f"{where}: {brief(obj)} is no object", 'write {"image": …}')
+        raise DataError(f"{where}: {brief(obj)} is not an object", 'write {"image": …}')
     own = _id(obj.get("id"), where)
     image = obj.get("image")
     try:

@@ -101,7 +101,7 @@ def is_image_name(name: str) -> bool:
 
 
 def kind_of_file(name: str) -> str:
-    """What a file that is no image is counted as."""
+    """What a file that is not an image is counted as."""
     suffix = os.path.splitext(name)[1].lower()
     return (
         f"{suffix} files" if suffix and len(suffix) <= _LONGEST_SUFFIX else "files of other kinds"

@@ -121,7 +121,7 @@ def _of_split(
 def _listed(record: Any, where: str) -> _Spoken:
     """An expression of the top-level list."""
     if not isinstance(record, dict):
-        raise DataError(f"{where} is no object: {brief(record)}")
+        raise DataError(f"{where} is not an object: {brief(record)}")
     text = next((record[k] for k in _TEXT_KEYS if isinstance(record.get(k), str)), None)
     if text is None:
         raise DataError(f"{where} has no text", f"give one of {', '.join(_TEXT_KEYS)}")

@@ -83,7 +83,7 @@ class Instances:
         if annotation is None:
             raise DataError(
                 f"annotation {ann_id!r} does not exist in {self.path}",
-                "check the ids, or take both files from one release",
+                "check the ids, or use both files from one release",
             )
         if ann_id in self.doubled:
             raise DataError(

@@ -45,7 +45,7 @@ def iter_json(path: Path, source: BinaryIO | None = None) -> Iterator[tuple[str,
                     yield "", record
             else:
                 raise DataError(
-                    f"{path} is no annotation file: it begins with {opening!r}",
+                    f"{path} is not an annotation file: it begins with {opening!r}",
                     "a JSON object or list was expected",
                 )
             cursor.finish()
@@ -174,5 +174,5 @@ class _Cursor:
         place = self.dropped + (self.at if position is None else position)
         return DataError(
             f"{self.path} is damaged at character {place}: {reason}",
-            "fetch or write the file again",
+            "download or write the file again",
         )

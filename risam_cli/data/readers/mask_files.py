@@ -38,13 +38,13 @@ def read_mask_file(path: Path, where: str, doubt: Callable[[str], None]) -> Rle:
         doubt: told what was decided where the file can be read in two ways.
 
     Raises:
-        DataError: there is no such file, or it is no image.
+        DataError: there is no such file, or it is not an image.
     """
     try:
         status = os.stat(path)
         # A pipe would be waited on for ever.
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_FILE:
-            size = f"has {status.st_size >> 20} MiB" if status.st_size else "is no regular file"
+            size = f"has {status.st_size >> 20} MiB" if status.st_size else "is not a regular file"
             raise DataError(f"{where}: the mask {path} {size}", "give a PNG, 0 outside the mask")
         data = path.read_bytes()
         # The header first: a few bytes can stand for gigabytes of pixels.
@@ -54,7 +54,7 @@ def read_mask_file(path: Path, where: str, doubt: Callable[[str], None]) -> Rle:
                 image.load()
             except (OSError, ValueError, SyntaxError) as error:
                 raise DataError(
-                    f"{where}: the mask {path} is no image that can be read ({error})",
+                    f"{where}: the mask {path} is not an image that can be read ({error})",
                     "copy or write it again",
                 ) from None
             return masks.encode(_inside(image, doubt))
@@ -62,7 +62,7 @@ def read_mask_file(path: Path, where: str, doubt: Callable[[str], None]) -> Rle:
         raise DataError(f"{where}: the mask {path} is too large: {error}", "cut it up") from None
     except (UnidentifiedImageError, SyntaxError):
         raise DataError(
-            f"{where}: the mask {path} is no image", "give a PNG, 0 outside the mask"
+            f"{where}: the mask {path} is not an image", "give a PNG, 0 outside the mask"
         ) from None
     except (OSError, ValueError) as error:  # ValueError: no name that a file can have
         raise DataError(

@@ -112,14 +112,14 @@ def _tasks(
     for number, (_, task) in enumerate(iter_json(path)):
         where = f"{path}: task {number}"
         if not isinstance(task, dict):
-            raise DataError(f"{where} is no object: {brief(task)}")
+            raise DataError(f"{where} is not an object: {brief(task)}")
         for key in ("task_id", "image_id", "phrase", "Polygons"):
             if key not in task:
                 raise DataError(f"{where} has no {key}")
         if not isinstance(task["image_id"], int) or task["image_id"] not in images:
             raise DataError(
                 f"{where}: image {task['image_id']!r} is not in the image list",
-                "take both files from one release",
+                "use both files from one release",
             )
         if not isinstance(task["phrase"], str) or not isinstance(task["Polygons"], list):
             raise DataError(f"{where} is malformed: {brief(task)}")
@@ -140,7 +140,7 @@ def _ranks(path: Path) -> dict[str, dict[str, int]]:
         if key not in ranks:
             continue
         if not isinstance(pair, list) or not pair or not isinstance(pair[0], str):
-            raise DataError(f"{path}: {brief(pair)} is no pair of a word and its count")
+            raise DataError(f"{path}: {brief(pair)} is not a pair of a word and its count")
         ranks[key].setdefault(pair[0], len(ranks[key]) + 1)
     return ranks
 
@@ -202,7 +202,7 @@ def _points(polygon: Any, where: str) -> list[tuple[int, int]]:
     try:
         points = [(int(x), int(y)) for x, y in polygon]
     except (TypeError, ValueError, OverflowError):
-        raise DataError(f"{where}: a polygon is no list of points: {brief(polygon)}") from None
+        raise DataError(f"{where}: a polygon is not a list of points: {brief(polygon)}") from None
     if any(abs(value) > _FARTHEST for point in points for value in point):
         raise DataError(f"{where}: a polygon's coordinates are out of range")
     return points

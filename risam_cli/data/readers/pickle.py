@@ -27,7 +27,7 @@ _PLAIN_NAMES = """
 _PLAIN = frozenset(_PLAIN_NAMES.split())
 _BY_CODE = {opcode.code: opcode for opcode in pickletools.opcodes}
 _STORES = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
-_FIX = "fetch the file from the benchmark's own source; nothing of it was run"
+_FIX = "download the file from the benchmark's own source; no code in it was run"
 
 
 class _NothingToImport(pickle.Unpickler):
@@ -46,7 +46,7 @@ def load_plain_pickle(path: Path) -> Any:
     Strings of Python 2 are read as Latin-1, as REFER's own loader does.
 
     Raises:
-        DataError: the file cannot be read, is no whole pickle, or holds anything else; in the
+        DataError: the file cannot be read, is not a whole pickle, or holds anything else; in the
             last case before any of it is carried out.
     """
     try:
@@ -57,7 +57,7 @@ def load_plain_pickle(path: Path) -> Any:
     try:
         return _NothingToImport(io.BytesIO(data), encoding="latin1").load()
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} is no readable pickle: {_line(error)}", _FIX) from error
+        raise DataError(f"{path} is not a readable pickle: {_line(error)}", _FIX) from error
     except (IndexError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
         raise DataError(f"{path} is a damaged pickle: {_line(error)}", _FIX) from error
 
@@ -80,7 +80,7 @@ def _scan(data: bytes, path: Path) -> None:
         raise
     except Exception as error:
         # pickletools raises whatever the bad bytes led to: ValueError, struct.error, IndexError …
-        raise DataError(f"{path} is no whole pickle: {_line(error)}", _FIX) from error
+        raise DataError(f"{path} is not a whole pickle: {_line(error)}", _FIX) from error
 
 
 def _instructions(data: bytes) -> Iterator[tuple[str, Any, int]]:

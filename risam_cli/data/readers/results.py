@@ -259,7 +259,7 @@ class Results:
                 number += 1
         if not number:
             raise DataError(
-                f"{self.path} is no COCO results file, nor an array of records",
+                f"{self.path} is not a COCO results file, nor an array of records",
                 "that is a JSON array of objects with a segmentation",
             )
         if table["images"] and self.names is None:
@@ -301,7 +301,7 @@ class Names:
             self.categories[name] = (category["id"], str(category.get("name")))
         if not self.images:
             raise DataError(
-                f"{path} is no COCO file: it lists no images", "it has images and categories"
+                f"{path} is not a COCO file: it lists no images", "it has images and categories"
             )
 
     def complete(self, record: Record, where: str) -> None:

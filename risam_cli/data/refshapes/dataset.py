@@ -88,14 +88,14 @@ class RefShapes:
     ) -> None:
         if family not in (*FAMILIES, "mixed"):
             raise UsageError(
-                f"unknown RefShapes family {family!r}", f"take one of {', '.join(FAMILIES)}, mixed"
+                f"unknown RefShapes family {family!r}", f"use one of {', '.join(FAMILIES)}, mixed"
             )
         if split not in SPLIT_SCENES:
             raise UsageError(
-                f"unknown RefShapes split {split!r}", f"take one of {', '.join(SPLIT_SCENES)}"
+                f"unknown RefShapes split {split!r}", f"use one of {', '.join(SPLIT_SCENES)}"
             )
         if variety not in ("plain", "wide"):
-            raise UsageError(f"unknown RefShapes variety {variety!r}", "take plain or wide")
+            raise UsageError(f"unknown RefShapes variety {variety!r}", "use plain or wide")
         for name, value, least in (
             ("scenes", scenes, 1),
             ("expressions_per_scene", expressions_per_scene, 1),
@@ -103,7 +103,7 @@ class RefShapes:
             ("seed", seed, 0),
         ):
             if value is not None and value < least:
-                raise UsageError(f"{name} is {value}", f"take at least {least}")
+                raise UsageError(f"{name} is {value}", f"use at least {least}")
         if mix is not None and (family != "mixed" or not mix or min(mix.values()) <= 0):
             raise UsageError(
                 f"mix is {dict(mix)} for family {family!r}",
@@ -112,7 +112,7 @@ class RefShapes:
         if unknown := sorted(set(mix or ()) - set(FAMILIES)):
             raise UsageError(
                 f"unknown RefShapes family {unknown[0]!r} in mix",
-                f"take some of {', '.join(FAMILIES)}",
+                f"use some of {', '.join(FAMILIES)}",
             )
         self.mix = dict(mix) if mix is not None else None
         self.family = family

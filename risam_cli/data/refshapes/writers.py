@@ -76,18 +76,18 @@ class Plan:
             raise UsageError(
                 f"{setting('format', 'refer')} has one object for each phrase, grefshapes has "
                 "several or none",
-                f"take {setting('format', 'own')}, grefcoco or coco",
+                f"use {setting('format', 'own')}, grefcoco or coco",
             )
         if self.written_as == "refer" and "testC" in self.splits:
             raise UsageError(
                 f"{setting('format', 'refer')} has one object for each phrase, testC has phrases "
                 "of none",
-                f"take {setting('format', 'grefcoco')} or coco",
+                f"use {setting('format', 'grefcoco')} or coco",
             )
         if self.written_as == "phrasecut" and self.image_format != "jpg":
             raise UsageError(
                 f"{setting('format', 'phrasecut')} names images ID.jpg, not {self.image_format}",
-                f"take {setting('image_format', 'jpg')}",
+                f"use {setting('image_format', 'jpg')}",
             )
         if self.written_as == "phrasecut" and self.polygons:
             raise UsageError("PhraseCut's format has polygons of its own", "leave polygons out")
@@ -97,7 +97,7 @@ class Plan:
         )
         for name, value, most in limits:
             if value is not None and value > most:
-                raise UsageError(f"--{name} {value} is too many", f"take at most {most}")
+                raise UsageError(f"{setting(name, value)} is too many", f"use at most {most}")
         self.sets()
 
     @property
@@ -145,7 +145,7 @@ def write_family(
 
     Args:
         output: the folder above; made where it is missing.
-        overwrite: replace a folder that is there already.
+        overwrite: replace a folder that already exists.
         on_scene: called after every scene.
 
     Returns:
@@ -153,7 +153,7 @@ def write_family(
         no_target, several and left_out (PhraseCut has none without a target).
 
     Raises:
-        OutputError: the folder is there already, or cannot be written.
+        OutputError: the folder already exists, or cannot be written.
     """
     folder = output / plan.folder
     with _staged(folder, output / plan.images, overwrite) as stage:
@@ -281,7 +281,7 @@ def _staged(folder: Path, images: Path, overwrite: bool) -> Iterator[Path]:
     """
     if folder.exists() and not overwrite:
         raise OutputError(
-            f"{folder} is there already",
+            f"{folder} already exists",
             f"choose another {setting('output')} or give {setting('overwrite')}",
         )
     stage = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

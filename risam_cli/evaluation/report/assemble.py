@@ -116,7 +116,7 @@ def write_whole(path: Path, content: str) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OutputError(
-            f"cannot write {path}: {error.strerror or error}", "see space and rights"
+            f"cannot write {path}: {error.strerror or error}", "check disk space and permissions"
         ) from error
 
 

@@ -57,7 +57,7 @@ def read_other(path: Path) -> Other:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DataError(
-            f"{report_file} is no report of this version: {place}: {first['msg']}",
+            f"{report_file} is not a report of this version: {place}: {first['msg']}",
             "write it again with this version of risam eval",
         ) from error
     if not rows.is_file():

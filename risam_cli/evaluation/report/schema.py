@@ -1,6 +1,6 @@
 """The shape of ``report.json``, version 1. ``docs/eval.md`` explains it field by field.
 
-A change that a reader of older reports could stumble over raises ``SCHEMA_VERSION``; new fields
+A change that breaks readers of older reports raises ``SCHEMA_VERSION``; new fields
 with a default do not.
 """
 

@@ -90,7 +90,7 @@ WRITERS: dict[str, Callable[[SideBySide], str]] = {
     "csv": to_csv,
     "latex": to_latex,
 }
-"""By the names of ``--to``."""
+"""By the names that the setting ``to`` takes."""
 
 
 def _title(table: SideBySide) -> str:

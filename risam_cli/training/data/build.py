@@ -215,7 +215,7 @@ class DataBuilder:
             "expressions: they are in a validation or test split of a member or of this run"
         )
         if not kept.order:
-            raise ConfigError(f"{key}: every image is held out somewhere", "take it out of the mix")
+            raise ConfigError(f"{key}: every image is held out somewhere", "remove it from the mix")
         return self._samples(key, member, kept, self._augmentation())
 
     def _validation_keys(self) -> set[str]:

@@ -1,7 +1,7 @@
 """Training examples: one image with all its expressions, as small arrays for the workers' pipe.
 
 A data set of N items takes any index from 0: index ``epoch * N + item`` asks for an item as that
-epoch has it, so that what is drawn anew each epoch follows from the index alone.
+epoch has it, so that what is drawn again each epoch follows from the index alone.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ def _picture(sample: Sample, pseudo_weight: float) -> Picture:
     if chosen and chosen[0].shape != image.shape[:2]:
         raise DataError(
             f"{sample.path} is {image.shape[:2]} (H, W), its masks are {chosen[0].shape}",
-            "mend height and width in the annotations",
+            "fix height and width in the annotations",
         )
     weights = tuple(pseudo_weight if is_pseudo(e) else 1.0 for e in sample.expressions)
     return Picture(image, chosen, tuple(e.text for e in sample.expressions), weights=weights)

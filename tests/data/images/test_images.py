@@ -276,7 +276,7 @@ def test_what_is_no_file_says_so(tmp_path: Path) -> None:
     cases = {
         tmp_path / "none.jpg": "no such file",
         tmp_path: "is a folder",
-        tmp_path / "pipe.jpg": "no regular file",
+        tmp_path / "pipe.jpg": "not a regular file",
         Path("a\0b.jpg"): "not a path",
         tmp_path / ("x" * 300 + ".jpg"): "name too long",
     }

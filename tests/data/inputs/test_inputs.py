@@ -179,8 +179,8 @@ def test_the_expressions_given_are_for_those_that_bring_none(tmp_path: Path) -> 
 BAD_LINES = [
     ("{", "not JSON"),
     ("just words", "not JSON"),
-    ("[1, 2]", "no object"),
-    ('"text"', "no object"),
+    ("[1, 2]", "not an object"),
+    ('"text"', "not an object"),
     ('{"expression": "x"}', "lacks 'image'"),
     ('{"image": "", "expression": "x"}', "has the image ''"),
     ('{"image": 5, "expression": "x"}', "has the image 5"),
@@ -326,7 +326,7 @@ def test_coco_files(tmp_path: Path) -> None:
     assert asked(found) == [("11", "x"), ("12", "y")]
     assert "lies outside" in wrong(found)[0]
     assert found[1].failures[0].id == "13"
-    assert inputs.skipped == {"images that nothing is asked of": 1}
+    assert inputs.skipped == {"images without an expression": 1}
     assert found[0].sample.size == (4, 6)
     assert ("b.jpg#0", "mine") in asked(entries(path, e=["mine"]))
 

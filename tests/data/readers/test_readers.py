@@ -278,10 +278,10 @@ def test_phrasecut_wrong_split_and_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("polygons", "complaint"),
     [
-        ([[["a", "b"]]], "no list of points"),
+        ([[["a", "b"]]], "not a list of points"),
         ([[[[1e30, 2], [3, 4]]]], "out of range"),
-        ([[[[float("inf"), 2], [3, 4]]]], "no list of points"),
-        ([5], "no list of points"),
+        ([[[[float("inf"), 2], [3, 4]]]], "not a list of points"),
+        ([5], "not a list of points"),
     ],
 )
 def test_phrasecut_nonsense_polygons_fail_their_phrase(
@@ -365,7 +365,7 @@ def test_doubled_ids_are_told_apart(tmp_path: Path) -> None:
     [
         ({"images": []}, "lists no images"),
         ({"images": [{"file_name": "x"}]}, "has no id"),
-        ({"expressions": [3]}, r"expressions\[0\] is no object"),
+        ({"expressions": [3]}, r"expressions\[0\] is not an object"),
         ({"expressions": [{"image_id": 11, "ann_ids": []}]}, "has no text"),
         ({"expressions": [{"image_id": 99, "text": "a"}]}, "image 99 is not among"),
         ({"expressions": [{"image_id": 11, "text": "a", "ann_ids": "1,2"}]}, "1,2"),

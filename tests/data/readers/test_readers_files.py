@@ -197,7 +197,7 @@ def test_json_cut_at_every_place_is_said_so(tmp_path: Path) -> None:
         ("3", "begins with '3'"),
         ('{"a": nope}', "expecting value"),
         ("[" * 100_000, "nests too deeply"),
-        ("\ufffe", "no annotation file"),
+        ("\ufffe", "not an annotation file"),
     ],
 )
 def test_odd_json_is_named(tmp_path: Path, text: str, complaint: str) -> None:

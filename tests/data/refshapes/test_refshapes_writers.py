@@ -217,7 +217,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
     write_family(Plan("refshapes", ("val",), scenes=1), tmp_path)
     before = (tmp_path / "refcoco" / "instances.json").read_bytes()
-    with pytest.raises(OutputError, match="there already"):
+    with pytest.raises(OutputError, match="already exists"):
         write_family(Plan("refshapes", ("val",), scenes=2), tmp_path)
     with pytest.raises(KeyboardInterrupt):
         write_family(Plan("refshapes", ("val",), scenes=2), tmp_path, overwrite=True, on_scene=stop)
