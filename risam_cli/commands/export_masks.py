@@ -116,7 +116,9 @@ def _unit(ctx: click.Context, param: click.Parameter, value: float) -> float:
     metavar="PIXELS",
     help="cutout: margin around the mask.",
 )
-@click.option("--copy-images", is_flag=True, help="yolo, labelme, cvat: copy the images along.")
+@click.option(
+    "--copy-images", is_flag=True, help="coco, yolo, labelme, cvat: copy the images along."
+)
 @click.option(
     "--max-pixels",
     type=click.IntRange(min=1),

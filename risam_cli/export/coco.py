@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from risam_cli.export.format import Context, Labeled, LabeledImage, read_back
+from risam_cli.export.format import Context, Labeled, LabeledImage, copy_image, read_back
 from risam_cli.masks.outlines import EDGE
 from risam_cli.types import Prediction
 
@@ -57,7 +57,9 @@ class _Coco:
             return image.entry["id"]
         image_id = image.index + 1
         height, width = image.size
-        row = {"id": image_id, "file_name": image.image, "height": height, "width": width}
+        copy_image(self.context, image, "images")
+        name = image.target if self.context.copy_images else image.image
+        row = {"id": image_id, "file_name": name, "height": height, "width": width}
         self._images.add(_dump(row), between=",\n")
         return image_id
 

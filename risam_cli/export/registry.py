@@ -39,8 +39,8 @@ def formats() -> dict[str, FormatInfo]:
     outline = frozenset({"simplify", "holes", "vertices"})
     shapes = outline | {"shapes"}
     return {
-        "coco": FormatInfo(coco.CocoMasks, ("instances.json", "results.json")),
-        "coco-polygons": FormatInfo(coco.CocoPolygons, ("instances.json",), outline),
+        "coco": FormatInfo(coco.CocoMasks, ("instances.json", "results.json"), copies=True),
+        "coco-polygons": FormatInfo(coco.CocoPolygons, ("instances.json",), outline, copies=True),
         "yolo": FormatInfo(
             yolo.Yolo,
             ("labels", "images", "data.yaml", "mapping.jsonl"),
@@ -76,9 +76,10 @@ def check_options(
                 f"it goes with {', '.join(users)}",
             )
     if copy_images and not info.copies:
+        users = [other for other, one in formats().items() if one.copies]
         raise UsageError(
             f"{setting('copy_images')} means nothing to {setting('to', kind)}",
-            "it goes with yolo, labelme, cvat",
+            f"it goes with {', '.join(users)}",
         )
     if settings.shapes == "mask" and (settings.simplify or settings.vertices):
         raise UsageError(

@@ -105,8 +105,10 @@ def run_export(
         ExitStack() as stack,
     ):
         begin(len(source))
+        copies = request.copy_images and "images" not in info.owns
+        owns = (*info.owns, *(["images"] if copies else []))
         folder = stack.enter_context(
-            ExportFolder(request.output, request.kind, info.owns, overwrite=request.overwrite)
+            ExportFolder(request.output, request.kind, owns, overwrite=request.overwrite)
         )
         given = source.names.categories if source.names is not None else None
         tally, categories = ExportCounts(), Categories(request.naming, given)

@@ -71,6 +71,10 @@ def _small(path: Path, made: Path, output: Path) -> dict[str, Any]:
         for one in data.get("members", {"": data}).values():
             if one["dataset"] == "refshapes":
                 one["scenes"] = 2
+            elif one["dataset"] == "coco":
+                one["limit"] = 2
+                if "annotations" in one:
+                    one["annotations"] = str(made / "data/refshapes/coco/train.json")
             else:
                 one.update(root=str(made / "data"), limit=2)
     return raw

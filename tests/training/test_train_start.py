@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -351,11 +352,14 @@ def test_what_predict_answers_is_marked_in_its_export(tmp_path: Path) -> None:
     images, out, coco = data["images"], tmp_path / "out", tmp_path / "coco"
     phrases = ["-e", "the blue square", "-e", "the red circle"]
     assert main(["predict", images, *phrases, "-o", str(out), "-q"]) == 0
-    assert main(["export-masks", str(out), "--to", "coco", "-o", str(coco), "-q"]) == 0
+    export = ["export-masks", str(out), "--to", "coco", "--copy-images", "-o", str(coco), "-q"]
+    assert main(export) == 0
     said = json.loads((coco / "instances.json").read_text())["expressions"]
     assert len(said) == 4
     assert all(one["pseudo"] is True for one in said)
-    own = {"dataset": "coco", "annotations": str(coco / "instances.json"), "images": images}
+    shutil.rmtree(images)  # The export is whole.
+    own = {"dataset": "coco", "annotations": str(coco / "instances.json")}
+    data = write_coco(tmp_path / "held out")
     best = run(tmp_path / "run", **QUICK, train={**own, "pseudo_weight": 0.5}, val={"mine": data})
     assert best.is_dir()
 
