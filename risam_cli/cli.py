@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("eval", "Score a model or anyone's masks on a benchmark."),
     "compare-models": ("compare_models", "Draw several models' masks side by side."),
     "compare": ("compare", "Put eval reports side by side, with paired intervals."),
+    "init": ("init", "Write a training's YAML file for data of your own."),
     "train": ("train", "Train a model from a YAML file."),
     "export-masks": ("export_masks", "Turn predictions into other annotation formats."),
     "merge": ("merge", "Put the output folders of shards together."),

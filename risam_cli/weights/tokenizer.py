@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import string
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -202,6 +203,42 @@ class TextTokenizer:
         """The tokenizer's own JSON, as ``tokenizer.json`` holds it."""
         text: str = self.tokenizer.to_str(pretty=False)
         return text
+
+
+class KnownWords:
+    """How far a tokenizer knows the words of expressions.
+
+    Attributes:
+        words: distinct words, whatever their case; unknown: those that it does not know.
+        of: how many expressions there are; expressions: how many have an unknown word.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, texts: Iterable[str]) -> None:
+        known: dict[str, bool] = {}
+        self.of = self.expressions = 0
+        for text in texts:
+            own = [word.lower() for word in _WORD.findall(text)]
+            for word in own:
+                if word not in known:
+                    known[word] = not tokenizer.unknown_words(word)
+            self.of += 1
+            self.expressions += not all(known[word] for word in own)
+        self.words = len(known)
+        self.unknown = [word for word, is_known in known.items() if not is_known]
+
+    @property
+    def most(self) -> bool:
+        """Whether most of the words are unknown, or most expressions have one that is."""
+        return 2 * len(self.unknown) > self.words or 2 * self.expressions > self.of
+
+    def named(self) -> str:
+        """The first of the unknown words."""
+        more = f" and {len(self.unknown) - _NAMED} more" if len(self.unknown) > _NAMED else ""
+        return ", ".join(self.unknown[:_NAMED]) + more
+
+
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+_NAMED = 8  # unknown words that a message names
 
 
 def tokenizer_from_words(words: Sequence[str]) -> Tokenizer:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from risam_cli.training.data.dataset import (
     ReferringScenes,
 )
 from risam_cli.training.data.mixed import MixedExamples, image_key, image_keys, without_images
-from risam_cli.weights.tokenizer import TextTokenizer
+from risam_cli.weights.tokenizer import KnownWords, TextTokenizer
 
 
 class DataBuilder:
@@ -236,42 +235,6 @@ class DataBuilder:
                 f"{len(both)} images are in train and in val, so the figures on val will flatter; "
                 "dataset: mixed leaves them out of training"
             )
-
-
-class KnownWords:
-    """How far a tokenizer knows the words of expressions.
-
-    Attributes:
-        words: distinct words, whatever their case; unknown: those that it does not know.
-        of: how many expressions there are; expressions: how many have an unknown word.
-    """
-
-    def __init__(self, tokenizer: TextTokenizer, texts: Iterable[str]) -> None:
-        known: dict[str, bool] = {}
-        self.of = self.expressions = 0
-        for text in texts:
-            own = [word.lower() for word in _WORD.findall(text)]
-            for word in own:
-                if word not in known:
-                    known[word] = not tokenizer.unknown_words(word)
-            self.of += 1
-            self.expressions += not all(known[word] for word in own)
-        self.words = len(known)
-        self.unknown = [word for word, is_known in known.items() if not is_known]
-
-    @property
-    def most(self) -> bool:
-        """Whether most of the words are unknown, or most expressions have one that is."""
-        return 2 * len(self.unknown) > self.words or 2 * self.expressions > self.of
-
-    def named(self) -> str:
-        """The first of the unknown words."""
-        more = f" and {len(self.unknown) - _NAMED} more" if len(self.unknown) > _NAMED else ""
-        return ", ".join(self.unknown[:_NAMED]) + more
-
-
-_WORD = re.compile(r"\w+(?:['’-]\w+)*")
-_NAMED = 8  # unknown words that a message names
 
 
 def _texts(data: Examples) -> Iterator[str]:

@@ -1,0 +1,59 @@
+"""``risam init``: a YAML file to train on one's own data with."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+from risam_cli.commands.options import verbosity_options
+
+
+@click.command(name="init")
+@click.argument("annotations", type=click.Path(path_type=Path))
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where the file names of the images start.  [default: beside ANNOTATIONS, or in images/]",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    default=Path("train.yaml"),
+    show_default=True,
+    help="The file to write.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it is there.")
+@verbosity_options
+def command(annotations: Path, images: Path | None, output: Path, overwrite: bool) -> None:
+    """Write a commented YAML file that trains on your own data.
+
+    ANNOTATIONS is a COCO-style JSON file of images, masks and expressions. What is found in it
+    decides what the file says: which images are held out, whether words must be learned, how many
+    steps make a first try. Nothing else is needed to train.
+
+    \b
+    Examples:
+      risam init my.json
+      risam init labels/instances.json --images photos -o cups.yaml
+    """
+    from risam_cli.console.console import get_console
+    from risam_cli.errors import OutputError, setting
+    from risam_cli.files.write import write_atomic
+    from risam_cli.training.starter import starter_file
+
+    if output.exists() and not overwrite:
+        raise OutputError(
+            f"{output} is there already",
+            f"choose another {setting('output')}",
+            f"give {setting('overwrite')}",
+        )
+    text = starter_file(annotations, images, output)
+    write_atomic(output, lambda part: part.write_text(text, encoding="utf-8"))
+    console = get_console()
+    console.info(f"wrote {output}")
+    console.info(f"a first try: risam train {shlex.quote(str(output))} --steps 20")
