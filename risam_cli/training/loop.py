@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import shutil
 import time
@@ -41,7 +40,7 @@ from risam_cli.training.distributed import Processes
 from risam_cli.training.log import METRICS, PICTURES, TrainingLog
 from risam_cli.training.optimize import NotFinite, Stepper, autocast, rate_factor
 from risam_cli.training.page import PAGE, write_page
-from risam_cli.training.stage import Stage, TrainingBuilder, stage_hashes
+from risam_cli.training.stage import Stage, TrainingBuilder, check_paths, stage_hashes
 from risam_cli.weights.folder import CARD_FILE
 
 RESOLVED = "config.resolved.yaml"
@@ -232,32 +231,6 @@ def clear_leftovers(folder: Path) -> None:
             shutil.rmtree(half, ignore_errors=True)
     for part in [*folder.glob(".*.part"), *folder.glob("*/.*.part"), *folder.glob("*/*/.*.part")]:
         part.unlink(missing_ok=True)
-
-
-def check_paths(settings: TrainSettings) -> None:
-    """Looks whether what the settings name is there, before anything is built.
-
-    Raises:
-        ConfigError: naming key, path, and a name beside it that is nearly the same.
-    """
-    for key, path in _paths(settings):
-        if path.exists():
-            continue
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, beside, n=1)
-        hint = f"did you mean {str(path.with_name(near[0]))!r}?" if near else "give its path"
-        raise ConfigError(f"{key} = {str(path)!r}: no such file or folder", hint)
-
-
-def _paths(settings: TrainSettings) -> Iterator[tuple[str, Path]]:
-    if settings.init_from is None and settings.model.image_encoder.checkpoint is not None:
-        yield "model.image_encoder.checkpoint", Path(settings.model.image_encoder.checkpoint)
-    for key, data in [
-        ("train", settings.train),
-        *((f"val.{name}", data) for name, data in settings.val.items()),
-    ]:
-        for part, path in data.paths():
-            yield f"{key}.{part}", path
 
 
 class TrainingRun:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import nn
 from risam_cli.console.console import Console
 from risam_cli.data.images.transforms import normalize
 from risam_cli.data.refshapes.vocabulary import COLORS, SHAPES, SIZES
+from risam_cli.errors import ConfigError
 from risam_cli.files.sizes import parse_size
 from risam_cli.inference.device import choose_device, training_precision
 from risam_cli.inference.feature_cache import CacheSettings, FeatureCache, open_feature_cache
@@ -72,6 +74,32 @@ class Stage:
     validate: Callable[[Callable[[], None]], dict[str, float]]
     draw: Callable[[], list[Example]] = list
     answers: bool = True
+
+
+def check_paths(settings: TrainSettings) -> None:
+    """Looks whether what the settings name is there, before anything is built.
+
+    Raises:
+        ConfigError: naming key, path, and a name beside it that is nearly the same.
+    """
+    for key, path in _paths(settings):
+        if path.exists():
+            continue
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f"did you mean {str(path.with_name(near[0]))!r}?" if near else "give its path"
+        raise ConfigError(f"{key} = {str(path)!r}: no such file or folder", hint)
+
+
+def _paths(settings: TrainSettings) -> Iterator[tuple[str, Path]]:
+    if settings.init_from is None and settings.model.image_encoder.checkpoint is not None:
+        yield "model.image_encoder.checkpoint", Path(settings.model.image_encoder.checkpoint)
+    for key, data in [
+        ("train", settings.train),
+        *((f"val.{name}", data) for name, data in settings.val.items()),
+    ]:
+        for part, path in data.paths():
+            yield f"{key}.{part}", path
 
 
 class TrainingBuilder:

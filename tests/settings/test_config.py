@@ -18,7 +18,7 @@ from risam_cli.settings.load import apply_override, check, dump, merge
 from risam_cli.settings.model import ModelSettings
 from risam_cli.settings.presets import PRESETS
 from risam_cli.settings.train import TrainSettings
-from risam_cli.training.loop import check_paths
+from risam_cli.training.stage import check_paths
 
 CONFIGS = sorted((REPO / "configs").glob("**/*.yaml"))
 

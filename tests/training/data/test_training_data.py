@@ -28,7 +28,7 @@ from risam_cli.training.data.build import DataBuilder
 from risam_cli.training.data.collate import PlannedBatches
 from risam_cli.training.data.dataset import PackedSamples, ReferringSamples, ReferringScenes
 from risam_cli.training.data.mixed import MixedExamples, image_key
-from risam_cli.training.loop import check_paths
+from risam_cli.training.stage import check_paths
 
 FAMILIES = ("refcoco", "refcoco+", "refcocog", "grefcoco")
 REFERRING = [RAW["stages"][1]]
