@@ -384,7 +384,9 @@ def _dry_run(options: _Options, inputs: Inputs, shard: Shard, output: Path) -> i
 
     found = DryRun()
     entries = (entry for entry in inputs if options.limit is None or entry.run < options.limit)
-    for problem in look_through(filter(shard.has, entries), found, options.max_pixels):
+    for problem in look_through(
+        filter(shard.has, entries), found, options.max_pixels, options.bands
+    ):
         say(f"problem: {problem}")
     for line in found.first:
         say(line)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from risam_cli.console.text import sanitize
-from risam_cli.data.images.images import image_size
+from risam_cli.data.images.images import Bands, image_size
 from risam_cli.data.inputs.inputs import Entry
 from risam_cli.errors import ImageError
 
@@ -32,7 +32,9 @@ class DryRun:
     first: list[str] = field(default_factory=list)
 
 
-def look_through(entries: Iterable[Entry], found: DryRun, max_pixels: int) -> Iterator[str]:
+def look_through(
+    entries: Iterable[Entry], found: DryRun, max_pixels: int, bands: Bands | None = None
+) -> Iterator[str]:
     """Reads every entry and its image's header; gives a line for each problem as it is met."""
     run, size, problem = -1, (0, 0), ""
     for entry in entries:
@@ -46,7 +48,7 @@ def look_through(entries: Iterable[Entry], found: DryRun, max_pixels: int) -> It
             run = entry.run
             found.images += 1
             try:
-                size, problem = image_size(entry.sample.path, max_pixels), ""
+                size, problem = image_size(entry.sample.path, max_pixels, bands), ""
             except ImageError as error:
                 problem = str(error)
         if not problem and entry.sample.size not in {None, size}:

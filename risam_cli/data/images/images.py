@@ -41,7 +41,14 @@ from risam_cli.data.images.files import (
     stamp_of,
 )
 from risam_cli.data.images.frames import Frame
-from risam_cli.data.images.tiff import Tiff, is_plain, read_header, read_picture, unreadable
+from risam_cli.data.images.tiff import (
+    Tiff,
+    is_plain,
+    read_header,
+    read_picture,
+    require_readable,
+    unreadable,
+)
 from risam_cli.data.images.transforms import fit_size, resize_for_encoder
 from risam_cli.errors import ImageError, setting
 
@@ -142,16 +149,24 @@ def open_rgb(path: Path, max_pixels: int = MAX_PIXELS, bands: Bands | None = Non
         return to_rgb(open_image(file, path, max_pixels, bands))
 
 
-def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def image_size(
+    path: Path, max_pixels: int = MAX_PIXELS, bands: Bands | None = None
+) -> tuple[int, int]:
     """(H, W) of the upright image, read from the header alone where that suffices.
+
+    Args:
+        bands: as :func:`open_rgb`.
 
     Raises:
         ImageError: as :func:`open_rgb`, but damage behind the header is not seen (save in a PNG,
             whose EXIF may stand behind its pixels).
     """
     with open_regular(path) as file, decoding(path):
-        tiff = _special_tiff(file, path, max_pixels, None)
-        return tiff.size if tiff else _upright_size(_open_plain(file, path, max_pixels))
+        tiff = _special_tiff(file, path, max_pixels, bands)
+        if tiff is None:
+            return _upright_size(_open_plain(file, path, max_pixels))
+        require_readable(tiff, str(path), bands if tiff.samples >= 4 else None)
+        return tiff.size
 
 
 def open_for_encoder(

@@ -155,18 +155,7 @@ def read_picture(file: BinaryIO, tiff: Tiff, name: str, bands: Sequence[int] | N
     Raises:
         ImageError: it cannot be read, or nothing says which bands are the colours.
     """
-    if bands is None and tiff.is_multiband:
-        raise ImageError(
-            f"{name}: {tiff.describe()}, and nothing says which are red, green and blue",
-            f"say which by {setting('bands', '3,2,1')}",
-            "convert it: gdal_translate -b 3 -b 2 -b 1 -ot Byte -scale in.tif out.tif",
-        )
-    if bands is not None and max(bands) > tiff.samples:
-        raise ImageError(
-            f"{name}: {tiff.describe()}, but band {max(bands)} is asked for",
-            f"its bands are 1 to {tiff.samples}",
-        )
-    _require_known(tiff, name)
+    require_readable(tiff, name, bands)
     samples = _samples(file, tiff, name)
     if bands is not None:
         picture = scale_to_8_bit(samples[..., [band - 1 for band in bands]])
@@ -181,8 +170,23 @@ def read_picture(file: BinaryIO, tiff: Tiff, name: str, bands: Sequence[int] | N
     return Image.fromarray(_upright(picture, tiff))
 
 
-def _require_known(tiff: Tiff, name: str) -> None:
-    """Raises ImageError where the samples cannot be read."""
+def require_readable(tiff: Tiff, name: str, bands: Sequence[int] | None) -> None:
+    """Make sure, by its header, that :func:`read_picture` can read a file.
+
+    Raises:
+        ImageError: nothing says which bands are the colours, or its samples cannot be read.
+    """
+    if bands is None and tiff.is_multiband:
+        raise ImageError(
+            f"{name}: {tiff.describe()}, and nothing says which are red, green and blue",
+            f"say which by {setting('bands', '3,2,1')}",
+            "convert it: gdal_translate -b 3 -b 2 -b 1 -ot Byte -scale in.tif out.tif",
+        )
+    if bands is not None and max(bands) > tiff.samples:
+        raise ImageError(
+            f"{name}: {tiff.describe()}, but band {max(bands)} is asked for",
+            f"its bands are 1 to {tiff.samples}",
+        )
     known = (tiff.kind, tiff.bits[0]) in _KINDS and len({*tiff.bits}) == 1
     usual = tiff.photometric in (_WHITE_IS_0, _BLACK_IS_0, _RGB)
     if known and usual and tiff.compression in _COMPRESSIONS and tiff.samples <= _MOST_BANDS:

@@ -20,6 +20,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
+from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.images import image_size, open_rgb, read_for_encoder
 from risam_cli.errors import ImageError
 
@@ -155,10 +156,13 @@ def test_named_bands_of_a_tiff_are_its_colours(dtype: str, tmp_path: Path) -> No
         samples = by_tifffile(path, 5)
         wanted = eight_bits(samples[..., [3, 0, 4]])
         assert np.abs(open_rgb(path, bands=(4, 1, 5)) - wanted).max() <= 1.01
-        encoded = read_for_encoder(path, 64, bands=(4, 1, 5))
+        encoded = read_for_encoder(path, [sam_frame(64)], bands=(4, 1, 5))
         assert encoded.size == (H, W)
         with pytest.raises(ImageError, match="band 6 is asked for; its bands are 1 to 5"):
             open_rgb(path, bands=(6, 1, 1))
+        assert image_size(path, bands=(4, 1, 5)) == (H, W)
+        with pytest.raises(ImageError, match="nothing says which are red, green and blue"):
+            image_size(path)  # a look at the header tells, too
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
