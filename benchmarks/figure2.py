@@ -22,7 +22,7 @@ from risam_cli.api.model import load
 from risam_cli.data.refshapes.dataset import FAMILIES, RefShapes
 from risam_cli.drawing.comparison import ComparisonRow, Panel, draw_comparison
 from risam_cli.drawing.png import encode_rgb
-from risam_cli.files.write import write_whole
+from risam_cli.files.write import write_file
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def main() -> None:
     for number, name in enumerate(names):
         print(f"{name}: mean IoU {np.mean([case.iou[number] for case in cases]):.3f}")
     rows = [row(case, names) for case in chosen(cases, options.each)]
-    write_whole(options.output, encode_rgb(draw_comparison(rows)))
+    write_file(options.output, encode_rgb(draw_comparison(rows)))
 
 
 def answered(sources: Sequence[str], scenes: int) -> list[Case]:

@@ -27,7 +27,7 @@ from risam_cli.data.readers.results import Results
 from risam_cli.errors import DataError
 from risam_cli.export.categories import read_map
 from risam_cli.export.targets import target_name
-from risam_cli.files.jsonlines import parse_json
+from risam_cli.files.jsonlines import parse_json, seal
 from risam_cli.masks import rle as masks
 from risam_cli.outputs.naming import mask_name
 from risam_cli.outputs.records import from_json
@@ -170,6 +170,12 @@ def _record(path: Path) -> None:
 
 def _ledger(path: Path) -> None:
     read_header(path)
+    sealed = []
+    for raw in path.read_bytes().splitlines():  # what got past the checksum, too
+        with suppress(ValueError, RecursionError):
+            record = json.loads(raw)
+            sealed.append(seal(record) if isinstance(record, dict) else raw)
+    path.write_bytes(path.read_bytes().partition(b"\n")[0] + b"\n" + b"".join(sealed[1:]))
     for line, _ in read_lines(path):
         for mark in line.files:
             assert not {"", "..", "."} & set(mark.path.split("/"))
@@ -227,7 +233,7 @@ _LEDGER_LINE = {
     "failures": [0, 0, 0],
     "files": [["masks/a.png", 1, 2]],
 }
-_LEDGER = b'{"ledger": 1, "identity": {}}\n' + json.dumps(_LEDGER_LINE).encode() + b"\n"
+_LEDGER = seal({"ledger": 2, "identity": {}}) + seal(_LEDGER_LINE)
 _LINES = json.dumps({"image": "a.png", "expressions": ["a", "b"], "id": 3}).encode()
 
 TARGETS: dict[str, Target] = {

@@ -245,12 +245,12 @@ def _without_clocks(value: dict[str, Any]) -> bytes:
 # --- the commands ---------------------------------------------------------------------------------
 
 
-def make_inputs(folder: Path) -> None:
-    """Small images, one of them broken, and the same as a data set."""
+def make_inputs(folder: Path, images: int = 10, steps: tuple[int, int] = (6, 10)) -> None:
+    """Small images, one of them broken, the same as a data set, and a training run."""
     rng = np.random.default_rng(1)
-    (folder / "images" / "sub").mkdir(parents=True)
+    (folder / "images" / "sub").mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"images": [], "annotations": [], "expressions": []}
-    for number in range(10):
+    for number in range(images):
         height, width = 40 + 3 * number, 64
         picture = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
         name = f"{'sub/' * (number % 2)}{number}.png"
@@ -268,10 +268,10 @@ def make_inputs(folder: Path) -> None:
             )
     (folder / "images" / "broken.jpg").write_text("no image")
     (folder / "instances.json").write_text(json.dumps(content))
-    (folder / "train.json").write_text(json.dumps(_training()))  # JSON is YAML
+    (folder / "train.json").write_text(json.dumps(_training(*steps)))  # JSON is YAML
 
 
-def _training() -> dict[str, Any]:
+def _training(encoder: int, fusion: int) -> dict[str, Any]:
     """A training run of a few seconds, through both kinds of stages and several checkpoints."""
     scenes = {"dataset": "refshapes", "family": "grefshapes", "expressions_per_scene": 3}
     stage = {"images_per_step": 2, "learning_rate": 2.0e-3, "warmup": 2}
@@ -291,12 +291,13 @@ def _training() -> dict[str, Any]:
         "train": {**scenes, "scenes": 12},
         "val": {"held out": {**scenes, "split": "val", "scenes": 2}},
         "stages": [
-            {"name": "encoder", "kind": "dense", "steps": 6, **stage},
-            {"name": "fusion", "kind": "referring", "steps": 10, **stage},
+            {"name": "encoder", "kind": "dense", "steps": encoder, **stage},
+            {"name": "fusion", "kind": "referring", "steps": fusion, **stage},
         ],
         "loss": {"target_size": 32},
         "optimizer": {"ema_decay": 0.9},
-        "validate_every": 5, "checkpoint_every": 3, "log_every": 1,
+        "validate_every": min(5, fusion // 2), "checkpoint_every": min(3, fusion // 2),
+        "log_every": 1,
     }  # fmt: skip
 
 

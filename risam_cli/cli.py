@@ -24,6 +24,7 @@ from risam_cli.errors import (
     Interrupted,
     OutputError,
     RisamError,
+    reason_of,
     use_front_end,
 )
 from risam_cli.version import __version__
@@ -160,7 +161,7 @@ def _run(args: Sequence[str] | None) -> int:
     except OSError as error:
         _debug_traceback()
         place = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        get_console().error(f"{place}{error.strerror or error}")
+        get_console().error(f"{place}{reason_of(error)}")
         return EXIT_ERROR
     except Exception as error:
         _debug_traceback()

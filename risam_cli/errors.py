@@ -9,6 +9,7 @@
     ├── DataError         an annotation file, a manifest or a split that cannot be read
     │   └── ImageError    one image that cannot be read; an item's failure, never the run's
     ├── OutputError       an output folder that cannot be used or written
+    ├── MachineError      out of files, memory or threads: every later item would meet it too
     └── Interrupted       exit 130: stopped by the user; what was done is kept
 
 A message that speaks of a setting holds its key, written by :func:`setting`, not the name that one
@@ -18,6 +19,7 @@ command line an option of the command that runs, Python a parameter, a YAML file
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable
 
@@ -142,7 +144,39 @@ class OutputError(RisamError):
     """An output folder that cannot be used or written."""
 
 
+class MachineError(RisamError):
+    """The machine has run out of something; the run's fault, never an item's."""
+
+
 class Interrupted(RisamError):
     """Stopped by the user or by SIGTERM; finished work is kept (exit 130)."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+NAME_ERRORS = {errno.ENAMETOOLONG, errno.EILSEQ}
+"""What the system says against a file's name: the item's fault, and not the disk's."""
+
+_RUN_OUT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+
+
+def require_machine(error: BaseException) -> None:
+    """To be called with what befell an item, before it is counted as the item's own failure.
+
+    Raises:
+        MachineError: it was the machine's: no more files or threads can be had.
+    """
+    if isinstance(error, MachineError):
+        raise error
+    no_thread = isinstance(error, RuntimeError) and "start new thread" in str(error)
+    if no_thread or (isinstance(error, OSError) and error.errno in _RUN_OUT):
+        raise MachineError(
+            f"the machine has run out of resources: {reason_of(error)}",
+            "raise the limit (see ulimit -a) or lower the number of workers",
+        ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library or the system says, on one line and not long, without paths of its own."""
+    said = error.strerror if isinstance(error, OSError) else None
+    return " ".join((said or str(error)).split())[:200] or type(error).__name__

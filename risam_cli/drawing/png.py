@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from risam_cli.errors import OutputError
-from risam_cli.files.write import write_whole
+from risam_cli.files.write import write_file
 
 _OPTIONS = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
 if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # from OpenCV 4.12; four times faster on masks
@@ -63,4 +63,4 @@ def write_mask(path: Path, mask: NDArray[np.bool_]) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    write_whole(path, encode_mask(mask))
+    write_file(path, encode_mask(mask))

@@ -6,17 +6,19 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from risam_cli.console.console import get_console
 from risam_cli.data.images.files import file_sha256
 from risam_cli.data.readers.predictions import Answer, PredictionIndex
+from risam_cli.data.readers.results import MAX_LINE
 from risam_cli.data.readers.source import OnFailure, SampleSource
 from risam_cli.errors import DataError, OutputError, UsageError, setting
 from risam_cli.evaluation.protocol import mask_rule
@@ -30,9 +32,10 @@ from risam_cli.evaluation.scoring import (
     drop_missing_images,
     run_evaluation,
 )
-from risam_cli.files.durable import sync_file, sync_folder
+from risam_cli.files.folder import OutputFolder
+from risam_cli.files.jsonlines import seal, unseal
 from risam_cli.files.patience import within
-from risam_cli.files.write import write_atomic
+from risam_cli.files.write import write_file, writing
 from risam_cli.inference.device import (
     choose_device,
     choose_precision,
@@ -58,7 +61,6 @@ SYNCED = 2.0
 """Seconds after which answers are made to be on the disk."""
 
 _HEADER = "\0settings"  # an id that no expression has
-_TAIL = 1 << 16
 
 Run = Callable[
     [Iterable[tuple[Sample, Answered | None]]], Iterator[tuple[Answered | None, ImageResult]]
@@ -126,18 +128,22 @@ class AnswerLog:
                 f"{folder} holds an interrupted run",
                 f"continue with {setting('resume')}, or start over with {setting('overwrite')}",
             )
-        try:
+        with writing(self.path):
             if held and resume:
-                _cut_to_whole_lines(self.path)
                 self._require(header)
+                write_file(self.path, self._copy_whole_lines)
                 self.known = PredictionIndex(self.path, lambda failure: None, size)
             else:
-                self.path.write_text(json.dumps(header) + "\n", encoding="utf-8")
-                sync_file(self.path)
-                sync_folder(folder)
-            self._stream: TextIO = self.path.open("a", encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
+                write_file(self.path, seal(header))
+            self._stream = self.path.open("ab")
+
+    def _copy_whole_lines(self, part: Path) -> None:
+        """Leaves out what a kill or a power cut left torn or damaged: it is asked again."""
+        with open(self.path, "rb") as old, open(part, "wb") as new:
+            for line in iter(partial(old.readline, MAX_LINE), b""):
+                with suppress(ValueError):
+                    unseal(line)
+                    new.write(line)
 
     def __enter__(self) -> AnswerLog:
         return self
@@ -158,7 +164,7 @@ class AnswerLog:
         for expression, answer in zip(answered.sample.expressions, answered.answers, strict=True):
             if answer is not None and image is not None:
                 row = _row(answered.sample, expression, answer, image)
-                self._stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self._stream.write(seal(row))
         self._stream.flush()
         if time.monotonic() - self._synced > SYNCED:
             os.fsync(self._stream.fileno())
@@ -198,10 +204,10 @@ class AnswerLog:
         self.path.unlink(missing_ok=True)
 
     def _require(self, header: Mapping[str, Any]) -> None:
-        with self.path.open(encoding="utf-8") as stream:
-            first = stream.readline()
+        with self.path.open("rb") as stream:
+            first = stream.readline(MAX_LINE)
         try:
-            own = json.loads(first)["settings"]
+            own = unseal(first)["settings"]
         except (ValueError, KeyError, TypeError):
             raise OutputError(
                 f"{self.path} is damaged", f"start over with {setting('overwrite')}"
@@ -311,28 +317,15 @@ def _row(sample: Sample, expression: Expression, answer: Answer, image: str) -> 
     }
 
 
-def _cut_to_whole_lines(path: Path) -> None:
-    """Drop a last line that a kill left unfinished."""
-    with path.open("r+b") as stream:
-        size = stream.seek(0, 2)
-        at = size
-        while at > 0:
-            start = max(0, at - _TAIL)
-            stream.seek(start)
-            newline = stream.read(at - start).rfind(b"\n")
-            if newline >= 0:
-                at = start + newline + 1
-                break
-            at = start
-        if at < size:
-            stream.truncate(at)
-
-
 # --- how a model is asked -------------------------------------------------------------------------
 
 
 def answer_and_score(
-    asked: Asked, source: SampleSource, protocol: Protocol, failures: FailureLog
+    asked: Asked,
+    source: SampleSource,
+    protocol: Protocol,
+    folder: OutputFolder,
+    failures: FailureLog,
 ) -> Done:
     """Load the model, have it answer every image that is there, and score it."""
     console = get_console()
@@ -375,7 +368,7 @@ def answer_and_score(
         answers = answers_from_model(
             source, run, log, no_target_threshold, protocol, seconds, failures
         )
-        done = run_evaluation(source, answers, protocol, asked.output, console)
+        done = run_evaluation(source, answers, protocol, folder, console)
     unknown.tell()
     fit = _fit(asked, done, no_target_threshold) if asked.fit_no_target else None
     return Done(
@@ -503,9 +496,8 @@ def _store(folder: Path, threshold: float) -> None:
     path = folder / model_folders.CONFIG_FILE
     config = json.loads(path.read_text(encoding="utf-8"))
     config["model"]["no_target_threshold"] = threshold
-    text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
     try:
-        write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+        model_folders.replace_config(folder, config)
     except OutputError as error:
         raise OutputError(
             f"{error.message}: the threshold {threshold:.6g} is not stored",

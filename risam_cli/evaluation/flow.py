@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 
 import click
@@ -28,14 +29,23 @@ from risam_cli.evaluation.report.assemble import (
 from risam_cli.evaluation.report.compare import Other
 from risam_cli.evaluation.report.render import console_table
 from risam_cli.evaluation.report.schema import AnswersPart, Report, TimingPart
-from risam_cli.evaluation.request import DEFAULT_FAMILY, SURPLUS_FILE, Asked, Done, count
+from risam_cli.evaluation.request import (
+    DEFAULT_FAMILY,
+    SURPLUS_FILE,
+    WRITTEN,
+    Asked,
+    Done,
+    count,
+)
 from risam_cli.evaluation.scoring import (
     FailureLog,
     answers_from_predictions,
     count_missing_images,
     run_evaluation,
 )
-from risam_cli.files.locks import PRIVATE, FolderLock
+from risam_cli.files.folder import OutputFolder
+from risam_cli.files.locks import PRIVATE
+from risam_cli.files.write import create
 from risam_cli.metrics.protocols import Protocol, get_protocol
 
 
@@ -51,15 +61,15 @@ def evaluate(asked: Asked) -> int:
     truth = "once" if protocol.truth == "union" else protocol.truth
     source = source.redrawn(truth, protocol.canvas)
     other = asked.open_other()
-    asked.prepare_output()
-    with FolderLock(asked.output), _emptied(scratch):
-        with FailureLog(asked.output, console) as failures:
+    asked.check_output()
+    with OutputFolder(asked.output, "eval", WRITTEN) as folder, _emptied(scratch):
+        with FailureLog(folder, console) as failures:
             if asked.predictions is not None:
-                done = _from_predictions(asked, source, protocol, failures)
+                done = _from_predictions(asked, source, protocol, folder, failures)
             else:
-                done = _from_model(asked, source, protocol, failures)
+                done = _from_model(asked, source, protocol, folder, failures)
         report = _report(asked, source, protocol, done, other)
-        write_reports(asked.output, report, gallery(done.run.scored))
+        write_reports(folder, report, gallery(done.run.scored))
         done.finish()
     console.block(console_table(report))
     console.info(f"reports are in {asked.output}")
@@ -80,7 +90,11 @@ def _emptied(folder: Path) -> Iterator[None]:
 
 
 def _from_predictions(
-    asked: Asked, source: SampleSource, protocol: Protocol, failures: FailureLog
+    asked: Asked,
+    source: SampleSource,
+    protocol: Protocol,
+    folder: OutputFolder,
+    failures: FailureLog,
 ) -> Done:
     """Score records. Images serve the pictures only, so they are counted but stop nothing."""
     assert asked.predictions is not None
@@ -91,7 +105,7 @@ def _from_predictions(
         if absent:
             console.warn(f"{absent} of {wanted} images are missing; pictures show masks only")
         answers = answers_from_predictions(source, index, failures)
-        run = run_evaluation(source, answers, protocol, asked.output, console)
+        run = run_evaluation(source, answers, protocol, folder, console)
         for line in index.notes():
             console.warn(line)
         surplus = _tell_surplus(index, source, asked.output)
@@ -119,12 +133,16 @@ def _from_predictions(
 
 
 def _from_model(
-    asked: Asked, source: SampleSource, protocol: Protocol, failures: FailureLog
+    asked: Asked,
+    source: SampleSource,
+    protocol: Protocol,
+    folder: OutputFolder,
+    failures: FailureLog,
 ) -> Done:
     """Have a model answer. Torch is loaded here."""
     from risam_cli.evaluation.answers import answer_and_score
 
-    return answer_and_score(asked, source, protocol, failures)
+    return answer_and_score(asked, source, protocol, folder, failures)
 
 
 def _tell_surplus(index: PredictionIndex, source: SampleSource, folder: Path) -> int:
@@ -141,7 +159,7 @@ def _tell_surplus(index: PredictionIndex, source: SampleSource, folder: Path) ->
         get_console().info(told(f"{index.unused} predictions were not looked at ({limited})"))
         return 0
     first = ""
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as stream:
+    with TextIOWrapper(create(path), "utf-8", "backslashreplace") as stream:
         for name, image, text in index.surplus():
             first = first or name or f"{image}: {text}"
             row = {"id": name, "image": image, "expression": text}

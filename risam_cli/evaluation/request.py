@@ -21,8 +21,6 @@ from risam_cli.evaluation.scoring import (
     ROWS_FILE,
     EvalRun,
 )
-from risam_cli.files.confine import require_own
-from risam_cli.runs.ledger import LEDGER
 
 if TYPE_CHECKING:
     from risam_cli.inference.compute import Select
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 SURPLUS_FILE = "surplus.jsonl"
 
 
-_WRITTEN = (
+WRITTEN = (
     *(REPORT_FILE, MARKDOWN_FILE, HTML_FILE),
     *(ROWS_FILE, FAILURES_FILE, SURPLUS_FILE, ANSWERS_FILE),
 )
@@ -147,13 +145,8 @@ class Asked:
             )
         return read_other(self.compare)
 
-    def prepare_output(self) -> None:
-        """Make the folder; refuse one that holds a report unless told to replace it."""
-        if (self.output / LEDGER).exists():
-            raise OutputError(
-                f"{self.output} holds a run of predict, which has files of the same names",
-                f"choose another {setting('output')}",
-            )
+    def check_output(self) -> None:
+        """Refuse a folder that holds a report unless told to replace it. Raises OutputError."""
         # A run that was cut off between its reports and its end still has its answers.
         cut_off = self.resume and (self.output / ANSWERS_FILE).exists()
         if (self.output / "report.json").exists() and not (self.overwrite or cut_off):
@@ -161,15 +154,6 @@ class Asked:
                 f"{self.output} holds a report already",
                 f"choose another {setting('output')} or give {setting('overwrite')}",
             )
-        parts = [f".{name}.part" for name in _WRITTEN]
-        require_own(self.output, [*_WRITTEN, *parts])
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot make {self.output}: {error.strerror or error}",
-                f"choose another {setting('output')}",
-            ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,8 +28,9 @@ from risam_cli.console.console import Console
 from risam_cli.data.readers.layout import is_file
 from risam_cli.data.readers.predictions import Answer, PredictionIndex
 from risam_cli.data.readers.source import OnFailure, SampleSource
-from risam_cli.errors import DataError, OutputError, setting
-from risam_cli.files.durable import replace_durably
+from risam_cli.errors import DataError, setting
+from risam_cli.files.folder import OutputFolder
+from risam_cli.files.write import create, sync_file, writing
 from risam_cli.masks import rle as masks
 from risam_cli.metrics.figures import ExpressionScore, ScoreTable, Tally, outcome, score_masks
 from risam_cli.metrics.protocols import Protocol
@@ -369,8 +371,8 @@ class FailureLog:
         by_stage: how many there were of each stage.
     """
 
-    def __init__(self, folder: Path, console: Console) -> None:
-        self.path = folder / FAILURES_FILE
+    def __init__(self, folder: OutputFolder, console: Console) -> None:
+        self.path = folder.path / FAILURES_FILE
         self.by_stage: Counter[str] = Counter()
         self._console = console
         self._lock = threading.Lock()
@@ -381,7 +383,7 @@ class FailureLog:
         """Take one failure in; from any thread."""
         with self._lock:
             if self._stream is None:
-                self._stream = self.path.open("w", encoding="utf-8", errors="backslashreplace")
+                self._stream = TextIOWrapper(create(self.path), "utf-8", "backslashreplace")
             self._stream.write(json.dumps(asdict(failure), ensure_ascii=False) + "\n")
             self.by_stage[failure.stage] += 1
             told = len(self)
@@ -419,7 +421,7 @@ def run_evaluation(
     source: SampleSource,
     answers: Iterator[Answered],
     protocol: Protocol,
-    folder: Path,
+    folder: OutputFolder,
     console: Console,
 ) -> EvalRun:
     """Score every answered image and write ``per_expression.jsonl`` whole or not at all.
@@ -429,10 +431,10 @@ def run_evaluation(
         OutputError: the file cannot be written.
     """
     started = time.perf_counter()
-    rows = folder / ROWS_FILE
-    part = rows.with_name(f".{rows.name}.part")
+    rows = folder.path / ROWS_FILE
+    part = folder.staging / ROWS_FILE
     made: set[Path] = set()
-    try:
+    with writing(rows):
         with part.open("w", encoding="utf-8", errors="backslashreplace") as stream:
             scorer = Scorer(protocol, lambda line: _write_line(stream, line))
             with console.progress("score", source.planned, "expressions") as progress:
@@ -446,13 +448,8 @@ def run_evaluation(
                 f"no expression of {source.dataset} {source.split} could be scored",
                 "see the failures above" if not scored.unscored else "its truth is unknown",
             )
-        replace_durably(part, rows)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {rows}: {error.strerror or error}", "check disk space and permissions"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
+        sync_file(part)
+    folder.place([(part, ROWS_FILE)])
     return EvalRun(scored, time.perf_counter() - started, rows)
 
 

@@ -15,7 +15,7 @@ from risam_cli.explain.attention import Attention
 from risam_cli.explain.explanation import Explained, Explanation
 from risam_cli.explain.page import to_html
 from risam_cli.explain.picture import draw_explanation
-from risam_cli.export.folder import ExportFolder
+from risam_cli.export.folder import EXPLANATION, ExportFolder
 from risam_cli.outputs.naming import slug
 from risam_cli.outputs.records import to_json
 from risam_cli.version import __version__
@@ -47,13 +47,13 @@ def write_explanation(
     page = to_html(explanation).encode("utf-8", "backslashreplace")
     pictures = picture_names(explanation)
     names = [*pictures, PAGE, *([MAPS] if with_json else [])]
-    folder = ExportFolder(output, "explanation", names, overwrite=overwrite)
-    for name, explained in zip(pictures, explanation.expressions, strict=True):
-        folder.write(name, encode_rgb(draw_explanation(explanation, explained)))
-    folder.write(PAGE, page)
-    if with_json:
-        folder.publish(MAPS, list(json_pieces(explanation)))
-    folder.complete({"files": names})
+    with ExportFolder(output, EXPLANATION, names, overwrite=overwrite) as folder:
+        for name, explained in zip(pictures, explanation.expressions, strict=True):
+            folder.write(name, encode_rgb(draw_explanation(explanation, explained)))
+        folder.write(PAGE, page)
+        if with_json:
+            folder.publish(MAPS, list(json_pieces(explanation)))
+        folder.complete({"files": names})
     return names
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from risam_cli.console.text import sanitize
-from risam_cli.errors import DataError
+from risam_cli.errors import DataError, reason_of
 from risam_cli.files.jsonlines import brief, read_text
 from risam_cli.files.plain import open_plain
 from risam_cli.files.safe_yaml import load_yaml
@@ -192,7 +192,7 @@ def read_map(path: Path) -> ByMap:
         text = read_text(path, _LONGEST)
     except (OSError, ValueError) as error:
         odd = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-        reason = error.strerror if isinstance(error, OSError) else odd
+        reason = reason_of(error) if isinstance(error, OSError) else odd
         raise DataError(f"category map {path}: {reason}", "name a JSON, YAML or CSV file") from None
     table = _from_csv(path) if path.suffix.lower() in {".csv", ".tsv"} else _from_yaml(text, path)
     if not isinstance(table, dict) or not table:

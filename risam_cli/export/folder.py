@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from json import dumps
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from risam_cli.errors import OutputError, setting
-from risam_cli.files.confine import Confined, require_own
-from risam_cli.files.durable import sync_file, sync_folder, sync_tree
-from risam_cli.files.locks import PRIVATE, FolderLock
+from risam_cli.files.confine import require_own
+from risam_cli.files.folder import OTHER, OutputFolder, read_summary
+from risam_cli.files.locks import PRIVATE
+from risam_cli.files.write import create, sync_tree, writing
 
 SUMMARY = "export.json"
-LEDGER = "ledger.jsonl"
-"""By this a folder is known to be one of predict; said here again, held to it by a test."""
+EXPLANATION = "explanation"
+"""The kind of what ``risam explain`` writes."""
 
 
-class ExportFolder:
+class ExportFolder(OutputFolder):
     """An output folder with ``export.json``, which says what is in it and whether it is complete.
 
-    Locked for this process until it is complete or closed; a context manager. What is in the making
-    lies in a folder of its own, which the next export empties where a kill left it.
+    What is in the making lies aside, and is deleted by the next export where a kill left it.
 
     Args:
         path: the folder; made where it is missing.
@@ -34,69 +33,54 @@ class ExportFolder:
             stay, unless they have a name that this export writes.
 
     Raises:
-        OutputError: the folder has files and ``overwrite`` is not set, holds a run of predict,
-            belongs to another process now, or cannot be written.
+        OutputError: the folder has files and ``overwrite`` is not set, or as its base.
     """
 
     def __init__(self, path: Path, kind: str, owns: Sequence[str], *, overwrite: bool) -> None:
-        self.path = path
-        self._confined = Confined(path)
         self._head: dict[str, Any] = {"kind": kind, "owns": [*owns, "failures.jsonl"]}
-        with _told(path):
-            if path.is_dir():
-                _require_free(path, overwrite=overwrite)
-            self._lock = FolderLock(path)
-        self._making = self._lock.private / "making"
+        maker = "explain" if kind == EXPLANATION else "export-masks"
+        super().__init__(path, maker, (SUMMARY,))
         try:
-            with _told(path):
-                shutil.rmtree(self._making, ignore_errors=True)
-                self._making.mkdir()
-                self._clear()
-                require_own(path, [SUMMARY, *self._head["owns"]])
-            self.write_json(SUMMARY, {**self._head, "complete": False})
+            with writing(path, OTHER):
+                _require_free(path, overwrite=overwrite)
+                earlier = self._earlier()
+                # Before anything goes: what is no longer whole does not say that it is.
+                head = {**self._head, "owns": sorted({*earlier, *self._head["owns"]})}
+                self.write_json(SUMMARY, {**head, "complete": False})
+                for name in head["owns"] if earlier else ():
+                    self._remove(name)
+                require_own(path, self._head["owns"])
         except BaseException:
             self.close()
             raise
 
-    def __enter__(self) -> ExportFolder:
-        return self
+    def _earlier(self) -> set[str]:
+        """What an earlier export says that it wrote directly in this folder."""
+        said = read_summary(self.path).get("owns")
+        # The list is a file's word.
+        return {
+            name
+            for name in (said if isinstance(said, list) else ())
+            if isinstance(name, str) and name not in {"", ".", "..", PRIVATE}
+            if Path(name).name == name and "\0" not in name
+        }
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def _remove(self, name: str) -> None:
+        place = self.path / name
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
 
-    def close(self) -> None:
-        """Gives the folder back to others."""
-        shutil.rmtree(self._making, ignore_errors=True)
-        self._lock.release()
+    def write(
+        self, name: str, content: bytes | str | Callable[[Path], object], *, sync: bool = False
+    ) -> None:
+        """As its base; all files are synced together at the end."""
+        super().write(name, content, sync=sync)
 
-    def _clear(self) -> None:
-        earlier = _summary(self.path).get("owns")
-        for name in {*earlier, *self._head["owns"]} if isinstance(earlier, list) else ():
-            # The list is a file's word: take nothing that is not directly in this folder.
-            if not isinstance(name, str) or name in {"", ".", ".."} or Path(name).name != name:
-                continue
-            place = self.path / name
-            if place.is_dir() and not place.is_symlink():
-                shutil.rmtree(place)
-            else:
-                place.unlink(missing_ok=True)
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write one file, ``name`` relative to the folder with forward slashes.
-
-        Raises:
-            OutputError: it cannot be written; nothing of it is left.
-        """
-        target, part = self.path / name, self._making / "file"
-        self._confined.require(target.parent)
-        with _told(target):
-            part.write_bytes(data)
-            _move(part, target)
-
-    def write_json(self, name: str, value: object) -> None:
+    def write_json(self, name: str, value: object, *, sync: bool = False) -> None:
         """Write one JSON file, indented."""
-        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-        self.write(name, _bytes(text))
+        self.write(name, dumps(value, indent=1, ensure_ascii=False) + "\n", sync=sync)
 
     def copy(self, source: Path, name: str) -> None:
         """Copy a file in, whole or not at all.
@@ -104,18 +88,13 @@ class ExportFolder:
         Raises:
             OutputError: it cannot be read or written.
         """
-        target = self.path / name
-        part = self._making / "copy"
-        with _told(target):
-            self._confined.make(target.parent)
-            shutil.copyfile(source, part)
-            os.replace(part, target)
+        self.write(name, lambda part: shutil.copyfile(source, part))
 
     @contextmanager
     def spool(self, name: str) -> Iterator[Spool]:
         """A file that grows while the export runs; removed at the end, see :meth:`publish`."""
-        path = self._making / name
-        with _told(path):
+        path = self.staging / name
+        with writing(path):
             spool = Spool(path)
         try:
             yield spool
@@ -129,24 +108,22 @@ class ExportFolder:
         Raises:
             OutputError: it cannot be written; nothing of it is left.
         """
-        target, part = self.path / name, self._making / f"{name}.whole"
-        with _told(target):
+
+        def join(part: Path) -> None:
             with open(part, "wb") as out:
                 for piece in pieces:
                     if isinstance(piece, Spool):
                         piece.copy_to(out)
                     else:
                         out.write(_bytes(piece))
-            os.replace(part, target)
+
+        self.write(name, join)
 
     def complete(self, summary: Mapping[str, Any]) -> None:
         """Say in ``export.json`` that all is there, once all is on the disk, and close."""
-        with _told(self.path):
+        with writing(self.path):
             sync_tree(self.path)
-        self.write_json(SUMMARY, {**self._head, "complete": True, **summary})
-        with _told(self.path):
-            sync_file(self.path / SUMMARY)
-            sync_folder(self.path)
+        self.write_json(SUMMARY, {**self._head, "complete": True, **summary}, sync=True)
         self.close()
 
 
@@ -155,7 +132,8 @@ class Spool:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = open(path, "w+b")  # noqa: SIM115 - closed by ExportFolder.spool
+        create(path).close()
+        self._file = open(path, "r+b")  # noqa: SIM115 - closed by ExportFolder.spool
         self.count = 0
 
     def add(self, text: str, *, between: str = "") -> None:
@@ -164,7 +142,7 @@ class Spool:
         Raises:
             OutputError: the disk is full or gone.
         """
-        with _told(self._path):
+        with writing(self._path):
             self._file.write(_bytes(between + text if self.count else text))
         self.count += 1
 
@@ -181,15 +159,10 @@ class Spool:
 
 
 def _require_free(path: Path, *, overwrite: bool) -> None:
-    """Raises OutputError where a folder holds what an export must not, or may not, replace."""
-    if (path / LEDGER).exists():
-        raise OutputError(
-            f"{path} holds a run of predict, which has files of the same names",
-            "choose another folder",
-        )
+    """Raises OutputError where a folder holds what an export must not replace unasked."""
     if overwrite or all(entry.name == PRIVATE for entry in path.iterdir()):
         return
-    if _summary(path).get("complete") is False:
+    if read_summary(path).get("complete") is False:
         raise OutputError(
             f"{path} holds an interrupted export", f"start over with {setting('overwrite')}"
         )
@@ -198,35 +171,6 @@ def _require_free(path: Path, *, overwrite: bool) -> None:
     )
 
 
-def _summary(path: Path) -> dict[str, Any]:
-    """What an earlier export said of the folder; empty where none did."""
-    try:
-        said = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def _move(part: Path, target: Path) -> None:
-    try:
-        os.replace(part, target)
-    except FileNotFoundError:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(part, target)
-
-
 def _bytes(text: str) -> bytes:
     """UTF-8; a lone surrogate, which that cannot hold, is written as its escape."""
     return text.encode("utf-8", "backslashreplace")
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """OSError as the one line that a user can act on."""
-    try:
-        yield
-    except OSError as error:
-        place = error.filename if isinstance(error.filename, str) else path
-        raise OutputError(
-            f"{place}: {error.strerror or error}", "free disk space or choose another place"
-        ) from error

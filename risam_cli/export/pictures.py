@@ -60,7 +60,7 @@ class GalleryPages(_Pictures):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self._gallery = Gallery(context.folder.path, {})
+        self._gallery = Gallery(context.folder.path, {}, context.folder.write)
 
     def add(self, image: LabeledImage) -> None:
         """Write one image's small picture and outlines, and take it into the page."""

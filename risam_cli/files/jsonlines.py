@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import reprlib
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -116,6 +117,32 @@ def parse_json(line: bytes, where: str) -> Any:
     except ValueError as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{where}: not JSON ({reason}): {brief(line)}") from None
+
+
+_SEAL = b', "crc32": '
+
+
+def seal(record: Mapping[str, Any]) -> bytes:
+    """A line of JSON that this tool will read back as truth, with its checksum and its end."""
+    text = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return text[:-1] + _SEAL + b"%d}\n" % zlib.crc32(text)
+
+
+def unseal(line: bytes) -> dict[str, Any]:
+    """What :func:`seal` was given.
+
+    Raises:
+        ValueError: it is not that line, to the last bit.
+    """
+    text, _, crc = line.rpartition(_SEAL)
+    text += b"}"
+    if crc != b"%d}\n" % zlib.crc32(text):
+        raise ValueError("its checksum is wrong")
+    try:
+        record: dict[str, Any] = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    return record
 
 
 def brief(value: object) -> str:

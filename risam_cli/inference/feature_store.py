@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.console.console import get_console
-from risam_cli.errors import OutputError
+from risam_cli.errors import OutputError, reason_of
 from risam_cli.files.sizes import show_size
 
 try:
@@ -128,7 +128,7 @@ class FeatureStore:
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._damaged(path, error.strerror or str(error), 0)
+            self._damaged(path, reason_of(error), 0)
             return None
         try:
             entry = _parse(place, key)
@@ -160,7 +160,7 @@ class FeatureStore:
                 part.unlink()
             self._release(size)
             full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-            self._stop_adding("the disk is full" if full else error.strerror or str(error))
+            self._stop_adding("the disk is full" if full else reason_of(error))
             return
         with self._lock:
             self.counts.written += 1
@@ -175,7 +175,7 @@ class FeatureStore:
             os.listdir(self.folder)
         except OSError as error:
             raise OutputError(
-                f"feature cache {self.folder}: {error.strerror or error}", "choose another folder"
+                f"feature cache {self.folder}: {reason_of(error)}", "choose another folder"
             ) from error
         try:
             self.own.mkdir(exist_ok=True)
@@ -188,7 +188,7 @@ class FeatureStore:
                 self._say_used(used)
         except OSError as error:
             used, held = self._scan()
-            self._stop_adding(f"it cannot be written: {error.strerror or error}")
+            self._stop_adding(f"it cannot be written: {reason_of(error)}")
         return used, held
 
     def _scan(self) -> tuple[int, int]:
@@ -250,7 +250,7 @@ class FeatureStore:
                 fits = used + size <= self.limit
                 self._say_used(used + size if fits else used)
         except OSError as error:
-            self._stop_adding(error.strerror or str(error))
+            self._stop_adding(reason_of(error))
             return False
         if not fits:
             self._stop_adding(f"its limit of {show_size(self.limit)} is reached")

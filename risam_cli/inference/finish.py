@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -15,7 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.data.images.files import FileStamp
-from risam_cli.errors import ImageError, OutputError, RisamError, setting, told
+from risam_cli.errors import (
+    NAME_ERRORS,
+    ImageError,
+    OutputError,
+    RisamError,
+    reason_of,
+    told,
+)
+from risam_cli.files.write import CHECK
 from risam_cli.inference.compute import Answer
 from risam_cli.inference.loader import Loaded
 from risam_cli.inference.mask_rules import unpacked
@@ -24,9 +31,6 @@ from risam_cli.types import Expression, Failure, Prediction, Rle, Sample
 
 T = TypeVar("T")
 _WAITING_BYTES = 256 << 20  # full-size masks that may wait for a thread
-# A file of our own that the system refuses: every later one would fail as well.
-_NO_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENODEV, errno.ENXIO}
-_NO_WRITING |= {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,13 +375,15 @@ def _one_failure(sample: Sample, number: int, stage: str, error: Exception) -> F
 def _fatal(error: Exception) -> Exception | None:
     """The error to end the run with, where every later sample would meet it too."""
     cause = error if isinstance(error, OSError) else error.__cause__
-    if isinstance(cause, OSError) and cause.errno in _NO_WRITING:
-        return OutputError(
-            f"{cause.filename or 'the output folder'}: {cause.strerror}",
-            f"fix it or free disk space, then continue with {setting('resume')}",
-        )
+    if isinstance(cause, OSError) and not isinstance(error, ImageError):
+        if cause.errno in NAME_ERRORS:
+            return None  # another name would do
+        # A file of our own that the system refuses: every later one would fail as well.
+        if isinstance(error, OutputError):
+            return error
+        return OutputError(f"{cause.filename or 'the output folder'}: {reason_of(cause)}", CHECK)
     # An image that is gone by the time that its overlay is drawn costs that overlay alone.
-    return None if isinstance(error, (OSError, OutputError, ImageError)) else _unexpected(error)
+    return None if isinstance(error, (OutputError, ImageError)) else _unexpected(error)
 
 
 def _unexpected(error: Exception) -> Exception | None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -32,7 +32,6 @@ from risam_cli.drawing.drawing import svg_path
 from risam_cli.drawing.palette import color
 from risam_cli.errors import OutputError
 from risam_cli.files.confine import Confined
-from risam_cli.files.write import write_whole
 from risam_cli.outputs.naming import GALLERY
 from risam_cli.version import __version__
 
@@ -94,6 +93,7 @@ class Gallery:
     Args:
         folder: the output folder.
         about: short facts for the foot of the page, name to value.
+        write: writes a file of the folder, given its name and text.
 
     Raises:
         OutputError: a link in the folder leads out of it.
@@ -101,6 +101,7 @@ class Gallery:
 
     folder: Path
     about: Mapping[str, str]
+    write: Callable[[str, str], None]
     counts: Counts = field(default_factory=Counts)
     _waiting: list[dict[str, Any]] = field(default_factory=list)
     _written: int = 0
@@ -137,14 +138,13 @@ class Gallery:
             "about": dict(self.about),
             "colors": ["#{:02x}{:02x}{:02x}".format(*color(index)) for index in range(_COLORS)],
         }
-        path = self.folder / PAGE
-        write_whole(path, _page(head).encode())
-        return path
+        self.write(PAGE, _page(head))
+        return self.folder / PAGE
 
     def _flush(self) -> None:
         text = f"risam.data({self._written},{_script_json(self._waiting)});\n"
         name = f"{GALLERY}/data/{self._written:05d}.js"
-        write_whole(self.folder / name, text.encode())
+        self.write(name, text)
         self._written += 1
         self._waiting.clear()
 

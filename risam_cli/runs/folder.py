@@ -4,83 +4,61 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from risam_cli.errors import OutputError, setting
 from risam_cli.files.confine import Confined, require_own
-from risam_cli.files.durable import replace_durably, sync_file, sync_folder, sync_folders, sync_tree
-from risam_cli.files.locks import PRIVATE, FolderLock
+from risam_cli.files.folder import OTHER, OutputFolder
+from risam_cli.files.write import sync_file, sync_folder, sync_tree, write_file, writing
 from risam_cli.outputs.gallery import remove_pages
 from risam_cli.outputs.naming import GALLERY, MASKS, OVERLAYS
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
-from risam_cli.runs.ledger import LEDGER, LedgerLine, read_lines, read_redone
+from risam_cli.runs.ledger import LEDGER, read_all_lines, read_redone
 
 RUN = "run.json"
 _OWN = (PREDICTIONS, FAILURES, RUN, LEDGER)  # the ledger last: it says what is still to delete
 _SPLICED = (PREDICTIONS, FAILURES, LEDGER, RUN)  # in the order in which they are replaced
 
 
-class RunFolder:
-    """An output folder, locked for this process; a context manager.
-
-    The lock ends with the process, however it ends; see :mod:`risam_cli.files.locks`.
+class RunFolder(OutputFolder):
+    """The output folder of a run of predict, or of a merge; see its base.
 
     Args:
         path: made if it is not there.
 
     Raises:
-        OutputError: it cannot be made or written, another process works in it, or a link stands
-            where it would be written.
+        OutputError: as its base.
     """
 
+    stays = True  # no later run takes the masks for images
+
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.private = path / PRIVATE
-        self.staging = self.private / "staging"
+        pictures = (MASKS, OVERLAYS, GALLERY)
+        super().__init__(path, "predict", (*_OWN, *pictures), shared=pictures)
         self.incoming = self.private / "incoming"
-        self._lock: FolderLock | None = None
-        self._is_new = not path.exists()
+        self._retry = self.private / "retry"
         try:
-            self.confined = Confined(path)
-            require_own(path, (*_OWN, MASKS, OVERLAYS, GALLERY))
-            self._lock = FolderLock(path)
-            self.finish_splice()
-            require_own(path, _OWN)  # again: the splice may have brought what was planted in it
-            self.clear_staging()
-        except OSError as error:
+            with writing(path, OTHER):
+                self.finish_splice()
+                require_own(path, _OWN)  # again: the splice may have brought what was planted in it
+        except BaseException:
             self.close()
-            raise OutputError(
-                f"{error.filename or path}: {error.strerror or error}",
-                f"choose another {setting('output')}",
-            ) from None
-
-    def __enter__(self) -> RunFolder:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+            raise
 
     def close(self) -> None:
         """Gives the lock back; a folder that no run was begun in is left as it was found."""
         if self._lock is None:
             return
         if self.holds_run():
-            with suppress(OSError):
+            with suppress(OSError, OutputError):
                 self.finish_splice()
-                self.clear_staging()
         else:
-            # Not the lock itself: whoever finds it gone may begin while we are still at it.
-            for name in (self.staging, self.incoming):
-                shutil.rmtree(name, ignore_errors=True)
-            for path in (self.redo, *map(self.spliced, _SPLICED)):
+            shutil.rmtree(self.private / "incoming", ignore_errors=True)
+            for path in (self.redo, self._retry, *map(self.spliced, _SPLICED)):
                 path.unlink(missing_ok=True)
-        begun = self.holds_run()
-        self._lock.release()
-        self._lock = None
-        if self._is_new and not begun:
-            with suppress(OSError):
-                self.path.rmdir()
+        super().close()
 
     @property
     def predictions(self) -> Path:
@@ -114,11 +92,12 @@ class RunFolder:
         """
         self.require_known()
         if self.ledger.exists():
-            for line, _ in read_lines(self.ledger):
-                self.delete_files(line)
+            for line in read_all_lines(self.ledger):
+                self.delete(mark.path for mark in line.files)
         for redone, _ in read_redone(self.redo):
-            self.delete_files(redone.line)
+            self.delete(mark.path for mark in redone.line.files)
         self.redo.unlink(missing_ok=True)
+        self.end_retry()
         for name in _OWN:
             (self.path / name).unlink(missing_ok=True)
         remove_pages(self.path)
@@ -139,14 +118,33 @@ class RunFolder:
                 f"delete the folder yourself, or choose another {setting('output')}",
             )
 
-    def delete_files(self, line: LedgerLine) -> None:
-        """Deletes the masks, overlays and gallery items of one entry."""
-        for mark in line.files:
-            place = self.path / mark.path
+    def delete(self, paths: Iterable[str]) -> None:
+        """Deletes masks, overlays and gallery items by what a ledger calls them."""
+        for path in paths:
+            place = self.path / path
             # A ledger is a file's word, and a folder under masks/ may be a link.
             self.confined.require(place.parent)
-            with suppress(ValueError):  # no name that a file can have
+            with suppress(ValueError, NotADirectoryError):  # no name that a file can have
                 place.unlink(missing_ok=True)
+
+    @property
+    def attempt(self) -> int:
+        """The retry of all failures that is not through yet, counted from 1; 0 where none is."""
+        with suppress(OSError, ValueError):
+            return int(self._retry.read_bytes()[:9])
+        return 0
+
+    def begin_retry(self) -> None:
+        """From now on and until it is through, whatever failed is to be done again.
+
+        Raises:
+            OutputError: this cannot be noted.
+        """
+        write_file(self._retry, str(self.attempt + 1))
+
+    def end_retry(self) -> None:
+        """All that failed was done again."""
+        self._retry.unlink(missing_ok=True)
 
     def write_run(self, text: str) -> None:
         """Writes ``run.json``, whole or not at all.
@@ -154,20 +152,12 @@ class RunFolder:
         Raises:
             OutputError: it cannot be written.
         """
-        part = self.spliced(RUN)
         try:
-            part.write_text(text, encoding="utf-8")
-            replace_durably(part, self.path / RUN)
-        except OSError as error:
+            self.write(RUN, text)
+        except OutputError as error:
             raise OutputError(
-                f"{self.path / RUN}: {error.strerror or error}; what was done is kept",
-                f"fix it, then continue with {setting('resume')}",
+                f"{error.message}; what was done is kept", f"then go on with {setting('resume')}"
             ) from error
-
-    def clear_staging(self) -> None:
-        """Forgets files that were written and never came to count."""
-        shutil.rmtree(self.staging, ignore_errors=True)
-        self.staging.mkdir(parents=True, exist_ok=True)
 
     # --- replacing files together -----------------------------------------------------------------
 
@@ -193,9 +183,9 @@ class RunFolder:
             self._move_in()
             for name in _SPLICED:
                 if self.spliced(name).exists():
-                    os.replace(self.spliced(name), self.path / name)
-            sync_folder(self.path)
+                    self.place([(self.spliced(name), name)])
             self.redo.unlink(missing_ok=True)
+            self.end_retry()
             marker.unlink()
         for name in _SPLICED:
             self.spliced(name).unlink(missing_ok=True)
@@ -203,14 +193,10 @@ class RunFolder:
 
     def _move_in(self) -> None:
         """Puts incoming files in the places that they have names for."""
-        moved: set[Path] = set()
         for folder, _, names in os.walk(self.incoming):
-            target = self.path / os.path.relpath(folder, self.incoming)
-            self.confined.make(target)
-            moved.add(target)
-            for name in names:
-                os.replace(os.path.join(folder, name), target / name)
-        sync_folders(self.path, moved)
+            inside = os.path.relpath(folder, self.incoming).replace(os.sep, "/")
+            target = "" if inside == "." else f"{inside}/"
+            self.place([(Path(folder, name), f"{target}{name}") for name in names])
 
 
 def remove_empty_folders(root: Path) -> None:

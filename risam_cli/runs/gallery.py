@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from risam_cli.errors import OutputError, setting
+from risam_cli.errors import OutputError, reason_of, setting
 from risam_cli.outputs.gallery import Gallery, Row, about
 from risam_cli.outputs.naming import GALLERY, OVERLAYS
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
 from risam_cli.runs.ledger import LEDGER, LedgerLine, Span, read_header, read_lines, read_span
 
 
-def write_gallery(folder: Path) -> Path | None:
+def write_gallery(folder: Path, write: Callable[[str, str], None]) -> Path | None:
     """Write the page of what is done in an output folder; gives the page's path.
 
     Follows from the folder's content alone: a run that was cut off and went on, or that was put
     together from shards, gives the bytes of one that was neither. None where the run does not save
     a gallery.
+
+    Args:
+        write: writes a file of the folder, given its name and text.
 
     Raises:
         OutputError: the folder cannot be read or written, or was changed by someone else.
@@ -28,7 +31,7 @@ def write_gallery(folder: Path) -> Path | None:
     identity = read_header(folder / LEDGER)
     if identity is None or "html" not in identity.get("save", ()):
         return None
-    gallery = Gallery(folder, about(identity))
+    gallery = Gallery(folder, about(identity), write)
     for row in _rows(folder):
         gallery.add(row)
     return gallery.finish()
@@ -47,7 +50,7 @@ def _rows(folder: Path) -> Iterator[Row]:
                     name = (answers or wrong)[0]["image"]
                     yield Row(name, answers, wrong, _file(line, GALLERY), _file(line, OVERLAYS))
     except OSError as error:
-        raise OutputError(f"{error.filename or folder}: {error.strerror or error}") from None
+        raise OutputError(f"{error.filename or folder}: {reason_of(error)}") from None
 
 
 def _objects(file: BinaryIO, span: Span, folder: Path) -> list[dict[str, Any]]:

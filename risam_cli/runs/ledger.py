@@ -2,7 +2,7 @@
 
 ``ledger.jsonl`` in the output folder begins with one header line::
 
-    {"ledger": 1, "identity": {...}}
+    {"ledger": 2, "identity": {...}, "crc32": …}
 
 ``identity`` is all that decides the results apart from the inputs: model hash, thresholds,
 precision, kind of device, what is saved, and ``"shard": [I, N]``. Runs belong together if their
@@ -11,13 +11,14 @@ of a manifest) in the order of the inputs::
 
     {"entry": 7, "key": "…", "items": 2, "image": "<sha256>", "stamp": [size, mtime, ctime, inode],
      "predictions": [start, length, crc32], "failures": [start, length, crc32],
-     "files": [["masks/a.jpg__0-the-dog.png", bytes, crc32], …]}
+     "files": [["masks/a.jpg__0-the-dog.png", bytes, crc32], …], "crc32": …}
 
 - ``entry`` counts all entries of the inputs from 0, over all shards. Shard I of N holds those
   whose stretch of equal images, counted from 0, leaves I when divided by N.
 - ``items`` is how many records and failures came of the entry; ``key`` hashes what it asked.
 - ``predictions`` and ``failures`` are slices of ``predictions.jsonl`` and ``failures.jsonl``.
 - ``files`` lists the masks, overlays and gallery items that the entry wrote.
+- the last ``crc32`` is that of the line without it: a line with a flipped bit is none.
 
 So shards are merged by taking, for entry 0, 1, 2, …, its two slices and its files from whichever
 shard has it; ``run.json`` says in ``inputs.entries`` how many entries there must be, and in
@@ -36,16 +37,18 @@ import os
 import stat
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from risam_cli.data.images.files import FileStamp
-from risam_cli.errors import OutputError
+from risam_cli.errors import OutputError, reason_of
+from risam_cli.files.jsonlines import seal, unseal
 from risam_cli.outputs.naming import GALLERY, MASKS, OVERLAYS
 
 LEDGER = "ledger.jsonl"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +87,10 @@ class LedgerLine:
     failures: Span
     files: tuple[FileMark, ...]
 
-    def to_json(self) -> str:
-        """One line of JSON without its end."""
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the ledger, without its checksum."""
         stamp = self.stamp
-        record = {
+        return {
             "entry": self.entry,
             "key": self.key,
             "items": self.items,
@@ -99,7 +102,6 @@ class LedgerLine:
             "failures": _span_to_json(self.failures),
             "files": [[mark.path, mark.size, mark.crc] for mark in self.files],
         }
-        return json.dumps(record)
 
     @classmethod
     def from_json(cls, record: Any) -> LedgerLine:
@@ -140,7 +142,7 @@ def _span_to_json(span: Span) -> list[int]:
 
 def header_line(identity: Mapping[str, Any]) -> bytes:
     """The first line of a ledger, with its end."""
-    return json.dumps({"ledger": FORMAT, "identity": identity}).encode() + b"\n"
+    return seal({"ledger": FORMAT, "identity": identity})
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
@@ -155,11 +157,11 @@ def read_header(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise OutputError(f"{path}: {error.strerror}") from None
+        raise OutputError(f"{path}: {reason_of(error)}") from None
     try:
-        header = json.loads(line)
+        header = unseal(line)
         version, identity = header["ledger"], header["identity"]
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
+    except (ValueError, TypeError, KeyError):
         return None
     if version != FORMAT or not isinstance(identity, dict):
         raise OutputError(
@@ -172,23 +174,32 @@ def read_header(path: Path) -> dict[str, Any] | None:
 def read_lines(path: Path) -> Iterator[tuple[LedgerLine, int]]:
     """The lines after the header, each with the file's length up to its end.
 
-    Ends before the first line that is torn, or out of order: what follows was never finished.
+    Ends before the first line that is torn, damaged or out of order: what follows does not count.
     """
     last = -1
     with open(path, "rb") as file:
         end = len(file.readline())
         for raw in file:
-            if not raw.endswith(b"\n"):
-                return
-            try:
-                line = LedgerLine.from_json(json.loads(raw))
-            except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
-                return
-            if line.entry <= last:
+            line = _parse(raw)
+            if line is None or line.entry <= last:
                 return
             last = line.entry
             end += len(raw)
             yield line, end
+
+
+def read_all_lines(path: Path, start: int = 0) -> Iterator[LedgerLine]:
+    """Every line that is whole, from a place on, whatever stands between: to delete its files."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        yield from (line for raw in file if (line := _parse(raw)) is not None)
+
+
+def _parse(raw: bytes) -> LedgerLine | None:
+    try:
+        return LedgerLine.from_json(unseal(raw))
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,33 +207,41 @@ class Redone:
     """An entry that was computed again: its line (spans not yet right) and its new text.
 
     Kept in a journal of its own until all of them are done and put in their places together.
+
+    Attributes:
+        attempt: which retry of all failures it belongs to; 0 outside of any.
     """
 
     line: LedgerLine
     predictions: bytes
     failures: bytes
+    attempt: int = 0
 
     def to_json(self) -> bytes:
         """One line of the journal, with its end."""
-        record = {
-            "line": json.loads(self.line.to_json()),
-            "predictions": self.predictions.decode("ascii"),
-            "failures": self.failures.decode("ascii"),
-        }
-        return json.dumps(record).encode() + b"\n"
+        return seal(
+            {
+                "attempt": self.attempt,
+                "line": self.line.to_json(),
+                "predictions": self.predictions.decode("ascii"),
+                "failures": self.failures.decode("ascii"),
+            }
+        )
 
     @classmethod
     def from_json(cls, raw: bytes) -> Redone:
         """An entry from its line; TypeError, KeyError or ValueError on anything else."""
-        record = json.loads(raw)
+        record = unseal(raw)
         line = LedgerLine.from_json(record["line"])
-        return cls(line, str(record["predictions"]).encode(), str(record["failures"]).encode())
+        predictions, failures = (str(record[k]).encode() for k in ("predictions", "failures"))
+        return cls(line, predictions, failures, int(record["attempt"]))
 
 
 def read_redone(path: Path) -> Iterator[tuple[Redone, int]]:
-    """The journal's entries, as far as they are whole, each with its offset.
+    """The journal's entries that are whole, each with its offset.
 
-    Nothing where there is no journal. Of an entry that is there twice, the later one counts.
+    A torn line, as a full disk leaves it, hides none that follow. Nothing where there is
+    no journal. Of an entry that is there twice, the later one counts.
     """
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below, outside of this try
@@ -231,12 +250,8 @@ def read_redone(path: Path) -> Iterator[tuple[Redone, int]]:
     with file:
         start = 0
         for raw in file:
-            if not raw.endswith(b"\n"):
-                return
-            try:
+            with suppress(ValueError, TypeError, KeyError, OverflowError):
                 yield Redone.from_json(raw), start
-            except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
-                return
             start += len(raw)
 
 

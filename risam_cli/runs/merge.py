@@ -15,7 +15,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from risam_cli.errors import DataError, OutputError, setting
+from risam_cli.errors import DataError, OutputError, reason_of, setting
+from risam_cli.files.jsonlines import seal
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
 from risam_cli.runs.folder import RUN, RunFolder
 from risam_cli.runs.gallery import write_gallery
@@ -140,11 +141,11 @@ def merge_parts(
             if overwrite:  # not before all that takes its place is there
                 folder.start_anew()
             folder.splice()
-            write_gallery(folder.path)
+            write_gallery(folder.path, folder.write)
             return merged
     except OSError as error:
         raise OutputError(
-            f"{error.filename or output}: {error.strerror or error}",
+            f"{error.filename or output}: {reason_of(error)}",
             f"free disk space or choose another {setting('output')}",
         ) from error
 
@@ -261,7 +262,7 @@ def _opened(path: Path) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", "run the shard again") from None
+        raise DataError(f"{path}: {reason_of(error)}", "run the shard again") from None
 
 
 def _write(parts: Sequence[Part], folder: RunFolder, advance: Callable[[], None]) -> Merged:
@@ -280,7 +281,7 @@ def _write(parts: Sequence[Part], folder: RunFolder, advance: Callable[[], None]
                 predictions=predictions.add(place, line.predictions),
                 failures=failures.add(place, line.failures),
             )
-            ledger.write(moved.to_json().encode() + b"\n")
+            ledger.write(seal(moved.to_json()))
             entries += 1
             files += len(line.files)
             advance()
@@ -305,7 +306,9 @@ def _copy(source: Path, target: Path, mark: FileMark) -> None:
             raise _changed(source / mark.path)
         data = (source / mark.path).read_bytes()
     except OSError as error:
-        raise DataError(f"{source / mark.path}: {error.strerror}", "run the shard again") from None
+        raise DataError(
+            f"{source / mark.path}: {reason_of(error)}", "run the shard again"
+        ) from None
     if len(data) != mark.size or zlib.crc32(data) != mark.crc:
         raise _changed(source / mark.path)
     place = target / mark.path

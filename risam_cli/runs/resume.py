@@ -19,16 +19,20 @@ from risam_cli.console.console import get_console
 from risam_cli.data.images.files import file_sha256, file_stamp
 from risam_cli.data.inputs.inputs import Entry
 from risam_cli.errors import OutputError, setting
-from risam_cli.files.durable import sync_file, sync_folder
+from risam_cli.files.jsonlines import seal
 from risam_cli.files.patience import within
+from risam_cli.files.write import own_file, write_file
 from risam_cli.inference.loader import TIMEOUT, timed_out
-from risam_cli.runs.folder import RunFolder
+from risam_cli.outputs.records import FAILURES, PREDICTIONS
+from risam_cli.runs.folder import RUN, RunFolder
 from risam_cli.runs.ledger import (
+    LEDGER,
     LedgerLine,
     Redone,
     Span,
     file_is_whole,
     header_line,
+    read_all_lines,
     read_header,
     read_lines,
     read_redone,
@@ -46,11 +50,13 @@ class Kept:
         lines: how many entries of its ledger hold, from the first on; what follows is cut off.
         broken: among them, the entries whose record or mask is not what was written.
         redone: lines of entries that were computed again but are not in their places yet.
+        retried: among these, what was done again since a retry of all failures was asked for.
     """
 
     lines: int = 0
     broken: set[int] = field(default_factory=set)
     redone: dict[int, LedgerLine] = field(default_factory=dict)
+    retried: set[int] = field(default_factory=set)
 
 
 def prepare(folder: RunFolder, identity: Mapping[str, Any]) -> Kept:
@@ -65,14 +71,15 @@ def prepare(folder: RunFolder, identity: Mapping[str, Any]) -> Kept:
     if before is None:
         return _start(folder, identity)
     _require_same(before, identity, folder.path)
-    kept = Kept(
-        redone={
-            redone.line.entry: redone.line
-            for redone, _ in read_redone(folder.redo)
-            if all(file_is_whole(folder.path, mark) for mark in redone.line.files)
-        }
-    )
-    ends = _audit(folder, kept)
+    for path in (folder.ledger, folder.predictions, folder.failures):
+        own_file(path)
+    kept = Kept()
+    unlisted = _read_journal(folder, kept)
+    ends = _audit(folder, kept, unlisted)
+    for paths in unlisted.values():
+        folder.delete(paths)
+    for line in read_all_lines(folder.ledger, ends[0]):
+        folder.delete(mark.path for mark in line.files)
     for path, end in zip((folder.ledger, folder.predictions, folder.failures), ends, strict=True):
         path.touch()
         if path.stat().st_size > end:
@@ -81,18 +88,53 @@ def prepare(folder: RunFolder, identity: Mapping[str, Any]) -> Kept:
 
 
 def _start(folder: RunFolder, identity: Mapping[str, Any]) -> Kept:
-    if folder.predictions.exists() and folder.predictions.stat().st_size:
+    held = [path.name for path in (folder.predictions, folder.failures) if _size(path)]
+    held += [name for name in (RUN, LEDGER) if _size(folder.path / name)]
+    if held:
         raise OutputError(
-            f"{folder.path} holds {folder.predictions.name} but no ledger of how it came to be",
-            f"choose another {setting('output')}",
+            f"{folder.path} holds {', '.join(held)} but no whole {LEDGER} of how they came to be",
+            _ANEW,
         )
-    for path in (folder.predictions, folder.failures):
-        path.write_bytes(b"")
-    folder.ledger.write_bytes(header_line(identity))
-    for path in (folder.predictions, folder.failures, folder.ledger):
-        sync_file(path)
-    sync_folder(folder.path)
+    for name in (PREDICTIONS, FAILURES):
+        folder.write(name, b"")
+    folder.write(LEDGER, header_line(identity))
     return Kept()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _read_journal(folder: RunFolder, kept: Kept) -> dict[int, set[str]]:
+    """Fills ``kept.redone``, and leaves in the journal what counts: more is appended to it.
+
+    Entries are written to the journal before their files are moved to their places, so a kill
+    leaves some without all of theirs. Gives the files of these, by entry.
+    """
+    unlisted: dict[int, set[str]] = {}
+    counts: dict[int, int] = {}
+    for redone, start in read_redone(folder.redo):
+        line = redone.line
+        if all(file_is_whole(folder.path, mark) for mark in line.files):
+            kept.redone[line.entry], counts[line.entry] = line, start
+            (kept.retried.add if redone.attempt == folder.attempt else kept.retried.discard)(
+                line.entry
+            )
+        else:
+            unlisted.setdefault(line.entry, set()).update(mark.path for mark in line.files)
+    for entry in unlisted.keys() & kept.redone.keys():
+        unlisted[entry] -= {mark.path for mark in kept.redone[entry].files}
+    if folder.redo.exists():
+        starts = set(counts.values())
+
+        def copy(part: Path) -> None:
+            with open(part, "wb") as out:
+                for redone, start in read_redone(folder.redo):
+                    if start in starts:
+                        out.write(redone.to_json())
+
+        write_file(folder.redo, copy)
+    return unlisted
 
 
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], place: Path) -> None:
@@ -110,8 +152,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:20]}…{text[-1]}"
 
 
-def _audit(folder: RunFolder, kept: Kept) -> tuple[int, int, int]:
-    """Fills ``kept`` from the ledger; gives where ledger, predictions and failures end."""
+def _audit(folder: RunFolder, kept: Kept, unlisted: Mapping[int, set[str]]) -> tuple[int, int, int]:
+    """Fills ``kept`` from the ledger; gives where ledger, predictions and failures end.
+
+    What the ledger lists is taken out of ``unlisted``.
+    """
     with open(folder.ledger, "rb") as file:
         good_ends = (len(file.readline()), 0, 0)
     tail_broken: list[int] = []
@@ -124,6 +169,8 @@ def _audit(folder: RunFolder, kept: Kept) -> tuple[int, int, int]:
                 and all(file_is_whole(folder.path, mark) for mark in line.files)
             )
             tail_lines += 1
+            if line.entry in unlisted:
+                unlisted[line.entry].difference_update(mark.path for mark in line.files)
             if not whole and line.entry not in kept.redone:
                 tail_broken.append(line.entry)
                 continue
@@ -158,12 +205,13 @@ def check_inputs(folder: RunFolder, kept: Kept, entries: Iterator[Entry]) -> Non
 
 
 def still_to_do(
-    folder: RunFolder, kept: Kept, entries: Iterator[Entry], retry_failed: bool
+    folder: RunFolder, kept: Kept, entries: Iterator[Entry]
 ) -> Iterator[tuple[Entry, bool]]:
     """The entries to compute, each with whether it takes the place of an earlier result.
 
     First those among the kept ones that are broken, whose image changed since, whose manifest line
-    was wrong and was mended, or (with ``retry_failed``) that failed; then all never done.
+    was wrong and is right now, or that failed where a retry was asked for and is not through; then
+    all never done.
 
     Raises:
         OutputError: an input changed.
@@ -172,7 +220,8 @@ def still_to_do(
         entry = next(entries, None)
         _require_same_entry(line, entry, folder.path)
         assert entry is not None
-        if entry.key != line.key or (retry_failed and line.failures.length):
+        failed = folder.attempt and line.failures.length and line.entry not in kept.retried
+        if entry.key != line.key or failed:
             yield entry, True
         elif line.entry in kept.broken:
             get_console().warn(f"{entry.image}: its record or mask is damaged; done again")
@@ -207,12 +256,10 @@ def splice_redone(folder: RunFolder) -> None:
                 still.update(mark.path for mark in redone.line.files)
                 line = redone.line
             moved = _write_spans(outs, texts, folder.path)
-            outs[2].write(
-                (replace(line, predictions=moved[0], failures=moved[1])).to_json().encode() + b"\n"
-            )
+            line = replace(line, predictions=moved[0], failures=moved[1])
+            outs[2].write(seal(line.to_json()))
+    folder.delete(gone - still)  # the journal holds all that takes its place
     folder.splice()
-    for path in gone - still:
-        (folder.path / path).unlink(missing_ok=True)
 
 
 def _write_spans(

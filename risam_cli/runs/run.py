@@ -22,6 +22,7 @@ from risam_cli.errors import (
     EXIT_OK,
     EXIT_SOME_FAILED,
     Interrupted,
+    MachineError,
     OutputError,
     RisamError,
     setting,
@@ -37,7 +38,7 @@ from risam_cli.inference.pipeline import (
     predict_samples,
 )
 from risam_cli.inference.unknown_words import UnknownWords
-from risam_cli.interrupts import stopping
+from risam_cli.interrupts import StopRequest
 from risam_cli.runs.folder import RUN, RunFolder
 from risam_cli.runs.gallery import write_gallery
 from risam_cli.runs.ledger import settings_hash
@@ -106,6 +107,9 @@ def run_predict(
     kept = prepare(folder, identity)
     if kept.lines:
         plan = plan_to_go_on(folder.path, plan, segmenter)
+        if plan.retry_failed:  # before run.json says by which limits
+            folder.begin_retry()
+            kept.retried.clear()
     total = left = None
     if plan.inputs.repeatable:
         entries = plan.own_entries()
@@ -119,13 +123,13 @@ def run_predict(
     try:
         with get_console().progress("predict", total, "inputs", done=kept.lines) as progress:
             run.go(progress, stream, left)
-        run.page = write_gallery(folder.path)
+        run.page = write_gallery(folder.path, folder.write)
         status = "complete"
     except RisamError as error:
         status = "interrupted" if isinstance(error, Interrupted) else status
         with suppress(OutputError):  # of what was done, to be looked at meanwhile
-            write_gallery(folder.path)
-        raise
+            write_gallery(folder.path, folder.write)
+        raise to_go_on(error) from error
     finally:
         # A disk too full for this is told of by the error that is on its way.
         with suppress(OutputError) if status != "complete" else nullcontext():
@@ -178,7 +182,7 @@ class _Run:
                 stop.set()
 
         with ExitStack() as stack:
-            asked = stack.enter_context(stopping(stop))
+            asked = stack.enter_context(StopRequest(stop, "stopping after this batch"))
             writer = stack.enter_context(RunWriter(self.folder, stager, committed, stream))
             self.cache = stack.enter_context(
                 cache_for(self.plan.feature_cache, self.segmenter, self.plan.settings, images)
@@ -206,7 +210,7 @@ class _Run:
                 f"{self.plan.max_failures}; what was done is kept",
                 f"see failures.jsonl; continue with {setting('resume')}",
             )
-        if asked.is_set() and not complete:
+        if asked.requested and not complete:
             raise Interrupted(
                 "interrupted; what was done is kept", f"continue with {setting('resume')}"
             )
@@ -216,7 +220,7 @@ class _Run:
 
         Read in the feeder's thread.
         """
-        todo = still_to_do(self.folder, self.kept, self._own_entries(), self.plan.retry_failed)
+        todo = still_to_do(self.folder, self.kept, self._own_entries())
         for entry, again in todo:
             self.asked += 1
             # An entry that is wrong already keeps its place among the others.
@@ -435,6 +439,15 @@ def plan_to_go_on(folder: Path, plan: RunPlan, segmenter: Segmenter) -> RunPlan:
         return plan
     get_console().info(f"other limits than before ({changed}): what failed is tried again")
     return replace(plan, retry_failed=True)
+
+
+def to_go_on(error: RisamError) -> RisamError:
+    """The error, with how to go on once its cause is gone."""
+    if not isinstance(error, (OutputError, MachineError)) or "resume" in error.settings:
+        return error
+    message, *fixes = error.args
+    fix = f"{' or '.join(fixes)}, then go on with {setting('resume')}"
+    return type(error)(f"{message}; what was done is kept", fix)
 
 
 def _threads(plan: RunPlan, segmenter: Segmenter) -> int | None:

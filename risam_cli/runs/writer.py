@@ -2,8 +2,8 @@
 
 Masks are made in the finishers' threads and staged under names of no meaning. A thread of its own
 then commits what is ready, many samples at a time: records and failures are appended, the ledger
-says what belongs to them, the staged masks move to their places, all is synced; only then are the
-records streamed and counted. A kill in between leaves what checksums tell apart from done.
+says what belongs to them; once that is synced, the staged masks move to their places; only then are
+the records streamed and counted. A kill in between leaves what checksums tell apart from done.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from risam_cli.data.images.images import Bands, Rgb, open_for_encoder, open_rgb
 from risam_cli.data.inputs.inputs import Entry
 from risam_cli.drawing.overlay import draw_overlay
 from risam_cli.drawing.png import encode_mask, encode_rgb
-from risam_cli.errors import ImageError, OutputError, setting
-from risam_cli.files.durable import sync_folders
+from risam_cli.errors import ImageError, OutputError, reason_of, setting
+from risam_cli.files.jsonlines import seal
 from risam_cli.files.patience import within
+from risam_cli.files.write import CHECK, make_file, sync_folder, writing
 from risam_cli.inference.finish import ImageResult
 from risam_cli.inference.loader import TIMEOUT, timed_out
 from risam_cli.masks import rle as masks
@@ -165,11 +166,9 @@ class Stager:
     def _stage(self, name: str, data: bytes) -> None:
         path = self._folder.staging / str(next(self._numbers))
         try:
-            with open(path, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
+            with writing(self._folder.path / name):
+                make_file(path, data)
+        except OutputError:
             with suppress(OSError):
                 path.unlink()
             raise
@@ -241,7 +240,7 @@ class RunWriter:
         self._broken = threading.Event()
         self._ending = threading.Event()
         self._complete = False
-        self._redo = open(folder.redo, "ab")  # noqa: SIM115 - closed by the thread
+        self._redo: BinaryIO | None = None  # closed by the thread, as the next
         self._files: tuple[BinaryIO, ...] = ()  # predictions, failures, ledger
         self.seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="risam-writer", daemon=True)
@@ -300,7 +299,7 @@ class RunWriter:
             self._error = _as_output_error(error, self._folder.path)
             self._broken.set()
         finally:
-            for file in (self._redo, *self._files):
+            for file in (*filter(None, [self._redo]), *self._files):
                 with suppress(OSError):  # a full disk was told of already
                     file.close()
 
@@ -345,7 +344,7 @@ class RunWriter:
             )
 
     def _append(self, done: list[_Done]) -> None:
-        """Records, failures, then the ledger, then the masks; then all of it is synced."""
+        """Records, failures, then the ledger; once they are on the disk, the masks."""
         predictions, failures, ledger = files = self._open_files()
         lines = []
         for one in done:
@@ -358,14 +357,14 @@ class RunWriter:
             ]
             predictions.write(one.predictions_text)
             failures.write(one.failures_text)
-            lines.append(_ledger_line(one, *spans).to_json())
+            lines.append(seal(_ledger_line(one, *spans).to_json()))
         predictions.flush()
         failures.flush()
-        ledger.write(_lines(lines))
+        ledger.write(b"".join(lines))
         ledger.flush()
-        self._publish(done)
         for file in files:
             os.fsync(file.fileno())
+        self._publish(done)  # not before all that is moved is listed on the disk
         _require_there(ledger, self._folder)
         if self._stream is not None:
             for one in done:
@@ -374,34 +373,38 @@ class RunWriter:
 
     def _write_again(self, done: list[_Done]) -> None:
         """To the journal: the three files take it over once all that is done again is there."""
+        redo = self._redo = self._redo or self._open_redo()
         for one in done:
             spans = [
                 Span(0, len(text), zlib.crc32(text))
                 for text in (one.predictions_text, one.failures_text)
             ]
             line = _ledger_line(one, *spans)
-            self._redo.write(Redone(line, one.predictions_text, one.failures_text).to_json())
-        self._redo.flush()
+            redo.write(
+                Redone(
+                    line, one.predictions_text, one.failures_text, self._folder.attempt
+                ).to_json()
+            )
+        redo.flush()
+        os.fsync(redo.fileno())
         self._publish(done)
-        os.fsync(self._redo.fileno())
+
+    def _open_redo(self) -> BinaryIO:
+        file = open(self._folder.redo, "ab")  # noqa: SIM115 - see _run
+        sync_folder(self._folder.private)
+        return file
 
     def _publish(self, done: list[_Done]) -> None:
         """Moves staged files, whose content is synced, to their places, and syncs their names."""
-        folders: set[Path] = set()
-        for one in done:
-            for staged in one.staged:
-                place = self._folder.path / staged.mark.path
-                self._folder.confined.make(place.parent)
-                folders.add(place.parent)
-                os.replace(staged.path, place)
-        sync_folders(self._folder.path, folders)
+        self._folder.place((staged.path, staged.mark.path) for one in done for staged in one.staged)
 
     def _open_files(self) -> tuple[BinaryIO, ...]:
         """The three files, open at their ends, once what was done again is in its place."""
         if not self._files:
             folder = self._folder
-            if self._redo.tell():
+            if folder.redo.exists():
                 splice_redone(folder)
+            folder.end_retry()
             names = (folder.predictions, folder.failures, folder.ledger)
             self._files = tuple(open(path, "ab") for path in names)  # noqa: SIM115 - see _run
             if self._stream is not None:
@@ -461,8 +464,5 @@ def _as_output_error(error: BaseException, folder: Path) -> BaseException:
             f"continue with {setting('resume')}",
         )
     if isinstance(error, OSError):
-        return OutputError(
-            f"{error.filename or folder}: {error.strerror or error}; what was done is kept",
-            f"fix it, then continue with {setting('resume')}",
-        )
+        return OutputError(f"{error.filename or folder}: {reason_of(error)}", CHECK)
     return error

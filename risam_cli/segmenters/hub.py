@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from risam_cli.errors import ModelError
+from risam_cli.errors import ModelError, reason_of
 
 _WANTED = ["*.json", "*.txt", "*.safetensors", "*.model"]
 _BELOW = ["*/*"]  # other formats of the same weights lie in folders
@@ -94,7 +94,7 @@ def fetch(name: str, *, download: bool = True) -> Path:
     except HfHubHTTPError as error:
         raise _absent(name, " ".join(str(error).split())[:120]) from None
     except OSError as error:  # no space, no permission; or a connection that broke
-        reason = error.strerror or " ".join(str(error).split())[:120]
+        reason = reason_of(error)
         raise _absent(name, reason) from None
     except Exception as error:  # the HTTP library's own, of a connection that broke
         if not type(error).__module__.startswith("http"):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
-from risam_cli.errors import ConfigError, DataError, setting
+from risam_cli.errors import ConfigError, DataError, reason_of, setting
 from risam_cli.files.jsonlines import brief, read_text
 from risam_cli.files.safe_yaml import load_yaml
 from risam_cli.settings.base import Settings
@@ -49,7 +49,7 @@ def _values(path: Path) -> dict[str, Any]:
         raw = load_yaml(read_text(path, _LONGEST))
     except OSError as error:
         raise ConfigError(
-            f"cannot read {path}: {error.strerror}", "give the path of a YAML file"
+            f"cannot read {path}: {reason_of(error)}", "give the path of a YAML file"
         ) from error
     except DataError as error:  # packed or encoded in a way that its first bytes belie
         raise ConfigError(error.message, error.fix) from error

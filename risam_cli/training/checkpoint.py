@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -13,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from risam_cli.console.console import get_console
 from risam_cli.errors import ModelError, RisamError, setting
-from risam_cli.files.write import write_atomic
-from risam_cli.weights.torch_files import load_plain
+from risam_cli.files.write import write_file
+from risam_cli.weights.torch_files import load_plain, require_sealed, seal_file
 
 LAST = "last.pt"
+PROGRESS = "progress.json"
 FORMAT = 2
 
 
@@ -101,6 +104,16 @@ def stage_of_weights(place: Place) -> int:
     return place.stage - 1 if place.stage and not place.step else place.stage
 
 
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values, in the order of the names."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode())
+        values = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8)
+        sha.update(values.numpy().data)
+    return sha.hexdigest()
+
+
 class Untrained:
     """Parameters that no stage so far has trained: they stay out of checkpoints.
 
@@ -129,12 +142,8 @@ class Untrained:
 
     def digest(self) -> str:
         """SHA-256 over their values, in the order of their names."""
-        sha = hashlib.sha256()
         state = self.model.state_dict()
-        for name in sorted(self.names):
-            sha.update(name.encode())
-            sha.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return sha.hexdigest()
+        return digest_of_tensors({name: state[name] for name in self.names})
 
     def trained(self) -> dict[str, Tensor]:
         """All other values of the network."""
@@ -176,6 +185,7 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
         self.last = folder / LAST
+        self.progress = folder / PROGRESS
 
     def save(
         self,
@@ -212,7 +222,9 @@ class Checkpoints:
                 f"{place.step}, first {bad[0]!r}",
                 "lower the learning rate" + self.kept(),
             )
-        write_atomic(self.last, lambda temporary: _write(state, temporary))
+        write_file(self.last, lambda temporary: _write(state, temporary))
+        # That there was one: a run without any may begin anew, one that lost its own may not.
+        write_file(self.progress, json.dumps({"stage": place.stage + 1, "step": place.step}) + "\n")
         if self.keep > 1:
             self._keep(place)
 
@@ -226,9 +238,27 @@ class Checkpoints:
         try:
             os.link(self.last, path)
         except OSError:  # A file system without links.
-            write_atomic(path, lambda temporary: shutil.copyfile(self.last, temporary))
+            write_file(path, lambda temporary: shutil.copyfile(self.last, temporary))
         for old in self.others()[: -self.keep]:
             old.unlink(missing_ok=True)
+
+    def to_resume(self) -> Path | None:
+        """The checkpoint to go on from; None where the run ended before its first.
+
+        Raises:
+            ModelError: there was one, and none is there any more.
+        """
+        if self.last.is_file():
+            return self.last
+        if others := self.others():
+            get_console().warn(f"{self.last} is missing; going on from {others[-1].name}")
+            return others[-1]
+        if self.progress.exists():
+            raise ModelError(
+                f"{self.last} is missing, and no earlier checkpoint is there",
+                "put it back, or train into another output folder",
+            )
+        return None
 
     def others(self) -> list[Path]:
         """The checkpoints under their own names, oldest first."""
@@ -244,6 +274,7 @@ def _write(state: dict[str, Any], path: Path) -> None:
     # Through Python's own file: torch's writer tells of a full disk in many words, and late.
     with path.open("wb") as file:
         torch.save(state, file)
+    seal_file(path)
 
 
 def read_state(path: Path, hashes: Sequence[str]) -> dict[str, Any]:
@@ -257,6 +288,7 @@ def read_state(path: Path, hashes: Sequence[str]) -> dict[str, Any]:
         ModelError: a damaged file, or one of other settings.
     """
     try:
+        require_sealed(path)
         state: dict[str, Any] = load_plain(path)
     except ModelError as error:
         raise ModelError(f"checkpoint {error.message}", _way_out(path)) from error
@@ -369,7 +401,7 @@ class KeptWeights:
         if write and place.step in [step for step, _ in place.kept]:
             self.folder.mkdir(parents=True, exist_ok=True)
             weights = {n: p.detach().cpu().contiguous() for n, p in _trained(module).items()}
-            write_atomic(self._path(place.step), lambda part: _save_tensors(weights, part))
+            write_file(self._path(place.step), lambda part: _save_tensors(weights, part))
 
     def prune(self, place: Place) -> None:
         """Removes what the checkpoint just written names no more."""
@@ -388,11 +420,18 @@ class KeptWeights:
         sums: dict[str, torch.Tensor] = {}
         for step, _ in place.kept:
             try:
-                held = load_file(self._path(step))
+                with safe_open(self._path(step), framework="pt") as file:
+                    held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                    whole = (file.metadata() or {}).get("sha256") == digest_of_tensors(held)
             except (SafetensorError, OSError) as error:
                 raise ModelError(
                     f"{self._path(step)} cannot be read: {error}", "set averaging to null"
                 ) from error
+            if not whole:
+                raise ModelError(
+                    f"{self._path(step)} is damaged: it is not what was written, by its checksum",
+                    "set averaging to null",
+                )
             if sums and held.keys() != sums.keys():
                 raise ModelError(f"{self._path(step)} is of another network", "remove it")
             for name, value in held.items():
@@ -431,6 +470,6 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _save_tensors(weights: dict[str, torch.Tensor], path: Path) -> None:
     try:
-        save_file(weights, path)
+        save_file(weights, path, {"sha256": digest_of_tensors(weights)})
     except SafetensorError as error:  # It tells of a full disk by its own.
         raise OSError(str(error)) from error

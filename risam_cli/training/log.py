@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.console.console import Console
-from risam_cli.errors import OutputError
-from risam_cli.files.durable import sync_file, sync_folder
-from risam_cli.files.write import write_atomic
+from risam_cli.errors import OutputError, reason_of
+from risam_cli.files.write import sync_file, sync_folder, write_file
 from risam_cli.training.checkpoint import Place
 
 METRICS = "metrics.jsonl"
@@ -97,7 +96,7 @@ class TrainingLog:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
             raise OutputError(
-                f"cannot write {self.path}: {error.strerror}", "check disk space and permissions"
+                f"cannot write {self.path}: {reason_of(error)}", "check disk space and permissions"
             ) from error
         for key, value in figures.items():
             self._tell_board("add_scalar", f"{name}/{kind}/{key}", value, place.step)
@@ -114,7 +113,7 @@ class TrainingLog:
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise OutputError(f"cannot make {folder}: {error.strerror}", "see rights") from error
+            raise OutputError(f"cannot make {folder}: {reason_of(error)}", "see rights") from error
         for example in examples:
             _write(folder / f"{example.key}-truth.webp", example.truth)
             step = f"stage{place.stage + 1}-step{place.step:08d}"
@@ -127,7 +126,7 @@ class TrainingLog:
             {k: v for k, v in asdict(e).items() if k not in ("truth", "answer")} for e in examples
         ]
         text = json.dumps(told, ensure_ascii=False, indent=1) + "\n"
-        write_atomic(folder / INDEX, lambda part: part.write_text(text, encoding="utf-8"))
+        write_file(folder / INDEX, text)
 
     def drop_rows_after(self, place: Place) -> None:
         """Removes rows that a cut run wrote after its last checkpoint."""
@@ -141,7 +140,7 @@ class TrainingLog:
                 continue  # A torn last line.
             if _known(row, place):
                 kept.append(line + "\n")
-        write_atomic(self.path, lambda part: part.write_text("".join(kept), encoding="utf-8"))
+        write_file(self.path, "".join(kept))
 
     def _tell_board(self, method: str, *values: Any, **named: Any) -> None:
         """TensorBoard is a second telling: without room for it, the run goes on."""
@@ -151,7 +150,7 @@ class TrainingLog:
             getattr(self._board, method)(*values, **named)
         except OSError as error:
             self._board = None
-            self.console.warn(f"TensorBoard's log ends here: {error.strerror or error}")
+            self.console.warn(f"TensorBoard's log ends here: {reason_of(error)}")
 
 
 def _known(row: Mapping[str, Any], place: Place) -> bool:
@@ -167,7 +166,7 @@ def _write(path: Path, rgb: NDArray[np.uint8]) -> None:
     done, data = cv2.imencode(".webp", rgb[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, _QUALITY])
     if not done:
         raise RuntimeError("OpenCV was built without WebP")
-    write_atomic(path, lambda part: part.write_bytes(data.tobytes()))
+    write_file(path, data.tobytes())
 
 
 def _beside(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np.uint8]:

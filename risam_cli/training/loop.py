@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from risam_cli.console.console import Progress, get_console
 from risam_cli.errors import ConfigError, Interrupted, OutputError, RisamError, setting
 from risam_cli.files.confine import require_own_tree
-from risam_cli.files.locks import FolderLock
-from risam_cli.files.write import write_atomic
+from risam_cli.files.folder import OutputFolder
+from risam_cli.files.write import write_file, writing
 from risam_cli.interrupts import StopRequest
 from risam_cli.settings.load import dump
 from risam_cli.settings.train import TrainSettings
@@ -44,6 +44,10 @@ from risam_cli.training.stage import Stage, TrainingBuilder, check_paths, stage_
 from risam_cli.weights.folder import CARD_FILE
 
 RESOLVED = "config.resolved.yaml"
+_WRITTEN = (
+    *(RESOLVED, METRICS, PAGE),
+    *("best", "averaged", "checkpoints", "tensorboard", PICTURES),
+)
 _MODELS = ("best", "averaged")
 _NAMED = 8  # images of a bad batch that a message names
 
@@ -73,7 +77,9 @@ def train(
         Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
     """
     processes = processes or Processes()
-    with _alone(Path(settings.output), processes):
+    folder = Path(settings.output)
+    # One process holds the folder for all.
+    with OutputFolder(folder, "train", _WRITTEN) if processes.leads else nullcontext():
         return _train(settings, resume, overwrite, processes, command)
 
 
@@ -103,7 +109,7 @@ def _train(
         f"{settings.name}: {parameters / 1e6:.2f} M parameters on {builder.device}{several}, "
         f"{str(builder.dtype).removeprefix('torch.')}, output {folder}"
     )
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # The others wait for the first one, or it would remove what they make.
         processes.first(lambda: _make_way(folder, resume))
@@ -113,12 +119,7 @@ def _train(
             run.resume()
         # Only now: a refused --resume must not overwrite the settings that it asks for.
         if processes.leads:
-            text = dump(settings)
-            write_atomic(folder / RESOLVED, lambda part: part.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {folder}: {error.strerror}", "check disk space and permissions"
-        ) from error
+            write_file(folder / RESOLVED, dump(settings))
     with _page_at_the_end(run, command, kept), closing(builder):
         run.run()
     best = folder / "best"
@@ -129,28 +130,6 @@ def _train(
     console.info(f"done: best {settings.best_by} {run.place.best:.4f}; the model is in {best}")
     console.info(f"curves and pictures: {folder / PAGE}")
     return best
-
-
-@contextmanager
-def _alone(folder: Path, processes: Processes) -> Iterator[None]:
-    """Holds the output folder against other runs; one in which nothing was begun is not left."""
-    if not processes.leads:
-        yield
-        return
-    is_new = not folder.exists()
-    try:
-        lock = FolderLock(folder)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {folder}: {error.strerror}", "check disk space and permissions"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-        if is_new:
-            with suppress(OSError):
-                folder.rmdir()
 
 
 @contextmanager
@@ -275,8 +254,8 @@ class TrainingRun:
         self.log.drop_rows_after(self.place)
 
     def _read(self) -> dict[str, Any] | None:
-        last = self.checkpoints.last
-        return read_state(last, self.hashes) if last.is_file() else None
+        path = self.checkpoints.to_resume()
+        return None if path is None else read_state(path, self.hashes)
 
     def run(self) -> None:
         """Runs all stages that are not yet done; each is built when its turn comes."""

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from risam_cli.drawing import svg
 from risam_cli.drawing.html import page_environment
-from risam_cli.files.write import write_atomic
+from risam_cli.files.write import write_file
 from risam_cli.training.log import INDEX, METRICS, PICTURES
 from risam_cli.version import __version__
 
@@ -71,7 +71,7 @@ def write_page(folder: Path, command: Sequence[str], outcome: str) -> Path:
     """
     path = folder / PAGE
     page = to_html(folder, command, outcome)
-    write_atomic(path, lambda part: part.write_text(page, encoding="utf-8"))
+    write_file(path, page)
     return path
 
 

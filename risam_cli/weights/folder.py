@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from risam_cli.errors import ModelError, OutputError
-from risam_cli.files.durable import sync_folder, sync_tree
+from risam_cli.errors import ModelError, OutputError, reason_of
 from risam_cli.files.jsonlines import read_text
+from risam_cli.files.write import sync_folder, sync_tree, write_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -188,6 +188,43 @@ def hash_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def damaged_files(folder: Path) -> list[str]:
+    """Which files are not those that ``card.json`` says were written, one line each."""
+    said = _read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
+    sums = said.get("sha256") if isinstance(said, dict) else None
+    problems = []
+    for name, one in sums.items() if isinstance(sums, dict) else ():
+        wanted = one if isinstance(one, list) else [one]
+        if name in NEEDED_FILES and (folder / name).is_file():
+            found = _sha256(folder / name)
+            if found not in wanted:
+                problems.append(
+                    f"{folder / name} is damaged or was changed: its SHA-256 is {found[:12]}…, "
+                    f"{CARD_FILE} has another"
+                )
+    return problems
+
+
+def replace_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Writes another ``config.json``, which ``card.json`` knows of beforehand.
+
+    Raises:
+        OutputError: it cannot be written; the older one is kept.
+    """
+    text = _json_text(config)
+    card = _read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else None
+    if isinstance(card, dict) and isinstance(card.get("sha256"), dict):
+        both = [_sha256(folder / CONFIG_FILE), hashlib.sha256(text.encode()).hexdigest()]
+        card["sha256"][CONFIG_FILE] = both
+        write_file(folder / CARD_FILE, _json_text(card))
+    write_file(folder / CONFIG_FILE, text)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def load_weights(
     model: nn.Module,
     stored: StoredModel,
@@ -290,8 +327,9 @@ def write_model_folder(
                 temporary / WEIGHTS_FILE,
             )
             _write_json(temporary / CONFIG_FILE, config)
-            _write_json(temporary / CARD_FILE, card)
             (temporary / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8")
+            sums = {name: _sha256(temporary / name) for name in NEEDED_FILES}
+            _write_json(temporary / CARD_FILE, {**card, "sha256": sums})
             (temporary / README_FILE).write_text(readme, encoding="utf-8")
             temporary.chmod(0o755)
             sync_tree(temporary)
@@ -300,9 +338,8 @@ def write_model_folder(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by its own
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise OutputError(
-            f"cannot write {folder}: {reason}", "check disk space and permissions"
+            f"cannot write {folder}: {reason_of(error)}", "check disk space and permissions"
         ) from error
 
 
@@ -342,7 +379,11 @@ def inspect_model_folder(folder: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(_json_text(value), encoding="utf-8")
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def _replace_folder(temporary: Path, folder: Path) -> None:

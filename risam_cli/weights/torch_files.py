@@ -6,6 +6,8 @@ size, nor a few bytes that a view of stride 0 spreads over terabytes.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from risam_cli.errors import ModelError
+from risam_cli.errors import ModelError, reason_of
 
+_END = 22  # bytes of a zip's last record, up to its comment
+_MARK = b"sha256:"
+_SEAL = len(_MARK) + 64
 _FIX = "download the file again"
 
 
@@ -48,6 +53,43 @@ def load_plain(path: Path, *, mapped: bool = False) -> Any:
                 _FIX,
             )
     return held
+
+
+def seal_file(path: Path) -> None:
+    """Writes a SHA-256 of what ``torch.save`` wrote into the comment that ends the file.
+
+    Every zip may have one, and torch does not look at it.
+    """
+    with open(path, "r+b") as file:
+        file.seek(-_END, os.SEEK_END)
+        if file.read(4) != b"PK\5\6":
+            raise ValueError(f"{path} is no file of torch.save, or sealed already")
+        file.seek(-2, os.SEEK_END)
+        file.write(_SEAL.to_bytes(2, "little"))
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0, os.SEEK_END)
+        file.write(_MARK + digest.encode())
+
+
+def require_sealed(path: Path) -> None:
+    """Make sure that a file is what :func:`seal_file` left, to the last bit.
+
+    Raises:
+        ModelError: it is not, or cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            left = os.fstat(file.fileno()).st_size - _SEAL
+            while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+                digest.update(chunk)
+                left -= len(chunk)
+            said = file.read()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {reason_of(error)}") from error
+    if said != _MARK + digest.hexdigest().encode():
+        raise ModelError(f"{path} is damaged: it is not what was written, by its checksum", _FIX)
 
 
 def _require_stored(path: Path) -> None:

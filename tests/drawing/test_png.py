@@ -11,7 +11,7 @@ from PIL import Image
 
 from risam_cli.drawing.png import encode_mask, encode_rgb, write_mask
 from risam_cli.errors import OutputError
-from risam_cli.files.write import write_whole
+from risam_cli.files.write import write_file
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (37, 53), (300, 200)])
@@ -42,12 +42,12 @@ def test_colours_come_back(tmp_path: Path) -> None:
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
-    write_whole(path, b"old")
-    write_whole(path, b"new")
+    write_file(path, b"old")
+    write_file(path, b"new")
     assert path.read_bytes() == b"new"
     (tmp_path / "folder").mkdir()
     with pytest.raises(OutputError, match="folder"):
-        write_whole(tmp_path / "folder", b"x")
+        write_file(tmp_path / "folder", b"x")
     with pytest.raises(OutputError, match=r"a\.bin"):
-        write_whole(path / "below", b"x")
+        write_file(path / "below", b"x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "folder"]

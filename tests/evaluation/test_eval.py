@@ -321,7 +321,7 @@ def test_a_report_is_not_overwritten_unasked(
     taken.write_text("a file")
     run = evaluate(*grefcoco, "--predictions", path, output=taken / "below")
     assert run.code == 1
-    assert "cannot make" in run.err
+    assert "cannot write" in run.err
 
 
 def test_annotations_that_do_not_exist_are_failures(

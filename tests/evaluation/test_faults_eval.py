@@ -224,7 +224,7 @@ def test_results_of_predict_are_not_written_over(
     (out / "ledger.jsonl").write_text("{}\n")
     (out / "failures.jsonl").write_text("theirs\n")
     assert evaluate(out, "--overwrite") == 1
-    assert "holds a run of predict" in capfd.readouterr().err
+    assert "holds files of `risam predict`" in capfd.readouterr().err
     assert (out / "failures.jsonl").read_text() == "theirs\n"
 
 

@@ -3,49 +3,67 @@
 from __future__ import annotations
 
 import errno
-import json
+import fcntl
 import os
-import signal
+import platform
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from support.paths import REPO
 
+from risam_cli.console.text import sanitize
 from risam_cli.errors import OutputError
 from risam_cli.files import locks
-from risam_cli.files.locks import LEASE_SECONDS, FolderLock
+from risam_cli.files.folder import OutputFolder
+from risam_cli.files.locks import FolderLock
 
 HOLD = """
-import errno, sys, time
+import sys, time
 from pathlib import Path
 from risam_cli.files import locks
-if sys.argv[2] == "lease":
-    locks._flock = lambda file, folder: False
+if len(sys.argv) > 2:
+    locks._RENEWED = float(sys.argv[2])
 held = locks.FolderLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
 """
 
 
-def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A drive on which flock does not work, as some network drives."""
-
-    def flock(file: object, how: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(locks.fcntl, "flock", flock)
-
-
-@pytest.fixture(params=["flock", "lease"])
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "lease":
-        no_locks(monkeypatch)
-    return str(request.param)
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases that are given up after a second."""
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(locks, "_RENEWED", 0.1)
+    monkeypatch.setattr(locks, "_BEGUN", 0.2)
+    monkeypatch.setattr(locks, "_LOOK", 0.05)
 
 
-def test_the_second_is_refused_and_nothing_is_left(tmp_path: Path, kind: str) -> None:
+@contextmanager
+def holder(folder: Path, *more: object) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder, *map(str, more)],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_the_second_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     with FolderLock(tmp_path):
         with pytest.raises(OutputError, match="another run"):
             FolderLock(tmp_path)
@@ -54,81 +72,136 @@ def test_the_second_is_refused_and_nothing_is_left(tmp_path: Path, kind: str) ->
     FolderLock(tmp_path).release()
 
 
-def test_a_process_that_is_killed_holds_nothing(tmp_path: Path, kind: str) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path, kind],
-        env={**os.environ, "PYTHONPATH": str(REPO)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(OutputError, match="another run"):
-        FolderLock(tmp_path)
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    holder.stdout.close()
-    assert any((tmp_path / ".risam").iterdir())
-    with FolderLock(tmp_path):
-        pass
+def test_a_process_that_is_killed_holds_nothing(tmp_path: Path) -> None:
+    with holder(tmp_path) as other:
+        with pytest.raises(OutputError, match=f"another run .* .process {other.pid} on"):
+            FolderLock(tmp_path)
+        other.kill()
+        other.wait()
+        assert any((tmp_path / ".risam").iterdir())
+        with FolderLock(tmp_path):
+            pass
     assert list(tmp_path.iterdir()) == []
 
 
-def lease_of(folder: Path, **who: object) -> Path:
-    path = folder / ".risam" / "lease"
+def lease_of(folder: Path, **more: object) -> Path:
+    """A lease as filelock writes them."""
+    path = folder / ".risam" / "lock"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "born": "", "token": "t", **who}))
+    said = {"pid": 1, "host": "elsewhere", "mode": "lease", "token": "t", "duration": 1.0, **more}
+    path.write_text("".join(f"{key}={value}\n" for key, value in said.items()))
+    path.write_text("filelock/2\n" + path.read_text())
     return path
 
 
 def test_the_lease_of_another_machine_counts_while_it_is_renewed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, hasty: None
 ) -> None:
-    no_locks(monkeypatch)
     path = lease_of(tmp_path)
-    with pytest.raises(OutputError, match="process 1 on elsewhere"):
-        FolderLock(tmp_path)
-    long_ago = path.stat().st_mtime - LEASE_SECONDS - 60
-    os.utime(path, (long_ago, long_ago))
-    with FolderLock(tmp_path):
-        held = json.loads(path.read_text())
-        assert held["pid"] == os.getpid()
-        with pytest.raises(OutputError, match=f"process {os.getpid()} on"):
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(0.1):
+            os.utime(path)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        with pytest.raises(OutputError, match="process 1 on elsewhere"):
             FolderLock(tmp_path)
+    finally:
+        ended.set()
+        thread.join()
+    begun = time.monotonic()
+    with FolderLock(tmp_path):
+        assert time.monotonic() - begun >= 1.0
+        assert f"pid={os.getpid()}" in path.read_text()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_later_process_of_the_same_number_is_another(
+def test_containers_of_one_host_name_see_each_other(tmp_path: Path, hasty: None) -> None:
+    """Their process numbers mean nothing to one another: that of ours may be another's there."""
+    space = os.stat("/proc/self/ns/pid").st_ino + 1
+    host = f"{platform.node()}?pidns-{space:x}"
+    for pid in (os.getpid(), 2**31 - 1):
+        path = lease_of(tmp_path / str(pid), host=host, pid=pid)
+        ended = threading.Event()
+
+        def renew(path: Path = path, ended: threading.Event = ended) -> None:
+            while not ended.wait(0.05):
+                os.utime(path)
+
+        thread = threading.Thread(target=renew)
+        thread.start()
+        try:
+            with pytest.raises(OutputError, match="another run"):
+                FolderLock(tmp_path / str(pid))
+        finally:
+            ended.set()
+            thread.join()
+
+
+def test_a_drive_without_flock_and_one_with_it_share_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    no_locks(monkeypatch)
-    own = locks._born(os.getpid())
-    if not own:
-        pytest.skip("this system does not say when a process began")
-    lease_of(tmp_path, host=locks.platform.node(), pid=os.getpid(), born=own + "0")
-    FolderLock(tmp_path).release()
+    def flock(file: object, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with holder(tmp_path):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        monkeypatch.setattr(fcntl, "lockf", flock)
+        with pytest.raises(OutputError, match="another run"):
+            FolderLock(tmp_path)
+    with FolderLock(tmp_path), pytest.raises(OutputError, match="another run"):
+        FolderLock(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "\x00\xff"])
+def test_a_process_that_lost_its_lease_writes_no_further(tmp_path: Path, hasty: None) -> None:
+    folder = OutputFolder(tmp_path, "eval", ["report.md"])
+    folder.write("report.md", "first")
+    lock = tmp_path / ".risam" / "lock"
+    lock.unlink()  # as a process does that takes the lease over
+    lock.write_text("another's")
+    with pytest.raises(OutputError, match="taken over by another run"):
+        folder.write("report.md", "second")
+    assert (tmp_path / "report.md").read_text() == "first"
+    folder.close()
+    assert lock.read_text() == "another's"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "\x00\xff", "9" * 5000, "filelock/2\npid=" + "9" * 900 + "\nhost=x\n"],
+)
 def test_a_lease_that_a_power_cut_spoilt_holds_nobody_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+    tmp_path: Path, hasty: None, content: str
 ) -> None:
-    no_locks(monkeypatch)
     lease_of(tmp_path).write_text(content)
     FolderLock(tmp_path).release()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lease_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    no_locks(monkeypatch)
-    monkeypatch.setattr(locks, "_RENEWED", 0.01)
+@pytest.mark.parametrize(
+    "more", [{"duration": 1e300}, {"mode": "odd"}, {"mode": "odd", "host": "\x1b[2J"}]
+)
+def test_a_lease_of_absurd_content_is_told_in_one_line(
+    tmp_path: Path, hasty: None, more: dict[str, object]
+) -> None:
+    path = lease_of(tmp_path, **more)
+    with pytest.raises(OutputError, match="another run") as told:
+        FolderLock(tmp_path)
+    assert f"delete {path}" in str(told.value)
+    assert "\x1b" not in sanitize(str(told.value))
+
+
+def test_a_lease_is_renewed(tmp_path: Path, hasty: None) -> None:
     with FolderLock(tmp_path):
-        path = tmp_path / ".risam" / "lease"
+        path = tmp_path / ".risam" / "lock"
         os.utime(path, (1, 1))
         for _ in range(500):
             if path.stat().st_mtime > 1:
                 break
-            locks.threading.Event().wait(0.01)
+            time.sleep(0.01)
         assert path.stat().st_mtime > 1
 
 
@@ -159,6 +232,9 @@ def test_what_a_run_leaves_is_deleted_while_its_lock_still_holds(
 
     def deleting(path: Path, **more: bool) -> None:
         nonlocal refused
+        if tmp_path not in Path(path).parents:
+            rmtree(path, **more)
+            return
         with pytest.raises(OutputError, match="another run"):
             FolderLock(tmp_path)
         refused += 1

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from support.predict_runs import Killed, Run, contents, draw_pictures, kill_at
 
 from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.errors import OutputError
+from risam_cli.files.write import write_file
 from risam_cli.outputs.gallery import SIDE, Gallery, Row, encode_item, outline, small_size
 from risam_cli.runs.folder import RunFolder
 from risam_cli.runs.gallery import write_gallery
@@ -30,6 +31,14 @@ HTML = Saving(png=True, overlay=False, max_pixels=MAX_PIXELS, html=True)
 HOSTILE = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'x' \u2028 <!--"
 )
+
+
+def into(folder: Path) -> Callable[[str, str], None]:
+    return lambda name, text: write_file(folder / name, text)
+
+
+def no_writing(name: str, text: str) -> None:
+    raise AssertionError(name)
 
 
 def value_of(script: Path) -> Any:
@@ -112,7 +121,7 @@ def test_overwrite_takes_the_gallery_away_and_nothing_else(pictures: Path, tmp_p
 
 def test_a_folder_without_a_gallery_gets_none(pictures: Path, tmp_path: Path) -> None:
     Run([pictures], tmp_path / "out").go()
-    assert write_gallery(tmp_path / "out") is None
+    assert write_gallery(tmp_path / "out", no_writing) is None
     assert not (tmp_path / "out/gallery").exists()
 
 
@@ -123,7 +132,7 @@ def test_a_planted_link_is_not_followed(pictures: Path, tmp_path: Path) -> None:
     shutil.rmtree(out / "gallery/data")
     (out / "gallery/data").symlink_to(elsewhere)
     with pytest.raises(OutputError, match="outside of"):
-        write_gallery(out)
+        write_gallery(out, no_writing)
     with RunFolder(out) as folder, pytest.raises(OutputError, match="outside of"):
         folder.start_anew()
     assert list(elsewhere.iterdir()) == []
@@ -132,7 +141,7 @@ def test_a_planted_link_is_not_followed(pictures: Path, tmp_path: Path) -> None:
 def test_what_comes_from_outside_stays_text(tmp_path: Path) -> None:
     record = a_record(0, expression=HOSTILE, image=HOSTILE)
     failure = {"id": "x", "expression": HOSTILE, "message": HOSTILE}
-    gallery = Gallery(tmp_path, {"model": HOSTILE})
+    gallery = Gallery(tmp_path, {"model": HOSTILE}, into(tmp_path))
     gallery.add(Row(HOSTILE, [record], [failure], "gallery/items/a b#?.js"))
     page = gallery.finish().read_text("utf-8")
     data = (tmp_path / "gallery/data/00000.js").read_text("ascii")
@@ -209,7 +218,7 @@ def a_record(number: int, **changed: Any) -> dict[str, Any]:
 
 
 def write_page(folder: Path, images: int, *, items: bool = False) -> Path:
-    gallery = Gallery(folder, {"model": "0123456789abcdef"})
+    gallery = Gallery(folder, {"model": "0123456789abcdef"}, into(folder))
     rgb = np.full((300, 400, 3), 120, np.uint8)
     paths = ["M20,20 120,20 120,200 20,200Z", "M220,60 300,60 300,160Z", "M50,240 90,240 90,280Z"]
     for number in range(images):
@@ -276,7 +285,7 @@ def test_ten_thousand_images_in_a_browser(browser: str, profile: Path, tmp_path:
 
 
 def test_filters_and_hostile_text_in_a_browser(browser: str, profile: Path, tmp_path: Path) -> None:
-    gallery = Gallery(tmp_path, {})
+    gallery = Gallery(tmp_path, {}, into(tmp_path))
     item = encode_item(np.full((30, 40, 3), 90, np.uint8), (30, 40), ["M2,2 20,2 20,20Z"])
     for name in ("a", "b"):
         place = tmp_path / f"gallery/items/{name} #1%.js"

@@ -13,6 +13,7 @@ from support import hostile_images
 from risam_cli import cli
 from risam_cli.errors import OutputError
 from risam_cli.files.confine import Confined, require_own
+from risam_cli.files.jsonlines import seal, unseal
 from risam_cli.runs.ledger import LedgerLine
 
 RECORD: dict[str, Any] = {
@@ -121,12 +122,12 @@ def test_a_ledger_deletes_nothing_elsewhere(
     out = tmp_path / "out"
     common = ["predict", str(images), "-e", "x", "-o", str(out), "--model", str(model_folder)]
     assert cli.main(common) == 0
-    header, line = (out / "ledger.jsonl").read_text().splitlines()
+    header, line = (out / "ledger.jsonl").read_bytes().splitlines(keepends=True)
     (out / "masks/away").symlink_to(victim)
     files = [["masks/away/precious", 8, 0], ["masks/../../victim/precious", 8, 0]]
     for number, file in enumerate(files):
-        hostile = {**json.loads(line), "files": [file]}
-        (out / "ledger.jsonl").write_text(f"{header}\n{json.dumps(hostile)}\n")
+        hostile = {**unseal(line), "files": [file]}
+        (out / "ledger.jsonl").write_bytes(header + seal(hostile))
         code = cli.main([*common, "--overwrite"])
         assert code == (1 if number == 0 else 0)
         assert _untouched(victim)
@@ -175,13 +176,14 @@ def test_a_shard_of_countless_shards_is_told_at_once(
     out = tmp_path / "out"
     common = ["--model", str(model_folder), "-o", str(out)]
     assert cli.main(["predict", str(images), "-e", "x", *common, "--shard", "0/2"]) == 0
-    for name in ("run.json", "ledger.jsonl"):
-        text = (out / name).read_text()
-        huge = text.replace("[0, 2]", f"[0, {10**18}]").replace(
-            "[\n      0,\n      2\n    ]", f"[0, {10**18}]"
-        )
-        assert huge != text
-        (out / name).write_text(huge)
+    text = (out / "run.json").read_text()
+    huge = text.replace("[\n      0,\n      2\n    ]", f"[0, {10**18}]")
+    assert huge != text
+    (out / "run.json").write_text(huge)
+    first, *others = (out / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    header = unseal(first)
+    header["identity"]["shard"] = [0, 10**18]
+    (out / "ledger.jsonl").write_bytes(seal(header) + b"".join(others))
     capsys.readouterr()
     assert cli.main(["merge", str(out), "-o", str(tmp_path / "merged")]) == 1
     err = capsys.readouterr().err
@@ -220,8 +222,6 @@ def test_exports_refuse_planted_links(
         "report.html",
         "report.json",
         "per_expression.jsonl",
-        ".per_expression.jsonl.part",
-        ".report.html.part",
         "failures.jsonl",
         "surplus.jsonl",
         "answers.jsonl",

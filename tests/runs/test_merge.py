@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from risam_cli.cli import main
+from risam_cli.files.jsonlines import seal, unseal
 from risam_cli.runs.folder import RunFolder
 
 SHARDS = 3
@@ -152,10 +153,10 @@ def test_shards_of_other_inputs_are_refused(parts, tmp_path, capsys):
 
 def test_shards_of_other_settings_are_refused(parts, tmp_path, capsys):
     change(parts[2] / "run.json", settings__threshold=0.125)
-    lines = (parts[2] / "ledger.jsonl").read_text().splitlines(keepends=True)
-    header = json.loads(lines[0])
+    lines = (parts[2] / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    header = unseal(lines[0])
     header["identity"]["threshold"] = 0.125
-    (parts[2] / "ledger.jsonl").write_text(json.dumps(header) + "\n" + "".join(lines[1:]))
+    (parts[2] / "ledger.jsonl").write_bytes(seal(header) + b"".join(lines[1:]))
     refused(capsys, parts, tmp_path / "out", "threshold is")
 
 

@@ -35,6 +35,7 @@ from support.records import read_records
 
 from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.errors import Interrupted, OutputError, RisamError
+from risam_cli.files.jsonlines import seal, unseal
 from risam_cli.inference.pipeline import PredictSettings
 from risam_cli.masks import rle as masks
 from risam_cli.runs.folder import RunFolder
@@ -83,7 +84,8 @@ def test_the_folder_holds_what_the_contract_says(pictures: Path, tmp_path: Path)
     parts = {"load_images", "encode", "decode_masks", "finish_masks", "write", "total"}
     assert parts <= set(report["seconds"])
     assert {p.name for p in out.iterdir()} == {*FILES, LEDGER, "run.json", "masks", ".risam"}
-    assert sorted(p.name for p in (out / ".risam" / "staging").iterdir()) == []
+    assert [p.name for p in (out / ".risam").iterdir()] == ["made_by"]
+    assert (out / ".risam" / "made_by").read_text() == "predict\n"
 
 
 def test_the_same_run_gives_the_same_bytes(pictures: Path, tmp_path: Path) -> None:
@@ -355,7 +357,7 @@ def test_records_of_someone_else_are_not_written_over(pictures: Path, tmp_path: 
     out.mkdir()
     (out / "predictions.jsonl").write_text("mine\n")
     for overwrite in (False, True):
-        with pytest.raises(OutputError, match=r"no ledger"):
+        with pytest.raises(OutputError, match="`risam predict` did not write"):
             Run([pictures], out, overwrite=overwrite).go()
     assert (out / "predictions.jsonl").read_text() == "mine\n"
 
@@ -385,11 +387,11 @@ def test_a_ledger_that_names_files_of_others_deletes_none(
 ) -> None:
     _, out = copied(finished, tmp_path)
     victim = tmp_path / "victim.png"
-    lines = (out / LEDGER).read_text().splitlines()
+    lines = (out / LEDGER).read_bytes().splitlines(keepends=True)
     for name in ("masks/../../victim.png", str(victim), "victim.png", "../victim.png"):
         victim.write_text("mine")
-        hostile = {**json.loads(lines[1]), "files": [[name, 4, 0]]}
-        (out / LEDGER).write_text("\n".join([lines[0], json.dumps(hostile), *lines[2:]]) + "\n")
+        hostile = {**unseal(lines[1]), "files": [[name, 4, 0]]}
+        (out / LEDGER).write_bytes(b"".join([lines[0], seal(hostile), *lines[2:]]))
         with RunFolder(out) as folder:
             folder.start_anew()
         assert victim.read_text() == "mine"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from risam_cli.files import durable
+from risam_cli.files import write
 
 
 class Disk:
@@ -73,5 +73,5 @@ def recorded(root: Path) -> Iterator[Disk]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", fsync)
-        patched.setattr(durable, "_sync_file_system", disk.sync_all)
+        patched.setattr(write, "_sync_file_system", disk.sync_all)
         yield disk

@@ -19,7 +19,7 @@ from support.networks import TEXTS, noise
 from torch import Tensor
 
 from risam_cli.errors import ModelError, OutputError, RisamError
-from risam_cli.files.write import write_atomic
+from risam_cli.files.write import write_file
 from risam_cli.weights import folder as model_folders
 from risam_cli.weights.folder import (
     find_model,
@@ -271,9 +271,9 @@ def test_a_place_that_cannot_be_written_is_named(folder: Path, tmp_path: Path) -
         _write(tmp_path / "file" / "best", weights, folder)
 
 
-def test_write_atomic_replaces_whole_or_leaves_the_old_file(tmp_path: Path) -> None:
+def test_write_file_replaces_whole_or_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
-    write_atomic(path, lambda place: place.write_text("one"))
+    write_file(path, lambda place: place.write_text("one"))
     assert path.read_text() == "one"
 
     def fail(place: Path) -> None:
@@ -281,7 +281,7 @@ def test_write_atomic_replaces_whole_or_leaves_the_old_file(tmp_path: Path) -> N
         raise RuntimeError("PytorchStreamWriter failed writing file: file write failed")
 
     with pytest.raises(OutputError, match=r"cannot write .*state\.pt: Pytorch.*file write failed"):
-        write_atomic(path, fail)
+        write_file(path, fail)
     assert path.read_text() == "one"
     assert os.listdir(tmp_path) == ["state.pt"]
 
@@ -289,7 +289,7 @@ def test_write_atomic_replaces_whole_or_leaves_the_old_file(tmp_path: Path) -> N
 def test_whoever_may_read_new_files_may_read_the_weights(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        write_atomic(tmp_path / "model.safetensors", lambda t: save_file({"x": torch.ones(1)}, t))
+        write_file(tmp_path / "model.safetensors", lambda t: save_file({"x": torch.ones(1)}, t))
     finally:
         os.umask(before)
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640

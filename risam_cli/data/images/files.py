@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from risam_cli.errors import ImageError, setting
+from risam_cli.errors import ImageError, reason_of, require_machine, setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     except ValueError as error:  # a NUL byte
         raise ImageError(f"{path}: not a path that a file can have ({error})") from None
     except OSError as error:
-        raise ImageError(f"{path}: {error.strerror or error}") from None
+        require_machine(error)
+        raise ImageError(f"{path}: {reason_of(error)}") from None
     with file:
         yield file

@@ -30,7 +30,7 @@ from risam_cli.data.inputs.walk import (
 )
 from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.errors import DataError, UsageError, setting, told
+from risam_cli.errors import DataError, UsageError, reason_of, setting, told
 from risam_cli.files.jsonlines import read_text
 from risam_cli.types import Expression, Failure, Sample
 
@@ -401,7 +401,7 @@ def read_expressions(path: Path) -> list[str]:
         lines = read_text(path, _LONGEST).split("\n")
     except OSError as error:
         raise DataError(
-            f"{setting('expressions', path)}: {error.strerror}", "check the path"
+            f"{setting('expressions', path)}: {reason_of(error)}", "check the path"
         ) from None
     except UnicodeDecodeError:
         raise DataError(f"{setting('expressions', path)}: not UTF-8", "save it as UTF-8") from None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from risam_cli.errors import DataError
+from risam_cli.errors import DataError, reason_of
 from risam_cli.files.jsonlines import brief, parse_json, read_lines
 from risam_cli.files.tables import Table
 
@@ -187,4 +187,4 @@ def open_manifest(path: Path) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", "check the path") from None
+        raise DataError(f"{path}: {reason_of(error)}", "check the path") from None

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from risam_cli.data.images.images import SUFFIXES
+from risam_cli.errors import reason_of
 from risam_cli.files.locks import PRIVATE
 
 RUN_MARKER = PRIVATE
@@ -121,7 +122,7 @@ def _listed(folder: str, skipped: Counter[str]) -> Iterator[_Item | Unreadable]:
         with os.scandir(folder) as found:
             items = [item for entry in found if (item := _item(entry, skipped)) is not None]
     except OSError as error:
-        yield Unreadable(folder, error.strerror or str(error))
+        yield Unreadable(folder, reason_of(error))
         return
     items.sort(key=lambda item: item.path)
     yield from items

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from risam_cli.errors import DataError
+from risam_cli.errors import DataError, reason_of
 from risam_cli.files.plain import open_plain
 
 CHUNK = 1 << 20
@@ -54,7 +54,7 @@ def iter_json(path: Path, source: BinaryIO | None = None) -> Iterator[tuple[str,
             f"{path} is not UTF-8 text (byte {error.start})", "check that it is the JSON file"
         ) from error
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        raise DataError(f"cannot read {path}: {reason_of(error)}") from error
     except RecursionError as error:
         raise DataError(
             f"{path} nests too deeply to be an annotation file", "check where it comes from"

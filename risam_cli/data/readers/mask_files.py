@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from risam_cli.drawing.png import check_header
-from risam_cli.errors import DataError
+from risam_cli.errors import DataError, reason_of
 from risam_cli.masks import rle as masks
 from risam_cli.types import Rle
 
@@ -66,7 +66,7 @@ def read_mask_file(path: Path, where: str, doubt: Callable[[str], None]) -> Rle:
         ) from None
     except (OSError, ValueError) as error:  # ValueError: no name that a file can have
         raise DataError(
-            f"{where}: the mask {path} cannot be read: {getattr(error, 'strerror', '') or error}",
+            f"{where}: the mask {path} cannot be read: {reason_of(error)}",
             "paths are relative to the manifest",
         ) from None
 

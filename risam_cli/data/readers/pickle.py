@@ -10,11 +10,12 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
-from risam_cli.errors import DataError
+from risam_cli.errors import DataError, reason_of
 
 _PLAIN_NAMES = """
     PROTO FRAME MARK STOP POP POP_MARK DUP NONE NEWTRUE NEWFALSE
@@ -27,17 +28,47 @@ _PLAIN_NAMES = """
 _PLAIN = frozenset(_PLAIN_NAMES.split())
 _BY_CODE = {opcode.code: opcode for opcode in pickletools.opcodes}
 _STORES = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
+_HASHED = frozenset(["TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"])
+_INTEGERS = frozenset(["INT", "LONG", "LONG1", "LONG4"])
+_MOST_BITS = 256
+_MOST_ITEMS = 64
 _FIX = "download the file from the benchmark's own source; no code in it was run"
 
 
 class _NothingToImport(pickle.Unpickler):
     """The second lock: plain containers need no class, so none is ever looked up."""
 
-    def find_class(self, module_name: str, global_name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
     def persistent_load(self, pid: Any) -> NoReturn:
         raise pickle.UnpicklingError("it asks for a persistent object")
+
+
+class _Bounded(pickle._Unpickler):
+    """For pickles with tuples, of which few are of any length and none holds another.
+
+    Whatever is a key is hashed each time, item by item: tuples of tuples of the same tuple, thirty
+    deep, take a few hundred bytes in a file and years. Written in Python, so that a signal can end
+    it, too.
+    """
+
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    find_class = _NothingToImport.find_class
+    persistent_load = _NothingToImport.persistent_load
+
+    def append_checked(self, code: int) -> None:
+        """As the instruction that makes a tuple or a frozen set."""
+        pickle._Unpickler.dispatch[code](self)  # type: ignore[arg-type]
+        made = self.stack[-1]
+        if len(made) > _MOST_ITEMS or any(isinstance(one, (tuple, frozenset)) for one in made):
+            raise pickle.UnpicklingError("it holds tuples within tuples, or long ones")
+
+
+for _name in _HASHED:
+    _code = ord(next(one.code for one in pickletools.opcodes if one.name == _name))
+    _Bounded.dispatch[_code] = partial(_Bounded.append_checked, code=_code)
 
 
 def load_plain_pickle(path: Path) -> Any:
@@ -52,18 +83,23 @@ def load_plain_pickle(path: Path) -> Any:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    _scan(data, path)
+        raise DataError(f"cannot read {path}: {reason_of(error)}") from error
+    unpickler = _Bounded if _scan(data, path) else _NothingToImport
     try:
-        return _NothingToImport(io.BytesIO(data), encoding="latin1").load()
+        return unpickler(io.BytesIO(data), encoding="latin1").load()
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path} is not a readable pickle: {_line(error)}", _FIX) from error
     except (IndexError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
         raise DataError(f"{path} is a damaged pickle: {_line(error)}", _FIX) from error
 
 
-def _scan(data: bytes, path: Path) -> None:
-    """Refuse any stream with an instruction that does more than build plain values."""
+def _scan(data: bytes, path: Path) -> bool:
+    """Refuse any stream with an instruction that does more than build plain values.
+
+    Returns:
+        Whether it makes values that are hashed item by item.
+    """
+    hashed = False
     try:
         for name, argument, position in _instructions(data):
             if name not in _PLAIN:
@@ -73,6 +109,9 @@ def _scan(data: bytes, path: Path) -> None:
                     f"{_meaning(name)}{asked[:80]}",
                     "a refs file holds lists, dicts, strings and numbers only; " + _FIX,
                 )
+            hashed = hashed or name in _HASHED
+            if name in _INTEGERS and int(argument).bit_length() > _MOST_BITS:
+                raise DataError(f"{path} is refused: an integer of absurd size at {position}", _FIX)
             # The C unpickler sizes its memo by the largest index, so a wild one is a memory bomb.
             if name in _STORES and int(argument or 0) > len(data):
                 raise DataError(f"{path} is refused: memo index {argument} at {position}", _FIX)
@@ -81,6 +120,7 @@ def _scan(data: bytes, path: Path) -> None:
     except Exception as error:
         # pickletools raises whatever the bad bytes led to: ValueError, struct.error, IndexError …
         raise DataError(f"{path} is not a whole pickle: {_line(error)}", _FIX) from error
+    return hashed
 
 
 def _instructions(data: bytes) -> Iterator[tuple[str, Any, int]]:

@@ -22,7 +22,7 @@ from risam_cli.data.readers.layout import missing
 from risam_cli.data.readers.phrasecut import open_phrasecut
 from risam_cli.data.readers.refer import open_refer
 from risam_cli.data.readers.source import Group, Phrase, SampleSource
-from risam_cli.errors import DataError, OutputError, setting
+from risam_cli.errors import DataError, OutputError, reason_of, setting
 from risam_cli.masks import rle as masks
 from risam_cli.types import Rle
 
@@ -173,5 +173,5 @@ def _write(path: Path, image: NDArray[np.uint8]) -> None:
         part.replace(path)
     except OSError as error:
         raise OutputError(
-            f"cannot write the scene {path}: {error.strerror or error}", "is the disk full?"
+            f"cannot write the scene {path}: {reason_of(error)}", "is the disk full?"
         ) from error

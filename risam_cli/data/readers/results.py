@@ -22,7 +22,7 @@ from risam_cli.data.identity import id_text
 from risam_cli.data.readers.instances import segmentation_to_rle
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.mask_files import read_mask_file
-from risam_cli.errors import DataError
+from risam_cli.errors import DataError, reason_of
 from risam_cli.files.jsonlines import brief, parse_json, read_lines_at
 from risam_cli.files.plain import copied, open_plain, spooled
 from risam_cli.files.tables import Table
@@ -73,7 +73,7 @@ class Results:
         except OSError as error:
             place = error.filename if isinstance(error.filename, str) else self.path
             raise DataError(
-                f"cannot read the predictions {place}: {error.strerror or error}",
+                f"cannot read the predictions {place}: {reason_of(error)}",
                 "name a predictions file or the folder that holds one",
             ) from None
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from risam_cli.data.refshapes import formats
 from risam_cli.data.refshapes.dataset import VERSION, RefShapes, SceneItem
-from risam_cli.errors import OutputError, UsageError, setting
+from risam_cli.errors import OutputError, UsageError, reason_of, setting
 
 FORMATS: tuple[str, ...] = ("own", "refer", "grefcoco", "phrasecut", "coco")
 """``own`` is the format of the benchmark that a family follows."""
@@ -298,7 +298,7 @@ def _staged(folder: Path, images: Path, overwrite: bool) -> Iterator[Path]:
         if old.exists() and not folder.exists():
             old.rename(folder)
         raise OutputError(
-            f"{error.filename or folder}: {error.strerror or error}",
+            f"{error.filename or folder}: {reason_of(error)}",
             f"choose another {setting('output')}",
         ) from error
     finally:

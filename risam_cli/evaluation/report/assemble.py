@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.errors import OutputError
 from risam_cli.evaluation.report.compare import REPORT_FILE, Other, comparison_part
 from risam_cli.evaluation.report.render import Picture, draw_cases, to_html, to_json, to_markdown
 from risam_cli.evaluation.report.schema import (
@@ -38,7 +37,7 @@ from risam_cli.evaluation.report.schema import (
     value,
 )
 from risam_cli.evaluation.scoring import Scored, pick_cases
-from risam_cli.files.durable import replace_durably
+from risam_cli.files.folder import OutputFolder
 from risam_cli.metrics.curves import no_target_curve, risk_coverage
 from risam_cli.metrics.figures import Flags, ScoreTable, Terms, figures, outcome, terms
 from risam_cli.metrics.intervals import LEVEL, REPLICATES, intervals, masked
@@ -99,25 +98,13 @@ def gallery(scored: Scored) -> dict[str, list[Picture]]:
     }
 
 
-def write_reports(folder: Path, report: Report, pictures: Mapping[str, Sequence[Picture]]) -> None:
+def write_reports(
+    folder: OutputFolder, report: Report, pictures: Mapping[str, Sequence[Picture]]
+) -> None:
     """Write ``report.html``, ``report.md`` and last ``report.json``, each whole or not at all."""
-    write_whole(folder / HTML_FILE, to_html(report, pictures))
-    write_whole(folder / MARKDOWN_FILE, to_markdown(report))
-    write_whole(folder / REPORT_FILE, to_json(report))
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a text file beside its place and move it there. Raises OutputError."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        # A lone surrogate of someone's JSON has no UTF-8; its escape is at least readable.
-        part.write_text(content, encoding="utf-8", errors="backslashreplace")
-        replace_durably(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}", "check disk space and permissions"
-        ) from error
+    folder.write(HTML_FILE, to_html(report, pictures))
+    folder.write(MARKDOWN_FILE, to_markdown(report))
+    folder.write(REPORT_FILE, to_json(report))
 
 
 def dataset_part(source: SampleSource, differences: Sequence[str], **more: object) -> DatasetPart:

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from risam_cli.console.text import sanitize
-from risam_cli.errors import DataError
+from risam_cli.errors import DataError, reason_of
 from risam_cli.evaluation.report.schema import (
     SEED,
     ChangedExpression,
@@ -50,7 +50,7 @@ def read_other(path: Path) -> Other:
         report = Report.model_validate_json(report_file.read_bytes())
     except OSError as error:
         raise DataError(
-            f"cannot read the report {report_file}: {error.strerror or error}",
+            f"cannot read the report {report_file}: {reason_of(error)}",
             f"give a {REPORT_FILE} of risam eval, or its folder",
         ) from error
     except ValidationError as error:

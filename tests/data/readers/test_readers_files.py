@@ -89,6 +89,19 @@ def test_a_pickle_that_does_more_than_hold_data_is_refused(tmp_path: Path, kind:
     assert not target.exists()
 
 
+@pytest.mark.parametrize("kind", ["tower", "long tuple", "long integer"])
+def test_a_small_pickle_does_not_hang(tmp_path: Path, kind: str) -> None:
+    """Keys are hashed item by item: sixty pairs of pairs make 2^60 items of 120 bytes."""
+    key = {
+        "tower": b"K\x01" + b"2\x86" * 60,
+        "long tuple": b"(" + b"K\x01" * 5000 + b"t",
+        "long integer": b"\x8b" + (1 << 20).to_bytes(4, "little") + b"\x01" * (1 << 20),
+    }[kind]
+    path = _written(tmp_path, b"\x80\x04}" + key + b"K\x01s.")
+    with pytest.raises(DataError, match=r"tuples within tuples|absurd size"):
+        load_plain_pickle(path)
+
+
 def test_the_hostile_pickles_would_have_run(tmp_path: Path) -> None:
     """The test above means something only if an ordinary unpickler does run them."""
     target = tmp_path / MARKER

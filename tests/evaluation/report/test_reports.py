@@ -43,6 +43,7 @@ from risam_cli.evaluation.report.schema import (
     TimingPart,
 )
 from risam_cli.evaluation.scoring import Answered, Case, Scored, Scorer, pick_cases
+from risam_cli.files.folder import OutputFolder
 from risam_cli.masks import rle as masks
 from risam_cli.metrics.protocols import get_protocol
 from risam_cli.types import Expression, Sample
@@ -264,7 +265,8 @@ def test_other_shapes_are_refused(made: Any, change: dict[str, Any]) -> None:
 def test_lone_surrogates_do_not_stop_a_report(tmp_path: Path, made: Any) -> None:
     report, pictures = made
     odd = report.model_copy(update={"command": ["risam", "\ud800"]})
-    write_reports(tmp_path, odd.model_copy(update={"command": ["x"]}), pictures)
+    with OutputFolder(tmp_path, "eval", ()) as folder:
+        write_reports(folder, odd.model_copy(update={"command": ["x"]}), pictures)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
     page = to_html(odd, pictures)
     (tmp_path / "odd.html").write_text(page, encoding="utf-8", errors="backslashreplace")
