@@ -21,6 +21,7 @@ from risam_cli.evaluation.scoring import (
     ROWS_FILE,
     EvalRun,
 )
+from risam_cli.files.locks import PRIVATE
 
 if TYPE_CHECKING:
     from risam_cli.inference.compute import Select
@@ -147,8 +148,10 @@ class Asked:
 
     def check_output(self) -> None:
         """Refuse a folder that holds a report unless told to replace it. Raises OutputError."""
-        # A run that was cut off between its reports and its end still has its answers.
-        cut_off = self.resume and (self.output / ANSWERS_FILE).exists()
+        # A run that was cut off between its reports and its end still has its answers, or at least
+        # its lock; then all is done again.
+        left = (self.output / ANSWERS_FILE, self.output / PRIVATE)
+        cut_off = self.resume and any(path.exists() for path in left)
         if (self.output / "report.json").exists() and not (self.overwrite or cut_off):
             raise OutputError(
                 f"{self.output} holds a report already",

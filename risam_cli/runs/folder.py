@@ -156,7 +156,8 @@ class RunFolder(OutputFolder):
             self.write(RUN, text)
         except OutputError as error:
             raise OutputError(
-                f"{error.message}; what was done is kept", f"then go on with {setting('resume')}"
+                f"{error.message}; what was done is kept",
+                f"{error.fix}, then go on with {setting('resume')}",
             ) from error
 
     # --- replacing files together -----------------------------------------------------------------
