@@ -157,7 +157,7 @@ class RunFolder(OutputFolder):
         except OutputError as error:
             raise OutputError(
                 f"{error.message}; what was done is kept",
-                f"{error.fix}, then go on with {setting('resume')}",
+                f"{error.fix}, then continue with {setting('resume')}",
             ) from error
 
     # --- replacing files together -----------------------------------------------------------------

@@ -446,7 +446,7 @@ def to_go_on(error: RisamError) -> RisamError:
     if not isinstance(error, (OutputError, MachineError)) or "resume" in error.settings:
         return error
     message, *fixes = error.args
-    fix = f"{' or '.join(fixes)}, then go on with {setting('resume')}"
+    fix = f"{' or '.join(fixes)}, then continue with {setting('resume')}"
     return type(error)(f"{message}; what was done is kept", fix)
 
 
