@@ -43,7 +43,7 @@ def command(annotations: Path, images: Path | None, output: Path, overwrite: boo
     """
     from risam_cli.console.console import get_console
     from risam_cli.errors import OutputError, setting
-    from risam_cli.files.write import write_atomic
+    from risam_cli.files.write import write_file
     from risam_cli.training.starter import starter_file
 
     if output.exists() and not overwrite:
@@ -53,7 +53,7 @@ def command(annotations: Path, images: Path | None, output: Path, overwrite: boo
             f"give {setting('overwrite')}",
         )
     text = starter_file(annotations, images, output)
-    write_atomic(output, lambda part: part.write_text(text, encoding="utf-8"))
+    write_file(output, text.encode("utf-8"))
     console = get_console()
     console.info(f"wrote {output}")
     console.info(f"a first try: risam train {shlex.quote(str(output))} --steps 20")
