@@ -5,9 +5,10 @@
     python benchmarks/run.py --device cuda            # on a GPU
     python benchmarks/run.py --quick -o /tmp/figures  # does all of it run? minutes; no real figures
 
-Every part prints its table as it ends and is written at once: ``DEVICE.csv`` (all rows),
-``DEVICE.md`` (the same to read), ``DEVICE.json`` (machine, load and versions of each part) and
-``DEVICE.svg`` (the times, ratios and sizes as bars), by default into ``benchmarks/results``.
+Every part prints its table as it ends and is written at once, into files that bear the machine's
+name: ``MACHINE.csv`` (all rows), ``MACHINE.md`` (the same to read), ``MACHINE.json`` (machine, load
+and versions of each part) and ``MACHINE.svg`` (the times, ratios and sizes as bars), by default
+into ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -47,15 +49,19 @@ def main() -> int:
     for part in parts:
         print(f"\n{part}: {PARTS[part]}", flush=True)
         facts, started = machine(options.device), time.perf_counter()
+        name = name_of(facts)
         rows: list[Row] = importlib.import_module(part).measure(options)
         facts["minutes"] = f"{(time.perf_counter() - started) / 60:.1f}"
         facts["command"] = " ".join(["python", "benchmarks/run.py", *sys.argv[1:]])
-        results, machines = load(folder, options.device)  # another run may have written since
+        results, machines = load(folder, name)  # another run may have written since
         results[part], machines[part] = rows, facts
         missed += sum(row.meets() is False for row in rows)
         print(table(rows), flush=True)
-        save(folder, options.device, results, machines)
-    print(f"\nwritten: {folder}/{options.device}.csv, .md, .json, .svg; {missed} figures missed")
+        save(folder, name, results, machines)
+    print(
+        f"\nwritten: {folder}/{name_of(machine(options.device))}.csv, .md, .json, .svg; "
+        f"{missed} figures missed"
+    )
     return 1 if missed else 0
 
 
@@ -80,9 +86,15 @@ def parse() -> tuple[Options, list[str], Path]:
     return options, asked.parts or list(PARTS), asked.output or HERE / "results"
 
 
-def load(folder: Path, device: str) -> tuple[dict[str, list[Row]], dict[str, Any]]:
+def name_of(facts: Mapping[str, str]) -> str:
+    """Of a machine's files, such as ``amd-epyc-avx2-avx512f-2-cores``."""
+    kind = facts.get("gpu", facts["processor"])
+    return re.sub(r"[^a-z0-9]+", "-", f"{kind} {facts['cores']} cores".lower()).strip("-")
+
+
+def load(folder: Path, name: str) -> tuple[dict[str, list[Row]], dict[str, Any]]:
     """What earlier runs left."""
-    figures, facts = folder / f"{device}.csv", folder / f"{device}.json"
+    figures, facts = folder / f"{name}.csv", folder / f"{name}.json"
     if not figures.is_file() or not facts.is_file():
         return {}, {}
     return from_csv(figures.read_text(encoding="utf-8")), json.loads(
@@ -92,7 +104,7 @@ def load(folder: Path, device: str) -> tuple[dict[str, list[Row]], dict[str, Any
 
 def save(
     folder: Path,
-    device: str,
+    name: str,
     results: Mapping[str, Sequence[Row]],
     machines: Mapping[str, Mapping[str, str]],
 ) -> None:
@@ -106,7 +118,7 @@ def save(
         "svg": bars(results),
     }
     for kind, text in texts.items():
-        (folder / f"{device}.{kind}").write_text(text, encoding="utf-8")
+        (folder / f"{name}.{kind}").write_text(text, encoding="utf-8")
 
 
 def report(results: Mapping[str, Sequence[Row]], machines: Mapping[str, Mapping[str, str]]) -> str:

@@ -115,6 +115,13 @@ def test_every_part_of_the_command_is_there(benchmarks: Any, repo: Path) -> None
         assert "def measure(options: Options) -> list[Row]:" in text, part
 
 
+def test_figures_bear_the_name_of_their_machine(benchmarks: Any) -> None:
+    run = benchmarks("run")
+    host = {"processor": "Intel(R) Xeon(R) 8481C @ 2.7GHz, amx_bf16", "cores": "2"}
+    assert run.name_of(host) == "intel-r-xeon-r-8481c-2-7ghz-amx-bf16-2-cores"
+    assert run.name_of({**host, "gpu": "NVIDIA H100"}) == "nvidia-h100-2-cores"
+
+
 def test_a_part_is_written_beside_what_earlier_runs_left(
     benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,12 +133,13 @@ def test_a_part_is_written_beside_what_earlier_runs_left(
         monkeypatch.setitem(sys.modules, part, module)
         monkeypatch.setattr(sys, "argv", ["run.py", part, "-o", str(tmp_path)])
         assert run.main() == (1 if part == "encoder" else 0)  # one of its figures is missed
-    found, machines = run.load(tmp_path, "cpu")
+    name = run.name_of(common.machine())
+    found, machines = run.load(tmp_path, name)
     assert found == rows
     assert set(machines) == {"encoder", "parity"}
     assert machines["parity"]["command"].startswith("python benchmarks/run.py parity")
-    assert "MISSED" in (tmp_path / "cpu.md").read_text(encoding="utf-8")
-    assert (tmp_path / "cpu.svg").is_file()
+    assert "MISSED" in (tmp_path / f"{name}.md").read_text(encoding="utf-8")
+    assert (tmp_path / f"{name}.svg").is_file()
 
 
 def test_figures_of_a_quick_run_do_not_land_among_the_real_ones(
