@@ -156,7 +156,7 @@ def test_an_interrupted_retry_is_gone_on_with(
         with pytest.raises(OutputError, match="continue with resume"):
             stopped.go()
     assert len(list(read_redone(out / ".risam" / "redo.jsonl"))) == 1 < before / 2
-    assert Run([pictures], out, settings=wide).go() == 3  # the one that is no image
+    assert Run([pictures], out, settings=wide).go() == 3  # the one that is not an image
     Run([pictures], tmp_path / "fresh", settings=wide).go()
     assert contents(out) == contents(tmp_path / "fresh")
     assert not (out / ".risam" / "retry").exists()

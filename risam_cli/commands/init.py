@@ -9,6 +9,16 @@ import click
 
 from risam_cli.commands.options import verbosity_options
 
+_USAGE = """\
+#   risam train {file} --steps 20     # a first try
+#   risam train {file} --overwrite    # the whole
+#   risam train --resume {output}     # continues where it was cut
+#   risam predict IMAGES -e "..." --model {output}/best -o masks
+#
+# Paths are relative to the folder that the command runs in. --print-config prints every setting
+# with its default.
+"""
+
 
 @click.command(name="init")
 @click.argument("annotations", type=click.Path(path_type=Path))
@@ -48,11 +58,11 @@ def command(annotations: Path, images: Path | None, output: Path, overwrite: boo
 
     if output.exists() and not overwrite:
         raise OutputError(
-            f"{output} is there already",
+            f"{output} already exists",
             f"choose another {setting('output')}",
             f"give {setting('overwrite')}",
         )
-    text = starter_file(annotations, images, output)
+    text = starter_file(annotations, images, output, _USAGE)
     write_file(output, text.encode("utf-8"))
     console = get_console()
     console.info(f"wrote {output}")

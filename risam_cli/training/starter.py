@@ -24,14 +24,7 @@ _IMAGES = 8  # of a step
 _TEMPLATE = """\
 # Trains on {annotations}: {facts}.
 #
-#   risam train {file} --steps 20     # a first try
-#   risam train {file} --overwrite    # the whole
-#   risam train --resume {output}     # goes on where it was cut
-#   risam predict IMAGES -e "..." --model {output}/best -o masks
-#
-# Paths are relative to the folder that the command runs in. --print-config prints every setting
-# with its default.
-name: {name}
+{usage}name: {name}
 seed: 0
 output: {output}
 workers: 1
@@ -73,12 +66,13 @@ log_every: 10
 """
 
 
-def starter_file(annotations: Path, images: Path | None, file: Path) -> str:
+def starter_file(annotations: Path, images: Path | None, file: Path, usage: str) -> str:
     """The text of a commented YAML file that ``risam train`` takes as it is.
 
     Args:
         annotations: COCO-style JSON; images: where its file names start, None for beside it.
         file: where the text will be; the run has its name.
+        usage: comment lines on how to use it, with places for ``file`` and ``output``.
 
     Raises:
         DataError: the file cannot be read, or has no expressions, or its images are not there.
@@ -106,7 +100,7 @@ def starter_file(annotations: Path, images: Path | None, file: Path) -> str:
     folder = "" if images is None else f"  images: {json.dumps(str(images), ensure_ascii=False)}\n"
     name = re.sub(r"[^\w.-]+", "_", file.stem) or "run"
     text = _TEMPLATE.format(
-        file=shlex.quote(str(file)),
+        usage=usage.format(file=shlex.quote(str(file)), output=f"runs/{name}"),
         annotations=" ".join(str(annotations).split()),
         facts=facts,
         words=words,
