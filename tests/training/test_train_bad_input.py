@@ -71,11 +71,11 @@ WRONG: dict[str, tuple[Change, str]] = {
     ),
     "a missing annotation file": (
         lambda raw, made: raw["train"].update(annotations=str(made / "mine/pears.json")),
-        r"train\.annotations = '.*pears\.json': nothing is there; did you mean '.*pairs\.json'\?",
+        r"train\.annotations = '.*pears\.json': no such file or folder; did you mean '.*pairs\.json'\?",
     ),
     "a missing SAM file": (
         lambda raw, made: raw["model"]["image_encoder"].update(checkpoint=str(made / "sem.pth")),
-        r"model\.image_encoder\.checkpoint = '.*sem\.pth': nothing is there; did you mean",
+        r"model\.image_encoder\.checkpoint = '.*sem\.pth': no such file or folder; did you mean",
     ),
     "a missing text encoder": (
         lambda raw, made: raw["model"]["text_encoder"].update(source=str(made / "brt")),

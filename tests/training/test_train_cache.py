@@ -127,7 +127,7 @@ def test_predict_and_eval_read_what_training_kept(
         ({"augment": {"flip": 0.5}}, "feature_cache needs pictures that stay the same"),
         ({"stages": [{**STAGES[1], "train_encoder": "yes"}]}, "for a frozen image encoder"),
         ({"stages": STAGES[:1]}, "for a frozen image encoder"),
-        ({"feature_cache": {"folder": "x", "limit": "lots"}}, "'lots' is no size"),
+        ({"feature_cache": {"folder": "x", "limit": "lots"}}, "'lots' is not a size"),
         ({"feature_cache": {"folder": "x", "limits": "1GB"}}, "did you mean 'limit'"),
     ],
 )
