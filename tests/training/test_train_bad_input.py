@@ -71,7 +71,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     ),
     "a missing annotation file": (
         lambda raw, made: raw["train"].update(annotations=str(made / "mine/pears.json")),
-        r"train\.annotations = '.*pears\.json': no such file or folder; did you mean '.*pairs\.json'\?",
+        r"annotations = '.*pears\.json': no such file or folder; did you mean '.*pairs\.json'\?",
     ),
     "a missing SAM file": (
         lambda raw, made: raw["model"]["image_encoder"].update(checkpoint=str(made / "sem.pth")),

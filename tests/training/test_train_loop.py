@@ -264,7 +264,7 @@ def test_what_no_stage_trains_stays_out_of_checkpoints_and_is_held_to_its_digest
     [
         ({"best_by": "mIoU"}, "did you mean 'miou'"),
         ({"best_by": "held out.mio"}, "did you mean 'held out.miou'"),
-        ({"early_stopping": {"patience": 2, "figure": "loss"}}, "is not a figure of the validation"),
+        ({"early_stopping": {"patience": 2, "figure": "loss"}}, "not a figure of the validation"),
         ({"early_stopping": {"patience": 0}}, "patience"),
         ({"averaging": {"count": 1}}, "count"),
         ({"precision": "fp8"}, "precision"),
