@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from risam_cli.cli import main
 from risam_cli.weights.load import load_model
 
 _SHOWN = 12
+_OUTPUT = ["-o", "{}"]
 _TINY = "2000"  # --max-pixels by which the larger images fail
 
 
@@ -113,12 +115,19 @@ def try_all(case: Case, folder: Path, every: int) -> None:
 # --- the cases ------------------------------------------------------------------------------------
 
 
+def _change(images: Path) -> None:
+    """Another picture in place of the first image, and no picture in place of the second."""
+    names = sorted(images.rglob("*.png"))
+    Image.fromarray(np.full((50, 64, 3), 90, np.uint8)).save(names[0])
+    names[1].write_text("no image any more")
+
+
 def cases(folder: Path) -> list[Case]:
     """All commands from all states."""
     images = folder / "images"
     asked = ["-e", "the red circle", "-e", "the small blue square on the left"]
     predict = ["-q", "predict", str(images), *asked, "--device", "cpu", "--save", "png,overlay"]
-    o, resume, over = ["-o", "{}"], ["--resume", "-o", "{}"], ["--overwrite", "-o", "{}"]
+    o, resume, over = _OUTPUT, ["--resume", *_OUTPUT], ["--overwrite", *_OUTPUT]
     tiny = ["--max-pixels", _TINY]
 
     def begun(arguments: list[str], change: Callable[[], None] = lambda: None) -> Any:
@@ -131,11 +140,6 @@ def cases(folder: Path) -> list[Case]:
 
     def cut(arguments: list[str], number: int) -> Any:
         return lambda out: run(arguments, out, folder / "log", number)
-
-    def change_images() -> None:
-        names = sorted(images.rglob("*.png"))
-        Image.fromarray(np.full((50, 64, 3), 90, np.uint8)).save(names[0])
-        names[1].write_text("no image any more")
 
     parts = [folder / f"part{k}" for k in range(2)]
     for k, part in enumerate(parts):
@@ -176,7 +180,7 @@ def cases(folder: Path) -> list[Case]:
         # The last of predict: it changes the images.
         Case(
             "predict --resume, changed images", predict + resume, predict + resume, (3,),
-            begun([*predict, *o], change_images), predict + o,
+            begun([*predict, *o], partial(_change, images)), predict + o,
         ),
     ]  # fmt: skip
 

@@ -312,7 +312,7 @@ def test_wrong_usage_is_a_usage_error(model: risam_cli.Model) -> None:
 def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         risam_cli.load(tmp_path / "none")
-    with pytest.raises(UsageError, match="no device"):
+    with pytest.raises(UsageError, match="not a device"):
         risam_cli.load(device="gpu")
     with pytest.raises(UsageError, match="batch_size 0"):
         risam_cli.load(batch_size=0)

@@ -48,7 +48,7 @@ def offered(*words: str) -> list[str]:
         (["eval", "--dataset", "g"], ["grefcoco"]),
         (["eval", "--dataset", "refcoco"], ["refcoco", "refcoco+", "refcocog"]),
         (["export-masks", "--to", "c"], ["coco", "coco-polygons", "cvat", "cutout"]),
-        (["refshapes", "--splits", "val,t"], ["val,train", "val,testA", "val,testB"]),
+        (["refshapes", "--splits", "val,t"], ["val,train", "val,testA", "val,testB", "val,testC"]),
         (["models", "verify", "ref"], ["<dir>", "refshapes-tiny"]),
         (["train", "configs/"], ["<file>"]),
         (["explain", "photo"], ["<file>"]),
