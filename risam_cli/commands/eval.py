@@ -141,6 +141,6 @@ def command(**options: Any) -> int:
       risam eval --dataset grefcoco --root data --split val --predictions out --protocol gres
     """
     from risam_cli.evaluation.flow import evaluate
-    from risam_cli.evaluation.request import Asked
+    from risam_cli.evaluation.request import EvalRequest
 
-    return evaluate(Asked(**options))
+    return evaluate(EvalRequest(**options))

@@ -23,7 +23,7 @@ from risam_cli.data.readers.source import OnFailure, SampleSource
 from risam_cli.errors import DataError, OutputError, UsageError, setting
 from risam_cli.evaluation.protocol import mask_rule
 from risam_cli.evaluation.report.schema import AnswersPart, NoTargetFitPart, TimingPart
-from risam_cli.evaluation.request import Asked, Done, count
+from risam_cli.evaluation.request import Done, EvalRequest, count
 from risam_cli.evaluation.scoring import (
     ANSWERS_FILE,
     Answered,
@@ -321,7 +321,7 @@ def _row(sample: Sample, expression: Expression, answer: Answer, image: str) -> 
 
 
 def answer_and_score(
-    asked: Asked,
+    asked: EvalRequest,
     source: SampleSource,
     protocol: Protocol,
     folder: OutputFolder,
@@ -389,7 +389,7 @@ def answer_and_score(
     )
 
 
-def _load(asked: Asked, device: torch.device, precision: torch.dtype) -> Segmenter:
+def _load(asked: EvalRequest, device: torch.device, precision: torch.dtype) -> Segmenter:
     """The model; refuses what would write into a folder that is not the user's own."""
     segmenter = load_segmenter(
         asked.model, device=device, precision=precision, compiled=asked.compiled
@@ -404,7 +404,7 @@ def _load(asked: Asked, device: torch.device, precision: torch.dtype) -> Segment
 
 
 def _settings(
-    asked: Asked,
+    asked: EvalRequest,
     segmenter: Segmenter,
     protocol: Protocol,
     device: torch.device,
@@ -441,7 +441,7 @@ def _timing(seconds: StageSeconds, done: EvalRun) -> TimingPart:
 
 
 def _identity(
-    asked: Asked,
+    asked: EvalRequest,
     source: SampleSource,
     protocol: Protocol,
     segmenter: Segmenter,
@@ -464,7 +464,7 @@ def _identity(
     }
 
 
-def _fit(asked: Asked, run: EvalRun, before: float) -> NoTargetFitPart:
+def _fit(asked: EvalRequest, run: EvalRun, before: float) -> NoTargetFitPart:
     """Choose the no-target threshold on this split and store it in the model's folder.
 
     Raises:

@@ -33,8 +33,8 @@ from risam_cli.evaluation.request import (
     DEFAULT_FAMILY,
     SURPLUS_FILE,
     WRITTEN,
-    Asked,
     Done,
+    EvalRequest,
     count,
 )
 from risam_cli.evaluation.scoring import (
@@ -49,7 +49,7 @@ from risam_cli.files.write import create
 from risam_cli.metrics.protocols import Protocol, get_protocol
 
 
-def evaluate(asked: Asked) -> int:
+def evaluate(asked: EvalRequest) -> int:
     """Evaluate as asked, write the reports, and give the exit code."""
     asked.check()
     console = get_console()
@@ -90,7 +90,7 @@ def _emptied(folder: Path) -> Iterator[None]:
 
 
 def _from_predictions(
-    asked: Asked,
+    asked: EvalRequest,
     source: SampleSource,
     protocol: Protocol,
     folder: OutputFolder,
@@ -133,7 +133,7 @@ def _from_predictions(
 
 
 def _from_model(
-    asked: Asked,
+    asked: EvalRequest,
     source: SampleSource,
     protocol: Protocol,
     folder: OutputFolder,
@@ -178,7 +178,7 @@ def _predictions_name(path: Path) -> str:
 
 
 def _report(
-    asked: Asked, source: SampleSource, protocol: Protocol, done: Done, other: Other | None
+    asked: EvalRequest, source: SampleSource, protocol: Protocol, done: Done, other: Other | None
 ) -> Report:
     data = dataset_part(
         source,

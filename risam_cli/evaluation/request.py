@@ -41,7 +41,7 @@ DEFAULT_FAMILY = next(iter(BENCHMARKS))
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class EvalRequest:
     """The options of one call; names as on the command line."""
 
     dataset: str

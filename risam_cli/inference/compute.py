@@ -185,7 +185,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class NetworkAnswer:
     """What the network says of one expression.
 
     Attributes:
@@ -220,7 +220,7 @@ Batch = Sequence[tuple[int, Job]]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Question:
     """One expression on its way through the decoder.
 
     Attributes:
@@ -240,19 +240,19 @@ class Asked:
         """As they were asked."""
         return self.job.texts[self.position]
 
-    def failed(self, kind: str, error: str) -> Answer:
+    def failed(self, kind: str, error: str) -> NetworkAnswer:
         """The answer that says what went wrong."""
-        return Answer(self.number, self.position, (), error=error, error_kind=kind)
+        return NetworkAnswer(self.number, self.position, (), error=error, error_kind=kind)
 
 
-def flattened(batch: Batch) -> list[Asked]:
+def flattened(batch: Batch) -> list[Question]:
     """The expressions of a batch in order."""
     asked = []
     for row, (number, job) in enumerate(batch):
         position = 0
         for group, size in enumerate(job.groups or [len(job.texts)]):
             for _ in range(size):
-                asked.append(Asked(number, position, row, (number, group), job))
+                asked.append(Question(number, position, row, (number, group), job))
                 position += 1
     return asked
 
@@ -305,7 +305,7 @@ class Compute:
         self._texts: OrderedDict[tuple[str, ...], Texts] = OrderedDict()
         self._texts_kept = max(8, _TEXTS_KEPT // self.expressions_at_once)
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Answer]:
+    def run(self, jobs: Sequence[Job]) -> Iterator[NetworkAnswer]:
         """The answers to all texts of all jobs, in order.
 
         An image or an expression that cannot be computed gives an answer with ``error``.
@@ -318,7 +318,7 @@ class Compute:
             batch, left = left[: self.images_at_once], left[self.images_at_once :]
             yield from self._run(batch)
 
-    def _run(self, batch: Batch) -> Iterator[Answer]:
+    def _run(self, batch: Batch) -> Iterator[NetworkAnswer]:
         """One batch; cut in pieces where it fails as a whole."""
         why, size = None, 1
         try:
@@ -343,7 +343,7 @@ class Compute:
         for start in range(0, len(batch), size):
             yield from self._run(batch[start : start + size])
 
-    def _decode_all(self, features: Any, batch: Batch) -> Iterator[Answer]:
+    def _decode_all(self, features: Any, batch: Batch) -> Iterator[NetworkAnswer]:
         """Decodes the expressions of an encoded batch, chunk by chunk."""
         left = flattened(batch)
         while left:
@@ -351,9 +351,9 @@ class Compute:
             left = left[len(chunk) :]
             yield from self._decode_chunk(features, chunk)
 
-    def _decode_chunk(self, features: Any, chunk: Sequence[Asked]) -> Iterator[Answer]:
+    def _decode_chunk(self, features: Any, chunk: Sequence[Question]) -> Iterator[NetworkAnswer]:
         """One chunk; cut in pieces where it fails as a whole."""
-        answers: list[Answer] = []
+        answers: list[NetworkAnswer] = []
         size = 1
         try:
             with self._room:
@@ -374,7 +374,7 @@ class Compute:
         for start in range(0, len(chunk), size):
             yield from self._decode_chunk(features, chunk[start : start + size])
 
-    def _fitting(self, asked: Sequence[Asked]) -> int:
+    def _fitting(self, asked: Sequence[Question]) -> int:
         """How many expressions go together: as the full-size logits allow, at least one."""
         room = self.settings.mask_bytes
         for count, one in enumerate(asked[: self.expressions_at_once]):
@@ -420,7 +420,7 @@ class Compute:
         return features
 
     @torch.inference_mode()
-    def _decode(self, features: Any, chunk: Sequence[Asked]) -> list[Answer]:
+    def _decode(self, features: Any, chunk: Sequence[Question]) -> list[NetworkAnswer]:
         started = time.perf_counter()
         texts = self._text_features(tuple(one.words for one in chunk))
         rows = [one.row for one in chunk]
@@ -444,8 +444,8 @@ class Compute:
         return answers
 
     def _one_each(
-        self, found: Sequence[Instances], groups: Sequence[Sequence[Asked]]
-    ) -> list[Answer]:
+        self, found: Sequence[Instances], groups: Sequence[Sequence[Question]]
+    ) -> list[NetworkAnswer]:
         """The answers of a model that has one instance an expression: one copy to the host."""
         score = torch.cat([one.score for one in found])
         nothing = torch.cat([one.nothing for one in found])
@@ -457,7 +457,7 @@ class Compute:
         ]
         host, columns = to_host(masks, torch.stack([finite.float(), score, nothing]))
         return [
-            Answer(one.number, one.position, (mask,), (score,), no_target)
+            NetworkAnswer(one.number, one.position, (mask,), (score,), no_target)
             if good
             else one.failed("ModelError", _NOT_FINITE)
             for one, mask, good, score, no_target in zip(
@@ -466,8 +466,8 @@ class Compute:
         ]
 
     def _several(
-        self, found: Sequence[Instances], groups: Sequence[Sequence[Asked]]
-    ) -> list[Answer]:
+        self, found: Sequence[Instances], groups: Sequence[Sequence[Question]]
+    ) -> list[NetworkAnswer]:
         """The answers where expressions have any number of instances."""
         answers = []
         for instances, group in zip(found, groups, strict=True):
@@ -483,7 +483,7 @@ class Compute:
                 size = one.job.image.size
                 masks, kept = self._chosen(instances.maps[own], scores[own], size)
                 answers.append(
-                    Answer(
+                    NetworkAnswer(
                         one.number,
                         one.position,
                         masks,

@@ -23,7 +23,7 @@ from risam_cli.errors import (
     told,
 )
 from risam_cli.files.write import CHECK
-from risam_cli.inference.compute import Answer
+from risam_cli.inference.compute import NetworkAnswer
 from risam_cli.inference.loader import Loaded
 from risam_cli.inference.mask_rules import unpacked
 from risam_cli.masks import rle as masks
@@ -178,7 +178,7 @@ class Finishers(Generic[T]):
         for entry in entries:
             self._pool.submit(self._one_less, entry)
 
-    def finish(self, index: int, number: int, answer: Answer) -> None:
+    def finish(self, index: int, number: int, answer: NetworkAnswer) -> None:
         """Has the outcome of a sample's expression made in a thread; waits for room first."""
         size = max((mask.nbytes for mask in answer.masks), default=0)
         with self._changed:
@@ -231,7 +231,7 @@ class Finishers(Generic[T]):
 
     # --- in the threads ---------------------------------------------------------------------------
 
-    def _finish(self, entry: _Open[T], number: int, answer: Answer, size: int) -> None:
+    def _finish(self, entry: _Open[T], number: int, answer: NetworkAnswer, size: int) -> None:
         started = time.perf_counter()
         fatal: Exception | None = None
         outcome: list[tuple[Prediction, Raw | None]] | Failure
@@ -265,7 +265,7 @@ class Finishers(Generic[T]):
             self._changed.notify_all()
 
     def _outcome(
-        self, entry: _Open[T], number: int, answer: Answer
+        self, entry: _Open[T], number: int, answer: NetworkAnswer
     ) -> list[tuple[Prediction, Raw | None]] | Failure:
         expression = entry.sample.expressions[number]
         if answer.error:
@@ -286,7 +286,7 @@ class Finishers(Generic[T]):
         self,
         sample: Sample,
         expression: Expression,
-        answer: Answer,
+        answer: NetworkAnswer,
         which: int,
         nothing: bool,
         instance: int | None,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from risam_cli.data.images.frames import Filter, Fit, Frame
 from risam_cli.errors import ModelError
+from risam_cli.files.hashing import sha256_of_file
 from risam_cli.files.jsonlines import read_text
 from risam_cli.segmenters.segmenter import Capabilities, Instances, Thresholds
 from risam_cli.weights.folder import count_weights
@@ -81,9 +82,7 @@ def hash_folders(folders: Sequence[Folder]) -> str:
     digest = hashlib.sha256()
     for folder in folders:
         for path in folder.files():
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{path.name} {content}\n".encode())
+            digest.update(f"{path.name} {sha256_of_file(path)}\n".encode())
         digest.update(b"\n")
     return digest.hexdigest()
 

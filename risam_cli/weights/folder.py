@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from risam_cli.errors import ModelError, OutputError, reason_of
+from risam_cli.files.hashing import sha256_of_file
 from risam_cli.files.jsonlines import read_text
 from risam_cli.files.write import sync_folder, sync_tree, write_file
 
@@ -183,8 +184,7 @@ def hash_folder(folder: Path) -> str:
     """SHA-256 over the needed files of a model folder, in order."""
     digest = hashlib.sha256()
     for name in NEEDED_FILES:
-        with (folder / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of_file(folder / name)))
     return digest.hexdigest()
 
 
@@ -196,7 +196,7 @@ def damaged_files(folder: Path) -> list[str]:
     for name, one in sums.items() if isinstance(sums, dict) else ():
         wanted = one if isinstance(one, list) else [one]
         if name in NEEDED_FILES and (folder / name).is_file():
-            found = _sha256(folder / name)
+            found = sha256_of_file(folder / name)
             if found not in wanted:
                 problems.append(
                     f"{folder / name} is damaged or was changed: its SHA-256 is {found[:12]}…, "
@@ -214,15 +214,10 @@ def replace_config(folder: Path, config: Mapping[str, Any]) -> None:
     text = _json_text(config)
     card = _read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else None
     if isinstance(card, dict) and isinstance(card.get("sha256"), dict):
-        both = [_sha256(folder / CONFIG_FILE), hashlib.sha256(text.encode()).hexdigest()]
+        both = [sha256_of_file(folder / CONFIG_FILE), hashlib.sha256(text.encode()).hexdigest()]
         card["sha256"][CONFIG_FILE] = both
         write_file(folder / CARD_FILE, _json_text(card))
     write_file(folder / CONFIG_FILE, text)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_weights(
@@ -328,7 +323,7 @@ def write_model_folder(
             )
             _write_json(temporary / CONFIG_FILE, config)
             (temporary / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8")
-            sums = {name: _sha256(temporary / name) for name in NEEDED_FILES}
+            sums = {name: sha256_of_file(temporary / name) for name in NEEDED_FILES}
             _write_json(temporary / CARD_FILE, {**card, "sha256": sums})
             (temporary / README_FILE).write_text(readme, encoding="utf-8")
             temporary.chmod(0o755)

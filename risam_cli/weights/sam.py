@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from risam_cli.errors import ModelError
+from risam_cli.files.hashing import sha256_of_file
 from risam_cli.model.image_encoder import (
     ConvStem,
     ImageEncoder,
@@ -59,13 +60,10 @@ class SamSource:
 
 def sha256_of(files: Iterable[Path]) -> str:
     """SHA-256 of a file; of several, over their hashes in order."""
-    digests = []
-    for path in files:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256"))
+    digests = [sha256_of_file(path) for path in files]
     if len(digests) == 1:
-        return digests[0].hexdigest()
-    return hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
+        return digests[0]
+    return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
 def load_sam_encoder(encoder: ImageEncoder, path: Path) -> str:

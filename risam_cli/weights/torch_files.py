@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from risam_cli.errors import ModelError, reason_of
+from risam_cli.files.hashing import sha256_of_stream
 
 _END = 22  # bytes of a zip's last record, up to its comment
 _MARK = b"sha256:"
@@ -67,7 +68,7 @@ def seal_file(path: Path) -> None:
         file.seek(-2, os.SEEK_END)
         file.write(_SEAL.to_bytes(2, "little"))
         file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of_stream(file)
         file.seek(0, os.SEEK_END)
         file.write(_MARK + digest.encode())
 

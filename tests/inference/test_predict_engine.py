@@ -20,7 +20,7 @@ from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.data.images.transforms import to_pixels
 from risam_cli.errors import DataError, ModelError, OutputError
-from risam_cli.inference.compute import Answer, Compute, ComputeSettings, Job
+from risam_cli.inference.compute import Compute, ComputeSettings, Job, NetworkAnswer
 from risam_cli.inference.device import threads_of
 from risam_cli.inference.finish import ImageResult
 from risam_cli.inference.pipeline import PredictSettings, predict_samples
@@ -342,7 +342,7 @@ def jobs(pictures: list[Path], *texts: str) -> list[Job]:
     return [Job(read_for_encoder(path, [sam_frame(SIZE)]), texts) for path in pictures]
 
 
-def outcome(answers: Sequence[Answer]) -> list[tuple[int, int, int]]:
+def outcome(answers: Sequence[NetworkAnswer]) -> list[tuple[int, int, int]]:
     areas = [int(answer.masks[0].sum()) if answer.masks else -1 for answer in answers]
     return [(a.job, a.text, area) for a, area in zip(answers, areas, strict=True)]
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from risam_cli.errors import ImageError, reason_of, require_machine, setting
+from risam_cli.files.hashing import sha256_of_stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +42,9 @@ def file_sha256(path: Path) -> str | None:
     """SHA-256 of a regular file's bytes; None where it cannot be read."""
     try:
         with open_regular(path) as file:
-            return digest_of(file)
+            return sha256_of_stream(file)
     except (ImageError, OSError):
         return None
-
-
-def digest_of(file: BinaryIO) -> str:
-    """SHA-256 of what is left to read of a file."""
-    return hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
 
 
 def stamp_of(status: os.stat_result) -> FileStamp:

@@ -36,7 +36,6 @@ from PIL import Image, UnidentifiedImageError
 from risam_cli.data.images.depth import scale_to_8_bit
 from risam_cli.data.images.files import (
     FileStamp,
-    digest_of,
     open_regular,
     stamp_of,
 )
@@ -51,6 +50,7 @@ from risam_cli.data.images.tiff import (
 )
 from risam_cli.data.images.transforms import fit_size, resize_for_encoder
 from risam_cli.errors import ImageError, setting
+from risam_cli.files.hashing import sha256_of_stream
 
 Rgb = NDArray[np.uint8]
 
@@ -203,7 +203,7 @@ def read_for_encoder(
     """
     with open_regular(path) as file, decoding(path):
         stamp = stamp_of(os.fstat(file.fileno()))
-        digest = digest_of(file)
+        digest = sha256_of_stream(file)
         file.seek(0)
         image = open_image(file, path, max_pixels, bands)
         views, own_size = fit_frames(image, frames, full_decode=full_decode)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,6 +37,7 @@ from risam_cli.evaluation.report.schema import (
 )
 from risam_cli.evaluation.scoring import Scored, pick_cases
 from risam_cli.files.folder import OutputFolder
+from risam_cli.files.hashing import sha256_of_file
 from risam_cli.metrics.curves import no_target_curve, risk_coverage
 from risam_cli.metrics.figures import Flags, ScoreTable, Terms, figures, outcome, terms
 from risam_cli.metrics.intervals import LEVEL, REPLICATES, intervals, masked
@@ -124,9 +124,7 @@ def dataset_part(source: SampleSource, differences: Sequence[str], **more: objec
 
 def file_note(path: Path) -> FileNote:
     """Name, size and SHA-256 of a file."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return FileNote(name=path.name, bytes=path.stat().st_size, sha256=digest)
+    return FileNote(name=path.name, bytes=path.stat().st_size, sha256=sha256_of_file(path))
 
 
 def environment() -> EnvironmentPart:
