@@ -51,6 +51,7 @@ LIBRARIES = (
     "tensorboard",
     "tqdm",
     "peft",
+    "filelock",
     "huggingface_hub",
 )
 """The package's dependencies, those that predict needs most first."""

@@ -86,12 +86,13 @@ def test_a_start_that_fails_leaves_nothing_and_the_corrected_one_runs(
 def test_a_start_that_fails_keeps_what_lay_there_before(tmp_path: Path) -> None:
     data = _mine(tmp_path / "mine")
     _damaged_image(data["train"])
-    held = tmp_path / "run/pictures/mine.jpg"
-    held.parent.mkdir(parents=True)
-    held.write_text("mine")
-    with pytest.raises(DataError):
-        run(tmp_path / "run", **QUICK, **data)
-    assert [p for p in (tmp_path / "run").rglob("*") if p.is_file()] == [held]
+    for name, error in (("notes", DataError), ("pictures", OutputError)):
+        held = tmp_path / name / name / "mine.jpg"
+        held.parent.mkdir(parents=True)
+        held.write_text("mine")
+        with pytest.raises(error):
+            run(tmp_path / name, **QUICK, **data)
+        assert [p for p in (tmp_path / name).rglob("*") if p.is_file()] == [held]
 
 
 def test_a_run_cut_before_its_first_checkpoint_makes_way(tmp_path: Path) -> None:

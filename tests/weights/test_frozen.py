@@ -61,11 +61,10 @@ def _answer(loaded: LoadedModel) -> Tensor:
 
 def _point_nowhere(folder: Path) -> None:
     """Takes the training machine's paths out of a model folder."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads((folder / "config.json").read_text())
     for needed in config["needs"]:
         needed["path"] = f"/nowhere/{needed['name']}"
-    path.write_text(json.dumps(config))
+    model_folders.replace_config(folder, config)
 
 
 # --- what is in a folder --------------------------------------------------------------------------
