@@ -330,7 +330,8 @@ def test_a_full_disk_under_stdout_is_told() -> None:
 
 def _leaves(command: click.Command, path: str) -> list[tuple[str, str]]:
     """Every command below ``command``, itself too, with its help."""
-    context = click.Context(command, info_name=path)
+    # click keeps what the first context made of --help; -h is the root's own word.
+    context = click.Context(command, info_name=path, **root.context_settings)
     found = [(path, command.get_help(context))]
     for name in command.list_commands(context) if isinstance(command, click.Group) else ():
         child = command.get_command(context, name)

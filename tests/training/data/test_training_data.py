@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from support.settings_files import load_settings
 from support.training_runs import RAW, settings, write_coco
 
-from risam_cli.commands.refshapes import command as refshapes
+from risam_cli.cli import root
 from risam_cli.console.console import Console
 from risam_cli.data.readers.catalog import open_dataset
 from risam_cli.data.refshapes.dataset import RefShapes
@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     own = ["-o", str(folder), "--splits", "train,val", "--scenes", "4", "--expressions", "3"]
     for more in (["--size", "128"], ["--size", "128", "--family", "refshapes", *PHRASECUT]):
-        done = CliRunner().invoke(refshapes, [*own, *more], standalone_mode=False)
+        done = CliRunner().invoke(root, ["refshapes", *own, *more], standalone_mode=False)
         assert done.exception is None, done.exception
     shutil.move(folder / "refshapes/phrasecut", folder / "phrasecut")
     for name, refs in (("refcoco+", "refs(unc).p"), ("refcocog", "refs(umd).p")):
