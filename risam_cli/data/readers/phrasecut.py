@@ -61,8 +61,8 @@ def open_phrasecut(
     left_out: Counter[str] = Counter()
     for path in task_files:
         for image_id, tasks in _tasks(path, parts, images, left_out).items():
-            known = {task["task_id"] for task in by_image.get(image_id, ())}
-            new = [task for task in tasks if task["task_id"] not in known]
+            known = {str(task["task_id"]) for task in by_image.get(image_id, ())}
+            new = [task for task in tasks if str(task["task_id"]) not in known]
             by_image.setdefault(image_id, []).extend(new)
     if not by_image:
         raise DataError(f"{task_files[0]} holds no phrase of the split {split!r}")

@@ -258,6 +258,17 @@ def test_phrasecut_val_leaves_miniv_out(tmp_path: Path) -> None:
     assert sorted(by_id(open_phrasecut(folder, "miniv"))) == ["9__1"]
 
 
+@pytest.mark.parametrize("odd", [7, ["7", 1], {"task": 7}], ids=str)
+def test_a_phrasecut_id_of_any_kind_is_its_text(tmp_path: Path, odd: Any) -> None:
+    folder = write_phrasecut(tmp_path)
+    tasks = json.loads((folder / "refer_val.json").read_text())
+    for task in tasks:
+        if task["task_id"] == "7__1":
+            task["task_id"] = odd
+    (folder / "refer_val.json").write_text(json.dumps(tasks))
+    assert str(odd) in by_id(open_phrasecut(folder, "val"))
+
+
 def test_phrasecut_with_the_other_name_of_its_image_list(tmp_path: Path) -> None:
     folder = write_phrasecut(tmp_path)
     (folder / "image_data_split3000.json").rename(folder / "image_data_split.json")
