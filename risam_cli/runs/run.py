@@ -278,13 +278,13 @@ class _Run:
 
     def tell(self) -> int:
         """The last word on stderr; gives the exit code."""
-        records, failed = self._totals()
+        records, nothing = count_records(self.folder.predictions)
+        failed = count_lines(self.folder.failures)
         seconds = time.perf_counter() - self.started
         console = get_console()
         for reason, number in sorted(self.plan.inputs.skipped.items()):
             console.info(f"skipped: {number} {reason}")
         rate = f", {self.images / seconds:.3g} images/s" if self.images and seconds else ""
-        nothing = count_lines(self.folder.predictions, b'"no_target": true')
         console.info(
             f"{records} records in {self.folder.path}: {records - nothing} with a mask, {nothing} "
             f"where nothing fits{rate}"
@@ -299,13 +299,10 @@ class _Run:
         console.warn(f"{failed} items failed: see {self.folder.failures}")
         return EXIT_SOME_FAILED
 
-    def _totals(self) -> tuple[int, int]:
-        """Records and failures in the folder."""
-        return count_lines(self.folder.predictions), count_lines(self.folder.failures)
-
     def report(self, status: str) -> None:
         """Writes ``run.json``."""
-        records, failed = self._totals()
+        records = count_lines(self.folder.predictions)
+        failed = count_lines(self.folder.failures)
         plan, settings = self.plan, self.plan.settings
         report = {
             "status": status,
@@ -469,12 +466,20 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-def count_lines(path: Path, holding: bytes = b"") -> int:
-    """Lines of a file, or those of them that hold some bytes; 0 where there is none."""
+def count_records(path: Path) -> tuple[int, int]:
+    """Records of a file, and how many say that nothing fits; none where there is no file."""
+    records = nothing = 0
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            records += line.endswith(b"\n")
+            nothing += b'"no_target": true' in line
+    return records, nothing
+
+
+def count_lines(path: Path) -> int:
+    """Lines of a file; 0 where there is none."""
     try:
         with open(path, "rb") as file:
-            if holding:
-                return sum(holding in line for line in file)
             return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
     except FileNotFoundError:
         return 0
