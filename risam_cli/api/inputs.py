@@ -16,7 +16,7 @@ from risam_cli.data.images.memory import Pixels, bytes_to_rgb, memory_for_encode
 from risam_cli.data.inputs.inputs import MAX_CHARACTERS
 from risam_cli.errors import ImageError, UsageError
 from risam_cli.inference.feeder import ReadySample
-from risam_cli.inference.loader import Loaded
+from risam_cli.inference.loading import Loaded
 from risam_cli.types import Expression, Sample
 
 ImageLike = str | os.PathLike[str] | bytes | BinaryIO | Pixels

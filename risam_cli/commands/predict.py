@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 SAVE = ("png", "overlay", "html")
 MAX_PIXELS = 178_956_970  # said here again, and held to risam_cli.data.images.images by a test
-TIMEOUT = 120.0  # likewise, to risam_cli.inference.loader
+TIMEOUT = 120.0  # likewise, to risam_cli.inference.loading
 
 
 def _parse_save(ctx: click.Context, param: click.Parameter, value: str) -> frozenset[str]:

@@ -45,7 +45,7 @@ def encode_rgb(rgb: NDArray[np.uint8]) -> bytes:
     return data.tobytes()
 
 
-def check_header(source: Path | BinaryIO) -> None:
+def check_header(source: BinaryIO) -> None:
     """Make sure that a file begins as an image of no absurd size, before a decoder takes it.
 
     Raises:

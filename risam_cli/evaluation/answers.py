@@ -45,7 +45,8 @@ from risam_cli.inference.device import (
 )
 from risam_cli.inference.feature_cache import cache_for
 from risam_cli.inference.finish import ImageResult, Raw
-from risam_cli.inference.loader import TIMEOUT, warm_up
+from risam_cli.inference.loader import warm_up
+from risam_cli.inference.loading import TIMEOUT
 from risam_cli.inference.pipeline import PredictSettings, instance_rules, predict_samples
 from risam_cli.inference.unknown_words import UnknownWords
 from risam_cli.metrics.curves import fit_no_target

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from risam_cli.data.images.bounds import metered
+from risam_cli.data.images.files import open_regular
 from risam_cli.drawing.png import check_header
 from risam_cli.errors import DataError, setting
 from risam_cli.export.categories import Categories
@@ -275,7 +277,8 @@ def copy_image(context: Context, image: LabeledImage, folder: str) -> None:
         )
     try:
         # Records name what they like: only what is an image leaves its place.
-        check_header(image.path)
+        with open_regular(image.path) as file:
+            check_header(metered(file, str(image.path)))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
             f"image {image.path} cannot be copied: {error}", "copy it yourself"

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from risam_cli.inference.loader import ImageLoader, Loaded
+from risam_cli.errors import MachineError, told
+from risam_cli.inference.loader import ImageLoader
+from risam_cli.inference.loading import Loaded
 from risam_cli.types import Sample
 
 _IDLE = 0.01  # seconds of waiting for the source after which it counts as idle
@@ -52,9 +54,16 @@ class ImageJob(Generic[T]):
 
     @property
     def loaded(self) -> Loaded:
-        """What became of its image, once it was taken."""
+        """What became of its image, once it was taken.
+
+        Raises:
+            MachineError: the machine has run out of something.
+        """
         assert self.future is not None, "the job was not taken from a feeder"
-        return self.future.result()
+        loaded = self.future.result()
+        if loaded.by_machine:
+            raise MachineError(told(loaded.error))
+        return loaded
 
 
 @dataclass(slots=True)

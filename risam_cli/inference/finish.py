@@ -24,7 +24,7 @@ from risam_cli.errors import (
 )
 from risam_cli.files.write import CHECK
 from risam_cli.inference.compute import NetworkAnswer
-from risam_cli.inference.loader import Loaded
+from risam_cli.inference.loading import Loaded
 from risam_cli.inference.mask_rules import unpacked
 from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Failure, Prediction, Rle, Sample

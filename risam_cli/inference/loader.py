@@ -32,17 +32,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from risam_cli.console.console import get_console
-from risam_cli.data.images.files import FileStamp, file_stamp
-from risam_cli.data.images.frames import Frame
-from risam_cli.data.images.images import MAX_PIXELS, Bands, EncoderImage, read_for_encoder
-from risam_cli.errors import ImageError, RisamError
+from risam_cli.data.images.bounds import SlowImage
+from risam_cli.data.images.images import EncoderImage
+from risam_cli.errors import MachineError, RisamError
+from risam_cli.inference.apart import LoaderProcess, ending
+from risam_cli.inference.loading import (
+    Load,
+    Loaded,
+    LoaderSettings,
+    failed,
+    load_image,
+    load_safely,
+    over_time,
+    unexpected,
+)
 
 if TYPE_CHECKING:
     from risam_cli.inference.compute import Ahead
 
-TIMEOUT = 120.0
-"""Seconds that reading and decoding one image may take."""
-
+_MOST_LEFT = 32  # threads left behind, from where on the run ends
+_GRACE = 1.0  # seconds that the end of a process may take
 _START_TIMEOUT = 300.0  # seconds that a worker process may take to begin its first image
 _TICK = 0.25  # seconds between two looks at processes that send nothing
 _EACH = 2  # images that each process is given ahead, as DataLoader has it
@@ -51,78 +60,7 @@ _EACH = 2  # images that each process is given ahead, as DataLoader has it
 warnings.filterwarnings("ignore", message="This DataLoader will create")
 
 
-@dataclass(frozen=True, slots=True)
-class LoaderSettings:
-    """How images are loaded.
-
-    Attributes:
-        frames: the network's; images come as each of them wants it.
-        workers: loader processes; 0 decodes in threads of this process.
-        max_pixels: larger images are refused.
-        timeout: seconds for one image.
-        full_decode: decode every pixel before scaling; see :mod:`risam_cli.data.images.images`.
-        threads: that decode where there are no processes.
-        pinned: whether processes' images come in memory that a GPU copies from.
-        bands: which bands of a TIFF of several are red, green and blue.
-    """
-
-    frames: tuple[Frame, ...]
-    workers: int = 0
-    max_pixels: int = MAX_PIXELS
-    timeout: float = TIMEOUT
-    full_decode: bool = False
-    threads: int = 2
-    pinned: bool = False
-    bands: Bands | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """What became of one file.
-
-    Attributes:
-        image: None where it failed.
-        error: one line, where it failed.
-        stamp: of the file, as far as there was one: by it a later run knows a repaired file.
-        seconds: taken to read, decode and scale.
-        ahead: what was got ready of the image in this process, if the loader was asked to.
-    """
-
-    image: EncoderImage | None
-    error: str
-    stamp: FileStamp | None
-    seconds: float
-    ahead: Ahead | None = None
-
-
-Load = Callable[[Path, LoaderSettings], Loaded]
 Prepare = Callable[[EncoderImage], "Ahead"]
-
-
-def load_image(path: Path, settings: LoaderSettings) -> Loaded:
-    """Loads one file here and now."""
-    started = time.perf_counter()
-    try:
-        image = read_for_encoder(
-            path,
-            settings.frames,
-            settings.max_pixels,
-            full_decode=settings.full_decode,
-            bands=settings.bands,
-        )
-    except ImageError as error:
-        return _failed(path, error.raw, time.perf_counter() - started)
-    except MemoryError:
-        why = f"{path}: not enough memory to decode it"
-        return _failed(path, why, time.perf_counter() - started)
-    return Loaded(image, "", image.stamp, time.perf_counter() - started)
-
-
-def _loaded(load: Load, path: Path, settings: LoaderSettings) -> Loaded:
-    try:
-        return load(path, settings)
-    except Exception as error:  # whatever one image does must not end the others
-        return _failed(path, f"{type(error).__name__}: {error}", 0.0)
 
 
 def open_loader(
@@ -180,18 +118,24 @@ class _Loader:
                 return loaded
             return replace(loaded, ahead=self._prepare(loaded.image))
         except Exception as error:  # likewise
-            return _failed(task.path, f"{type(error).__name__}: {error}", loaded.seconds)
+            return unexpected(task.path, error, loaded.seconds)
 
 
 # --- threads --------------------------------------------------------------------------------------
 
 
 class ThreadLoader(_Loader):
-    """Decodes in threads of this process: Pillow and OpenCV let others run meanwhile."""
+    """Decodes in threads of this process: Pillow and OpenCV let others run meanwhile.
+
+    A thread cannot be ended from outside, so files that may take long go to a process of the
+    thread's own, and so do all while a thread that had to be left behind lives.
+    """
 
     def __init__(self, settings: LoaderSettings, load: Load, prepare: Prepare | None) -> None:
         super().__init__(settings, load, prepare)
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._left: list[_Decoder] = []
+        self._apart = False  # whether all files go to processes: while one is left behind
         self._threads = {_Decoder(self._tasks, self._read) for _ in range(settings.threads)}
         self.lanes = settings.threads  # images that are loaded at a time
 
@@ -199,6 +143,7 @@ class ThreadLoader(_Loader):
         """Ends all threads; images that were not begun are dropped."""
         for thread in self._threads:
             thread.stopped = True
+            thread.process.end()
             self._tasks.put(None)
 
     def submit(self, path: Path) -> Future[Loaded]:
@@ -208,21 +153,44 @@ class ThreadLoader(_Loader):
         return task.future
 
     def give_up_on_stalled(self) -> None:
-        """Fails the images over their time and goes on without the threads that hold them.
+        """Fails the images over their time, and goes on without the threads that hold them.
 
-        A thread cannot be ended from outside; it is left behind.
+        Raises:
+            MachineError: of those, there are too many.
         """
+        if self._left:
+            self._left = [thread for thread in self._left if thread.is_alive()]
+            self._apart = bool(self._left)
         limit = time.monotonic() - self._settings.timeout
         for thread in list(self._threads):
             hand = thread.hand
-            if hand is not None and hand[1] < limit:
-                thread.stopped = True
-                self._threads.remove(thread)
-                self._threads.add(_Decoder(self._tasks, self._read))
-                _settle(hand[0], _over_time(hand[0].path, self._settings.timeout))
+            if hand is None or hand[1] >= limit or thread.process.end():
+                continue
+            if thread.process.is_ending and hand[1] >= limit - _GRACE:
+                continue
+            thread.stopped = True
+            self._threads.remove(thread)
+            self._left.append(thread)
+            self._apart = True
+            _settle(hand[0], over_time(hand[0].path, self._settings.timeout))
+            if len(self._left) >= _MOST_LEFT:
+                raise MachineError(
+                    f"{len(self._left)} files could not be read in time, nor their reading ended",
+                    "check the drive that they are on",
+                )
+            self._threads.add(_Decoder(self._tasks, self._read))
 
-    def _read(self, task: _Task) -> Loaded:
-        return self._prepared(task, _loaded(self._load, task.path, self._settings))
+    def _read(self, task: _Task, thread: _Decoder) -> Loaded:
+        loaded = None
+        if not self._apart:
+            with suppress(SlowImage):
+                loaded = load_safely(self._load, task.path, self._settings)
+        if loaded is None:
+            thread.begin(task, _START_TIMEOUT)
+            loaded = thread.process.load(
+                self._load, task.path, self._settings, lambda: thread.begin(task)
+            )
+        return self._prepared(task, loaded)
 
 
 class _Decoder(threading.Thread):
@@ -230,25 +198,37 @@ class _Decoder(threading.Thread):
 
     Attributes:
         hand: the task in hand, and when it was begun on the monotonic clock.
+        process: loads what this thread should not.
         stopped: set from outside, ends the thread after the task in hand.
     """
 
     def __init__(
-        self, tasks: queue.SimpleQueue[_Task | None], read: Callable[[_Task], Loaded]
+        self,
+        tasks: queue.SimpleQueue[_Task | None],
+        read: Callable[[_Task, _Decoder], Loaded],
     ) -> None:
         super().__init__(daemon=True, name="risam-loader")
         self._tasks = tasks
         self._read = read
         self.hand: tuple[_Task, float] | None = None
+        self.process = LoaderProcess()
         self.stopped = False
         self.start()
 
+    def begin(self, task: _Task, later: float = 0.0) -> None:
+        """Starts the clock of a task, now or so many seconds later."""
+        self.hand = task, time.monotonic() + later
+
     def run(self) -> None:
         while not self.stopped and (task := self._tasks.get()) is not None:
-            self.hand = task, time.monotonic()
-            loaded = self._read(task)
+            self.begin(task)
+            try:
+                loaded = self._read(task, self)
+            except Exception as error:
+                loaded = unexpected(task.path, error)
             self.hand = None
             _settle(task, loaded)
+        self.process.end()
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -396,7 +376,7 @@ class ProcessLoader(_Loader, threading.Thread):
         late = [number for number, since in held if since < limit]
         for number in late:
             task = self._in_flight.pop(number)
-            task.future.set_result(_over_time(task.path, self._settings.timeout))
+            task.future.set_result(over_time(task.path, self._settings.timeout))
         return True
 
     def _died(self, hands: _Hands, error: Exception) -> None:
@@ -413,9 +393,9 @@ class ProcessLoader(_Loader, threading.Thread):
             task.deaths += 1
             if task.deaths == 2:
                 del self._in_flight[number]
-                how = _ending(code) if dead else " ".join(str(error).split())[:200]
+                how = ending(code) if dead else " ".join(str(error).split())[:200]
                 why = f"the loader process died on it twice ({how})"
-                task.future.set_result(_failed(task.path, why, 0.0))
+                task.future.set_result(failed(task.path, why, 0.0))
 
     def _finish(self, task: _Task, sent: _Sent) -> None:
         """In a thread of the pool: the image out of memory that is shared with its process."""
@@ -460,7 +440,7 @@ class _Images(Dataset[_Sent | None]):
         info = get_worker_info()
         assert info is not None, "called outside of a worker process"
         self._hands.take(info.id, number)
-        loaded = _loaded(self._load, path, self._settings)
+        loaded = load_safely(self._load, path, self._settings)
         self._hands.release(info.id)
         if loaded.image is None:
             return _Sent(number, loaded)
@@ -563,29 +543,3 @@ def _fit_shared_memory(settings: LoaderSettings) -> tuple[int, int]:
     images = max(2, room // sum(3 * one.height * one.width for one in settings.frames))
     workers = min(settings.workers, images // 2)
     return workers, min(_EACH, images // workers - 1)
-
-
-# --- words ----------------------------------------------------------------------------------------
-
-
-def timed_out(seconds: float) -> str:
-    """What is said of a file that took longer than the limit."""
-    return f"reading it took longer than {seconds:g} s; the drive may be stalled"
-
-
-def _over_time(path: Path, seconds: float) -> Loaded:
-    # No look at the file: the drive that stalls would stall this thread as well.
-    return Loaded(None, f"{path}: {timed_out(seconds)}", None, seconds)
-
-
-def _failed(path: Path, why: str, seconds: float) -> Loaded:
-    text = why if str(path) in why else f"{path}: {why}"
-    return Loaded(None, text, file_stamp(path), seconds)
-
-
-def _ending(code: int | None) -> str:
-    if code is None:
-        return "it stopped answering"
-    if code < 0:
-        return f"signal {-code}, {signal.Signals(-code).name}"
-    return f"exit code {code}"

@@ -22,7 +22,7 @@ from risam_cli.errors import OutputError, setting
 from risam_cli.files.jsonlines import seal
 from risam_cli.files.patience import within
 from risam_cli.files.write import own_file, write_file
-from risam_cli.inference.loader import TIMEOUT, timed_out
+from risam_cli.inference.loading import TIMEOUT, timed_out
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
 from risam_cli.runs.folder import RUN, RunFolder
 from risam_cli.runs.ledger import (

@@ -34,7 +34,7 @@ from risam_cli.files.jsonlines import seal
 from risam_cli.files.patience import within
 from risam_cli.files.write import CHECK, make_file, sync_folder, writing
 from risam_cli.inference.finish import ImageResult
-from risam_cli.inference.loader import TIMEOUT, timed_out
+from risam_cli.inference.loading import TIMEOUT, timed_out
 from risam_cli.masks import rle as masks
 from risam_cli.outputs.gallery import encode_item, outline, small_size
 from risam_cli.outputs.naming import gallery_name, mask_name, overlay_name

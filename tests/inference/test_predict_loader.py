@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,20 +18,28 @@ from PIL import Image
 from support.predict_loaders import (
     load_or_die,
     load_or_die_once,
+    load_or_die_or_stall,
+    load_or_hang_apart,
     load_or_raise,
     load_or_stall,
+    load_out_of_files,
     load_slowly,
 )
 
 from risam_cli.data.images.files import file_sha256
 from risam_cli.data.images.frames import sam_frame
+from risam_cli.errors import MachineError
+from risam_cli.inference import loader as loaders
+from risam_cli.inference.apart import LoaderProcess
 from risam_cli.inference.device import default_workers
+from risam_cli.inference.feeder import ImageJob
 from risam_cli.inference.loader import (
-    LoaderSettings,
+    ImageLoader,
     ProcessLoader,
     _fit_shared_memory,
     open_loader,
 )
+from risam_cli.inference.loading import Loaded, LoaderSettings, load_image
 
 
 def picture(path: Path) -> Path:
@@ -135,7 +144,8 @@ def test_a_process_that_is_killed_takes_its_workers_with_it(tmp_path: Path) -> N
         "import multiprocessing, os, signal, sys\n"
         "from pathlib import Path\n"
         "from risam_cli.data.images.frames import sam_frame\n"
-        "from risam_cli.inference.loader import LoaderSettings, open_loader\n"
+        "from risam_cli.inference.loader import open_loader\n"
+        "from risam_cli.inference.loading import LoaderSettings\n"
         "if __name__ == '__main__':\n"
         "    loader = open_loader(LoaderSettings((sam_frame(16),), 2))\n"
         "    assert loader.submit(Path(sys.argv[1])).result(120).image is not None\n"
@@ -179,14 +189,75 @@ def test_no_more_goes_through_shared_memory_than_it_holds(
 def test_an_image_that_stalls_fails_alone(tmp_path: Path, workers: int) -> None:
     stalled, good = picture(tmp_path / "stalled.png"), picture(tmp_path / "good.png")
     with open_loader(settings(workers, timeout=3 if workers else 0.3), load_or_stall) as loader:
-        futures = [loader.submit(path) for path in (stalled, stalled, good)]
-        deadline = time.monotonic() + 120
-        while not all(future.done() for future in futures) and time.monotonic() < deadline:
-            loader.give_up_on_stalled()
-            time.sleep(0.02)
-        results = [future.result(0) for future in futures]
+        results = wait_for(loader, [loader.submit(path) for path in (stalled, stalled, good)])
     assert [one.image is None for one in results] == [True, True, False]
     assert "took longer than" in results[0].error
+
+
+def wait_for(loader: ImageLoader, futures: list[Future[Loaded]]) -> list[Loaded]:
+    """As the feeder does."""
+    deadline = time.monotonic() + 120
+    while not all(future.done() for future in futures) and time.monotonic() < deadline:
+        loader.give_up_on_stalled()
+        time.sleep(0.02)
+    return [future.result(0) for future in futures]
+
+
+def own_threads() -> int:
+    return sum(thread.name == "risam-loader" for thread in threading.enumerate())
+
+
+def test_an_image_that_may_take_long_is_ended_with_its_process(tmp_path: Path) -> None:
+    names = ["slow-and-stalled", "slow", "good", "slow-and-stalled-2", "slow-2"]
+    paths = [picture(tmp_path / f"{name}.png") for name in names]
+    before = own_threads()
+    with open_loader(settings(0, timeout=4), load_or_hang_apart) as loader:
+        results = wait_for(loader, [loader.submit(path) for path in paths])
+        assert own_threads() == before + 2, "none was left behind"
+    assert [one.image is None for one in results] == ["stalled" in name for name in names]
+    assert "took longer than 4 s" in results[0].error
+    whole = load_image(paths[1], settings(1)).image
+    assert (results[1].image.rgb == whole.rgb).all()
+
+
+def test_no_more_than_a_few_threads_are_left_behind(tmp_path: Path) -> None:
+    names = [*(f"stalled{n}" for n in range(7)), "good", "deadly"]
+    paths = [picture(tmp_path / f"{name}.png") for name in names]
+    before = own_threads()
+    with open_loader(settings(0, timeout=3), load_or_die_or_stall) as loader:
+        results = wait_for(loader, [loader.submit(path) for path in paths])
+        assert own_threads() <= before + 4
+    assert [one.image is None for one in results] == [*[True] * 7, False, True]
+    assert "the loader process died on it (signal 9, SIGKILL)" in results[-1].error
+
+
+def test_a_file_that_cannot_be_ended_at_all_ends_the_run_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a drive that is gone, where not even a process can be killed."""
+    monkeypatch.setattr(LoaderProcess, "load", lambda self, *asked: (asked[-1](), time.sleep(30)))
+    monkeypatch.setattr(loaders, "_MOST_LEFT", 5)
+    path = picture(tmp_path / "stalled.png")
+    with open_loader(settings(0, timeout=0.1), load_or_stall) as loader:
+        futures = [loader.submit(path) for _ in range(9)]
+        with pytest.raises(MachineError, match="5 files could not be read in time"):
+            wait_for(loader, futures)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_the_machine_lacks_is_not_the_image_s_fault(tmp_path: Path, workers: int) -> None:
+    path = picture(tmp_path / "late.png")
+    with open_loader(settings(workers), load_out_of_files) as loader:
+        loaded = loader.submit(path).result(60)
+    assert loaded.by_machine
+    with pytest.raises(MachineError, match="run out of resources: Too many open files"):
+        _ = ImageJob(path, [], loader_future(loaded)).loaded
+
+
+def loader_future(loaded: Loaded) -> Future[Loaded]:
+    future: Future[Loaded] = Future()
+    future.set_result(loaded)
+    return future
 
 
 @pytest.mark.parametrize("workers", [0, 1])

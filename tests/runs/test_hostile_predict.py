@@ -176,7 +176,7 @@ def test_a_sparse_file_is_not_read_whole(head: bytes, tmp_path: Path) -> None:
         file.write(head)
         file.truncate(1 << 34)
     tracemalloc.start()
-    with pytest.raises(ImageError, match="pixels can take"):
+    with pytest.raises(ImageError, match="can take"):
         open_rgb(path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 22
     tracemalloc.stop()

@@ -40,6 +40,13 @@ def png(width: int, height: int, data: bytes, *between: bytes, depth: int = 8) -
     return b"\x89PNG\r\n\x1a\n" + body
 
 
+def many_scans(side: int, more: int) -> bytes:
+    """A progressive JPEG with so many scans more, which refine nothing."""
+    whole = saved("JPEG", np.zeros((side, side, 3), np.uint8), progressive=True)
+    last = whole[whole.rfind(b"\xff\xda") : -2]
+    return whole[:-2] + last * more + b"\xff\xd9"
+
+
 def _bomb(side: int) -> bytes:
     """A PNG of ``side`` x ``side`` white pixels: about a thousandth of that in bytes."""
     packer = zlib.compressobj(9)

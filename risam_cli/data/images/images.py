@@ -33,6 +33,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from risam_cli.data.images.bounds import (
+    SlowImage,
+    allow_pixels,
+    metered,
+    require_bounded,
+    require_modest_tiff,
+)
 from risam_cli.data.images.depth import scale_to_8_bit
 from risam_cli.data.images.files import (
     FileStamp,
@@ -83,6 +90,7 @@ _MUCH_LARGER = 6  # times the wanted size, from where on a cheaper way down pays
 _DRAFTED = 2  # times the wanted size to which a JPEG decoder may go down by itself
 _TURNED = {5, 6, 7, 8}  # orientations that swap height and width
 _MOST_BYTES = 8  # a pixel: 16 bits of red, green, blue and alpha, packed by nothing
+_MOST_SAMPLES = 24  # likewise: red, green and blue of 64 bits
 _MOST_ELSE = 1 << 26  # bytes of a file that are no pixels
 
 Bands = tuple[int, int, int]
@@ -191,21 +199,26 @@ def read_for_encoder(
     *,
     full_decode: bool = False,
     bands: Bands | None = None,
+    quick: bool = False,
 ) -> EncoderImage:
     """The image in each of a network's frames, with the file's hash and stamp, read once.
 
     Args:
         full_decode: scale every image down from all of its pixels, whatever that takes.
         bands: as :func:`open_rgb`.
+        quick: whether nobody could end the decoder.
 
     Raises:
         ImageError: as :func:`open_rgb`.
+        SlowImage: it may take long, and ``quick`` was asked for.
     """
     with open_regular(path) as file, decoding(path):
         stamp = stamp_of(os.fstat(file.fileno()))
-        digest = sha256_of_stream(file)
+        image = open_image(file, path, max_pixels, bands, quick=quick)
+        at = file.tell()  # where the decoder reads on
         file.seek(0)
-        image = open_image(file, path, max_pixels, bands)
+        digest = sha256_of_stream(file)
+        file.seek(at)
         views, own_size = fit_frames(image, frames, full_decode=full_decode)
     return EncoderImage(views, own_size, digest, stamp)
 
@@ -218,7 +231,7 @@ def decoding(path: Path) -> Iterator[None]:
     """Turns whatever a damaged file makes the decoder raise into an ImageError."""
     try:
         yield
-    except (ImageError, MemoryError):
+    except (ImageError, MemoryError, SlowImage):
         raise
     except Image.DecompressionBombError as error:
         raise _too_large(path, str(error), 2 * (Image.MAX_IMAGE_PIXELS or 0)) from None
@@ -243,18 +256,25 @@ def _known_formats() -> tuple[str, ...]:
 
 def _special_tiff(file: BinaryIO, path: Path, max_pixels: int, bands: Bands | None) -> Tiff | None:
     """The header of a TIFF that Pillow does not read right, or None."""
+    require_modest_tiff(file, str(path))
     tiff = read_header(file)
     if tiff is None or (is_plain(tiff) and (bands is None or tiff.samples < 4)):
         return None
     if tiff.width * tiff.height > max_pixels:
         raise _too_large(path, f"{tiff.width * tiff.height} pixels", max_pixels)
+    if tiff.bytes > _MOST_SAMPLES * max_pixels:
+        raise ImageError(
+            f"{path}: {tiff.describe()}: {tiff.bytes >> 20} MiB of samples are too many",
+            f"raise {setting('max_pixels')} if you trust the image",
+        )
     return tiff
 
 
 def open_image(
-    file: BinaryIO, path: Path, max_pixels: int, bands: Bands | None = None
+    file: BinaryIO, path: Path, max_pixels: int, bands: Bands | None = None, *, quick: bool = False
 ) -> Image.Image:
     """The image, its header read and its size checked, its pixels not decoded where Pillow can."""
+    require_bounded(file, str(path), quick=quick)
     tiff = _special_tiff(file, path, max_pixels, bands)
     if tiff is None:
         image = _open_plain(file, path, max_pixels)
@@ -300,7 +320,7 @@ def _open_plain(file: BinaryIO, path: Path, max_pixels: int) -> Image.Image:
     # GIF and ICO-like formats check frames against this one as they decode.
     Image.MAX_IMAGE_PIXELS = max(1, (max_pixels + 1) // 2)
     try:
-        image = _identified(file)
+        image = _identified(file, str(path))
     except UnidentifiedImageError:
         tiff = read_header(file)
         if tiff is not None:
@@ -309,6 +329,7 @@ def _open_plain(file: BinaryIO, path: Path, max_pixels: int) -> Image.Image:
         raise ImageError(f"{path}: {_what_else(file.read(512))}") from None
     except Image.DecompressionBombError as error:
         raise _too_large(path, str(error), max_pixels) from None
+    allow_pixels(image)
     width, height = image.size
     if width < 1 or height < 1:
         raise ImageError(f"{path}: the image is damaged (it says {width}x{height} pixels)")
@@ -317,17 +338,18 @@ def _open_plain(file: BinaryIO, path: Path, max_pixels: int) -> Image.Image:
     return image
 
 
-def _identified(file: BinaryIO) -> Image.Image:
+def _identified(file: BinaryIO, name: str) -> Image.Image:
     """The image by Pillow's own decoders, or by a plugin for its kind where one is installed."""
+    bounded = metered(file, name)
     try:
-        return Image.open(file, formats=_known_formats())
+        return Image.open(bounded, formats=_known_formats())
     except UnidentifiedImageError:
         file.seek(0)
         plugin = _plugin_of(file.read(64))
         if plugin is None or not plugin.load():
             raise
         file.seek(0)
-        return Image.open(file, formats=(plugin.format,))
+        return Image.open(bounded, formats=(plugin.format,))
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,11 @@ class Tiff:
         return (self.width, self.height) if turned else (self.height, self.width)
 
     @property
+    def bytes(self) -> int:
+        """Bytes of all its samples, unpacked."""
+        return self.width * self.height * self.samples * -(-max(self.bits, default=8) // 8)
+
+    @property
     def own(self) -> int:
         """Bands that are the picture's own, alpha and others left out."""
         return 3 if self.photometric == _RGB else 1

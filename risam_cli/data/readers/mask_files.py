@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from risam_cli.data.images.bounds import allow_pixels, metered, require_bounded
 from risam_cli.drawing.png import check_header
 from risam_cli.errors import DataError, reason_of
 from risam_cli.masks import rle as masks
@@ -40,6 +41,7 @@ def read_mask_file(path: Path, where: str, doubt: Callable[[str], None]) -> Rle:
     Raises:
         DataError: there is no such file, or it is not an image.
     """
+    name = f"{where}: the mask {path}"
     try:
         status = os.stat(path)
         # A pipe would be waited on for ever.
@@ -48,8 +50,10 @@ def read_mask_file(path: Path, where: str, doubt: Callable[[str], None]) -> Rle:
             raise DataError(f"{where}: the mask {path} {size}", "give a PNG, 0 outside the mask")
         data = path.read_bytes()
         # The header first: a few bytes can stand for gigabytes of pixels.
-        check_header(io.BytesIO(data))
-        with Image.open(io.BytesIO(data)) as image:
+        require_bounded(io.BytesIO(data), name)
+        check_header(metered(io.BytesIO(data), name))
+        with Image.open(metered(io.BytesIO(data), name)) as image:
+            allow_pixels(image)
             try:
                 image.load()
             except (OSError, ValueError, SyntaxError) as error:

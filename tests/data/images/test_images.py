@@ -19,7 +19,7 @@ from risam_cli.data.images.files import file_sha256, file_stamp
 from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.transforms import fit_size, resize_for_encoder
 from risam_cli.errors import ImageError
-from risam_cli.inference import loader
+from risam_cli.inference import loading
 
 RNG = np.random.default_rng(7)
 
@@ -343,7 +343,7 @@ def test_damaged_files_raise_nothing_but_image_errors(
 
 def test_the_command_says_the_same_limits_as_the_modules() -> None:
     assert command.MAX_PIXELS == images.MAX_PIXELS
-    assert command.TIMEOUT == loader.TIMEOUT
+    assert command.TIMEOUT == loading.TIMEOUT
 
 
 def test_a_png_with_spoilt_pixel_data_is_no_black_image(tmp_path: Path) -> None:
