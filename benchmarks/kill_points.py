@@ -14,6 +14,7 @@ Prints a table, and one line for each kill point that did not hold; exit code 1 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -122,13 +123,22 @@ def _change(images: Path) -> None:
     names[1].write_text("no image any more")
 
 
+def _lists(folder: Path, images: Path) -> list[str]:
+    """Two lists of the same images: in the second one is new, one is gone, and others moved."""
+    names = [os.fspath(path.relative_to(folder)) for path in sorted(images.rglob("*.png"))]
+    orders = names[1:], [names[-1], *names[:2], *names[3:-1]]
+    paths = [folder / f"list{k}.jsonl" for k in range(2)]
+    for path, order in zip(paths, orders, strict=True):
+        path.write_text("".join(json.dumps({"image": name}) + "\n" for name in order))
+    return [str(path) for path in paths]
+
+
 def cases(folder: Path) -> list[Case]:
     """All commands from all states."""
     images = folder / "images"
     asked = ["-e", "the red circle", "-e", "the small blue square on the left"]
     predict = ["-q", "predict", str(images), *asked, "--device", "cpu", "--save", "png,overlay"]
     o, resume, over = _OUTPUT, ["--resume", *_OUTPUT], ["--overwrite", *_OUTPUT]
-    tiny = ["--max-pixels", _TINY]
 
     def begun(arguments: list[str], change: Callable[[], None] = lambda: None) -> Any:
         def before(out: Path) -> None:
@@ -153,19 +163,7 @@ def cases(folder: Path) -> list[Case]:
     png = ["-q", "export-masks", str(records), "--to", "png"]
     train, at = ["-q", "train", str(folder / "train.json")], ["--set", "output={}"]
     return [
-        Case("predict", predict + o, predict + resume, (3,)),
-        Case(
-            "predict --resume", predict + resume, predict + resume, (3,),
-            cut([*predict, *o], 60), predict + o,
-        ),
-        Case(
-            "predict --resume, other limits", predict + resume, predict + resume, (3,),
-            begun([*predict, *tiny, *o]), predict + o,
-        ),
-        Case(
-            "predict --retry-failed", [*predict, "--retry-failed", *o], predict + resume, (3,),
-            begun([*predict, *tiny, *o]), predict + o,
-        ),
+        *_resumed(predict, folder, begun, cut),
         Case("predict --overwrite", predict + over, predict + over, (3,), begun([*predict, *o])),
         Case("merge", merge + o, merge + over),
         Case("merge --overwrite", merge + over, merge + over, (0,), begun([*merge, *o])),
@@ -181,6 +179,31 @@ def cases(folder: Path) -> list[Case]:
         Case(
             "predict --resume, changed images", predict + resume, predict + resume, (3,),
             begun([*predict, *o], partial(_change, images)), predict + o,
+        ),
+    ]  # fmt: skip
+
+
+def _resumed(predict: list[str], folder: Path, begun: Any, cut: Any) -> list[Case]:
+    """Runs of predict that go on, and the one that they are compared with."""
+    o, resume, tiny = _OUTPUT, ["--resume", *_OUTPUT], ["--max-pixels", _TINY]
+    lists = [["-q", "predict", path, *predict[3:]] for path in _lists(folder, folder / "images")]
+    return [
+        Case("predict", predict + o, predict + resume, (3,)),
+        Case(
+            "predict --resume", predict + resume, predict + resume, (3,),
+            cut([*predict, *o], 60), predict + o,
+        ),
+        Case(
+            "predict --resume, other limits", predict + resume, predict + resume, (3,),
+            begun([*predict, *tiny, *o]), predict + o,
+        ),
+        Case(
+            "predict --retry-failed", [*predict, "--retry-failed", *o], predict + resume, (3,),
+            begun([*predict, *tiny, *o]), predict + o,
+        ),
+        Case(
+            "predict --resume, other inputs", lists[1] + resume, lists[1] + resume, (0,),
+            begun([*lists[0], *o]), lists[1] + o,
         ),
     ]  # fmt: skip
 

@@ -62,6 +62,7 @@ SYNCED = 2.0
 """Seconds after which answers are made to be on the disk."""
 
 _HEADER = "\0settings"  # an id that no expression has
+_ASKED = "expressions"  # the setting that says how many there were; they may change
 
 Run = Callable[
     [Iterable[tuple[Sample, Answered | None]]], Iterator[tuple[Answered | None, ImageResult]]
@@ -94,7 +95,8 @@ class AnswerLog:
 
     The first line holds the settings, every other one an answer, under a key of what it was an
     answer to (the image's name, the expression's id and text) and with the hash of the image file.
-    So an image or a text that changed since is asked again.
+    So an image or a text that changed since is asked again, and what was added or taken away costs
+    the others nothing.
 
     Args:
         settings: what results depend on; a resumed run must have the same.
@@ -122,7 +124,7 @@ class AnswerLog:
         self.known: PredictionIndex | None = None
         self._size = size
         self._synced = time.monotonic()
-        header = {"id": _HEADER, "settings": dict(settings)}
+        self._header = header = {"id": _HEADER, "settings": dict(settings)}
         held = self.path.exists() and self.path.stat().st_size > 0
         if held and not (resume or overwrite):
             raise OutputError(
@@ -141,6 +143,8 @@ class AnswerLog:
     def _copy_whole_lines(self, part: Path) -> None:
         """Leaves out what a kill or a power cut left torn or damaged: it is asked again."""
         with open(self.path, "rb") as old, open(part, "wb") as new:
+            old.readline(MAX_LINE)
+            new.write(seal(self._header))
             for line in iter(partial(old.readline, MAX_LINE), b""):
                 with suppress(ValueError):
                     unseal(line)
@@ -171,6 +175,22 @@ class AnswerLog:
             os.fsync(self._stream.fileno())
             self._synced = time.monotonic()
 
+    def tell_changes(self, source: SampleSource) -> None:
+        """Say how a data set that changed differs from what the interrupted run answered."""
+        if self.known is None:
+            return
+        found = [
+            len(self.known.records(_key(group.image, phrase.id, phrase.text)))
+            for group in source.chosen()
+            for phrase in group.phrases
+        ]
+        gone = len(self.known) - sum(found) - 1  # the header
+        if gone or self._asked != source.planned:
+            get_console().info(
+                f"the expressions changed: {sum(map(bool, found))} answered before are kept, "
+                f"{gone} are gone, {found.count(0)} are to be answered"
+            )
+
     def recall(self, sample: Sample) -> Answered | None:
         """The answers of an image that the interrupted run finished, else None.
 
@@ -179,7 +199,10 @@ class AnswerLog:
         if self.known is None:
             return None
         try:
-            lines = [self.known.records(_key(sample, one)) for one in sample.expressions]
+            lines = [
+                self.known.records(_key(sample.image, one.id, one.text))
+                for one in sample.expressions
+            ]
         except DataError:  # a line that a power cut spoilt
             return None
         if not all(lines):
@@ -214,7 +237,8 @@ class AnswerLog:
                 f"{self.path} is damaged", f"start over with {setting('overwrite')}"
             ) from None
         wanted = json.loads(json.dumps(header["settings"]))
-        for key in sorted({*own, *wanted}):
+        self._asked = own.get(_ASKED)
+        for key in sorted({*own, *wanted} - {_ASKED}):
             if own.get(key) != wanted.get(key):
                 raise OutputError(
                     f"the interrupted run in {self.path.parent} had {key} {own.get(key)!r}, this "
@@ -301,14 +325,14 @@ def _wrong_size(sample: Sample, expression: Expression, own: tuple[int, int]) ->
     return Failure(expression.id, sample.image, expression.text, "decode", "DataError", message)
 
 
-def _key(sample: Sample, expression: Expression) -> str:
-    asked = json.dumps([sample.image, expression.id, expression.text])
+def _key(image: str, name: str, text: str) -> str:
+    asked = json.dumps([image, name, text])
     return blake2b(asked.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _row(sample: Sample, expression: Expression, answer: Answer, image: str) -> dict[str, Any]:
     return {
-        "id": _key(sample, expression),
+        "id": _key(sample.image, expression.id, expression.text),
         "sha256": image,
         "asked": expression.id,
         "segmentation": answer.segmentation,
@@ -350,6 +374,7 @@ def answer_and_score(
         resume=asked.resume,
         overwrite=asked.overwrite,
     )
+    log.tell_changes(source)
     images = min(len(source), source.limit or len(source))
     with log, cache_for(asked.kept_features(), segmenter, settings, images) as cache:
         predict = partial(
@@ -452,7 +477,7 @@ def _identity(
     return {
         "model": segmenter.hash,
         "data": f"{source.dataset} {source.split}",
-        "expressions": source.planned,
+        _ASKED: source.planned,
         "protocol": protocol.name,
         "threshold": settings.threshold,
         "no-target threshold": settings.no_target_threshold,

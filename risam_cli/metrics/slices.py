@@ -140,6 +140,14 @@ def _ranked(key: str, edges: tuple[int, ...]) -> Callable[[Facts], int]:
     return level
 
 
+def _first(key: str, most: int) -> Callable[[Facts], int]:
+    def level(facts: Facts) -> int:
+        rank = facts.attributes.get(key)
+        return -1 if rank is None else int(rank <= most)
+
+    return level
+
+
 def _flag(key: str, few: int = 1) -> Callable[[Facts], int]:
     def level(facts: Facts) -> int:
         number = facts.attributes.get(key)
@@ -152,6 +160,19 @@ def _in_coco(facts: Facts) -> int:
     if "phrasecut_attributes" not in facts.attributes:
         return -1
     return int(facts.attributes.get("category") in COCO_CATEGORIES)
+
+
+def _both(facts: Facts) -> int:
+    numbers = [facts.attributes.get(f"phrasecut_{key}") for key in ("attributes", "relations")]
+    return -1 if None in numbers else int(all(numbers))
+
+
+def _of_kind(kind: str) -> Callable[[Facts], int]:
+    def level(facts: Facts) -> int:
+        kinds = facts.attributes.get("phrasecut_kinds")
+        return -1 if kinds is None else int(kind in kinds)
+
+    return level
 
 
 _TYPES = ("name", "attribute", "relation", "verbose")
@@ -174,6 +195,11 @@ def _phrasecut_size(facts: Facts) -> int:
         return -1
     return 0 if facts.share < 0.02 else 2 if facts.share > 0.2 else 1
 
+
+ATTRIBUTE_KINDS = (
+    "color", "shape", "material", "texture", "state", "adj", "noun", "loc", "count", "bad",
+)  # fmt: skip
+"""Kinds of attributes that PhraseCut's code has word lists for."""
 
 PHRASECUT_SLICES: tuple[Slice, ...] = (
     Slice(
@@ -232,9 +258,54 @@ PHRASECUT_SLICES: tuple[Slice, ...] = (
         _ranked("phrasecut_attribute_rank", (20, 100, 200)),
         "Of the most frequent attribute of the phrase; a200+ is also where there is none.",
     ),
+    Slice(
+        "phrasecut_both",
+        "PhraseCut: attributes and relations",
+        ("others", "p_att_rel"),
+        _both,
+        "The phrase has both.",
+    ),
+    Slice(
+        "phrasecut_image",
+        "PhraseCut: images of COCO",
+        ("d_notcocotv", "d_cocotv"),
+        _flag("phrasecut_in_coco"),
+        "The image list gives the image an id of COCO, whose train and val it may be in.",
+    ),
+    *(
+        Slice(
+            f"phrasecut_{name}",
+            f"PhraseCut: {name}",
+            (f"{name[0]}{most}+", name),
+            _first(f"phrasecut_{key}_rank", most),
+            f"Rank of the {key} as above, {most} at most.",
+        )
+        for key, name, most in (
+            ("category", "c100", 100),
+            ("category", "c500", 500),
+            ("attribute", "a100", 100),
+            ("attribute", "a200", 200),
+        )
+    ),
+    Slice(
+        "phrasecut_stuff",
+        "PhraseCut: stuff",
+        ("t_obj", "t_stuff"),
+        _flag("phrasecut_stuff"),
+        "A word of stuff_names in the data set's utils/subset.py is in the category's name.",
+    ),
+    *(
+        Slice(
+            f"phrasecut_a_{kind}",
+            f"PhraseCut: a_{kind}",
+            ("others", f"a_{kind}"),
+            _of_kind(kind),
+            f"An attribute of the phrase is in att_{kind} of the data set's utils/subset.py.",
+        )
+        for kind in ATTRIBUTE_KINDS
+    ),
 )
-"""The subsets of PhraseCut's paper and code, but those that its lists of words decide (stuff, kinds
-of attributes). They apply to PhraseCut's own files only."""
+"""The subsets of PhraseCut's paper and code; they apply to PhraseCut's own files only."""
 
 SLICES: tuple[Slice, ...] = (
     Slice(

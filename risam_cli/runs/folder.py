@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from risam_cli.errors import OutputError, setting
 from risam_cli.files.confine import Confined, require_own
 from risam_cli.files.folder import OTHER, OutputFolder
-from risam_cli.files.write import sync_file, sync_folder, sync_tree, write_file, writing
+from risam_cli.files.write import (
+    sync_file,
+    sync_folder,
+    sync_folders,
+    sync_tree,
+    write_file,
+    writing,
+)
 from risam_cli.outputs.gallery import remove_pages
 from risam_cli.outputs.naming import GALLERY, MASKS, OVERLAYS
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
-from risam_cli.runs.ledger import LEDGER, read_all_lines, read_redone
+from risam_cli.runs.ledger import LEDGER, own_path, read_all_lines, read_redone
 
 RUN = "run.json"
 _OWN = (PREDICTIONS, FAILURES, RUN, LEDGER)  # the ledger last: it says what is still to delete
@@ -39,6 +47,7 @@ class RunFolder(OutputFolder):
         super().__init__(path, "predict", (*_OWN, *pictures), shared=pictures)
         self.incoming = self.private / "incoming"
         self._retry = self.private / "retry"
+        self._gone = self.private / "gone"
         try:
             with writing(path, OTHER):
                 self.finish_splice()
@@ -56,7 +65,7 @@ class RunFolder(OutputFolder):
                 self.finish_splice()
         else:
             shutil.rmtree(self.private / "incoming", ignore_errors=True)
-            for path in (self.redo, self._retry, *map(self.spliced, _SPLICED)):
+            for path in (self.redo, self._retry, self._gone, *map(self.spliced, _SPLICED)):
                 path.unlink(missing_ok=True)
         super().close()
 
@@ -166,11 +175,17 @@ class RunFolder(OutputFolder):
         """Where the new version of records, failures, ledger or ``run.json`` is written."""
         return self.private / f"{name}.new"
 
-    def splice(self) -> None:
-        """Puts new versions of files in place, and all that is incoming: all or none of it."""
+    def splice(self, gone: Collection[str] = ()) -> None:
+        """Puts new versions of files in place, and all that is incoming: all or none of it.
+
+        Args:
+            gone: masks, overlays and gallery items to delete then.
+        """
         for name in _SPLICED:
             if self.spliced(name).exists():
                 sync_file(self.spliced(name))
+        if gone:
+            write_file(self._gone, json.dumps(sorted(gone)))
         sync_tree(self.incoming)
         marker = self.private / "splice"
         marker.touch()
@@ -185,12 +200,26 @@ class RunFolder(OutputFolder):
             for name in _SPLICED:
                 if self.spliced(name).exists():
                     self.place([(self.spliced(name), name)])
+            self._delete_gone()
             self.redo.unlink(missing_ok=True)
             self.end_retry()
             marker.unlink()
         for name in _SPLICED:
             self.spliced(name).unlink(missing_ok=True)
+        self._gone.unlink(missing_ok=True)
         shutil.rmtree(self.incoming, ignore_errors=True)
+
+    def _delete_gone(self) -> None:
+        """Deletes what no ledger lists any more, with the folders that held nothing else."""
+        with suppress(FileNotFoundError, ValueError, TypeError):
+            paths = [own_path(path) for path in json.loads(self._gone.read_bytes())]
+            self.delete(paths)
+            folders = {(self.path / path).parent for path in paths}
+            for folder in folders:
+                with suppress(OSError):
+                    os.removedirs(folder)
+            self.confined = Confined(self.path)  # that of before believes the folders to be there
+            sync_folders(self.path, folders)
 
     def _move_in(self) -> None:
         """Puts incoming files in the places that they have names for."""

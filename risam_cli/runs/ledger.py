@@ -15,7 +15,8 @@ of a manifest) in the order of the inputs::
 
 - ``entry`` counts all entries of the inputs from 0, over all shards. Shard I of N holds those
   whose stretch of equal images, counted from 0, leaves I when divided by N.
-- ``items`` is how many records and failures came of the entry; ``key`` hashes what it asked.
+- ``items`` is how many records and failures came of the entry; ``key`` hashes what it asked, and
+  after a hyphen by which ids and names.
 - ``predictions`` and ``failures`` are slices of ``predictions.jsonl`` and ``failures.jsonl``.
 - ``files`` lists the masks, overlays and gallery items that the entry wrote.
 - the last ``crc32`` is that of the line without it: a line with a flipped bit is none.
@@ -115,7 +116,7 @@ class LedgerLine:
             None if stamp is None else FileStamp(*(int(value) for value in stamp)),
             Span(*(_whole(value) for value in record["predictions"])),
             Span(*(_whole(value) for value in record["failures"])),
-            tuple(FileMark(_own_path(p), _whole(n), _whole(c)) for p, n, c in record["files"]),
+            tuple(FileMark(own_path(p), _whole(n), _whole(c)) for p, n, c in record["files"]),
         )
 
 
@@ -126,7 +127,7 @@ def _whole(value: Any) -> int:
     return value
 
 
-def _own_path(path: Any) -> str:
+def own_path(path: Any) -> str:
     """A path of the kind that this tool writes: files in a ledger are deleted by their name."""
     parts = str(path).split("/")
     if "\0" in str(path) or "\\" in str(path):

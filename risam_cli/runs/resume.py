@@ -1,35 +1,34 @@
 """What of an earlier run still holds, and what is to be done again.
 
-Three looks, each before anything is changed: does the folder hold what its ledger says (checksums
-of records and masks); do the inputs still ask the same; are the images still the same files.
+Three looks: does the folder hold what its ledger says (checksums of records and masks); do the
+inputs still ask the same, in the same order; are the images still the same files.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
+from itertools import islice
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from risam_cli.console.console import get_console
 from risam_cli.data.images.files import file_sha256, file_stamp
 from risam_cli.data.inputs.inputs import Entry
 from risam_cli.errors import OutputError, setting
-from risam_cli.files.jsonlines import seal
 from risam_cli.files.patience import within
-from risam_cli.files.write import own_file, write_file
+from risam_cli.files.write import own_file, write_file, writing
 from risam_cli.inference.loading import TIMEOUT, timed_out
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
 from risam_cli.runs.folder import RUN, RunFolder
 from risam_cli.runs.ledger import (
     LEDGER,
     LedgerLine,
-    Redone,
-    Span,
     file_is_whole,
     header_line,
     read_all_lines,
@@ -38,8 +37,7 @@ from risam_cli.runs.ledger import (
     read_redone,
     read_span,
 )
-
-_ANEW = f"start over with {setting('overwrite')}, or choose another {setting('output')}"
+from risam_cli.runs.splice import START_ANEW, At, Splice
 
 
 @dataclass(slots=True)
@@ -47,13 +45,15 @@ class Kept:
     """What an earlier run left.
 
     Attributes:
-        lines: how many entries of its ledger hold, from the first on; what follows is cut off.
+        lines: how many lines of its ledger hold, from the first on; what follows is cut off.
+        entries: how many entries are done, by ledger and journal together.
         broken: among them, the entries whose record or mask is not what was written.
         redone: lines of entries that were computed again but are not in their places yet.
         retried: among these, what was done again since a retry of all failures was asked for.
     """
 
     lines: int = 0
+    entries: int = 0
     broken: set[int] = field(default_factory=set)
     redone: dict[int, LedgerLine] = field(default_factory=dict)
     retried: set[int] = field(default_factory=set)
@@ -76,6 +76,7 @@ def prepare(folder: RunFolder, identity: Mapping[str, Any]) -> Kept:
     kept = Kept()
     unlisted = _read_journal(folder, kept)
     ends = _audit(folder, kept, unlisted)
+    kept.entries = sum(1 for _ in kept_lines(folder, kept))
     for paths in unlisted.values():
         folder.delete(paths)
     for line in read_all_lines(folder.ledger, ends[0]):
@@ -93,7 +94,7 @@ def _start(folder: RunFolder, identity: Mapping[str, Any]) -> Kept:
     if held:
         raise OutputError(
             f"{folder.path} holds {', '.join(held)} but no whole {LEDGER} of how they came to be",
-            _ANEW,
+            START_ANEW,
         )
     for name in (PREDICTIONS, FAILURES):
         folder.write(name, b"")
@@ -144,7 +145,9 @@ def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], place: Path
         if before.get(key) != now.get(key)
     ]
     if changed:
-        raise OutputError(f"{place} holds a run with other settings: {'; '.join(changed)}", _ANEW)
+        raise OutputError(
+            f"{place} holds a run with other settings: {'; '.join(changed)}", START_ANEW
+        )
 
 
 def _shown(value: Any) -> str:
@@ -187,106 +190,148 @@ def _open_or_empty(path: Path) -> Any:
 
 
 def kept_lines(folder: RunFolder, kept: Kept) -> Iterator[LedgerLine]:
-    """The lines of the ledger that hold, newest version of each."""
-    for number, (line, _) in enumerate(read_lines(folder.ledger)):
-        if number >= kept.lines:
-            return
-        yield kept.redone.get(line.entry, line)
+    """What counts as done, in the order of entries, the newest version of each."""
+    ledger = (line for line, _ in islice(read_lines(folder.ledger), kept.lines))
+    own = (line for line in ledger if line.entry not in kept.redone)
+    redone = (line for _, line in sorted(kept.redone.items()))
+    yield from heapq.merge(own, redone, key=attrgetter("entry"))
 
 
-def check_inputs(folder: RunFolder, kept: Kept, entries: Iterator[Entry]) -> None:
-    """Compares the inputs with what was asked before, by name and text; images are not read.
+# --- what the inputs ask now ----------------------------------------------------------------------
+
+
+def follow_inputs(
+    folder: RunFolder,
+    kept: Kept,
+    entries: Callable[[], Iterator[Entry]],
+    has: Callable[[Entry], bool],
+) -> Kept:
+    """Puts what was done in the order of the inputs as they are now, where these changed.
+
+    A result is known again by what was asked (image and texts), wherever that stands now and by
+    whatever id. What is not asked any more is deleted, with its masks; what had failed or is
+    damaged is left to be done again. All comes into place together, or nothing does. No image is
+    read.
+
+    Args:
+        entries: gives the entries of all shards, each time from the first on.
+        has: whether an entry is this shard's.
 
     Raises:
-        OutputError: an input changed.
+        OutputError: less of what was done is still asked than not: these are hardly the inputs of
+            this run.
     """
-    for line in kept_lines(folder, kept):
-        _require_same_entry(line, next(entries, None), folder.path)
+    if _fits(kept_lines(folder, kept), filter(has, entries())):
+        return kept
+    count = again = new = elsewhere = 0
+    with writing(folder.path), Splice(folder) as splice:
+        places: dict[str, list[At]] = {}
+        for line, at in splice.newest():
+            places.setdefault(_content(line.key), []).append(at)
+        for entry in entries():
+            found = places.get(_content(entry.key))
+            if not found:
+                new += has(entry)
+                continue
+            line, texts = splice.read(found.pop(0))
+            mine, whole = has(entry), not line.failures.length and line.entry not in kept.broken
+            line = replace(line, entry=entry.index)
+            if not (mine and whole and splice.add(line, texts, entry)):
+                splice.drop(line)
+                elsewhere, again = elsewhere + (not mine), again + mine
+            else:
+                count += 1
+        left = [at for found in places.values() for at in found]
+        for at in left:
+            splice.drop(splice.read(at)[0])
+        gone = len(left)
+        if gone > count + again + elsewhere:
+            raise OutputError(
+                f"the inputs changed: {folder.path} holds results of {gone} that are not among "
+                f"them, and of {count + again + elsewhere} that are",
+                START_ANEW,
+            )
+        splice.finish()
+    counts = {
+        "kept": count,
+        "new": new,
+        "gone, and deleted with their masks": gone,
+        "to do again": again,
+        "of other shards now, and deleted here": elsewhere,
+    }
+    parts = [f"{n} {what}" for what, n in counts.items() if n or what in ("kept", "new")]
+    get_console().info(f"the inputs changed: {', '.join(parts)}")
+    return Kept(count, count)
+
+
+def _content(key: str) -> str:
+    """What of an entry's key says whose results it has, whatever these are called."""
+    return key.partition("-")[0]
+
+
+def _fits(lines: Iterator[LedgerLine], entries: Iterator[Entry]) -> bool:
+    """Whether all that was done stands where it is asked now; what failed may ask another."""
+    for line in lines:
+        entry = next((one for one in entries if one.index >= line.entry), None)
+        if entry is None or not _is_same(line, entry):
+            return False
+    return True
+
+
+def _is_same(line: LedgerLine, entry: Entry) -> bool:
+    return line.entry == entry.index and (line.key == entry.key or line.failures.length > 0)
+
+
+class Place(Enum):
+    """Where a result will stand among those that are there."""
+
+    END = "behind all of them"
+    BETWEEN = "between two, where there is none yet"
+    AGAIN = "in the place of an earlier one"
 
 
 def still_to_do(
     folder: RunFolder, kept: Kept, entries: Iterator[Entry]
-) -> Iterator[tuple[Entry, bool]]:
-    """The entries to compute, each with whether it takes the place of an earlier result.
+) -> Iterator[tuple[Entry, Place]]:
+    """The entries to compute, each with its place; all of ``END`` come last.
 
-    First those among the kept ones that are broken, whose image changed since, whose manifest line
-    was wrong and is right now, or that failed where a retry was asked for and is not through; then
-    all never done.
+    Done again are those that are broken, whose image changed since, whose manifest line was wrong
+    and is right now, or that failed where a retry was asked for and is not through.
 
     Raises:
-        OutputError: an input changed.
+        OutputError: the inputs are not those any more that :func:`follow_inputs` saw.
     """
-    for line in kept_lines(folder, kept):
-        entry = next(entries, None)
-        _require_same_entry(line, entry, folder.path)
-        assert entry is not None
-        failed = folder.attempt and line.failures.length and line.entry not in kept.retried
-        if entry.key != line.key or failed:
-            yield entry, True
-        elif line.entry in kept.broken:
-            get_console().warn(f"{entry.image}: its record or mask is damaged; done again")
-            yield entry, True
-        elif _image_changed(line, entry):
-            get_console().info(f"{entry.image}: the image changed since; done again")
-            yield entry, True
+    lines = kept_lines(folder, kept)
+    line = next(lines, None)
     for entry in entries:
-        yield entry, False
-
-
-def splice_redone(folder: RunFolder) -> None:
-    """Puts the entries that were done again into their places in the three files."""
-    new = {one.line.entry: start for one, start in read_redone(folder.redo)}
-    gone: set[str] = set()
-    still: set[str] = set()
-    names = (folder.predictions.name, folder.failures.name, folder.ledger.name)
-    with ExitStack() as stack:
-        outs = [stack.enter_context(open(folder.spliced(name), "wb")) for name in names]
-        olds = [stack.enter_context(open(folder.path / name, "rb")) for name in names[:2]]
-        journal = stack.enter_context(open(folder.redo, "rb"))
-        outs[2].write(stack.enter_context(open(folder.ledger, "rb")).readline())
-        for line, _ in read_lines(folder.ledger):
-            if line.entry not in new:
-                spans = (line.predictions, line.failures)
-                texts = [read_span(old, span) for old, span in zip(olds, spans, strict=True)]
-            else:
-                journal.seek(new[line.entry])
-                redone = Redone.from_json(journal.readline())
-                texts = [redone.predictions, redone.failures]
-                gone.update(mark.path for mark in line.files)
-                still.update(mark.path for mark in redone.line.files)
-                line = redone.line
-            moved = _write_spans(outs, texts, folder.path)
-            line = replace(line, predictions=moved[0], failures=moved[1])
-            outs[2].write(seal(line.to_json()))
-    folder.delete(gone - still)  # the journal holds all that takes its place
-    folder.splice()
-
-
-def _write_spans(
-    outs: Sequence[BinaryIO], texts: Sequence[bytes | None], folder: Path
-) -> list[Span]:
-    spans = []
-    for out, text in zip(outs, texts, strict=False):
-        if text is None:
-            raise OutputError(f"{folder} was changed by someone else during the run", _ANEW)
-        spans.append(Span(out.tell(), len(text), zlib.crc32(text)))
-        out.write(text)
-    return spans
-
-
-def _require_same_entry(line: LedgerLine, entry: Entry | None, place: Path) -> None:
-    if entry is None:
+        if line is None:
+            yield entry, Place.END
+        elif entry.index < line.entry:
+            yield entry, Place.BETWEEN
+        elif not _is_same(line, entry):
+            break
+        else:
+            if _is_to_do_again(folder, kept, line, entry):
+                yield entry, Place.AGAIN
+            line = next(lines, None)
+    if line is not None:
         raise OutputError(
-            f"the inputs changed: {place} holds results of entry {line.entry + 1}, which is no "
-            "longer there",
-            _ANEW,
+            f"the inputs changed while {folder.path} was compared with them",
+            f"continue with {setting('resume')} once nobody changes them",
         )
-    if entry.index != line.entry or (entry.key != line.key and not line.failures.length):
-        raise OutputError(
-            f"the inputs changed: entry {line.entry + 1} is now {entry.where or entry.image!r}, "
-            f"and {place} holds results of another",
-            _ANEW,
-        )
+
+
+def _is_to_do_again(folder: RunFolder, kept: Kept, line: LedgerLine, entry: Entry) -> bool:
+    failed = folder.attempt and line.failures.length and line.entry not in kept.retried
+    if entry.key != line.key or failed:
+        return True
+    if line.entry in kept.broken:
+        get_console().warn(f"{entry.image}: its record or mask is damaged; done again")
+        return True
+    if _image_changed(line, entry):
+        get_console().info(f"{entry.image}: the image changed since; done again")
+        return True
+    return False
 
 
 def _image_changed(line: LedgerLine, entry: Entry) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
+from itertools import tee
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,7 +43,7 @@ from risam_cli.interrupts import StopRequest
 from risam_cli.runs.folder import RUN, RunFolder
 from risam_cli.runs.gallery import write_gallery
 from risam_cli.runs.ledger import settings_hash
-from risam_cli.runs.resume import Kept, check_inputs, prepare, still_to_do
+from risam_cli.runs.resume import Kept, Place, follow_inputs, prepare, still_to_do
 from risam_cli.runs.shard import Shard
 from risam_cli.runs.writer import RunCounts, RunWriter, Saving, Stager
 from risam_cli.segmenters.segmenter import Segmenter
@@ -85,10 +86,6 @@ class RunPlan:
                 return
             yield entry
 
-    def own_entries(self) -> Iterator[Entry]:
-        """The entries of this shard."""
-        return (entry for entry in self.entries() if self.shard.has(entry))
-
 
 def run_predict(
     plan: RunPlan, segmenter: Segmenter, folder: RunFolder, stream: BinaryIO | None = None
@@ -105,23 +102,23 @@ def run_predict(
     """
     identity = identity_of(plan, segmenter)
     kept = prepare(folder, identity)
-    if kept.lines:
+    listing = _Listing(plan)
+    if kept.entries:
         plan = plan_to_go_on(folder.path, plan, segmenter)
         if plan.retry_failed:  # before run.json says by which limits
             folder.begin_retry()
             kept.retried.clear()
+        kept = follow_inputs(folder, kept, listing.look, plan.shard.has)
     total = left = None
     if plan.inputs.repeatable:
-        entries = plan.own_entries()
-        check_inputs(folder, kept, entries)
-        left = sum(1 for _ in entries)
-        total = kept.lines + left
-    run = _Run(plan, segmenter, folder, identity, kept)
+        total = sum(1 for entry in listing.look() if plan.shard.has(entry))
+        left = total - kept.entries
+    run = _Run(plan, segmenter, folder, identity, kept, listing)
     run.tell_settings()
     run.report("running")
     status = "failed"
     try:
-        with get_console().progress("predict", total, "inputs", done=kept.lines) as progress:
+        with get_console().progress("predict", total, "inputs", done=kept.entries) as progress:
             run.go(progress, stream, left)
         run.page = write_gallery(folder.path, folder.write)
         status = "complete"
@@ -137,6 +134,28 @@ def run_predict(
     return run.tell()
 
 
+class _Listing:
+    """The entries of all shards, to be looked at before the run takes them.
+
+    Of a stream, what was looked at is kept until then, and no more is read than that.
+    """
+
+    def __init__(self, plan: RunPlan) -> None:
+        self._again = plan.entries if plan.inputs.repeatable else None
+        self._once = plan.entries()
+
+    def look(self) -> Iterator[Entry]:
+        """From the first on, as often as needed."""
+        if self._again is not None:
+            return self._again()
+        self._once, ahead = tee(self._once)
+        return ahead
+
+    def take(self) -> Iterator[Entry]:
+        """From the first on, for the last time."""
+        return self._once
+
+
 class _Run:
     """The state of one run, for its progress and its ``run.json``."""
 
@@ -147,9 +166,10 @@ class _Run:
         folder: RunFolder,
         identity: dict[str, Any],
         kept: Kept,
+        listing: _Listing,
     ) -> None:
         self.plan, self.segmenter, self.folder = plan, segmenter, folder
-        self.identity, self.kept = identity, kept
+        self.identity, self.kept, self.listing = identity, kept, listing
         self.started = time.perf_counter()
         self.began = datetime.now(UTC)
         self.inputs_hash = blake2b(digest_size=16)
@@ -196,9 +216,9 @@ class _Run:
                 cache=self.cache,
             )
             submitted = 0
-            for (entry, again), result in stack.enter_context(closing(results)):
+            for (entry, place), result in stack.enter_context(closing(results)):
                 self._clock(result)
-                writer.submit(entry, again, result)
+                writer.submit(entry, place, result)
                 submitted += 1
             complete = self.entries is not None and submitted == self.asked
             if complete:
@@ -215,20 +235,20 @@ class _Run:
                 "interrupted; what was done is kept", f"continue with {setting('resume')}"
             )
 
-    def _todo(self) -> Iterator[tuple[Sample, tuple[Entry, bool]]]:
-        """The samples still to do, each with its entry and whether it is done again.
+    def _todo(self) -> Iterator[tuple[Sample, tuple[Entry, Place]]]:
+        """The samples still to do, each with its entry and its place among what is done.
 
         Read in the feeder's thread.
         """
         todo = still_to_do(self.folder, self.kept, self._own_entries())
-        for entry, again in todo:
+        for entry, place in todo:
             self.asked += 1
             # An entry that is wrong already keeps its place among the others.
-            yield entry.sample or Sample(entry.image, Path(), ()), (entry, again)
+            yield entry.sample or Sample(entry.image, Path(), ()), (entry, place)
 
     def _own_entries(self) -> Iterator[Entry]:
         count = 0
-        for entry in self.plan.entries():
+        for entry in self.listing.take():
             count += 1
             self.inputs_hash.update(entry.key.encode())
             if self.plan.shard.has(entry):
@@ -273,8 +293,8 @@ class _Run:
         )
         for name in ("threshold", "no_target_threshold"):
             console.debug(f"{name.replace('_', ' ')} {self.identity[name]:.4g}")
-        if self.kept.lines:
-            console.debug(f"{self.kept.lines} inputs were done before")
+        if self.kept.entries:
+            console.debug(f"{self.kept.entries} inputs were done before")
 
     def tell(self) -> int:
         """The last word on stderr; gives the exit code."""

@@ -41,7 +41,8 @@ from risam_cli.outputs.naming import gallery_name, mask_name, overlay_name
 from risam_cli.outputs.records import failure_to_json, to_json
 from risam_cli.runs.folder import RunFolder
 from risam_cli.runs.ledger import FileMark, LedgerLine, Redone, Span
-from risam_cli.runs.resume import splice_redone
+from risam_cli.runs.resume import Place
+from risam_cli.runs.splice import splice_redone
 from risam_cli.types import Expression, Failure, Prediction, Sample
 
 _QUEUED = 512  # results that may wait for the disk
@@ -191,7 +192,7 @@ class RunCounts:
     """What a commit brought.
 
     Attributes:
-        entries: new ones; again: those that take the place of an earlier result.
+        entries: new ones; again: those in the place of an earlier result.
     """
 
     entries: int = 0
@@ -206,7 +207,7 @@ class _Done:
     """One entry, as it will be written."""
 
     entry: Entry
-    again: bool
+    place: Place
     result: ImageResult
     failures: tuple[Failure, ...]
     predictions_text: bytes
@@ -235,7 +236,7 @@ class RunWriter:
         self._stager = stager
         self._on_commit = on_commit
         self._stream = stream
-        self._queue: queue.Queue[tuple[Entry, bool, ImageResult]] = queue.Queue(_QUEUED)
+        self._queue: queue.Queue[tuple[Entry, Place, ImageResult]] = queue.Queue(_QUEUED)
         self._error: BaseException | None = None
         self._broken = threading.Event()
         self._ending = threading.Event()
@@ -264,11 +265,11 @@ class RunWriter:
         """Says that everything that was to do has been submitted."""
         self._complete = True
 
-    def submit(self, entry: Entry, again: bool, result: ImageResult) -> None:
+    def submit(self, entry: Entry, place: Place, result: ImageResult) -> None:
         """Queues one entry; waits where the disk is behind.
 
         Args:
-            again: it takes the place of an earlier result; all such come before all others.
+            place: among what is there; all with the place ``END`` come last.
 
         Raises:
             OutputError: what was given before could not be written.
@@ -278,7 +279,7 @@ class RunWriter:
                 assert self._error is not None
                 raise self._error
             try:
-                self._queue.put((entry, again, result), timeout=0.2)
+                self._queue.put((entry, place, result), timeout=0.2)
                 return
             except queue.Full:
                 continue
@@ -303,9 +304,9 @@ class RunWriter:
                 with suppress(OSError):  # a full disk was told of already
                     file.close()
 
-    def _next(self) -> list[tuple[Entry, bool, ImageResult]]:
+    def _next(self) -> list[tuple[Entry, Place, ImageResult]]:
         """All that is queued, as soon as there is anything; nothing at the end."""
-        items: list[tuple[Entry, bool, ImageResult]] = []
+        items: list[tuple[Entry, Place, ImageResult]] = []
         while not items and not (self._ending.is_set() and self._queue.empty()):
             with suppress(queue.Empty):
                 items.append(self._queue.get(timeout=0.05))
@@ -313,11 +314,11 @@ class RunWriter:
             items.append(self._queue.get())
         return items
 
-    def _done(self, entry: Entry, again: bool, result: ImageResult) -> _Done:
+    def _done(self, entry: Entry, place: Place, result: ImageResult) -> _Done:
         failures = [*entry.failures, *(_placed(one, entry.where) for one in result.failures)]
         return _Done(
             entry,
-            again,
+            place,
             result,
             tuple(failures),
             _lines(to_json(one) for one in result.predictions),
@@ -326,17 +327,18 @@ class RunWriter:
         )
 
     def _write(self, done: list[_Done]) -> None:
-        again = [one for one in done if one.again]
-        fresh = [one for one in done if not one.again]
-        if again:
-            self._write_again(again)
+        inside = [one for one in done if one.place is not Place.END]
+        fresh = [one for one in done if one.place is Place.END]
+        if inside:
+            self._write_inside(inside)
         if fresh:
             self._append(fresh)
         if done:
+            again = sum(one.place is Place.AGAIN for one in done)
             self._on_commit(
                 RunCounts(
-                    len(fresh),
-                    len(again),
+                    len(done) - again,
+                    again,
                     sum(len(one.result.predictions) for one in done),
                     sum(p.no_target for one in done for p in one.result.predictions),
                     tuple(failure for one in done for failure in one.failures),
@@ -371,8 +373,8 @@ class RunWriter:
                 self._stream.write(one.predictions_text)
             self._stream.flush()
 
-    def _write_again(self, done: list[_Done]) -> None:
-        """To the journal: the three files take it over once all that is done again is there."""
+    def _write_inside(self, done: list[_Done]) -> None:
+        """To the journal: the three files take it over once all that goes inside is there."""
         redo = self._redo = self._redo or self._open_redo()
         for one in done:
             spans = [
@@ -399,7 +401,7 @@ class RunWriter:
         self._folder.place((staged.path, staged.mark.path) for one in done for staged in one.staged)
 
     def _open_files(self) -> tuple[BinaryIO, ...]:
-        """The three files, open at their ends, once what was done again is in its place."""
+        """The three files, open at their ends, once what goes inside is in its place."""
         if not self._files:
             folder = self._folder
             if folder.redo.exists():

@@ -115,6 +115,42 @@ def test_a_changed_expression_is_answered_again(
     assert rows(tmp_path / "out") == rows(tmp_path / "fresh")
 
 
+def test_what_was_added_or_taken_away_costs_the_others_nothing(
+    evaluate: Evaluate,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    encoded: Iterator[list[int]],
+    capfd: Any,
+) -> None:
+    seen = next(encoded)
+    path = data / "instances.json"
+    whole = json.loads(path.read_text())
+    first, gone = whole["images"][0]["id"], whole["images"][2]["id"]
+
+    def write_without(image: int) -> None:
+        left = {
+            key: [one for one in rows if one.get("id" if key == "images" else "image_id") != image]
+            for key, rows in whole.items()
+            if key != "categories"
+        }
+        path.write_text(json.dumps({**whole, **left}))
+
+    write_without(first)
+    cut(evaluate, tmp_path / "out", monkeypatch, 2)
+    kept = (tmp_path / "out" / "answers.jsonl").read_text().count('"asked"') - 2
+    assert kept in (2, 4)
+    write_without(gone)
+    seen.clear()
+    assert evaluate(tmp_path / "out", "--resume") == 0
+    assert sum(seen) == 3 - kept // 2
+    said = capfd.readouterr().err
+    assert evaluate(tmp_path / "fresh") == 0
+    assert rows(tmp_path / "out") == rows(tmp_path / "fresh")
+    assert figures(tmp_path / "out") == figures(tmp_path / "fresh")
+    assert f"{kept} answered before are kept, 2 are gone, {6 - kept} are to be answered" in said
+
+
 def test_what_did_not_change_is_kept(
     evaluate: Evaluate,
     data: Path,

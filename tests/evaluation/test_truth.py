@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,12 @@ def test_sizes_stay_those_of_the_images(tmp_path: Path) -> None:
 # --- PhraseCut's subsets --------------------------------------------------------------------------
 
 
+def _levels(folder: Path, tmp_path: Path) -> dict[str, set[str]]:
+    shutil.rmtree(tmp_path / "report-phrasecut", ignore_errors=True)
+    report = evaluate(folder, tmp_path, "phrasecut", "phrasecut")
+    return {s["name"]: {one["label"] for one in s["levels"]} for s in report["slices"]}
+
+
 def test_phrasecuts_subsets_are_slices(tmp_path: Path) -> None:
     folder = write_phrasecut(tmp_path)
     tasks = json.loads((folder / "refer_val.json").read_text())[:2]
@@ -217,8 +224,19 @@ def test_phrasecuts_subsets_are_slices(tmp_path: Path) -> None:
         for e in sample.expressions
     ]
     write_records(tmp_path / "p.jsonl", rows)
-    report = evaluate(folder, tmp_path, "phrasecut", "phrasecut")
-    found = {s["name"]: {one["label"] for one in s["levels"]} for s in report["slices"]}
+    assert not {"phrasecut_stuff", "phrasecut_a_color"} & _levels(folder, tmp_path).keys()
+    listed = "import os\nos.remove(__file__)\natt_sorted = [x for x in y]\natt_color = ['red']\n"
+    (folder / "utils").mkdir()
+    (folder / "utils" / "subset.py").write_text(
+        f"{listed}att_bad = ['ripe']\nstuff_names = ['are']"
+    )
+    found = _levels(folder, tmp_path)
+    assert found["phrasecut_stuff"] == {"t_obj", "t_stuff"}  # "are" is in "rare thing"
+    assert found["phrasecut_a_color"] == {"others", "a_color"}
+    assert found["phrasecut_a_bad"] == {"others"}
+    assert found["phrasecut_both"] == {"others", "p_att_rel"}
+    assert found["phrasecut_image"] == {"d_notcocotv"}
+    assert found["phrasecut_c500"] == {"c500", "c500+"}
     assert found["phrasecut_category"] == {"c20", "c500+"}
     assert found["phrasecut_coco"] == {"c_coco", "others"}
     assert found["phrasecut_instances"] == {"i_single", "i_many"}

@@ -54,7 +54,8 @@ class Entry:
         sample: what is to be predicted; None where nothing of it can be.
         failures: what is wrong with it already.
         where: its manifest and line, for messages; empty for a file.
-        key: a hash of what it asks; if it changed, so did the input.
+        key: a hash of what it asks and, after a hyphen, one of what the results are called; if it
+            changed, so did the input.
     """
 
     index: int
@@ -435,7 +436,13 @@ def _is_stream(argument: str) -> bool:
 
 
 def _key(sample: Sample | None, failures: Sequence[Failure]) -> str:
-    asked = [] if sample is None else [[one.id, one.text] for one in sample.expressions]
-    wrong = [[failure.id, failure.expression] for failure in failures]
+    """Two hashes: of the image and the texts, and of what their records and masks are called."""
+    asked = () if sample is None else sample.expressions
     image = "" if sample is None else sample.image
-    return blake2b(json.dumps([image, asked, wrong]).encode(), digest_size=12).hexdigest()
+    wrong = [[failure.id, failure.expression] for failure in failures]
+    called = [[one.id, one.number] for one in asked]
+    return f"{_hash([image, [one.text for one in asked], wrong], 12)}-{_hash(called, 8)}"
+
+
+def _hash(value: object, size: int) -> str:
+    return blake2b(json.dumps(value).encode(), digest_size=size).hexdigest()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,16 @@ from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.layout import find_file, find_folder, find_images, missing
 from risam_cli.data.readers.source import Group, Phrase, SampleSource, make_source
 from risam_cli.errors import DataError
-from risam_cli.files.jsonlines import brief
+from risam_cli.files.jsonlines import brief, read_text
 from risam_cli.masks import rle as masks
 from risam_cli.types import Rle
 
 SPLITS = ("train", "val", "test", "miniv")
 _IMAGE_LISTS = ("image_data_split3000.json", "image_data_split.json")
 _COUNTS = "name_att_rel_count.json"
+_LISTS = "utils/subset.py"
+_LONGEST_LISTS = 1 << 20  # bytes
+_STUFF, _KIND = "stuff_names", "att_"  # what the lists are called there
 _FARTHEST = 1 << 17  # pixels from the corner; Pillow draws outlines step by step, seen or not
 _LONGEST = 1 << 26  # steps of all outlines of one phrase
 _UNRANKED = 1 << 30
@@ -56,7 +61,7 @@ def open_phrasecut(
     task_files = tuple(path for path in task_files if path not in absent)
     image_file = find_file(folder, _IMAGE_LISTS, "the image sizes")
     images = _images(image_file)
-    ranks = _ranks(folder / _COUNTS)
+    words = _Words(_ranks(folder / _COUNTS), _word_lists([root, folder, *folder.parents[:2]]))
     by_image: dict[int, list[dict[str, Any]]] = {}
     left_out: Counter[str] = Counter()
     for path in task_files:
@@ -73,22 +78,23 @@ def open_phrasecut(
     groups = []
     for image_id, tasks in by_image.items():
         polygons = {str(task["task_id"]): task["Polygons"] for task in tasks}
-        size = images[image_id][0]
+        size, _, in_coco = images[image_id]
         draw = partial(_draw, polygons=polygons, size=size, where=str(task_files[0]))
-        phrases = tuple(_phrase(task, ranks) for task in tasks)
+        phrases = tuple(_phrase(task, words, in_coco) for task in tasks)
         file_name = f"{image_id}.jpg"
         groups.append(Group(file_name, image_root / file_name, size, phrases, draw))
     notes = [f"{n} phrases of {s} images were left out" for s, n in left_out.items() if n]
     return make_source(name, split, (*task_files, image_file), groups, notes=notes)
 
 
-def _images(path: Path) -> dict[int, tuple[tuple[int, int], str]]:
-    """Size (H, W) and split of every image."""
+def _images(path: Path) -> dict[int, tuple[tuple[int, int], str, bool]]:
+    """Of every image, size (H, W) and split, and whether COCO has it."""
     images = {}
     for _, record in iter_json(path):
         try:
             size = (int(record["height"]), int(record["width"]))
-            images[int(record["image_id"])] = (size, str(record.get("split", "")))
+            split, in_coco = str(record.get("split", "")), bool(record.get("coco_id"))
+            images[int(record["image_id"])] = (size, split, in_coco)
         except (TypeError, KeyError, ValueError, OverflowError, AttributeError):
             raise DataError(
                 f"{path}: an image lacks image_id, height or width: {brief(record)}"
@@ -101,7 +107,7 @@ def _images(path: Path) -> dict[int, tuple[tuple[int, int], str]]:
 def _tasks(
     path: Path,
     splits: list[str],
-    images: dict[int, tuple[tuple[int, int], str]],
+    images: dict[int, tuple[tuple[int, int], str, bool]],
     left_out: Counter[str],
 ) -> dict[int, list[dict[str, Any]]]:
     """The splits' tasks by image, in the file's order; those of others are counted.
@@ -145,7 +151,46 @@ def _ranks(path: Path) -> dict[str, dict[str, int]]:
     return ranks
 
 
-def _phrase(task: dict[str, Any], ranks: dict[str, dict[str, int]]) -> Phrase:
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """What the data set's own files say of words; empty where they are not there.
+
+    Attributes:
+        ranks: see :func:`_ranks`.
+        lists: see :func:`_word_lists`.
+    """
+
+    ranks: dict[str, dict[str, int]]
+    lists: dict[str, list[str]]
+
+
+def _word_lists(folders: list[Path]) -> dict[str, list[str]]:
+    """Words of stuff and kinds of attributes, as the data set's own code lists them.
+
+    They decide its subsets ``t_stuff``, ``a_color`` and so on. The file is read, not run.
+    """
+    path = next((folder / _LISTS for folder in folders if (folder / _LISTS).is_file()), None)
+    if path is None:
+        return {}
+    found: dict[str, list[str]] = {}
+    try:
+        for one in ast.parse(read_text(path, _LONGEST_LISTS)).body:
+            if isinstance(one, ast.Assign) and isinstance(one.value, ast.List):
+                name = ast.unparse(one.targets[0])
+                if name == _STUFF or name.startswith(_KIND):
+                    found[name] = [str(word) for word in ast.literal_eval(one.value)]
+    except (OSError, ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        found = {}
+    if _STUFF not in found:
+        raise DataError(
+            f"{path} does not hold PhraseCut's lists of words",
+            "take it from the data set's repository, or move it away",
+        )
+    return found
+
+
+def _phrase(task: dict[str, Any], known: _Words, in_coco: bool) -> Phrase:
+    ranks = known.ranks
     attributes: dict[str, Any] = {
         "image_id": task["image_id"],
         "referents": len(task["Polygons"]),
@@ -160,6 +205,15 @@ def _phrase(task: dict[str, Any], ranks: dict[str, dict[str, int]]) -> Phrase:
         words = [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
         attributes["phrasecut_attributes"] = len(words)
         attributes["phrasecut_relations"] = len(relations) if isinstance(relations, list) else 0
+        attributes["phrasecut_in_coco"] = int(in_coco)
+        if known.lists:
+            name = attributes.get("category", "")
+            attributes["phrasecut_stuff"] = int(any(word in name for word in known.lists[_STUFF]))
+            attributes["phrasecut_kinds"] = [
+                key.removeprefix(_KIND)
+                for key, listed in known.lists.items()
+                if any(word in listed for word in words)
+            ]
         if ranks:  # what is not listed is rarer than all that is
             found = [ranks["att"][word] for word in words if word in ranks["att"]]
             attributes["phrasecut_attribute_rank"] = min(found, default=_UNRANKED)
