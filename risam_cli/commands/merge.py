@@ -27,8 +27,8 @@ def command(folders: tuple[Path, ...], output: Path, overwrite: bool, as_json: b
     """Put the output folders of all shards of one run together.
 
     DIR is the output folder of `risam predict --shard I/N`, or a folder that holds all of them as
-    torchrun makes it. The result is what one run without shards would have written, byte for byte
-    (but for times in run.json), and can be resumed and exported like it.
+    torchrun makes it with --no-merge. The result is what one run without shards would have
+    written, byte for byte (but for times in run.json), and can be resumed and exported like it.
 
     Refused are shards of different inputs, models or settings, unfinished ones, and sets in which
     one is missing or doubled.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -28,11 +29,12 @@ from risam_cli.commands.options import (
     verbosity_options,
 )
 from risam_cli.console.streams import require_open
-from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, OutputError, UsageError
+from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, UsageError
 
 if TYPE_CHECKING:
     from risam_cli.data.inputs.inputs import Inputs
     from risam_cli.runs.folder import RunFolder
+    from risam_cli.runs.ranks import Ranks
     from risam_cli.runs.shard import Shard
 
 SAVE = ("png", "overlay", "html")
@@ -141,7 +143,13 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
 @click.option(
     "--shard",
     metavar="I/N",
-    help="Process only part I of N, counted from 0.  [default: all, or torchrun's RANK/WORLD_SIZE]",
+    help="Process only part I of N, counted from 0.  [default: all; under torchrun, each process "
+    "its part, put together at the end]",
+)
+@click.option(
+    "--no-merge",
+    is_flag=True,
+    help="Under torchrun, leave the parts as they are, for `risam merge`.",
 )
 @click.option(
     "--limit", type=click.IntRange(min=1), metavar="N", help="Process only the first N images."
@@ -233,6 +241,7 @@ class _Options:
     retry_failed: bool
     max_failures: int | None
     shard: str | None
+    no_merge: bool
     limit: int | None
     max_pixels: int
     image_timeout: float
@@ -243,16 +252,23 @@ class _Options:
 
 
 def _predict(options: _Options) -> int:
-    started = time.perf_counter()
-    from risam_cli.runs.shard import Shard, parse_shard, shard_of_environment
+    from risam_cli.runs.ranks import ranks_of_environment
+    from risam_cli.runs.shard import Shard, parse_shard
 
     if options.retry_failed and options.overwrite:
         raise UsageError("--retry-failed and --overwrite contradict each other", "give one of them")
-    shard, output = Shard(), options.output
-    if options.shard is not None:
-        shard = parse_shard(options.shard)
-    elif (found := shard_of_environment()) is not None:
-        shard, output = found, found.folder(output)
+    ranks = None if options.shard is not None else ranks_of_environment()
+    if ranks is not None:
+        with ranks.speaking():
+            return _predict_together(options, ranks)
+    shard = Shard() if options.shard is None else parse_shard(options.shard)
+    return _predict_alone(options, shard, options.output)
+
+
+def _predict_alone(
+    options: _Options, shard: Shard, output: Path, ranks: Ranks | None = None
+) -> int:
+    started = time.perf_counter()
     if "-" in options.inputs:
         require_open("stdin")
     inputs = _inputs(options, output)
@@ -262,10 +278,40 @@ def _predict(options: _Options) -> int:
     from risam_cli.runs.folder import RunFolder
 
     with ExitStack() as stack:
-        stream = stack.enter_context(_records_only()) if options.stream else None
+        stream = stack.enter_context(_records_only()) if options.stream and not ranks else None
         folder = stack.enter_context(RunFolder(output))
         _settle(folder, options)
-        return _run(options, inputs, shard, folder, stream, started)
+        return _run(options, inputs, shard, folder, stream, started, ranks)
+
+
+def _predict_together(options: _Options, ranks: Ranks) -> int:
+    """One of the processes of torchrun: its part, and all parts together where it is the last."""
+    from risam_cli.runs.shard import Shard
+
+    if not _inputs(options, options.output).repeatable:
+        raise UsageError(
+            "stdin and pipes can be read by one process, not by those of torchrun",
+            "write what they bring to a manifest",
+        )
+    if options.stream and options.no_merge:
+        raise UsageError("--jsonl streams the merged records, and --no-merge makes none")
+    if options.dry_run:
+        return _predict_alone(options, Shard(), options.output) if ranks.leads else EXIT_OK
+    resume = options.resume or options.retry_failed
+    if not ranks.begin(options.output, resume=resume, overwrite=options.overwrite):
+        whole = replace(options, resume=True, overwrite=False)
+        return _predict_alone(whole, Shard(), options.output) if ranks.leads else EXIT_OK
+    part = ranks.part(options.output)
+    resume, overwrite = ranks.settled(part, resume=options.resume, overwrite=options.overwrite)
+    own = replace(options, resume=resume, overwrite=overwrite)
+    with ranks.quietly():
+        _predict_alone(own, ranks.shard, part, ranks)
+    code = ranks.merge(options.output, keep=options.no_merge)
+    if code is not None and options.stream:
+        with _records_only() as stream, open(options.output / "predictions.jsonl", "rb") as file:
+            shutil.copyfileobj(file, stream)
+            stream.flush()
+    return EXIT_OK if code is None else code
 
 
 def _inputs(options: _Options, output: Path) -> Inputs:
@@ -297,13 +343,16 @@ def _settle(folder: RunFolder, options: _Options) -> None:
     Raises:
         OutputError: it holds a run, and it was not said what to do with it.
     """
+    from risam_cli.runs.ranks import holds_another, holds_parts, part_folders, remove_parts
+
     if options.overwrite:
         folder.start_anew()
-    elif folder.holds_run() and not (options.resume or options.retry_failed):
-        raise OutputError(
-            f"{folder.path} holds another run",
-            "continue it with --resume, replace it with --overwrite, or choose another -o",
-        )
+        remove_parts(folder.path)
+    elif folder.holds_run():
+        if not (options.resume or options.retry_failed):
+            raise holds_another(folder.path)
+    elif parts := part_folders(folder.path):
+        raise holds_parts(folder.path, int(parts[0].name.rpartition("-")[2]))
 
 
 def _run(
@@ -313,6 +362,7 @@ def _run(
     folder: RunFolder,
     stream: BinaryIO | None,
     started: float,
+    ranks: Ranks | None,
 ) -> int:
     """Loads the model and runs; torch is imported here and not before."""
     loading = time.perf_counter()
@@ -370,6 +420,7 @@ def _run(
         CacheSettings(options.feature_cache, options.feature_cache_limit)
         if options.feature_cache is not None
         else None,
+        ranks,
     )
     return run_predict(plan, segmenter, folder, stream)
 
@@ -384,9 +435,7 @@ def _dry_run(options: _Options, inputs: Inputs, shard: Shard, output: Path) -> i
 
     found = DryRun()
     entries = (entry for entry in inputs if options.limit is None or entry.run < options.limit)
-    for problem in look_through(
-        filter(shard.has, entries), found, options.max_pixels, options.bands
-    ):
+    for problem in look_through(shard.own(entries), found, options.max_pixels, options.bands):
         say(f"problem: {problem}")
     for line in found.first:
         say(line)

@@ -65,7 +65,7 @@ def expression_key(text: str) -> str:
 
 def existing(path: str) -> str:
     """The spelling of a path under which there is a file; the path itself where there is none."""
-    if os.path.lexists(path):
+    if (path.isascii() and "\\" not in path) or os.path.lexists(path):  # one spelling, or the first
         return path
     forms = [path]
     if "\\" in path:

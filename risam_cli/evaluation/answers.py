@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from risam_cli.console.console import get_console
-from risam_cli.data.images.files import file_sha256
-from risam_cli.data.readers.predictions import Answer, PredictionIndex
-from risam_cli.data.readers.results import MAX_LINE
+from risam_cli.data.readers.predictions import Answer
 from risam_cli.data.readers.source import OnFailure, SampleSource
 from risam_cli.errors import DataError, OutputError, UsageError, setting
+from risam_cli.evaluation.answer_log import ASKED, AnswerLog, gather_answers
 from risam_cli.evaluation.protocol import mask_rule
 from risam_cli.evaluation.report.schema import AnswersPart, NoTargetFitPart, TimingPart
-from risam_cli.evaluation.request import Done, EvalRequest, count
+from risam_cli.evaluation.request import PART_FILE, Done, EvalRequest, count
 from risam_cli.evaluation.scoring import (
-    ANSWERS_FILE,
     Answered,
     EvalRun,
     FailureLog,
@@ -33,9 +28,6 @@ from risam_cli.evaluation.scoring import (
     run_evaluation,
 )
 from risam_cli.files.folder import OutputFolder
-from risam_cli.files.jsonlines import seal, unseal
-from risam_cli.files.patience import within
-from risam_cli.files.write import write_file, writing
 from risam_cli.inference.device import (
     choose_device,
     choose_precision,
@@ -46,23 +38,20 @@ from risam_cli.inference.device import (
 from risam_cli.inference.feature_cache import cache_for
 from risam_cli.inference.finish import ImageResult, Raw
 from risam_cli.inference.loader import warm_up
-from risam_cli.inference.loading import TIMEOUT
 from risam_cli.inference.pipeline import PredictSettings, instance_rules, predict_samples
 from risam_cli.inference.unknown_words import UnknownWords
 from risam_cli.metrics.curves import fit_no_target
 from risam_cli.metrics.protocols import Protocol
+from risam_cli.runs.ranks import Ranks
+from risam_cli.runs.run import versions
+from risam_cli.runs.shard import Dealer, cost_of
 from risam_cli.segmenters.resolve import load_segmenter
 from risam_cli.segmenters.segmenter import Segmenter
 from risam_cli.types import Expression, Failure, Prediction, Sample
+from risam_cli.version import __version__
 from risam_cli.weights import folder as model_folders
 
 T = TypeVar("T")
-
-SYNCED = 2.0
-"""Seconds after which answers are made to be on the disk."""
-
-_HEADER = "\0settings"  # an id that no expression has
-_ASKED = "expressions"  # the setting that says how many there were; they may change
 
 Run = Callable[
     [Iterable[tuple[Sample, Answered | None]]], Iterator[tuple[Answered | None, ImageResult]]
@@ -88,163 +77,6 @@ class StageSeconds:
         self.decode += spent.get("load", 0.0)
         self.encode += spent.get("encode", 0.0)
         self.decode_mask += spent.get("decode", 0.0) + spent.get("finish", 0.0)
-
-
-class AnswerLog:
-    """Answers of a run in progress, so that an interrupted one can go on.
-
-    The first line holds the settings, every other one an answer, under a key of what it was an
-    answer to (the image's name, the expression's id and text) and with the hash of the image file.
-    So an image or a text that changed since is asked again, and what was added or taken away costs
-    the others nothing.
-
-    Args:
-        settings: what results depend on; a resumed run must have the same.
-        size: (H, W) of all masks, where the protocol compares them at a size of its own.
-        resume, overwrite: go on with, or replace, what an interrupted run left.
-
-    Attributes:
-        known: the answers of the interrupted run; None where there is none.
-
-    Raises:
-        OutputError: an interrupted run lies there and neither was asked for, or it had other
-            settings, or the file cannot be written.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        settings: Mapping[str, Any],
-        *,
-        size: tuple[int, int] | None = None,
-        resume: bool = False,
-        overwrite: bool = False,
-    ) -> None:
-        self.path = folder / ANSWERS_FILE
-        self.known: PredictionIndex | None = None
-        self._size = size
-        self._synced = time.monotonic()
-        self._header = header = {"id": _HEADER, "settings": dict(settings)}
-        held = self.path.exists() and self.path.stat().st_size > 0
-        if held and not (resume or overwrite):
-            raise OutputError(
-                f"{folder} holds an interrupted run",
-                f"continue with {setting('resume')}, or start over with {setting('overwrite')}",
-            )
-        with writing(self.path):
-            if held and resume:
-                self._require(header)
-                write_file(self.path, self._copy_whole_lines)
-                self.known = PredictionIndex(self.path, lambda failure: None, size)
-            else:
-                write_file(self.path, seal(header))
-            self._stream = self.path.open("ab")
-
-    def _copy_whole_lines(self, part: Path) -> None:
-        """Leaves out what a kill or a power cut left torn or damaged: it is asked again."""
-        with open(self.path, "rb") as old, open(part, "wb") as new:
-            old.readline(MAX_LINE)
-            new.write(seal(self._header))
-            for line in iter(partial(old.readline, MAX_LINE), b""):
-                with suppress(ValueError):
-                    unseal(line)
-                    new.write(line)
-
-    def __enter__(self) -> AnswerLog:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stream.close()
-        if self.known is not None:
-            self.known.close()
-
-    def write(self, answered: Answered, image: str | None) -> None:
-        """Append the answers of one image; they are with the system before it counts as done.
-
-        A power cut costs no more than the answers of some :data:`SYNCED` seconds.
-
-        Args:
-            image: SHA-256 of the image file.
-        """
-        for expression, answer in zip(answered.sample.expressions, answered.answers, strict=True):
-            if answer is not None and image is not None:
-                row = _row(answered.sample, expression, answer, image)
-                self._stream.write(seal(row))
-        self._stream.flush()
-        if time.monotonic() - self._synced > SYNCED:
-            os.fsync(self._stream.fileno())
-            self._synced = time.monotonic()
-
-    def tell_changes(self, source: SampleSource) -> None:
-        """Say how a data set that changed differs from what the interrupted run answered."""
-        if self.known is None:
-            return
-        found = [
-            len(self.known.records(_key(group.image, phrase.id, phrase.text)))
-            for group in source.chosen()
-            for phrase in group.phrases
-        ]
-        gone = len(self.known) - sum(found) - 1  # the header
-        if gone or self._asked != source.planned:
-            get_console().info(
-                f"the expressions changed: {sum(map(bool, found))} answered before are kept, "
-                f"{gone} are gone, {found.count(0)} are to be answered"
-            )
-
-    def recall(self, sample: Sample) -> Answered | None:
-        """The answers of an image that the interrupted run finished, else None.
-
-        The image file is hashed only where the run answered all that is asked of it.
-        """
-        if self.known is None:
-            return None
-        try:
-            lines = [
-                self.known.records(_key(sample.image, one.id, one.text))
-                for one in sample.expressions
-            ]
-        except DataError:  # a line that a power cut spoilt
-            return None
-        if not all(lines):
-            return None
-        try:
-            image = within(TIMEOUT, lambda: file_sha256(sample.path))
-        except TimeoutError:  # the loader will say so
-            return None
-        answers = []
-        for known in lines:
-            same = [line for line in known if line.get("sha256") == image]
-            if not same:
-                return None
-            try:
-                size = self._size or sample.size
-                answers.append(self.known.answer(same[-1], size, str(self.path)))
-            except DataError:  # a line that a power cut spoilt
-                return None
-        return Answered(sample, tuple(answers))
-
-    def finished(self) -> None:
-        """The run is done and scored: the file is not needed any more."""
-        self.path.unlink(missing_ok=True)
-
-    def _require(self, header: Mapping[str, Any]) -> None:
-        with self.path.open("rb") as stream:
-            first = stream.readline(MAX_LINE)
-        try:
-            own = unseal(first)["settings"]
-        except (ValueError, KeyError, TypeError):
-            raise OutputError(
-                f"{self.path} is damaged", f"start over with {setting('overwrite')}"
-            ) from None
-        wanted = json.loads(json.dumps(header["settings"]))
-        self._asked = own.get(_ASKED)
-        for key in sorted({*own, *wanted} - {_ASKED}):
-            if own.get(key) != wanted.get(key):
-                raise OutputError(
-                    f"the interrupted run in {self.path.parent} had {key} {own.get(key)!r}, this "
-                    f"one has {wanted.get(key)!r}",
-                    f"give the same settings, or start over with {setting('overwrite')}",
-                )
 
 
 def answers_from_model(
@@ -325,23 +157,6 @@ def _wrong_size(sample: Sample, expression: Expression, own: tuple[int, int]) ->
     return Failure(expression.id, sample.image, expression.text, "decode", "DataError", message)
 
 
-def _key(image: str, name: str, text: str) -> str:
-    asked = json.dumps([image, name, text])
-    return blake2b(asked.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def _row(sample: Sample, expression: Expression, answer: Answer, image: str) -> dict[str, Any]:
-    return {
-        "id": _key(sample.image, expression.id, expression.text),
-        "sha256": image,
-        "asked": expression.id,
-        "segmentation": answer.segmentation,
-        "score": answer.score,
-        "no_target": answer.no_target,
-        "no_target_probability": answer.no_target_probability,
-    }
-
-
 # --- how a model is asked -------------------------------------------------------------------------
 
 
@@ -353,66 +168,151 @@ def answer_and_score(
     failures: FailureLog,
 ) -> Done:
     """Load the model, have it answer every image that is there, and score it."""
-    console = get_console()
-    device = choose_device(asked.device)
-    precision = choose_precision(asked.precision, device)
-    warm_up(count_workers(asked.workers, device.type))
-    segmenter = _load(asked, device, precision)
+    asking = _Asking.of(asked, protocol)
     source, absent = drop_missing_images(source, failures)
     skipped = failures.by_stage["decode"]
-    settings = _settings(asked, segmenter, protocol, device, precision)
-    no_target_threshold = settings.no_target_threshold
-    assert no_target_threshold is not None
-    console.info(f"{segmenter.name} on {describe_device(device)}, {precision_name(precision)}")
-
+    if asked.answered:
+        gather_answers(folder, asked.answered)
     seconds = StageSeconds()
-    side = protocol.canvas
-    log = AnswerLog(
-        asked.output,
-        _identity(asked, source, protocol, segmenter, settings),
-        size=(side, side) if protocol.resolution == "stretch" else None,
-        resume=asked.resume,
-        overwrite=asked.overwrite,
-    )
-    log.tell_changes(source)
-    images = min(len(source), source.limit or len(source))
-    with log, cache_for(asked.kept_features(), segmenter, settings, images) as cache:
-        predict = partial(
-            predict_samples,
-            segmenter=segmenter,
-            settings=settings,
-            rule=mask_rule(protocol),
-            cache=cache,
-        )
-        unknown = UnknownWords(segmenter.name)
-
-        def run(samples: Iterable[tuple[Sample, T]]) -> Iterator[tuple[T, ImageResult]]:
-            for item, result in predict(samples):
-                unknown.see(result.predictions)
-                yield item, result
-
-        answers = answers_from_model(
-            source, run, log, no_target_threshold, protocol, seconds, failures
-        )
-        done = run_evaluation(source, answers, protocol, folder, console)
-    unknown.tell()
-    fit = _fit(asked, done, no_target_threshold) if asked.fit_no_target else None
+    with asking.answers(source, source.planned, asked.output, failures, seconds) as (log, answers):
+        done = run_evaluation(source, answers, protocol, folder, get_console())
+    segmenter, settings = asking.segmenter, asking.settings
+    threshold = asking.no_target_threshold
     return Done(
         done,
         AnswersPart(
             kind="model",
             name=segmenter.name,
             sha256=segmenter.hash,
-            no_target_threshold=no_target_threshold,
-            device=describe_device(device),
-            precision=precision_name(precision),
+            no_target_threshold=threshold,
+            device=describe_device(settings.device),
+            precision=precision_name(settings.precision),
         ),
         count(done, failed=len(failures) - skipped, skipped=skipped, images_missing=absent),
         _timing(seconds, done),
         threshold=None if segmenter.thresholds.calibrated else segmenter.thresholds.mask,
-        no_target_fit=fit,
+        no_target_fit=_fit(asked, done, threshold) if asked.fit_no_target else None,
         finish=log.finished,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """A model and how it is asked."""
+
+    asked: EvalRequest
+    protocol: Protocol
+    segmenter: Segmenter
+    settings: PredictSettings
+
+    @classmethod
+    def of(cls, asked: EvalRequest, protocol: Protocol) -> _Asking:
+        """The model is loaded here."""
+        device = choose_device(asked.device)
+        precision = choose_precision(asked.precision, device)
+        warm_up(count_workers(asked.workers, device.type))
+        segmenter = _load(asked, device, precision)
+        get_console().info(
+            f"{segmenter.name} on {describe_device(device)}, {precision_name(precision)}"
+        )
+        settings = _settings(asked, segmenter, protocol, device, precision)
+        return cls(asked, protocol, segmenter, settings)
+
+    @property
+    def no_target_threshold(self) -> float:
+        """Probability above which the answer is "nothing fits"."""
+        assert self.settings.no_target_threshold is not None
+        return self.settings.no_target_threshold
+
+    def identity(self, source: SampleSource, planned: int) -> dict[str, object]:
+        """What the answers depend on; a resumed run must agree in all of it."""
+        return _identity(self.asked, source, planned, self.protocol, self.segmenter, self.settings)
+
+    @contextmanager
+    def answers(
+        self,
+        source: SampleSource,
+        planned: int,
+        folder: Path,
+        failures: OnFailure,
+        seconds: StageSeconds,
+    ) -> Iterator[tuple[AnswerLog, Iterator[Answered]]]:
+        """The answers to a source as they come, and where they are kept.
+
+        Args:
+            planned: expressions of the whole evaluation.
+        """
+        asked, side = self.asked, self.protocol.canvas
+        log = AnswerLog(
+            folder,
+            self.identity(source, planned),
+            size=(side, side) if self.protocol.resolution == "stretch" else None,
+            resume=asked.resume,
+            overwrite=asked.overwrite,
+        )
+        log.tell_changes(source)
+        images = min(len(source), source.limit or len(source))
+        unknown = UnknownWords(self.segmenter.name)
+        with log, cache_for(asked.kept_features(), self.segmenter, self.settings, images) as cache:
+            predict = partial(
+                predict_samples,
+                segmenter=self.segmenter,
+                settings=self.settings,
+                rule=mask_rule(self.protocol),
+                cache=cache,
+            )
+
+            def run(samples: Iterable[tuple[Sample, T]]) -> Iterator[tuple[T, ImageResult]]:
+                for item, result in predict(samples):
+                    unknown.see(result.predictions)
+                    yield item, result
+
+            threshold, protocol = self.no_target_threshold, self.protocol
+            yield log, answers_from_model(source, run, log, threshold, protocol, seconds, failures)
+        unknown.tell()
+
+
+def answer_part(
+    asked: EvalRequest,
+    source: SampleSource,
+    protocol: Protocol,
+    folder: OutputFolder,
+    failures: FailureLog,
+    ranks: Ranks,
+) -> None:
+    """The part of one process of torchrun: its images answered, and the answers kept in a folder.
+
+    Raises:
+        UsageError: another process works by other settings or versions.
+    """
+    asking = _Asking.of(asked, protocol)
+    source, _ = drop_missing_images(source, failures)
+    planned = source.planned
+    noted = {
+        "status": "running",
+        "launch": ranks.launch,
+        "settings": asking.identity(source, planned),
+        "risam": __version__,
+        "versions": versions(asking.segmenter),
+    }
+    known = json.loads(json.dumps(noted))  # as the others read it
+    ranks.require_alike(PART_FILE, known, asked.output)  # before anything is left that differs
+    dealer = Dealer(ranks.shard.count)
+    own = [
+        group
+        for group in source.chosen()
+        if dealer.deal(cost_of(len(group.phrases), group.size)) == ranks.shard.index
+    ]
+    source = replace(source, groups=own, order=None, limit=None)
+    spent, phrases = StageSeconds(), sum(len(group.phrases) for group in own)
+    progress = get_console().progress("answer", phrases, "expressions")
+    answering = asking.answers(source, planned, folder.path, failures, spent)
+    with progress as shown, answering as (_, answers):
+        folder.write(PART_FILE, json.dumps(noted))
+        ranks.require_alike(PART_FILE, known, asked.output)  # or they begin together
+        for answered in answers:
+            shown.advance(len(answered.sample.expressions))
+    folder.write(PART_FILE, json.dumps({**noted, "status": "complete"}))
 
 
 def _load(asked: EvalRequest, device: torch.device, precision: torch.dtype) -> Segmenter:
@@ -469,15 +369,15 @@ def _timing(seconds: StageSeconds, done: EvalRun) -> TimingPart:
 def _identity(
     asked: EvalRequest,
     source: SampleSource,
+    planned: int,
     protocol: Protocol,
     segmenter: Segmenter,
     settings: PredictSettings,
 ) -> dict[str, object]:
-    """What the answers depend on; a resumed run must agree in all of it."""
     return {
         "model": segmenter.hash,
         "data": f"{source.dataset} {source.split}",
-        _ASKED: source.planned,
+        ASKED: planned,
         "protocol": protocol.name,
         "threshold": settings.threshold,
         "no-target threshold": settings.no_target_threshold,

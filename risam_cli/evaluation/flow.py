@@ -6,7 +6,9 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from risam_cli.evaluation.report.render import console_table
 from risam_cli.evaluation.report.schema import AnswersPart, Report, TimingPart
 from risam_cli.evaluation.request import (
     DEFAULT_FAMILY,
+    PART_FILE,
     SURPLUS_FILE,
     WRITTEN,
     Done,
@@ -44,22 +47,84 @@ from risam_cli.evaluation.scoring import (
     run_evaluation,
 )
 from risam_cli.files.folder import OutputFolder
-from risam_cli.files.locks import PRIVATE
+from risam_cli.files.locks import PRIVATE, Taken
 from risam_cli.files.write import create
 from risam_cli.metrics.protocols import Protocol, get_protocol
+from risam_cli.runs.ranks import Ranks, part_folders, patiently, ranks_of_environment
 
 
 def evaluate(asked: EvalRequest) -> int:
-    """Evaluate as asked, write the reports, and give the exit code."""
+    """Evaluate as asked, alone or as a process of torchrun's; gives the exit code."""
     asked.check()
+    ranks = ranks_of_environment()
+    if ranks is None:
+        return _evaluate(asked)
+    with ranks.speaking():
+        if asked.predictions is None:
+            return _evaluate_together(asked, ranks)
+        return _evaluate(asked) if ranks.leads else EXIT_OK
+
+
+def _evaluate_together(asked: EvalRequest, ranks: Ranks) -> int:
+    """Answer this process's part; where it is the last, score all, as one that resumes."""
+    part, output = ranks.part(asked.output), asked.output
+    resume, overwrite = ranks.settled(
+        part, PART_FILE, resume=asked.resume, overwrite=asked.overwrite
+    )
+    own = replace(asked, resume=resume, overwrite=overwrite)
+    if overwrite and ranks.leads:
+        _remove_parts(output, but=ranks.shard.count)
+    elif not overwrite:
+        ranks.require_count(output)
+    with ranks.quietly(silent=True):
+        own.check_output()
+        own.open_other()
+        protocol = get_protocol(own.protocol_name)
+        scratch = part / PRIVATE / "scratch"
+        source = _open(own, protocol, scratch)
+        with (
+            OutputFolder(part, "eval", (*WRITTEN, PART_FILE)) as folder,
+            _emptied(scratch),
+            FailureLog(folder, get_console()) as failures,
+        ):
+            from risam_cli.evaluation.answers import answer_part
+
+            answer_part(own, source, protocol, folder, failures, ranks)
+    if not ranks.all_done(PART_FILE, output):
+        return EXIT_OK
+    try:
+        code = _evaluate(replace(asked, resume=True, answered=tuple(part_folders(output))))
+    except Taken:  # two were the last
+        return EXIT_OK
+    _remove_parts(output)
+    return code
+
+
+def _remove_parts(output: Path, but: int = 0) -> None:
+    """Delete what processes of torchrun left, but the parts of ``but`` processes."""
+    for part in part_folders(output):
+        if not part.name.endswith(f"-of-{but:05d}"):
+            with patiently(partial(OutputFolder, part, "eval", (*WRITTEN, PART_FILE))):
+                for name in (*WRITTEN, PART_FILE):
+                    (part / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                part.rmdir()
+
+
+def _open(asked: EvalRequest, protocol: Protocol, scratch: Path) -> SampleSource:
+    source = asked.open_source(scratch)
+    # Where the protocol takes the union, the other rule is counted only.
+    truth = "once" if protocol.truth == "union" else protocol.truth
+    return source.redrawn(truth, protocol.canvas)
+
+
+def _evaluate(asked: EvalRequest) -> int:
+    """Evaluate as asked, write the reports, and give the exit code."""
     console = get_console()
     protocol = get_protocol(asked.protocol_name)
     # Within the output folder, so that what a killed run leaves is found by the next one.
     scratch = asked.output / PRIVATE / "scratch"
-    source = asked.open_source(scratch)
-    # Where the protocol takes the union, the other rule is counted only.
-    truth = "once" if protocol.truth == "union" else protocol.truth
-    source = source.redrawn(truth, protocol.canvas)
+    source = _open(asked, protocol, scratch)
     other = asked.open_other()
     asked.check_output()
     with OutputFolder(asked.output, "eval", WRITTEN) as folder, _emptied(scratch):

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 SURPLUS_FILE = "surplus.jsonl"
 
+PART_FILE = "part.json"
+"""What a process of torchrun notes in its part."""
+
 
 WRITTEN = (
     *(REPORT_FILE, MARKDOWN_FILE, HTML_FILE),
@@ -74,6 +77,8 @@ class EvalRequest:
     resume: bool
     overwrite: bool
     as_json: bool
+    answered: tuple[Path, ...] = ()
+    """Folders in which processes of torchrun have left their answers."""
 
     def check(self) -> None:
         """Refuse options that contradict each other. Raises UsageError."""

@@ -31,6 +31,10 @@ _BEGUN = 2.0  # seconds after which a lease without a word is that of a killed p
 _TRIES = 100  # to make a lock whose folder others remove
 
 
+class Taken(OutputError):
+    """Another process works in the folder."""
+
+
 class FolderLock:
     """An output folder, locked for this process; a context manager.
 
@@ -38,7 +42,8 @@ class FolderLock:
         folder: made if it is not there.
 
     Raises:
-        OutputError: another process works in it, or a link stands where the lock would.
+        Taken: another process works in it.
+        OutputError: a link stands where the lock would.
         OSError: it cannot be made or written.
     """
 
@@ -122,11 +127,11 @@ class FolderLock:
         owner = self._lease.owner
         return owner is not None and owner.hostname == _own_host()
 
-    def _taken(self) -> OutputError:
+    def _taken(self) -> Taken:
         owner = self._lease.owner
         host = "" if owner is None else owner.hostname.partition("?")[0]  # what follows is a number
         by = "" if owner is None else f" (process {owner.pid} on {host})"
-        return OutputError(
+        return Taken(
             f"{self.folder}: another run is writing to this folder{by}",
             f"wait for it, or choose another output folder; if no such process lives, "
             f"delete {self._path}",

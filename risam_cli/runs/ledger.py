@@ -13,8 +13,8 @@ of a manifest) in the order of the inputs::
      "predictions": [start, length, crc32], "failures": [start, length, crc32],
      "files": [["masks/a.jpg__0-the-dog.png", bytes, crc32], …], "crc32": …}
 
-- ``entry`` counts all entries of the inputs from 0, over all shards. Shard I of N holds those
-  whose stretch of equal images, counted from 0, leaves I when divided by N.
+- ``entry`` counts all entries of the inputs from 0, over all shards; :mod:`risam_cli.runs.shard`
+  says which shard holds which.
 - ``items`` is how many records and failures came of the entry; ``key`` hashes what it asked, and
   after a hyphen by which ids and names.
 - ``predictions`` and ``failures`` are slices of ``predictions.jsonl`` and ``failures.jsonl``.

@@ -32,7 +32,7 @@ from risam_cli.runs.ledger import (
     settings_hash,
 )
 
-_SHARDS = "shard-*-of-*"  # what a run under torchrun calls its folders
+SHARDS = "shard-*-of-*"  # what a run under torchrun calls its folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,7 @@ def merge_parts(
     *,
     overwrite: bool = False,
     advance: Callable[[], None] = lambda: None,
+    link: bool = False,
 ) -> Merged:
     """Write one output folder of all shards: records, failures, ledger, masks, ``run.json``.
 
@@ -116,6 +117,7 @@ def merge_parts(
         parts: as :func:`find_parts` gives them.
         overwrite: start anew in a folder that holds a run.
         advance: called after each entry.
+        link: masks keep their place on the disk where that can be: the shards will be deleted.
 
     Raises:
         DataError: an entry is missing or doubled, or what a shard wrote was changed since.
@@ -135,7 +137,7 @@ def merge_parts(
                         f"choose another {setting('output')} or give {setting('overwrite')}",
                     )
                 folder.require_known()
-            merged = _write(parts, folder, advance)
+            merged = _write(parts, folder, advance, link)
             text = json.dumps(_run_json(parts, merged), indent=2, allow_nan=False) + "\n"
             folder.spliced(RUN).write_text(text, encoding="utf-8")
             if overwrite:  # not before all that takes its place is there
@@ -156,7 +158,7 @@ def merge_parts(
 def _expand(folder: Path) -> list[Path]:
     if (folder / LEDGER).is_file() or (folder / RUN).is_file():
         return [folder]
-    shards = sorted(path for path in folder.glob(_SHARDS) if path.is_dir())
+    shards = sorted(path for path in folder.glob(SHARDS) if path.is_dir())
     if not shards:
         raise DataError(
             f"{folder} holds no run of `risam predict`", "name the output folders of the shards"
@@ -191,15 +193,34 @@ def _read_part(folder: Path) -> Part:
 def _require_same(first: Part, other: Part) -> None:
     pair = f"{first.folder} and {other.folder} do not belong together"
     fix = "merge shards of one run: the same inputs, model and settings"
-    for key in sorted({*first.identity, *other.identity} - {"shard"}):
-        ours, theirs = first.identity.get(key), other.identity.get(key)
-        if ours != theirs:
-            raise DataError(f"{pair}: {key} is {ours!r} and {theirs!r}", fix)
+    if changed := differing(first.identity, other.identity):
+        raise DataError(f"{pair}: {changed}", fix)
     if first.count != other.count:
         raise DataError(f"{pair}: one of {first.count} and one of {other.count} shards", fix)
     for key in ("entries", "hash"):
         if first.run["inputs"][key] != other.run["inputs"][key]:
             raise DataError(f"{pair}: their inputs differ", fix)
+    changed = differing(versions_of(first.run), versions_of(other.run))
+    if changed:
+        raise DataError(
+            f"{pair}: {changed}",
+            f"run one of them again with {setting('overwrite')}, by the other's versions",
+        )
+
+
+def versions_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The versions in a ``run.json`` that results can depend on."""
+    listed = run.get("versions")
+    return {**(listed if isinstance(listed, dict) else {}), "risam": run.get("risam")}
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What two processes of one run should agree in and do not; empty where they agree."""
+    return "; ".join(
+        f"{key} is {one.get(key)!r} and {other.get(key)!r}"
+        for key in sorted({*one, *other} - {"shard"})
+        if one.get(key) != other.get(key)
+    )
 
 
 def _lines(parts: Sequence[Part]) -> Iterator[tuple[int, LedgerLine]]:
@@ -265,7 +286,9 @@ def _opened(path: Path) -> BinaryIO:
         raise DataError(f"{path}: {reason_of(error)}", "run the shard again") from None
 
 
-def _write(parts: Sequence[Part], folder: RunFolder, advance: Callable[[], None]) -> Merged:
+def _write(
+    parts: Sequence[Part], folder: RunFolder, advance: Callable[[], None], link: bool
+) -> Merged:
     entries = files = 0
     _allow_files(3 * len(parts) + 64)
     with ExitStack() as stack:
@@ -275,7 +298,7 @@ def _write(parts: Sequence[Part], folder: RunFolder, advance: Callable[[], None]
         ledger.write(header_line(_identity(parts)))
         for place, line in _lines(parts):
             for mark in line.files:
-                _copy(parts[place].folder, folder.incoming, mark)
+                _copy(parts[place].folder, folder.incoming, mark, link)
             moved = replace(
                 line,
                 predictions=predictions.add(place, line.predictions),
@@ -299,7 +322,7 @@ def _allow_files(number: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _copy(source: Path, target: Path, mark: FileMark) -> None:
+def _copy(source: Path, target: Path, mark: FileMark, link: bool) -> None:
     try:
         status = os.stat(source / mark.path)
         if status.st_size != mark.size or not stat.S_ISREG(status.st_mode):
@@ -313,12 +336,18 @@ def _copy(source: Path, target: Path, mark: FileMark) -> None:
         raise _changed(source / mark.path)
     place = target / mark.path
     try:
-        file = open(place, "wb")  # noqa: SIM115 - closed below, outside of this try
+        _link_or_write(source / mark.path, place, data, link)
     except FileNotFoundError:
         place.parent.mkdir(parents=True, exist_ok=True)
-        file = open(place, "wb")  # noqa: SIM115 - closed below
-    with file:
-        file.write(data)
+        _link_or_write(source / mark.path, place, data, link)
+
+
+def _link_or_write(source: Path, place: Path, data: bytes, link: bool) -> None:
+    if link:
+        with suppress(OSError):  # a file system without links
+            os.link(source, place)
+            return
+    place.write_bytes(data)
 
 
 def _changed(path: Path) -> DataError:
@@ -335,7 +364,7 @@ def _identity(parts: Sequence[Part]) -> dict[str, Any]:
 def _run_json(parts: Sequence[Part], merged: Merged) -> dict[str, Any]:
     first = parts[0].run
     identity = _identity(parts)
-    kept = ("command", "risam", "versions", "model")
+    kept = ("command", "launch", "risam", "versions", "model")
     return {
         "status": "complete",
         **{key: first[key] for key in kept if key in first},

@@ -204,7 +204,7 @@ def follow_inputs(
     folder: RunFolder,
     kept: Kept,
     entries: Callable[[], Iterator[Entry]],
-    has: Callable[[Entry], bool],
+    picks: Callable[[], Callable[[Entry], bool]],
 ) -> Kept:
     """Puts what was done in the order of the inputs as they are now, where these changed.
 
@@ -215,26 +215,28 @@ def follow_inputs(
 
     Args:
         entries: gives the entries of all shards, each time from the first on.
-        has: whether an entry is this shard's.
+        picks: gives what says of all entries, asked of one after another, whether each is this
+            shard's.
 
     Raises:
         OutputError: less of what was done is still asked than not: these are hardly the inputs of
             this run.
     """
-    if _fits(kept_lines(folder, kept), filter(has, entries())):
+    if _fits(kept_lines(folder, kept), filter(picks(), entries())):
         return kept
     count = again = new = elsewhere = 0
+    has = picks()
     with writing(folder.path), Splice(folder) as splice:
         places: dict[str, list[At]] = {}
         for line, at in splice.newest():
             places.setdefault(_content(line.key), []).append(at)
         for entry in entries():
-            found = places.get(_content(entry.key))
+            found, mine = places.get(_content(entry.key)), has(entry)
             if not found:
-                new += has(entry)
+                new += mine
                 continue
             line, texts = splice.read(found.pop(0))
-            mine, whole = has(entry), not line.failures.length and line.entry not in kept.broken
+            whole = not line.failures.length and line.entry not in kept.broken
             line = replace(line, entry=entry.index)
             if not (mine and whole and splice.add(line, texts, entry)):
                 splice.drop(line)

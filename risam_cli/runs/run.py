@@ -43,6 +43,7 @@ from risam_cli.interrupts import StopRequest
 from risam_cli.runs.folder import RUN, RunFolder
 from risam_cli.runs.gallery import write_gallery
 from risam_cli.runs.ledger import settings_hash
+from risam_cli.runs.ranks import Ranks
 from risam_cli.runs.resume import Kept, Place, follow_inputs, prepare, still_to_do
 from risam_cli.runs.shard import Shard
 from risam_cli.runs.writer import RunCounts, RunWriter, Saving, Stager
@@ -66,6 +67,7 @@ class RunPlan:
         command: as typed, for ``run.json``.
         timings: seconds spent before, by part.
         feature_cache: where the image encoder's features are kept; None keeps none.
+        ranks: the processes that torchrun started, if it did.
     """
 
     inputs: Inputs
@@ -78,6 +80,7 @@ class RunPlan:
     command: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
     feature_cache: CacheSettings | None = None
+    ranks: Ranks | None = None
 
     def entries(self) -> Iterator[Entry]:
         """All entries of all shards, as far as the limit goes."""
@@ -101,6 +104,9 @@ def run_predict(
         RisamError: the run could not begin, or not go on; what was done is kept.
     """
     identity = identity_of(plan, segmenter)
+    if plan.ranks is not None:  # before anything is left that differs
+        how = {"settings": identity, "versions": versions(segmenter), "risam": __version__}
+        plan.ranks.require_alike(RUN, how, folder.path.parent)
     kept = prepare(folder, identity)
     listing = _Listing(plan)
     if kept.entries:
@@ -108,16 +114,18 @@ def run_predict(
         if plan.retry_failed:  # before run.json says by which limits
             folder.begin_retry()
             kept.retried.clear()
-        kept = follow_inputs(folder, kept, listing.look, plan.shard.has)
+        kept = follow_inputs(folder, kept, listing.look, plan.shard.picks)
     total = left = None
     if plan.inputs.repeatable:
-        total = sum(1 for entry in listing.look() if plan.shard.has(entry))
+        total = sum(1 for _ in plan.shard.own(listing.look()))
         left = total - kept.entries
     run = _Run(plan, segmenter, folder, identity, kept, listing)
     run.tell_settings()
-    run.report("running")
+    noted = run.report("running")
     status = "failed"
     try:
+        if plan.ranks is not None:  # or they begin together
+            plan.ranks.require_alike(RUN, noted, folder.path.parent)
         with get_console().progress("predict", total, "inputs", done=kept.entries) as progress:
             run.go(progress, stream, left)
         run.page = write_gallery(folder.path, folder.write)
@@ -247,12 +255,14 @@ class _Run:
             yield entry.sample or Sample(entry.image, Path(), ()), (entry, place)
 
     def _own_entries(self) -> Iterator[Entry]:
+        yield from self.plan.shard.own(self._counted())
+
+    def _counted(self) -> Iterator[Entry]:
         count = 0
         for entry in self.listing.take():
             count += 1
             self.inputs_hash.update(entry.key.encode())
-            if self.plan.shard.has(entry):
-                yield entry
+            yield entry
         self.entries = count
 
     def _clock(self, result: ImageResult) -> None:
@@ -319,14 +329,15 @@ class _Run:
         console.warn(f"{failed} items failed: see {self.folder.failures}")
         return EXIT_SOME_FAILED
 
-    def report(self, status: str) -> None:
-        """Writes ``run.json``."""
+    def report(self, status: str) -> dict[str, Any]:
+        """Writes ``run.json``, and gives what it holds."""
         records = count_lines(self.folder.predictions)
         failed = count_lines(self.folder.failures)
         plan, settings = self.plan, self.plan.settings
         report = {
             "status": status,
             "command": list(plan.command),
+            **({} if plan.ranks is None else {"launch": plan.ranks.launch}),
             "risam": __version__,
             "versions": versions(self.segmenter),
             "machine": {
@@ -375,6 +386,7 @@ class _Run:
         }
         text = json.dumps(report, indent=2, allow_nan=False) + "\n"
         self.folder.write_run(text)
+        return report
 
     def _seconds(self) -> dict[str, float]:
         """By part. Loading, finishing and writing run beside the network, so parts overlap."""

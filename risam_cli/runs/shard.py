@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
-import os
+import heapq
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from risam_cli.data.inputs.inputs import Entry
 from risam_cli.errors import UsageError, setting
+
+# What an image costs, in thousandths of encoding it: see docs/scale.md for the measurement.
+_IMAGE = 1000
+_EXPRESSION = 120
+_MEGAPIXEL = 60  # of reading the image, and again of each mask
+_USUAL = 307_200  # pixels of an image whose size the listing does not tell: 640x480
+
+
+def cost_of(expressions: int, size: tuple[int, int] | None, *, first: bool = True) -> int:
+    """What an image with so many expressions costs, in thousandths of encoding it (ours).
+
+    Args:
+        size: (H, W) where the listing tells it; images are not looked at for it, so that every
+            process comes to the same number.
+        first: whether the image is encoded for them, or was for others of its expressions.
+    """
+    pixels = _USUAL if size is None else size[0] * size[1]
+    a_look = _MEGAPIXEL * pixels // 1_000_000
+    return (_IMAGE + a_look if first else 0) + expressions * (_EXPRESSION + a_look)
+
+
+class Dealer:
+    """Deals work to N hands in the order in which it comes, each time to the one with the least.
+
+    What is dealt depends on the costs alone, so N processes that see the same list agree without a
+    word. No hand has more than the mean and one piece; equal costs go round in turn.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._loads = [(0, index) for index in range(1, count)]  # a heap, without the hand dealt to
+        self._load, self.hand = 0, 0
+
+    def deal(self, cost: int) -> int:
+        """The hand that takes the next piece."""
+        self._load, self.hand = heapq.heappushpop(self._loads, (self._load, self.hand))
+        self._load += cost
+        return self.hand
+
+    def add(self, cost: int) -> None:
+        """More of the piece that was dealt last."""
+        self._load += cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +60,27 @@ class Shard:
     index: int = 0
     count: int = 1
 
-    def has(self, entry: Entry) -> bool:
-        """Whether an entry is this part's: stretches of one image are dealt out in turn."""
-        return entry.run % self.count == self.index
+    def own(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """This part's of all entries. Stretches of one image stay together; parts cost alike."""
+        return filter(self.picks(), entries)
+
+    def picks(self) -> Callable[[Entry], bool]:
+        """What says, asked of all entries one after another, whether each is this part's."""
+        if self.count == 1:
+            return lambda entry: True
+        dealer, run = Dealer(self.count), -1
+
+        def is_own(entry: Entry) -> bool:
+            nonlocal run
+            size = None if entry.sample is None else entry.sample.size
+            if entry.run != run:
+                run = entry.run
+                dealer.deal(cost_of(entry.size, size))
+            else:
+                dealer.add(cost_of(entry.size, size, first=False))
+            return dealer.hand == self.index
+
+        return is_own
 
     def folder(self, output: Path) -> Path:
         """This part's own folder under one that all parts are given."""
@@ -41,11 +100,3 @@ def parse_shard(text: str) -> Shard:
             f"{setting('shard')} {text!r} is not I/N with I from 0 to N", "write 0/4, 1/4, …"
         )
     return Shard(index % count, count)
-
-
-def shard_of_environment(environment: Mapping[str, str] = os.environ) -> Shard | None:
-    """The shard that torchrun gives this process by RANK and WORLD_SIZE; None without torchrun."""
-    rank, size = environment.get("RANK", ""), environment.get("WORLD_SIZE", "")
-    if not rank.isdigit() or not size.isdigit() or int(size) < 2:
-        return None
-    return Shard(int(rank) % int(size), int(size))

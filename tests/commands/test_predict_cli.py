@@ -446,23 +446,6 @@ def test_a_dry_run_and_help_import_no_torch(tiny_images: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
-# --- parts ----------------------------------------------------------------------------------------
-
-
-def test_torchrun_gives_each_process_a_folder_of_its_own(
-    predict: Call, tiny_images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert predict(tiny_images, "-e", "x", "-o", "whole") == 0
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        assert predict(tiny_images, "-e", "x", "-o", "parts") == 0
-    names = ["shard-00000-of-00002", "shard-00001-of-00002"]
-    assert sorted(path.name for path in Path("parts").iterdir()) == names
-    assert main(["merge", *(f"parts/{name}" for name in names), "-o", "merged"]) == 0
-    assert contents(Path("merged")) == contents(Path("whole"))
-
-
 @pytest.mark.photos
 def test_real_photos(predict: Call, photos: Path) -> None:
     assert predict(photos, "-e", "the person", "--limit", "10") == 0

@@ -384,3 +384,42 @@ def test_limited_sources_read_no_further_than_asked(tmp_path: Path) -> None:
     assert replace(source, limit=3) == source
     assert len([e for s in source for e in s.expressions]) == 3
     assert len(list((tmp_path / "images").iterdir())) == 1
+
+
+def test_processes_of_torchrun_score_as_one(
+    tmp_path: Path, evaluate: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image answered by one of them, all scored by the last; faults are listed as by one."""
+    (data / "1.png").write_text("broken")
+    monkeypatch.setattr("risam_cli.runs.ranks._GRACE", 0.01)
+    alone = evaluate("--limit", "10")
+    assert alone.code == 3
+    out = tmp_path / "many"
+    seen: list[int] = []
+    encode = Risam.encode_image
+
+    def counted(self: Risam, pixels: torch.Tensor) -> Any:
+        seen.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(Risam, "encode_image", counted)
+
+    def as_rank(rank: int, *args: str) -> Run:
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", str(rank))
+            patch.setenv("WORLD_SIZE", "3")
+            run: Run = evaluate("--limit", "10", *args, output=out)
+            return run
+
+    assert (as_rank(2).code, as_rank(0).code) == (0, 0)
+    assert not (out / "report.json").exists()
+    assert as_rank(0).code == 1  # as one: an interrupted run is refused without a word
+    assert "not work alike" in as_rank(1, "--threshold", "0.3", "--resume").err
+    last = as_rank(1, "--resume")
+    assert last.code == 3, last.err
+    assert sum(seen) == 2  # of three images, one is broken
+    assert last.report.figures == alone.report.figures
+    assert last.report.counts == alone.report.counts
+    for name in ("per_expression.jsonl", "failures.jsonl"):
+        assert (out / name).read_bytes() == (alone.folder / name).read_bytes()
+    assert {path.name for path in out.iterdir()} == {path.name for path in alone.folder.iterdir()}

@@ -16,7 +16,7 @@ from risam_cli.cli import main
 from risam_cli.data.images.files import file_sha256
 from risam_cli.evaluation import flow
 from risam_cli.evaluation import scoring as engine
-from risam_cli.evaluation.answers import AnswerLog
+from risam_cli.evaluation.answer_log import AnswerLog
 from risam_cli.files.locks import FolderLock
 from risam_cli.model.risam import Risam
 

@@ -230,13 +230,14 @@ class Inputs:
                 (row.id if row.id is None or not several else f"{row.id}#{k}", text)
                 for k, text in enumerate(texts)
             )
-            wish = _Wish(row.image, None, asked, row.where, row.id or row.name)
+            path, wrong = None, ""
             try:
                 if row.error is not None:
                     raise row.error
-                yield replace(wish, path=self._locate(row.image, base, row.where))
+                path = self._locate(row.image, base, row.where)
             except DataError as error:
-                yield replace(wish, error=str(error))
+                wrong = str(error)
+            yield _Wish(row.image, path, asked, row.where, row.id or row.name, error=wrong)
 
     def _of_coco(self, path: str) -> Iterator[_Wish]:
         base = self.image_root or Path(path).parent

@@ -18,7 +18,8 @@ from risam_cli.data.inputs.counting import NameCounts
 from risam_cli.data.inputs.inputs import Entry, Inputs, read_expressions
 from risam_cli.data.inputs.manifest import MAX_LINE
 from risam_cli.errors import DataError, UsageError
-from risam_cli.runs.shard import Shard, parse_shard, shard_of_environment
+from risam_cli.runs.ranks import ranks_of_environment
+from risam_cli.runs.shard import Shard, cost_of, parse_shard
 
 
 def entries(*arguments: str | Path, e: Sequence[str] = (), **options: object) -> list[Entry]:
@@ -425,7 +426,7 @@ def test_many_names_are_counted_in_little_memory() -> None:
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=30), st.integers(1, 5))
 def test_shards_share_nothing_and_miss_nothing(images: list[str], count: int) -> None:
     found = entries(*(f"{name}.jpg" for name in images), e=["x"])
-    parts = [[one.index for one in found if Shard(i, count).has(one)] for i in range(count)]
+    parts = [[one.index for one in Shard(i, count).own(found)] for i in range(count)]
     assert sorted(index for part in parts for index in part) == list(range(len(found)))
     for one, other in itertools.pairwise(found):
         if one.image == other.image:  # stays together, to be encoded once
@@ -439,8 +440,22 @@ def test_shards_are_counted_from_0_or_from_1() -> None:
             parse_shard(text)
 
 
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=60), st.integers(2, 7))
+def test_shards_cost_alike(lines: list[int], count: int) -> None:
+    """However many expressions images have, no part has more than its fair share and an image."""
+    names = [f"{k}.jpg" for k, several in enumerate(lines) for _ in range(several)]
+    found = entries(*names, e=["x"])
+    costs = [cost_of(several, None) for several in lines]
+    runs = [{one.run for one in Shard(i, count).own(found)} for i in range(count)]
+    assert sum(map(len, runs)) == len(lines)
+    loads = [sum(costs[run] for run in own) for own in runs]
+    assert max(loads) <= sum(costs) / count + max(costs)
+
+
 def test_torchrun_gives_the_shard() -> None:
-    assert shard_of_environment({"RANK": "2", "WORLD_SIZE": "4"}) == Shard(2, 4)
-    assert Shard(2, 4).folder(Path("o")) == Path("o/shard-00002-of-00004")
+    found = ranks_of_environment({"RANK": "2", "WORLD_SIZE": "4", "MASTER_PORT": "1"})
+    assert found is not None
+    assert (found.shard, found.leads, found.restarted) == (Shard(2, 4), False, False)
+    assert found.part(Path("o")) == Path("o/shard-00002-of-00004")
     for environment in ({}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "x", "WORLD_SIZE": "4"}):
-        assert shard_of_environment(environment) is None
+        assert ranks_of_environment(environment) is None
