@@ -180,7 +180,7 @@ def test_a_resumed_run_hashes_what_it_answered_once_and_nothing_else(
         hashed.append(path.name)
         return file_sha256(path)
 
-    monkeypatch.setattr("risam_cli.evaluation.answers.file_sha256", counted)
+    monkeypatch.setattr("risam_cli.evaluation.answer_log.file_sha256", counted)
     assert evaluate(tmp_path / "out", "--resume") == 0
     assert hashed == [f"{number}.png" for number in range(answered)]
 
