@@ -9,9 +9,11 @@ from typing import Any
 import click
 
 from risam_cli.commands.options import (
+    bands_option,
     batch_options,
     cache_options,
     compile_option,
+    confine_option,
     decode_option,
     device_options,
     instance_options,
@@ -125,6 +127,11 @@ def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None)
 @batch_options
 @cache_options
 @decode_option
+@bands_option
+@confine_option(
+    "Refuse images outside of --images, or of the data's folder, and mask files outside of their "
+    "list's folder: for files from strangers."
+)
 @run_mode_options
 @json_option
 @verbosity_options

@@ -10,6 +10,7 @@ import click
 
 from risam_cli.commands import completing
 from risam_cli.commands.options import (
+    bands_option,
     decode_option,
     device_options,
     model_option,
@@ -86,6 +87,7 @@ def _parse_points(
 @threshold_options
 @device_options
 @decode_option
+@bands_option
 @verbosity_options
 def command(**options: Any) -> int:
     """Show what the network looked at, after Figure 1 of the paper.
@@ -149,6 +151,7 @@ def _look(
     threshold: float | None,
     no_target_threshold: float | None,
     full_decode: bool,
+    bands: tuple[int, int, int] | None,
 ) -> Explanation:
     """Runs the network; torch is imported here and not before."""
     from risam_cli.data.images.images import open_rgb, read_for_encoder
@@ -165,12 +168,12 @@ def _look(
         threshold=threshold,
         no_target_threshold=no_target_threshold,
     )
-    rgb = open_rgb(Path(image))  # a bad image is told before a model is loaded
+    rgb = open_rgb(Path(image), bands=bands)  # a bad image is told before a model is loaded
     segmenter = require_risam(
         load_segmenter(model, device=place, precision=settings.precision), "risam explain"
     )
     session = Session(segmenter, compute_settings(segmenter, settings))
-    scaled = read_for_encoder(Path(image), segmenter.frames, full_decode=full_decode)
+    scaled = read_for_encoder(Path(image), segmenter.frames, full_decode=full_decode, bands=bands)
     encoded = session.encode(scaled)
     bar = segmenter.thresholds.no_target if no_target_threshold is None else no_target_threshold
     tokenizer = segmenter.loaded.tokenizer

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from risam_cli.commands.options import json_option, output_option, verbosity_options
+from risam_cli.commands.options import (
+    bands_option,
+    confine_option,
+    json_option,
+    output_option,
+    verbosity_options,
+)
 from risam_cli.console.console import get_console
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 
@@ -127,6 +134,11 @@ def _unit(ctx: click.Context, param: click.Parameter, value: float) -> float:
     metavar="N",
     help="Masks with more pixels fail.",
 )
+@bands_option
+@confine_option(
+    "Refuse images outside of --image-root and mask files outside of their list's folder: for "
+    "results from strangers."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export in the folder.")
 @json_option
 @verbosity_options
@@ -143,6 +155,8 @@ def command(
     max_pixels: int,
     overwrite: bool,
     copy_images: bool,
+    bands: tuple[int, int, int] | None,
+    confine: bool,
     as_json: bool,
     **settings: Any,
 ) -> int:
@@ -177,12 +191,13 @@ def command(
         max_pixels=max_pixels,
         overwrite=overwrite,
         copy_images=copy_images,
+        confine=confine,
     )
     with get_console().progress(f"export {kind}", None, "masks") as progress:
         outcome = run_export(
             request,
-            open_rgb,
-            image_size,
+            partial(open_rgb, bands=bands),
+            partial(image_size, bands=bands),
             lambda masks, failures: progress.advance(masks, failures=failures),
             begin=lambda total: progress.update(total=total),
         )

@@ -181,6 +181,35 @@ def decode_option(function: F) -> F:
     )(function)
 
 
+def _parse_bands(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        bands = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        bands = ()
+    if len(bands) != 3 or min(bands) < 1:
+        raise click.BadParameter(f"{value!r}: three bands counted from 1, such as 3,2,1.")
+    return bands
+
+
+def bands_option(function: F) -> F:
+    """``--bands``: parameter ``bands: tuple[int, int, int] | None``."""
+    return click.option(
+        "--bands",
+        metavar="R,G,B",
+        callback=_parse_bands,
+        help="Which bands of TIFFs with four or more are red, green and blue, counted from 1.",
+    )(function)
+
+
+def confine_option(text: str) -> Callable[[F], F]:
+    """``--confine``: parameter ``confine: bool``."""
+    return click.option("--confine", is_flag=True, help=text)
+
+
 def _parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
     try:
         return parse_size(value)

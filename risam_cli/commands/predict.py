@@ -16,9 +16,11 @@ import click
 
 from risam_cli.commands import completing
 from risam_cli.commands.options import (
+    bands_option,
     batch_options,
     cache_options,
     compile_option,
+    confine_option,
     decode_option,
     device_options,
     instance_options,
@@ -50,20 +52,6 @@ def _parse_save(ctx: click.Context, param: click.Parameter, value: str) -> froze
     if "none" in names and len(names) > 1:
         raise click.BadParameter(f"{value!r}: none goes with nothing else.")
     return names - {"none"}
-
-
-def _parse_bands(
-    ctx: click.Context, param: click.Parameter, value: str | None
-) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    try:
-        bands = tuple(int(part) for part in value.split(","))
-    except ValueError:
-        bands = ()
-    if len(bands) != 3 or min(bands) < 1:
-        raise click.BadParameter(f"{value!r}: three bands counted from 1, such as 3,2,1.")
-    return bands
 
 
 def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None) -> bool:
@@ -170,17 +158,10 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
     metavar="SECONDS",
     help="Give up on an image that takes longer to read.",
 )
-@click.option(
-    "--bands",
-    metavar="R,G,B",
-    callback=_parse_bands,
-    help="Which bands of TIFFs with four or more are red, green and blue, counted from 1.",
-)
-@click.option(
-    "--confine",
-    is_flag=True,
-    help="Refuse images of manifests and stdin that lie outside of --image-root, or of the "
-    "manifest's folder: for lists from strangers.",
+@bands_option
+@confine_option(
+    "Refuse images of manifests and stdin that lie outside of --image-root, or of the "
+    "manifest's folder: for lists from strangers."
 )
 @click.option(
     "-0",

@@ -350,6 +350,7 @@ def _settings(
         no_target_threshold=own.no_target if no_target is None else no_target,
         keep_raw=True,
         full_decode=asked.full_decode,
+        bands=asked.bands,
         select=asked.select,
         instance_threshold=asked.instance_threshold,
     )
@@ -385,6 +386,7 @@ def _identity(
         "shuffle": asked.shuffle,
         "full decode": asked.full_decode,
         "features": "float32" if asked.feature_cache is None else "half (feature cache)",
+        **({"bands": list(asked.bands)} if asked.bands else {}),
         **instance_rules(segmenter, settings),
         **segmenter.versions,
     }

@@ -134,7 +134,7 @@ def _evaluate(asked: EvalRequest) -> int:
             else:
                 done = _from_model(asked, source, protocol, folder, failures)
         report = _report(asked, source, protocol, done, other)
-        write_reports(folder, report, gallery(done.run.scored))
+        write_reports(folder, report, gallery(done.run.scored, asked.bands))
         done.finish()
     console.block(console_table(report))
     console.info(f"reports are in {asked.output}")
@@ -165,7 +165,9 @@ def _from_predictions(
     assert asked.predictions is not None
     console = get_console()
     side = protocol.canvas if protocol.resolution == "stretch" else 0
-    with PredictionIndex(asked.predictions, failures, canvas=side, source=source) as index:
+    with PredictionIndex(
+        asked.predictions, failures, canvas=side, source=source, confine=asked.confine
+    ) as index:
         absent, wanted = count_missing_images(source)
         if absent:
             console.warn(f"{absent} of {wanted} images are missing; pictures show masks only")

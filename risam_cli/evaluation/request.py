@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from risam_cli.console.console import get_console
+from risam_cli.data.images.files import require_inside
+from risam_cli.data.images.images import Bands
 from risam_cli.data.readers.catalog import count_differences, open_dataset
 from risam_cli.data.readers.refshapes import BENCHMARKS, open_refshapes, open_refshapes_files
 from risam_cli.data.readers.source import SampleSource
@@ -74,6 +76,8 @@ class EvalRequest:
     feature_cache: Path | None
     feature_cache_limit: int
     full_decode: bool
+    bands: Bands | None
+    confine: bool
     resume: bool
     overwrite: bool
     as_json: bool
@@ -135,6 +139,8 @@ class EvalRequest:
             source = open_refshapes_files(self.root, family, split, self.image_root)
         else:
             source = open_refshapes(family, split, scratch)
+        if self.confine:
+            _require_confined(source, self.image_root or self.root or scratch)
         for line in (*count_differences(source, self.split_by), *source.notes):
             console.warn(line)
         return source.limited(self.limit, self.shuffle)
@@ -162,6 +168,18 @@ class EvalRequest:
                 f"{self.output} holds a report already",
                 f"choose another {setting('output')} or give {setting('overwrite')}",
             )
+
+
+def _require_confined(source: SampleSource, root: Path) -> None:
+    """Refuse a data set with an image outside of the folder where its names start.
+
+    Raises:
+        DataError: naming the first.
+    """
+    for group in source.groups:
+        name = Path(group.image)
+        start = root if name.is_absolute() else group.path.parents[len(name.parts) - 1]
+        require_inside(group.path, start, repr(group.image))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from risam_cli.data.identity import existing, id_text
+from risam_cli.data.images.files import require_inside
 from risam_cli.errors import DataError
 from risam_cli.export.categories import UNNAMED, Categories, Naming
 from risam_cli.export.folder import ExportFolder
@@ -38,6 +39,8 @@ class Request:
         kind: a name in :func:`risam_cli.export.registry.formats`.
         image_root: where relative image paths begin.
         min_score, min_area: masks below are left out (they count as filtered).
+        confine: refuse images outside of ``image_root``, and mask files outside of their list's
+            folder.
     """
 
     predictions: Path
@@ -52,6 +55,7 @@ class Request:
     min_area: int = 0
     overwrite: bool = False
     copy_images: bool = False
+    confine: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,7 @@ def run_export(
             annotations=request.annotations,
             max_pixels=request.max_pixels,
             placement=placement,
+            confine=request.confine,
         ) as source,
         ExitStack() as stack,
     ):
@@ -151,6 +156,8 @@ def _add(
     tally = context.tally
     path = Path(existing(str(request.image_root / group.image)))
     try:
+        if request.confine:
+            require_inside(path, request.image_root, repr(group.image))
         _check_size(group, path, measure)
     except DataError as error:
         for given in group.records:

@@ -74,7 +74,7 @@ class Source:
         names: what the COCO file says, or None.
 
     Args:
-        path, annotations: see :class:`risam_cli.data.readers.results.Results`.
+        path, annotations, confine: see :class:`risam_cli.data.readers.results.Results`.
         on_failure: gets every record that cannot be used.
         max_pixels: masks over it are not taken: a few bytes can stand for gigabytes of pixels.
         placement: shown the name of every image.
@@ -91,10 +91,11 @@ class Source:
         annotations: Path | None = None,
         max_pixels: int = MAX_PIXELS,
         placement: Placement | None = None,
+        confine: bool = False,
     ) -> None:
         self._max_pixels = max_pixels
         self._on_failure = on_failure
-        self._results = Results(path, annotations)
+        self._results = Results(path, annotations, confine=confine)
         self.path = self._results.path
         self.names = self._results.names
         try:
@@ -143,7 +144,7 @@ class Source:
 
     def _index(self, placement: Placement) -> None:
         offsets, numbers, keys, ids = array("Q"), array("Q"), array("Q"), array("q")
-        self.broken = 0
+        self.broken, reason = 0, ""
         for number, offset, record in self._results.rows():
             try:
                 if isinstance(record, DataError):
@@ -151,6 +152,7 @@ class Source:
                 image = _image(record, self._results.place(number))
             except DataError as error:
                 self._fail(number, "", None, error)
+                reason = reason or f": {error}"
                 continue
             key = _hash(image)
             if not len(keys) or key != keys[-1]:
@@ -163,7 +165,8 @@ class Source:
         self.names = self._results.names
         if not len(offsets):
             raise DataError(
-                f"{self.path} holds no record" + (" that can be read" if self.broken else ""),
+                f"{self.path} holds no record"
+                + (f" that can be read{reason}" if self.broken else ""),
                 "give records with image, expression and segmentation, one JSON object a line",
             )
         own = np.frombuffer(ids, np.int64)

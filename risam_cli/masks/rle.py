@@ -8,7 +8,9 @@ hand the string to pycocotools' C code, which trusts it.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import cv2
@@ -219,6 +221,7 @@ def _require_size(rle: Rle, size: Size) -> None:
 def parse_size(obj: object, where: str) -> Size:
     """(H, W) out of JSON; both at least 1, their product at most MAX_PIXELS."""
     values = list(obj) if isinstance(obj, (list, tuple)) else []
+    values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
     if len(values) != 2 or not all(type(v) is int and v > 0 for v in values):
         raise DataError(
             f"{where}: the RLE's size is {_brief(obj)}", "write it as [height, width], both above 0"
@@ -235,8 +238,12 @@ def parse_size(obj: object, where: str) -> Size:
 def _parse_counts(obj: object, where: str) -> NDArray[np.int64]:
     """Run lengths from any of the three forms; not yet checked for range and sum."""
     if isinstance(obj, str):
+        text = obj
+        if obj.startswith(("b'", 'b"')):  # what str() makes of bytes; no RLE has these quotes
+            with suppress(ValueError, SyntaxError):
+                text = ast.literal_eval(obj).decode("ascii")
         try:
-            return _decompress(obj.encode("ascii"), where)
+            return _decompress(text.encode("ascii"), where)
         except UnicodeEncodeError:
             raise DataError(f"{where}: the RLE's counts are not ASCII: {_brief(obj)}") from None
     if isinstance(obj, bytes):

@@ -68,6 +68,9 @@ class CocoData(PartOfFile):
     annotations: str = Field(description="the JSON file; in val by default that of train")
     images: str | None = Field(None, description="folder that file names are relative to")
     split: str = Field("all", description="take the records that carry this split; all is all")
+    bands: tuple[int, int, int] | None = Field(
+        None, description="which bands of TIFFs with four or more are red, green and blue, from 1"
+    )
     pseudo_weight: float = Field(
         1.0,
         gt=0,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from risam_cli.errors import ImageError, reason_of, require_machine, setting
+from risam_cli.errors import DataError, ImageError, reason_of, require_machine, setting
 from risam_cli.files.hashing import sha256_of_stream
 
 
@@ -50,6 +50,23 @@ def file_sha256(path: Path) -> str | None:
 def stamp_of(status: os.stat_result) -> FileStamp:
     """The stamp out of what the system says."""
     return FileStamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+def require_inside(path: Path, root: Path, where: str) -> None:
+    """Make sure that a file named by a list from outside lies in the folder that it may name.
+
+    Args:
+        where: what names it, for the message.
+
+    Raises:
+        DataError: it lies elsewhere, once links are followed.
+    """
+    inside, whole = os.path.realpath(root), os.path.realpath(path)
+    if whole != inside and not whole.startswith(os.path.join(inside, "")):
+        raise DataError(
+            f"{where} lies outside of {inside}, to which files are confined",
+            f"name the folder that holds all images with {setting('image_root')}",
+        )
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from risam_cli.data.identity import existing, image_key
+from risam_cli.data.images.files import require_inside
 from risam_cli.data.inputs import manifest
 from risam_cli.data.inputs.counting import NameCounts
 from risam_cli.data.inputs.walk import (
@@ -268,15 +269,10 @@ class Inputs:
         """
         if "\0" in image:
             raise DataError(f"{where}: {image!r} is not a path that a file can have")
-        path = existing(os.path.join(base, image))
+        path = Path(existing(os.path.join(base, image)))
         if self.confine:
-            root, whole = os.path.realpath(base), os.path.realpath(path)
-            if whole != root and not whole.startswith(os.path.join(root, "")):
-                raise DataError(
-                    f"{where}: {image!r} lies outside of {root}, to which images are confined",
-                    f"name the folder that holds all images with {setting('image_root')}",
-                )
-        return Path(path)
+            require_inside(path, base, f"{where}: {image!r}")
+        return path
 
     def _excluded(self) -> str | None:
         return None if self.exclude is None else os.path.realpath(self.exclude)

@@ -165,6 +165,8 @@ def read_instances(
         if key == "images":
             image_id = record_id(record, path, "images[]")
             if keep_image(image_id):
+                if "file_name" not in record and (name := file_name_of(record)):
+                    record["file_name"] = name
                 known = result.images.setdefault(image_id, record)
                 if known != record:
                     raise DataError(
@@ -195,6 +197,14 @@ def read_instances(
         elif on_other is not None:
             on_other(key, record)
     return result
+
+
+def file_name_of(image: Mapping[str, Any]) -> str | None:
+    """An image's file name; of LVIS, which has none, what follows the host in its ``coco_url``."""
+    name = image.get("file_name")
+    if name is None and isinstance(image.get("coco_url"), str):
+        name = image["coco_url"].partition("://")[2].partition("/")[2]
+    return name if isinstance(name, str) and name else None
 
 
 def record_id(record: Any, path: Path, where: str) -> Any:

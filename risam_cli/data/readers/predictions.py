@@ -94,10 +94,11 @@ class PredictionIndex:
         *,
         canvas: int = 0,
         source: SampleSource | None = None,
+        confine: bool = False,
     ) -> None:
         self._size = size
         self._canvas = canvas
-        self._results = Results(path)
+        self._results = Results(path, confine=confine)
         self.path = self._results.path
         self._on_failure = on_failure
         self.broken = self.doubled = 0
@@ -201,7 +202,7 @@ class PredictionIndex:
 
     def _read(self) -> None:
         offsets, numbers = array("q"), array("q")
-        by_id, by_pair = array("Q"), array("Q")
+        by_id, by_pair, first = array("Q"), array("Q"), ""
         for number, offset, record in self._results.rows():
             if isinstance(record, dict) and not _has_name(record):
                 record = DataError(
@@ -210,6 +211,7 @@ class PredictionIndex:
                 )
             if isinstance(record, DataError):
                 self.broken += 1
+                first = first or f": {record}"
                 label = self._results.place(number).rpartition(", ")[2]
                 self._on_failure(Failure(label, "", None, "read", "DataError", str(record)))
                 continue
@@ -219,7 +221,8 @@ class PredictionIndex:
             by_pair.append(_pair_hash(record["image"], record["expression"]))
         if not len(offsets):
             raise DataError(
-                f"{self.path} holds no prediction" + (" that can be read" if self.broken else ""),
+                f"{self.path} holds no prediction"
+                + (f" that can be read{first}" if self.broken else ""),
                 "one JSON object a line, with id (or image and expression) and segmentation",
             )
         self._offsets = np.array(offsets, np.int64)

@@ -1,9 +1,9 @@
 """Results of any tool as records, one object each, that can be read again from any place.
 
 Taken are JSON Lines as `risam predict` writes them, a COCO results file, a JSON array of records,
-a COCO file with its own annotations, SAM's ``amg.py`` output, CSV and TSV, and a folder of mask
-files with a manifest; packed by gzip or in UTF-16 too. `risam export-masks` and `risam eval` both
-read through here, so what one takes, the other does.
+a COCO file with its own annotations, SAM's ``amg.py`` output, a folder of JSON files of one image
+each, CSV and TSV, and a folder of mask files with a manifest; packed by gzip or in UTF-16 too.
+`risam export-masks` and `risam eval` both read through here, so what one takes, the other does.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from risam_cli.console.streams import require_open
 from risam_cli.data.identity import id_text
-from risam_cli.data.readers.instances import segmentation_to_rle
+from risam_cli.data.images.files import require_inside
+from risam_cli.data.readers.instances import file_name_of, segmentation_to_rle
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.mask_files import read_mask_file
 from risam_cli.errors import DataError, reason_of
+from risam_cli.files.folder import makers_of
 from risam_cli.files.jsonlines import brief, parse_json, read_lines_at
 from risam_cli.files.plain import copied, open_plain, spooled
 from risam_cli.files.tables import Table
@@ -41,6 +45,9 @@ _IMAGE_KEYS = ("image", "file_name")
 _TEXT_KEYS = ("expression", "caption", "sent", "phrase", "text")
 _ID_KEYS = ("id", "sent_id", "task_id", "record_id")
 _COLUMNS = ("image", "expression", "mask", "segmentation", "id", "score", "no_target", "file_name")
+_JSON = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
+_PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_LONGEST_SINGLE = 1 << 23  # bytes of a file that is one record
 _LISTS = ("", "annotations", "predictions", "results")
 
 
@@ -50,6 +57,7 @@ class Results:
     Args:
         path: a file, a folder that holds one, or ``-`` for stdin.
         annotations: for COCO results: the COCO file that names their images and categories.
+        confine: refuse mask files outside of ``base``.
 
     Attributes:
         path: the file that was found.
@@ -60,9 +68,14 @@ class Results:
         DataError: the source cannot be read.
     """
 
-    def __init__(self, path: Path, annotations: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, annotations: Path | None = None, *, confine: bool = False
+    ) -> None:
         self.path = _find(path)
-        self.base = Path() if str(path) == "-" else self.path.parent
+        self._confine = confine
+        self._files = _json_files(self.path)  # of a folder
+        self._file_of = array("q")  # of each record
+        self.base = self.path if self._files else Path() if str(path) == "-" else self.path.parent
         self.names = Names(annotations) if annotations is not None else None
         self._kind = "line"
         self._places: array[int] | None = None
@@ -98,7 +111,9 @@ class Results:
             try:
                 if line is None:
                     raise DataError(f"{self.place(number)}: longer than {MAX_LINE >> 20} MiB")
-                yield number, offset, self._record(line, number)
+                record = self._record(line, number)
+                self._see_ids(record, number)
+                yield number, offset, record
             except DataError as error:
                 yield number, offset, error
 
@@ -109,9 +124,10 @@ class Results:
 
     def place(self, number: int) -> str:
         """A record's place, for messages."""
+        path = self._files[self._file_of[number - 1]] if self._files else self.path
         if self._places is not None:
             number = self._places[number - 1]
-        return f"{self.path}, {self._kind} {number}"
+        return f"{path}, {self._kind} {number}"
 
     def mask(self, record: Record, size: tuple[int, int] | None, where: str) -> Rle | None:
         """The mask of a record, from its segmentation or its mask file; None where it has neither.
@@ -123,7 +139,13 @@ class Results:
             DataError: it is malformed, of another size, or polygons of an unknown size.
         """
         found = record.get("segmentation")
+        if isinstance(found, str):
+            found = _cell("segmentation", found)
+        if found is None and isinstance(record.get("mask"), Mapping):
+            found = record["mask"]
         if isinstance(found, Mapping):
+            if "size" not in found and "counts" in found and size is not None:
+                found = {**found, "size": list(size)}
             return masks.parse_rle(found, size=size, where=where)
         if found is not None and not (found == [] and record.get("no_target") is True):
             return _from_list(found, size, where)
@@ -132,6 +154,8 @@ class Results:
             return None
         if not isinstance(name, str):
             raise DataError(f"{where}: 'mask' is {brief(name)}", "name a file")
+        if self._confine and "\0" not in name:
+            require_inside(self.base / name, self.base, f"{where}: the mask {name!r}")
         rle = read_mask_file(
             self.base / name, where, lambda doubt: self._note(f"mask files: one {doubt}", name)
         )
@@ -166,6 +190,22 @@ class Results:
         """What the user must know of all that was read, one line a kind, with numbers."""
         return [f"{n} {what} (the first: {self._first[what]})" for what, n in self._notes.items()]
 
+    def _see_ids(self, record: Record, number: int) -> None:
+        """Note where a name had to be made of a COCO id."""
+        first = self.place(number)
+        if self.names is None and record.get("image_id") is not None:
+            if record["image"] == id_text(record["image_id"]):
+                self._note(
+                    "results name their image by an id only, which is taken for its name", first
+                )
+        elif self.names is not None:
+            category = id_text(record.get("category_id"))
+            if category is not None and category not in self.names.categories:
+                self._note(
+                    "results have a category_id that the COCO file does not list",
+                    f"{brief(record['category_id'])}, {first}",
+                )
+
     def _leave_out(self, key: str, value: object, wanted: str, number: int) -> None:
         self._note(
             f"records have a {key} that is not {wanted}; it is left out",
@@ -189,7 +229,7 @@ class Results:
         if self.names is not None or "image_id" in found:
             (self.names or _NONE).complete(found, where)
         if "predicted_iou" in found and not any(key in found for key in _IMAGE_KEYS):
-            found["image"] = self.path.name.partition(".")[0]  # SAM's amg.py: one file an image
+            found["image"] = _stem(self.path)  # SAM's amg.py: one file an image
         for key, keys in (("id", _ID_KEYS), ("image", _IMAGE_KEYS), ("expression", _TEXT_KEYS)):
             given = next((found[k] for k in keys if found.get(k) is not None), None)
             found[key] = given
@@ -202,6 +242,8 @@ class Results:
     # --- opening --------------------------------------------------------------------------------
 
     def _open(self) -> BinaryIO:
+        if self._files:
+            return self._spooled(self._of_folder(), "result", None)
         if str(self.path) == "-":
             require_open("stdin")
             stream = copied(sys.stdin.buffer, "<stdin>")
@@ -210,10 +252,17 @@ class Results:
         name = self.path.name.lower().removesuffix(".gz")
         if name.endswith((".csv", ".tsv")):
             return self._spooled(self._of_table(stream), "line", stream)
-        head = stream.read(1 << 10).decode("utf-8-sig", "replace").lstrip()
+        start = stream.read(1 << 10)
+        if b"\0" in start or start.startswith(_PICKLE):
+            stream.close()
+            raise DataError(
+                f"{self.path} is a binary file, of which nothing is run or read",
+                "write its masks as COCO results or as JSON Lines",
+            )
+        head = start.decode("utf-8-sig", "replace").lstrip()
         stream.seek(0)
         if name.endswith(".json") or head[:1] == "[":
-            return self._spooled(self._of_json(stream), "result", None)
+            return self._spooled(self._of_json(self.path, stream), "result", None)
         return stream
 
     def _spooled(
@@ -243,27 +292,51 @@ class Results:
                 raise row.error
             yield row.first, {k: _cell(k, v) for k, v in row.cells.items() if k and v}
 
-    def _of_json(self, stream: BinaryIO) -> Iterator[tuple[int, Record]]:
+    def _of_folder(self) -> Iterator[tuple[int, Record]]:
+        """The records of a folder's files; those without an image's name are of their file's."""
+        for number, path in enumerate(self._files):
+            names, self.names = self.names, None
+            lines = path.name.removesuffix(".gz").endswith(".jsonl")
+            rows = list(_of_lines(path) if lines else self._of_json(path, None))
+            own, self.names = self.names, names
+            for place, row in rows:
+                if own is not None and names is None:
+                    own.complete(row, f"{path}, result {place}")
+                if not any(row.get(key) is not None for key in (*_IMAGE_KEYS, "image_id")):
+                    row["image"] = _stem(path)
+                self._file_of.append(number)
+                yield place, row
+        if not self._file_of:
+            raise DataError(f"{self.path}: its {len(self._files)} JSON files hold no record")
+
+    def _of_json(self, path: Path, stream: BinaryIO | None) -> Iterator[tuple[int, Record]]:
         """The records of a JSON file: of its array, or of the lists that a COCO file has."""
         table: dict[str, list[Any]] = {"images": [], "categories": []}
-        number = 0
-        for key, item in iter_json(self.path, stream):
+        image: Record = {}
+        number, is_empty = 0, True
+        for key, item in iter_json(path, stream):
+            is_empty = is_empty and key == "image"
             if key in table:
                 table[key].append(item)
+            elif key == "image" and isinstance(item, Mapping):  # of SA-1B: one file an image
+                image = {k: item[k] for k in ("file_name", "height", "width") if k in item}
             elif key in _LISTS:
                 if not isinstance(item, Mapping):
-                    raise DataError(
-                        f"{self.path}: result {number} is {brief(item)}", "give objects"
-                    )
-                yield number, dict(item)
+                    raise DataError(f"{path}: result {number} is {brief(item)}", "give objects")
+                yield number, {**image, **item}
                 number += 1
+        if not number and str(path) != "-":
+            single = _single(path)
+            if single or (is_empty and self._files):  # nothing was found in the image
+                yield from enumerate(single)
+                return
         if not number:
             raise DataError(
-                f"{self.path} is not a COCO results file, nor an array of records",
+                f"{path} is not a COCO results file, nor an array of records",
                 "that is a JSON array of objects with a segmentation",
             )
         if table["images"] and self.names is None:
-            self.names = Names(self.path, table)
+            self.names = Names(path, table)
 
 
 class Names:
@@ -289,8 +362,10 @@ class Names:
             read = table
         for image in read["images"]:
             name = id_text(image.get("id")) if isinstance(image, Mapping) else None
-            if name is None or not isinstance(image.get("file_name"), str):
+            file_name = None if name is None else file_name_of(image)
+            if name is None or not file_name:
                 raise DataError(f"{path}: an image without id or file_name: {brief(image)}")
+            image = {**image, "file_name": file_name}
             if name in self.images and self.images[name] != image:
                 raise DataError(f"{path}: two images have the id {name}", "ids must differ")
             self.images[name] = image
@@ -342,6 +417,35 @@ def _id(value: Any, where: str) -> str:
     return found
 
 
+def _single(path: Path) -> list[Record]:
+    """The one record that a small JSON file is; nothing where it is none."""
+    if path.stat().st_size > _LONGEST_SINGLE:
+        return []
+    with open_plain(path) as stream:
+        found = parse_json(stream.read(), str(path))
+    is_record = isinstance(found, dict) and ("segmentation" in found or "mask" in found)
+    return [found] if is_record else []
+
+
+def _of_lines(path: Path) -> Iterator[tuple[int, Record]]:
+    with open_plain(path) as stream:
+        for number, _, line in read_lines_at(stream, MAX_LINE):
+            row = None if line is None else parse_json(line, f"{path}, line {number}")
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number} is no record")
+            yield number, row
+
+
+def _dense(found: Any, size: tuple[int, int] | None) -> Rle | None:
+    """The mask that an array of H rows of W zeros and ones is; None where it is none."""
+    if size is None or len(found) != size[0]:
+        return None
+    for row in found:
+        if not isinstance(row, list) or len(row) != size[1] or any(v not in (0, 1) for v in row):
+            return None
+    return masks.encode(np.array(found, np.bool_))
+
+
 def _from_list(found: Any, size: tuple[int, int] | None, where: str) -> Rle:
     if not isinstance(found, (list, tuple)):
         raise DataError(f"{where}: the segmentation is {brief(found)}", "give an RLE or polygons")
@@ -358,7 +462,33 @@ def _from_list(found: Any, size: tuple[int, int] | None, where: str) -> Rle:
                 f"{where}: polygons, but the image's height and width are not known",
                 "give height and width, or the COCO file of the images",
             )
-    return segmentation_to_rle(list(found), size, where)
+    dense = _dense(found, size)
+    if dense is not None:
+        return dense
+    if all(_are_numbers(part, 2) for part in found):  # points of one polygon
+        found = [found]
+    found = [
+        [v for point in part for v in point]
+        if isinstance(part, list) and part and all(_are_numbers(point, 2) for point in part)
+        else part
+        for part in found
+    ]
+    rle = segmentation_to_rle(found, size, where)
+    flat = [v for part in found for v in (part if isinstance(part, list) else [part])]
+    if min(size) > 1 and all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in flat):
+        raise DataError(
+            f"{where}: the polygons' coordinates are all from 0 to 1",
+            "give them in pixels: x times the width, y times the height",
+        )
+    return rle
+
+
+def _are_numbers(value: Any, count: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
+    )
 
 
 def _cell(key: str, text: str) -> Any:
@@ -393,6 +523,18 @@ def _absent(columns: list[str]) -> list[str]:
     return [column for column in ("expression", "mask") if column not in columns]
 
 
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
+
+
+def _json_files(folder: Path) -> list[Path]:
+    """A folder's own JSON files, by name; none where it is no folder."""
+    if not folder.is_dir():
+        return []
+    found = (path for path in folder.iterdir() if path.name.endswith(_JSON))
+    return sorted(path for path in found if path.name[0] != "." and path.is_file())
+
+
 def _find(path: Path) -> Path:
     if str(path) == "-" or not path.is_dir():
         return path
@@ -400,8 +542,10 @@ def _find(path: Path) -> Path:
     for name in (*names, *(f"{name}.gz" for name in names)):
         if (path / name).is_file():
             return path / name
+    if _json_files(path) and not makers_of(path):
+        return path
     raise DataError(
-        f"{path} holds neither {PREDICTIONS} nor {', '.join(MANIFESTS)}",
+        f"{path} holds neither {PREDICTIONS} nor {', '.join(MANIFESTS)} nor results as .json",
         "name a folder of `risam predict`, a predictions file, or a folder of masks with a "
         "manifest (image, expression, mask)",
     )

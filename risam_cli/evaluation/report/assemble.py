@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from risam_cli.data.images.images import Bands
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.evaluation.report.compare import REPORT_FILE, Other, comparison_part
 from risam_cli.evaluation.report.render import Picture, draw_cases, to_html, to_json, to_markdown
@@ -86,7 +87,7 @@ def assemble(
     )
 
 
-def gallery(scored: Scored) -> dict[str, list[Picture]]:
+def gallery(scored: Scored, bands: Bands | None = None) -> dict[str, list[Picture]]:
     """The worst, the best and an even draw of cases, drawn."""
     chosen = {
         "Worst": scored.worst,
@@ -94,7 +95,9 @@ def gallery(scored: Scored) -> dict[str, list[Picture]]:
         "Drawn at random": scored.typical,
     }
     return {
-        heading: draw_cases(pick_cases(cases, _CASES)) for heading, cases in chosen.items() if cases
+        heading: draw_cases(pick_cases(cases, _CASES), bands)
+        for heading, cases in chosen.items()
+        if cases
     }
 
 

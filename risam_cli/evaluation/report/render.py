@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from jinja2 import Environment
 
-from risam_cli.data.images.images import open_rgb
+from risam_cli.data.images.images import Bands, open_rgb
 from risam_cli.data.readers.refer import SPLIT_BY
 from risam_cli.drawing import svg
 from risam_cli.drawing.drawing import outline, webp_uri
@@ -368,18 +368,18 @@ class Picture:
     note: str = ""
 
 
-def draw_cases(cases: Sequence[Case]) -> list[Picture]:
+def draw_cases(cases: Sequence[Case], bands: Bands | None = None) -> list[Picture]:
     """Every case as a picture; where its image cannot be read, on plain ground, and it says so."""
-    return [_draw(case) for case in cases]
+    return [_draw(case, bands) for case in cases]
 
 
-def _draw(case: Case) -> Picture:
+def _draw(case: Case, bands: Bands | None) -> Picture:
     height, width = case.target["size"]
     scale = _SIDE / max(height, width)
     small = max(1, round(width * scale)), max(1, round(height * scale))
     note = ""
     try:
-        rgb = open_rgb(case.path)
+        rgb = open_rgb(case.path, bands=bands)
         if rgb.shape[:2] != (height, width):
             note = f"the image is {rgb.shape[0]}x{rgb.shape[1]}, its masks {height}x{width}"
     except ImageError:

@@ -157,8 +157,8 @@ class DataBuilder:
             + (f", {samples.pseudo} of them pseudo-labels" if samples.pseudo else "")
             + "".join(f"; {note}" for note in source.notes)
         )
-        weight = data.pseudo_weight if isinstance(data, CocoData) else 1.0
-        return ReferringSamples(samples, self.size, self.target_size, augment, weight)
+        own = (data.pseudo_weight, data.bands) if isinstance(data, CocoData) else (1.0, None)
+        return ReferringSamples(samples, self.size, self.target_size, augment, *own)
 
     def _mixed(self, data: MixedData) -> Examples:
         sources: dict[str, SampleSource] = {}

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.data.images.images import open_rgb
+from risam_cli.data.images.images import Bands, open_rgb
 from risam_cli.data.images.transforms import fit_size, resize_for_encoder
 from risam_cli.data.refshapes.dataset import RefShapes, SceneItem
 from risam_cli.data.refshapes.vocabulary import COLORS, PLURALS, SHAPES, SIZES, STAND_INS
@@ -231,6 +231,7 @@ class ReferringSamples:
         size: side S of the encoder's input; target_size: side T of the targets.
         augment: None changes nothing, so every epoch is the same.
         pseudo_weight: of pseudo-labels in the loss.
+        bands: which bands of a TIFF of several are red, green and blue.
     """
 
     def __init__(
@@ -240,8 +241,10 @@ class ReferringSamples:
         target_size: int,
         augment: Augmentation | None = None,
         pseudo_weight: float = 1.0,
+        bands: Bands | None = None,
     ) -> None:
         self.pseudo_weight = pseudo_weight
+        self.bands = bands
         self.samples = samples
         self.size = size
         self.target_size = target_size
@@ -262,7 +265,7 @@ class ReferringSamples:
         epoch, index = divmod(index, len(self))
         sample = self.samples[index]
         try:
-            picture = _picture(sample, self.pseudo_weight)
+            picture = _picture(sample, self.pseudo_weight, self.bands)
         except DataError as error:
             raise ExampleError(error.message, error.fix) from error
         if self.augment is not None:
@@ -270,9 +273,9 @@ class ReferringSamples:
         return make_example(picture, self.size, self.target_size)
 
 
-def _picture(sample: Sample, pseudo_weight: float) -> Picture:
+def _picture(sample: Sample, pseudo_weight: float, bands: Bands | None) -> Picture:
     """Decodes the image and the masks. Raises DataError where they do not fit each other."""
-    image = open_rgb(sample.path)
+    image = open_rgb(sample.path, bands=bands)
     chosen = tuple(masks.decode(e.target) for e in sample.expressions if e.target is not None)
     if chosen and chosen[0].shape != image.shape[:2]:
         raise DataError(
