@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from risam_cli.cli import main
-from risam_cli.inference.device import threads_of
+from risam_cli.model.fast.crew import threads_of
 
 SIZES = [(30, 90), (64, 64), (200, 31), (12, 12), (65, 64), (128, 96), (40, 41), (7, 300), (64, 64)]
 Predict = Callable[..., Path]

@@ -40,6 +40,7 @@ from risam_cli.inference.device import (
 )
 from risam_cli.inference.feature_cache import FeatureCache, HalfFeatures, image_key
 from risam_cli.inference.mask_rules import Mask, MaskRule, at_image_size, to_bits, to_host
+from risam_cli.model.fast.crew import threads_of
 from risam_cli.segmenters.segmenter import FeatureKeeper, Instances, Maps, Segmenter, Texts
 
 if TYPE_CHECKING:
@@ -280,6 +281,8 @@ class Compute:
 
     Attributes:
         prepare: gets an image ready for a :class:`Job`, in any thread.
+        alone: how many images, this one among them, have the cores to themselves now; 0 where
+            more are to come.
         images_at_once, expressions_at_once: what fits, as far as it is known.
         clock: seconds spent so far.
     """
@@ -299,6 +302,7 @@ class Compute:
         self._cache = cache
         self._room = room or Room()
         self.clock = Clock()
+        self.alone = 0
         self._by_sample = settings.device.type == "cpu"
         self.images_at_once = 1 if self._by_sample else max(1, settings.images)
         self.expressions_at_once = max(1, settings.expressions)
@@ -322,7 +326,7 @@ class Compute:
         """One batch; cut in pieces where it fails as a whole."""
         why, size = None, 1
         try:
-            with self._room:
+            with self._room, threads_of(self._encoding_threads()):
                 features = self._encode([job for _, job in batch])
         except Exception as error:
             full = is_out_of_memory(error)
@@ -397,6 +401,11 @@ class Compute:
         return was // 2
 
     # --- in the network ---------------------------------------------------------------------------
+
+    def _encoding_threads(self) -> int:
+        """0 leaves them as they are."""
+        alone = self.alone and self.segmenter.capabilities.any_threads
+        return self.settings.cores.for_one_of(self.alone) if alone else 0
 
     @torch.inference_mode()
     def _encode(self, jobs: Sequence[Job]) -> Any:

@@ -13,8 +13,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.errors import ConfigError, UsageError, setting
+from risam_cli.model.fast.crew import threads_of
 from risam_cli.model.fast.prepare import prepare_for_inference
 
 if TYPE_CHECKING:
@@ -217,17 +217,25 @@ class Cores:
     Attributes:
         lanes: images that go through the network side by side.
         threads: that work on each; 0 leaves the number to torch.
+        all: threads that work on an image which has the machine to itself.
     """
 
     lanes: int = 1
     threads: int = 0
+    all: int = 0
+
+    def for_one_of(self, images: int) -> int:
+        """Threads that work on each of so many images, where no more are to come."""
+        return max(self.threads, self.all // max(1, images))
 
 
 def share_cores(device_type: str, side: int, cores: int | None = None) -> Cores:
     """Shares out the cores for images of some size (ours).
 
     The threads of an image depend on its size and on the machine, never on how many images there
-    are or on their neighbours: the last bits of a result may depend on them.
+    are or on their neighbours: the last bits of a result may depend on them. All cores go to an
+    image that is alone only where a model's encoder gives the same bits with any number
+    (:class:`risam_cli.segmenters.segmenter.Capabilities`).
 
     Args:
         device_type: on other devices than a CPU there is one lane, and torch is left alone.
@@ -239,7 +247,7 @@ def share_cores(device_type: str, side: int, cores: int | None = None) -> Cores:
     cores = max(1, torch.get_num_threads() if cores is None else cores)
     # Two images at least: what one does alone, such as its last few words, hides behind the other.
     threads = min(max(1, cores // 2), max(1, side * side // _SIDE_A_THREAD**2))
-    return Cores(min(MOST_LANES, cores // threads), threads)
+    return Cores(min(MOST_LANES, cores // threads), threads, cores)
 
 
 class Room:
@@ -271,21 +279,6 @@ class Room:
             before = self._places
             self._places = max(1, before // 2)
             return before
-
-
-@contextmanager
-def threads_of(count: int) -> Iterator[None]:
-    """Within it torch works with so many threads in the calling thread; 0 leaves the number.
-
-    At its end the calling thread, and threads that are new then, have the number from before.
-    """
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- what suits a machine -------------------------------------------------------------------------

@@ -161,6 +161,11 @@ class Feeder(threading.Thread, Generic[T]):
                 self._changed.wait(_POLL)
                 self._loader.give_up_on_stalled()
 
+    def is_idle(self) -> bool:
+        """Whether all was taken, and nothing more is to be had at once."""
+        with self._changed:
+            return not self._state.jobs and self._is_quiet()
+
     def answered(self, samples: int) -> None:
         """Says that the results of so many more samples have left."""
         with self._changed:
@@ -224,12 +229,15 @@ class Feeder(threading.Thread, Generic[T]):
         self._top_up()
         return job
 
+    def _is_quiet(self) -> bool:
+        """Whether nothing more will come at once."""
+        state = self._state
+        return state.ended or state.full or time.monotonic() - state.waiting_since > _IDLE
+
     def _ready(self, count: int) -> int:
         """How many jobs at the head make a batch now; 0 to wait for more."""
         state = self._state
-        quiet = (
-            state.ended or state.full or time.monotonic() - state.waiting_since > _IDLE
-        )  # nothing more will come at once
+        quiet = self._is_quiet()
         good = ready = 0
         for job in state.jobs:
             sealed = quiet or state.read - job.samples[0][0] >= self._lookahead // 2

@@ -13,7 +13,8 @@ Everything between two arrows is bounded, so memory does not grow with the numbe
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
 
@@ -27,7 +28,6 @@ from risam_cli.inference.device import (
     count_workers,
     is_out_of_memory,
     share_cores,
-    threads_of,
 )
 from risam_cli.inference.feature_cache import FeatureCache
 from risam_cli.inference.feeder import Feeder, ImageJob
@@ -35,6 +35,7 @@ from risam_cli.inference.finish import Finishers, ImageResult, MaskSink, Raw
 from risam_cli.inference.loader import open_loader
 from risam_cli.inference.loading import TIMEOUT, Loaded, LoaderSettings
 from risam_cli.inference.mask_rules import MaskRule, at_image_size
+from risam_cli.model.fast.crew import threads_of
 from risam_cli.model.mutual_aware_attention import AttentionMaps
 from risam_cli.segmenters.segmenter import Attentive, Segmenter
 from risam_cli.types import Sample
@@ -224,6 +225,7 @@ class _Network(Generic[T]):
         self._stop_asked = stop
         self._lock = threading.Lock()
         self._running = len(runs)
+        self._busy = 0
         self._error: BaseException | None = None
         self._lanes = [
             threading.Thread(target=self._run, args=(run,), daemon=True, name="risam-network")
@@ -238,13 +240,26 @@ class _Network(Generic[T]):
         for lane in self._lanes:
             lane.join()
 
+    @contextmanager
+    def _busy_with(self, compute: Compute) -> Iterator[None]:
+        """Counts who has images in hand: the last ones of a run may share out all cores."""
+        with self._lock:
+            self._busy += 1
+            compute.alone = self._busy if self._feeder.is_idle() else 0
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy -= 1
+
     def _run(self, compute: Compute) -> None:
         """One lane."""
         error: BaseException | None = None
         try:
             with threads_of(compute.settings.cores.threads):
                 while jobs := self._feeder.take(self._batch, self._stop_asked):
-                    _run_batch(jobs, compute, self._finishers)
+                    with self._busy_with(compute):
+                        _run_batch(jobs, compute, self._finishers)
         except BaseException as caught:  # raised again where the results leave
             error = caught
             self._feeder.stop()  # the other lanes end with what they have in hand
@@ -303,8 +318,9 @@ class Session(Compute):
         Raises:
             ModelError: the network failed on it.
         """
+        self.alone = 1
         try:
-            with threads_of(self.settings.cores.threads):
+            with threads_of(self._encoding_threads() or self.settings.cores.threads):
                 return Encoded(image, self._encode([Job(image, ())]))
         except Exception as error:
             raise _explained(error) from error

@@ -57,6 +57,7 @@ class Capabilities:
         refuses: it can say that nothing fits.
         instances: it tells instances from each other.
         trainable: training may start from it.
+        any_threads: its encoder gives the same bits on a CPU with any number of threads.
     """
 
     attention: bool = False
@@ -64,6 +65,7 @@ class Capabilities:
     refuses: bool = True
     instances: bool = False
     trainable: bool = False
+    any_threads: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ import pytest
 
 from risam_cli.cli import main
 from risam_cli.commands import doctor
-from risam_cli.inference.device import Advice, Measured, advise, threads_of
+from risam_cli.inference.device import Advice, Measured, advise
+from risam_cli.model.fast.crew import threads_of
 
 
 @pytest.fixture(autouse=True)

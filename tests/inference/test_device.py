@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from risam_cli.inference.device import MOST_LANES, Cores, share_cores, threads_of
+from risam_cli.inference.device import MOST_LANES, Cores, share_cores
+from risam_cli.model.fast.crew import threads_of
 
 SIDES = st.sampled_from([128, 512, 768, 1024])
 
@@ -17,14 +18,14 @@ SIDES = st.sampled_from([128, 512, 768, 1024])
 @pytest.mark.parametrize(
     ("side", "cores", "shared"),
     [
-        (512, 1, Cores(1, 1)),
-        (512, 2, Cores(2, 1)),
-        (512, 64, Cores(8, 1)),
-        (1024, 1, Cores(1, 1)),
-        (1024, 2, Cores(2, 1)),
-        (1024, 4, Cores(2, 2)),
-        (1024, 16, Cores(4, 4)),
-        (1024, 64, Cores(8, 4)),
+        (512, 1, Cores(1, 1, 1)),
+        (512, 2, Cores(2, 1, 2)),
+        (512, 64, Cores(8, 1, 64)),
+        (1024, 1, Cores(1, 1, 1)),
+        (1024, 2, Cores(2, 1, 2)),
+        (1024, 4, Cores(2, 2, 4)),
+        (1024, 16, Cores(4, 4, 16)),
+        (1024, 64, Cores(8, 4, 64)),
     ],
 )
 def test_small_images_go_side_by_side_and_large_ones_get_more_threads(
@@ -41,9 +42,14 @@ def test_no_more_cores_are_used_than_there_are(side: int, cores: int) -> None:
     assert shared.lanes * shared.threads <= cores
 
 
+@pytest.mark.parametrize(("images", "threads"), [(1, 16), (2, 8), (3, 5), (5, 4), (9, 4)])
+def test_the_last_images_share_out_all_cores(images: int, threads: int) -> None:
+    assert share_cores("cpu", 1024, 16).for_one_of(images) == threads
+
+
 def test_cores_are_those_that_torch_was_given() -> None:
     with threads_of(6):
-        assert share_cores("cpu", 512) == Cores(6, 1)
+        assert share_cores("cpu", 512) == Cores(6, 1, 6)
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])

@@ -21,10 +21,10 @@ from risam_cli.data.images.images import read_for_encoder
 from risam_cli.data.images.transforms import to_pixels
 from risam_cli.errors import DataError, ModelError, OutputError
 from risam_cli.inference.compute import Compute, ComputeSettings, Job, NetworkAnswer
-from risam_cli.inference.device import threads_of
 from risam_cli.inference.finish import ImageResult
 from risam_cli.inference.pipeline import PredictSettings, predict_samples
 from risam_cli.masks import rle as masks
+from risam_cli.model.fast.crew import threads_of
 from risam_cli.types import Expression, Prediction, Sample
 
 CPU = torch.device("cpu")
@@ -192,6 +192,36 @@ def test_a_cpu_takes_images_side_by_side_and_each_once(pictures: list[Path]) -> 
     results = predict(asked, FakeModel(network), cores=3)
     assert network.encoded == [1] * 6
     assert told(results) == told(predict(asked, cores=1))
+
+
+def test_an_image_that_is_alone_has_all_cores_in_the_encoder(pictures: list[Path]) -> None:
+    """A run's only image, the last of a run, and one that a person waits for before typing on."""
+    threads: list[int] = []
+    network = FakeNetwork(before_encode=lambda pixels: threads.append(torch.get_num_threads()))
+    predict([sample(pictures[0], "bright")], FakeModel(network), cores=4)
+    assert threads == [4]
+
+    def typed() -> Iterator[tuple[Sample, int]]:
+        for number, path in enumerate(pictures[:2]):
+            yield sample(path, "bright"), number
+            while len(threads) < 2 + number:
+                time.sleep(0.01)
+
+    settings = PredictSettings(CPU, cores=4)
+    in_order(predict_samples(typed(), FakeModel(network), settings))
+    assert threads == [4, 4, 4]
+
+
+def test_images_that_are_not_alone_keep_to_their_share(pictures: list[Path]) -> None:
+    meeting, threads = threading.Barrier(3), list[int]()
+
+    def encode(pixels: object) -> None:
+        threads.append(torch.get_num_threads())
+        meeting.wait(60)
+
+    asked = [sample(path, "bright") for path in pictures[:6]]
+    predict(asked, FakeModel(FakeNetwork(before_encode=encode)), cores=3)
+    assert threads == [1] * 6
 
 
 def test_a_device_that_fails_in_one_lane_ends_the_run_after_what_came_before(

@@ -8,25 +8,28 @@ called without gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from risam_cli.model.fast.attention import fast_attention
+from risam_cli.model.fast.crew import share, threads_of
 from risam_cli.model.fast.linear import apply_linear, linear
 from risam_cli.model.image_encoder import (
     Adapter,
     Attention,
     Block,
+    EncoderFeatures,
     ImageEncoder,
     MLPBlock,
     relative_table,
     resize_pos_embed,
 )
 
-HOST_TOKENS = 1024  # that go through a block's parts at a time on a CPU, for each of its threads
+HOST_TOKENS = 768  # that go through blocks at a time on a CPU, in each of its threads
 
 
 class FastImageEncoder(ImageEncoder):
@@ -58,31 +61,137 @@ class FastImageEncoder(ImageEncoder):
         self._positions = TableCache(resize_pos_embed)
 
 
-class HostBlock(Block):
-    """A block on a CPU: some windows and some rows at a time, for its caches and memory."""
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Some images, or some rows and columns of one: of (B, h, w, D)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, h, w, D) to the same shape."""
-        if self.window:
-            attended = torch.empty_like(x)
-            for part in _parts(x, self.window):
-                torch.add(x[part], self.attn(self.norm1(x[part]), self.window), out=attended[part])
-        else:
-            attended = x + self.attn(self.norm1(x))
-        for part in _parts(x):
-            attended[part] += self.feed_forward(self.norm2(attended[part]))
-        return attended
+    images: slice
+    rows: slice
+    columns: slice
+
+    @property
+    def index(self) -> tuple[slice, slice, slice]:
+        return self.images, self.rows, self.columns
 
 
-def _parts(x: Tensor, multiple: int = 1) -> Iterator[tuple[slice, slice]]:
-    """Cuts (B, h, w, D) into whole images, or else into rows of one, by a multiple of rows."""
+class HostImageEncoder(FastImageEncoder):
+    """The encoder on a CPU: tile after tile through all blocks between two with global attention.
+
+    What a tile needs stays in the caches of the core that works on it, and cores meet only where
+    every patch sees every other (see :mod:`.crew`).
+    """
+
+    def forward(self, pixels: Tensor) -> EncoderFeatures:
+        """See :meth:`risam_cli.model.image_encoder.ImageEncoder.forward`."""
+        threads = torch.get_num_threads()
+        x, fine = self.patch_embed(pixels)  # (B, h, w, D)
+        x = x + self.position(x.shape[1], x.shape[2])
+        tapped = {tap: torch.empty_like(x) for tap in self.taps[:2]}
+        with threads_of(1):
+            for chain in self._chains():
+                self._through(chain, x, tapped, threads)
+        shallow, middle = (tapped[tap].permute(0, 3, 1, 2) for tap in self.taps[:2])
+        return EncoderFeatures(shallow, middle, self.to_deep(x), fine)
+
+    def _chains(self) -> Iterator[dict[int, Block]]:
+        """Blocks by number: one with global attention and the windowed ones that follow it."""
+        chain: dict[int, Block] = {}
+        for number, block in enumerate(cast(Iterable[Block], self.blocks)):
+            if chain and not block.window:
+                yield chain
+                chain = {}
+            chain[number] = block
+        yield chain
+
+    def _through(
+        self, chain: dict[int, Block], x: Tensor, tapped: dict[int, Tensor], threads: int
+    ) -> None:
+        """Takes x, which is written over, through a chain, and keeps what is tapped on the way."""
+        window = max(block.window for block in chain.values())
+        attended = None
+        first = next(iter(chain.values()))
+        if not first.window:
+            attended = _attend_globally(first, x, threads)
+
+        def work(tile: _Tile) -> None:
+            y = x[tile.index]
+            for number, block in chain.items():
+                if attended is not None and block is first:
+                    y = y + block.attn.proj(attended[tile.index])
+                else:
+                    y = y + block.attn(block.norm1(y), block.window)
+                y += block.feed_forward(block.norm2(y))
+                if number in tapped:
+                    tapped[number][tile.index] = y
+            x[tile.index] = y
+
+        share(_tiles(x, window or 1), work, threads)
+
+
+def _attend_globally(block: Block, x: Tensor, threads: int) -> Tensor:
+    """What each patch gathers of all others, (B, h, w, D), before the output projection."""
+    attention = cast(FastAttention, block.attn)
+    batch, height, width, dim = x.shape
+    heads = attention.heads
+    weight = attention.qkv.weight
+    qkv = x.new_empty(batch, height, width, 3 * dim, dtype=_format(x, weight))
+
+    def project(tile: _Tile) -> None:
+        qkv[tile.index] = attention.qkv(block.norm1(x[tile.index]))
+
+    share(_tiles(x, 1), project, threads)
+    q, k, v = qkv.view(batch, height * width, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    gathered = qkv.new_empty(batch, height * width, heads, dim // heads)
+
+    def attend(part: tuple[slice, slice]) -> None:
+        some = attention.attend(q[part], k[part], v[part], height, width)
+        gathered[part[0], :, part[1]] = some.transpose(1, 2)
+
+    share(_heads(batch, heads, height * width), attend, threads)
+    return gathered.view(batch, height, width, dim)
+
+
+def _format(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Of a product's result."""
+    if weight.dtype == torch.float32 and torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu")
+    return weight.dtype
+
+
+def _heads(batch: int, heads: int, tokens: int) -> list[tuple[slice, slice]]:
+    """Cuts (B, heads) into pieces: a head of one image, or where images are small, some images."""
+    if tokens >= HOST_TOKENS:
+        return [(slice(b, b + 1), slice(h, h + 1)) for b in range(batch) for h in range(heads)]
+    step = HOST_TOKENS // tokens
+    return [(slice(b, b + step), slice(0, heads)) for b in range(0, batch, step)]
+
+
+def _tiles(x: Tensor, window: int) -> list[_Tile]:
+    """Cuts (B, h, w, D) into tiles of whole windows; how many threads there are changes none.
+
+    Returns:
+        large ones first, so that threads end at the same time.
+    """
     batch, height, width = x.shape[:3]
-    limit = HOST_TOKENS * torch.get_num_threads()
-    images = max(1, limit // (height * width))
-    rows = max(1, limit // (width * multiple)) * multiple
-    for first in range(0, batch, images):
-        for top in range(0, height, rows):
-            yield slice(first, first + images), slice(top, top + rows)
+    images = max(1, HOST_TOKENS // (height * width))
+    rows, columns = height, width
+    if height * width > HOST_TOKENS:
+        rows = _evenly(height, window, HOST_TOKENS // width)
+        columns = _evenly(width, window, HOST_TOKENS // rows)
+    tiles = [
+        _Tile(slice(b, b + images), slice(top, top + rows), slice(left, left + columns))
+        for b in range(0, batch, images)
+        for top in range(0, height, rows)
+        for left in range(0, width, columns)
+    ]
+    return sorted(tiles, key=lambda tile: -x[tile.index].numel())
+
+
+def _evenly(length: int, window: int, limit: int) -> int:
+    """The length of parts that are about equal: whole windows, at least one, within a limit."""
+    windows = -(-length // window)
+    parts = -(-windows // max(1, limit // window))
+    return -(-windows // parts) * window
 
 
 class FastAttention(Attention):

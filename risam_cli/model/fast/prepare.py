@@ -20,7 +20,7 @@ from risam_cli.model.fast.encoder import (
     FastAttention,
     FastImageEncoder,
     FastMLPBlock,
-    HostBlock,
+    HostImageEncoder,
 )
 from risam_cli.model.fast.linear import FastLinear
 from risam_cli.model.image_encoder import Adapter, Attention, Block, ImageEncoder, MLPBlock
@@ -48,7 +48,7 @@ class RecomputedBlock(Block):
 
 _PLAIN: _Forms = {
     **{fast: plain for plain, fast in _INFERENCE.items()},
-    HostBlock: Block,
+    HostImageEncoder: ImageEncoder,
     RecomputedBlock: Block,
     FastRisam: Risam,
 }
@@ -78,7 +78,8 @@ def prepare_for_inference(
         if isinstance(part, Risam) and _decodes_fast(part, device):
             part.__class__ = FastRisam
         if isinstance(part, ImageEncoder):
-            _change(part, _INFERENCE | ({Block: HostBlock} if device.type == "cpu" else {}))
+            on_host = {ImageEncoder: HostImageEncoder} if device.type == "cpu" else {}
+            _change(part, _INFERENCE | on_host)
             if precision != torch.float32:
                 _hold_weights_in(part, precision)
             for block in part.blocks if compiled else ():
