@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from risam_cli.commands.options import option_names, verbosity_options
+from risam_cli.commands.options import option_names, suggest_option, verbosity_options
 from risam_cli.console.console import Console, get_console, set_console
 from risam_cli.console.streams import open_standard_streams
 from risam_cli.errors import (
@@ -146,6 +146,8 @@ def _run(args: Sequence[str] | None) -> int:
         sys.stdout.flush()
     except click.ClickException as error:
         _debug_traceback()
+        if isinstance(error, click.NoSuchOption):
+            error = suggest_option(error)
         error.show(file=sys.stderr)
         return error.exit_code
     except RisamError as error:

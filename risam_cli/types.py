@@ -65,7 +65,7 @@ class Prediction:
         segmentation: RLE of the mask at the image's size.
         bbox: (x, y, w, h) in pixels, floats; zeros for an empty mask.
         area: pixels of the mask.
-        score: predicted quality of the mask in 0..1.
+        score: predicted quality of the mask in 0..1; None where someone's record has none.
         no_target: True where the model says that nothing fits; the mask is then empty.
         mask: the PNG's path relative to the output folder, or None.
         notes: anything that the user must know, such as "expression cut to 77 tokens".
@@ -82,7 +82,7 @@ class Prediction:
     segmentation: Rle
     bbox: tuple[float, float, float, float]
     area: int
-    score: float
+    score: float | None
     no_target: bool
     mask: str | None = None
     notes: tuple[str, ...] = ()

@@ -421,3 +421,58 @@ def test_an_output_without_a_default_is_required() -> None:
 
     assert CliRunner().invoke(command, []).exit_code == 2
     assert CliRunner().invoke(command, ["-o", "x"]).output == "x\n"
+
+
+# --- what other tools call it ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["predict", "x.png", "--prompt", "a dog"], "Did you mean '--expression'?"),
+        (["explain", "x.png", "--text", "a dog"], "Did you mean '--expression'?"),
+        (["predict", "x.png", "--format", "coco"], "`risam export-masks --to FORMAT`"),
+        (["export-masks", "x", "--format", "yolo", "-o", "y"], "Did you mean '--to'?"),
+        (["eval", "--data", "x"], "Did you mean '--root'?"),
+        (["train", "x.yaml", "--epochs", "3"], "'--steps'"),
+        (["predict", "x.png", "--weights", "w"], "Did you mean '--model'?"),
+        (["predict", "x.png", "--force"], "Did you mean '--overwrite'?"),
+        (["predict", "x.png", "--treshold", "1"], "Did you mean '--threshold'?"),
+    ],
+)
+def test_an_option_of_other_tools_is_answered_with_ours(
+    capsys: pytest.CaptureFixture[str], args: list[str], says: str
+) -> None:
+    assert main(args) == 2
+    told = capsys.readouterr().err
+    assert "No such option" in told
+    assert says in told
+
+
+@pytest.mark.parametrize("phrase", ["the person in red", "dog", "who is this?"])
+def test_a_phrase_among_the_inputs_is_told_where_it_goes(
+    capsys: pytest.CaptureFixture[str], phrase: str
+) -> None:
+    assert main(["predict", str(REPO / "sample_data/images"), phrase]) == 1
+    told = capsys.readouterr().err
+    assert f"{phrase}: no such file or folder" in told
+    assert f"--expression {phrase!r}" in told
+
+
+def test_a_missing_folder_is_no_phrase_where_one_is_given(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["predict", "photos", "-e", "dog"]) == 1
+    told = capsys.readouterr().err
+    assert "photos: no such file or folder" in told
+    assert "--expression" not in told
+
+
+def test_choices_are_taken_in_any_case() -> None:
+    for name, (module, _) in COMMANDS.items():
+        command = __import__(f"risam_cli.commands.{module}", fromlist=["command"]).command
+        for param in getattr(command, "params", []):
+            if isinstance(param.type, click.Choice):
+                ctx = click.Context(command)
+                for one in param.type.choices:
+                    assert param.type.convert(str(one).upper(), param, ctx) == one, (name, param)

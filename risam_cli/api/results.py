@@ -89,6 +89,7 @@ class Result:
     @property
     def score(self) -> float:
         """How good the answer probably is, in 0..1."""
+        assert self.prediction.score is not None  # a model always gives one
         return self.prediction.score
 
     @property
@@ -178,7 +179,7 @@ class Results(list[Result]):
         return f"<div>{''.join(shown)}</div>"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ExplanationResult(Explanation):
     """What the network looked at: saves itself, and shows itself in a notebook."""
 

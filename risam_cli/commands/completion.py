@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from risam_cli.commands.options import verbosity_options
+from risam_cli.commands.options import choice, verbosity_options
 
 SHELLS = ("bash", "zsh", "fish")
 
 
 @click.command("completion")
-@click.argument("shell", type=click.Choice(SHELLS), metavar="SHELL")
+@click.argument("shell", type=choice(SHELLS), metavar="SHELL")
 @verbosity_options
 def command(shell: str) -> None:
     """Print the script that completes risam's commands and options in SHELL.

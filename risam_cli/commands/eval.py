@@ -12,6 +12,7 @@ from risam_cli.commands.options import (
     bands_option,
     batch_options,
     cache_options,
+    choice,
     compile_option,
     confine_option,
     decode_option,
@@ -47,7 +48,7 @@ def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None)
 
 
 @click.command("eval")
-@click.option("--dataset", type=click.Choice(DATASETS), required=True, help="What to score on.")
+@click.option("--dataset", type=choice(DATASETS), required=True, help="What to score on.")
 @click.option(
     "--root",
     type=click.Path(path_type=Path),
@@ -62,13 +63,17 @@ def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None)
     metavar="DIR",
     help="Where image file names start.  [default: looked for near --root]",
 )
-@click.option("--split", metavar="NAME", help="val, test, testA …  [default for coco: all]")
+@click.option(
+    "--split",
+    metavar="NAME",
+    help="val, test, testA …  [default: the only one there is; for coco all]",
+)
 @click.option(
     "--split-by",
-    type=click.Choice(("unc", "umd", "google", "berkeley")),
+    type=choice(("unc", "umd", "google", "berkeley")),
     help="Who made the splits.  [default: unc; refcocog: umd]",
 )
-@click.option("--family", type=click.Choice(FAMILIES), help="Of refshapes.  [default: refshapes]")
+@click.option("--family", type=choice(FAMILIES), help="Of refshapes.  [default: refshapes]")
 @model_option
 @click.option(
     "--predictions",
@@ -80,7 +85,7 @@ def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None)
 @click.option(
     "--protocol",
     "protocol_name",
-    type=click.Choice(PROTOCOLS),
+    type=choice(PROTOCOLS),
     default="native",
     show_default=True,
     help="How masks are compared; every report prints the definition.",
@@ -105,6 +110,14 @@ def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None)
     type=click.IntRange(min=0),
     metavar="SEED",
     help="Take images in the order of this seed, for a quick look with --limit.",
+)
+@click.option(
+    "--slice",
+    "slices",
+    multiple=True,
+    metavar="NAME[:BINS]",
+    help="Also figures by this: length (words) or size (% of the image) in bins, such as "
+    "length:1-3,4-7, or a column of the data, such as weather or weather:sun,rain. Repeatable.",
 )
 @click.option("--skip-missing", is_flag=True, help="Missing images do not make the exit code 3.")
 @click.option(

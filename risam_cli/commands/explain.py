@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from risam_cli.commands.options import (
     threshold_options,
     verbosity_options,
 )
-from risam_cli.errors import EXIT_OK, OutputError, UsageError
+from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from risam_cli.explain.explanation import Explanation
@@ -42,7 +44,9 @@ def _parse_points(
 
 
 @click.command("explain")
-@click.argument("image", metavar="IMAGE", shell_complete=completing.files)
+@click.argument(
+    "inputs", metavar="IMAGE...", nargs=-1, required=True, shell_complete=completing.files
+)
 @click.option(
     "-e",
     "--expression",
@@ -92,6 +96,9 @@ def _parse_points(
 def command(**options: Any) -> int:
     """Show what the network looked at, after Figure 1 of the paper.
 
+    IMAGE is an image file; of several, and of a folder, each image has a page of its own, and
+    index.html leads to them.
+
     For each word the regions that it attends to (Language-Guided Attention), for points of the
     image the words that inform them most (Vision-Guided Attention), and the predicted mask: a
     picture for each expression, and one page, explain.html, that opens anywhere and answers to
@@ -101,12 +108,13 @@ def command(**options: Any) -> int:
     Examples:
       risam explain photo.jpg -e "the red circle on the left"
       risam explain photo.jpg -e "the dog" -e "the cat" --point 120,80 --json -o why
+      risam explain photos/ -e "the dog" -o why
     """
     return _explain(**options)
 
 
 def _explain(
-    image: str,
+    inputs: tuple[str, ...],
     expressions: tuple[str, ...],
     output: Path,
     as_json: bool,
@@ -119,9 +127,44 @@ def _explain(
     if not overwrite and output.is_dir() and any(output.iterdir()):
         raise OutputError(f"{output} is not empty", "choose another -o or give --overwrite")
     from risam_cli.console.console import get_console
-    from risam_cli.explain.write import write_explanation
+    from risam_cli.explain.write import INDEX, write_explanation, write_explanations
 
-    explanation = _look(image, expressions, **options)
+    console = get_console()
+    if len(inputs) == 1 and not os.path.isdir(inputs[0]):
+        explanation = _explainer(inputs[0], expressions, **options)(inputs[0])
+        _tell(explanation)
+        for name in write_explanation(explanation, output, with_json=as_json, overwrite=overwrite):
+            console.info(str(output / name))
+        return EXIT_OK
+    images = _images(inputs, expressions, output)
+    explain = _explainer(None, expressions, **options)
+    failed = write_explanations(images, explain, output, with_json=as_json, overwrite=overwrite)
+    console.info(f"{len(images) - failed} images explained: {output / INDEX}")
+    if failed:
+        console.warn(f"{failed} images failed: see {output / 'failures.jsonl'}")
+    return EXIT_SOME_FAILED if failed else EXIT_OK
+
+
+def _images(inputs: tuple[str, ...], expressions: tuple[str, ...], output: Path) -> list[str]:
+    """The images of folders and files, each once.
+
+    Raises:
+        DataError: one is not there, or there is no image at all.
+    """
+    from risam_cli.data.inputs.inputs import Inputs
+
+    found = Inputs(inputs, expressions, exclude=output)
+    found.check()
+    images = dict.fromkeys(entry.image for entry in found if entry.image)
+    if not images:
+        raise DataError(f"{', '.join(inputs)}: no image is there", "name image files or a folder")
+    return list(images)
+
+
+def _tell(explanation: Explanation) -> None:
+    """What the user must know of it, on stderr."""
+    from risam_cli.console.console import get_console
+
     console = get_console()
     for line in explanation.missing:
         console.warn(line)
@@ -133,13 +176,10 @@ def _explain(
             notes.append(f"the model does not know {', '.join(strange)}")
         for note in notes:
             console.warn(f"{attention.expression!r}: {note}")
-    for name in write_explanation(explanation, output, with_json=as_json, overwrite=overwrite):
-        console.info(str(output / name))
-    return EXIT_OK
 
 
-def _look(
-    image: str,
+def _explainer(
+    first: str | None,
     expressions: tuple[str, ...],
     model: str | None,
     points: tuple[tuple[float, float], ...],
@@ -152,8 +192,12 @@ def _look(
     no_target_threshold: float | None,
     full_decode: bool,
     bands: tuple[int, int, int] | None,
-) -> Explanation:
-    """Runs the network; torch is imported here and not before."""
+) -> Callable[[str], Explanation]:
+    """Loads the model; torch is imported here and not before.
+
+    Args:
+        first: an image to read before, since a bad one is to be told before a model is loaded.
+    """
     from risam_cli.data.images.images import open_rgb, read_for_encoder
     from risam_cli.explain.explainer import Explainer
     from risam_cli.explain.explanation import Shown
@@ -161,23 +205,36 @@ def _look(
     from risam_cli.inference.pipeline import PredictSettings, Session, compute_settings
     from risam_cli.segmenters.resolve import load_segmenter, require_risam
 
-    place = choose_device(device)
+    chosen = choose_device(device)
     settings = PredictSettings(
-        place,
-        choose_precision(precision, place),
+        chosen,
+        choose_precision(precision, chosen),
         threshold=threshold,
         no_target_threshold=no_target_threshold,
     )
-    rgb = open_rgb(Path(image), bands=bands)  # a bad image is told before a model is loaded
+    if first is not None:
+        open_rgb(Path(first), bands=bands)
     segmenter = require_risam(
-        load_segmenter(model, device=place, precision=settings.precision), "risam explain"
+        load_segmenter(model, device=chosen, precision=settings.precision), "risam explain"
     )
     session = Session(segmenter, compute_settings(segmenter, settings))
-    scaled = read_for_encoder(Path(image), segmenter.frames, full_decode=full_decode, bands=bands)
-    encoded = session.encode(scaled)
     bar = segmenter.thresholds.no_target if no_target_threshold is None else no_target_threshold
-    tokenizer = segmenter.loaded.tokenizer
-    explainer = Explainer(
-        session, tokenizer, segmenter.name, segmenter.hash, bar, encoded, image, rgb
-    )
-    return explainer.explain(expressions, Shown(points, grid, block, head))
+
+    def explain(image: str) -> Explanation:
+        rgb = open_rgb(Path(image), bands=bands)
+        scaled = read_for_encoder(
+            Path(image), segmenter.frames, full_decode=full_decode, bands=bands
+        )
+        explainer = Explainer(
+            session,
+            segmenter.loaded.tokenizer,
+            segmenter.name,
+            segmenter.hash,
+            bar,
+            session.encode(scaled),
+            image,
+            rgb,
+        )
+        return explainer.explain(expressions, Shown(points, grid, block, head))
+
+    return explain

@@ -12,8 +12,10 @@ import click
 
 from risam_cli.commands.options import (
     bands_option,
+    choice,
     confine_option,
     json_option,
+    names_option,
     output_option,
     verbosity_options,
 )
@@ -39,9 +41,16 @@ def _unit(ctx: click.Context, param: click.Parameter, value: float) -> float:
     return value
 
 
+def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    given = ctx.get_parameter_source(param.name or "") is not click.core.ParameterSource.DEFAULT
+    if given and not 0 < value < 1:  # which nan is not either
+        raise click.BadParameter(f"{value} is not between 0 and 1, such as 0.8.")
+    return value
+
+
 @click.command(name="export-masks")
 @click.argument("predictions", type=click.Path(path_type=Path, allow_dash=True))
-@click.option("--to", "kind", type=click.Choice(FORMATS), required=True, help="What to write.")
+@click.option("--to", "kind", type=choice(FORMATS), required=True, help="What to write.")
 @output_option(None)
 @click.option(
     "--image-root",
@@ -58,6 +67,7 @@ def _unit(ctx: click.Context, param: click.Parameter, value: float) -> float:
     type=click.Path(path_type=Path, dir_okay=False),
     help="JSON, YAML or CSV from expression to category; `*` is for all others.",
 )
+@names_option
 @click.option("--one-class", metavar="NAME", help="One category for all masks.")
 @click.option(
     "--min-score",
@@ -84,34 +94,43 @@ def _unit(ctx: click.Context, param: click.Parameter, value: float) -> float:
 )
 @click.option(
     "--holes",
-    type=click.Choice(["bridge", "drop"]),
+    type=choice(["bridge", "drop"]),
     default="bridge",
     show_default=True,
     help="Polygons: keep holes by a bridge, or fill them.",
 )
 @click.option(
     "--vertices",
-    type=click.Choice(["edge", "center"]),
+    type=choice(["edge", "center"]),
     help="Polygons: for readers that fill by pixel centres (edge) or border included (center).  "
     "[default: center for yolo, else edge]",
 )
 @click.option(
     "--parts",
-    type=click.Choice(["split", "join"]),
+    type=choice(["split", "join"]),
     default="split",
     show_default=True,
     help="yolo: a mask of several parts as several lines, or joined in one.",
 )
 @click.option(
+    "--split",
+    type=float,
+    default=0.0,
+    metavar="SHARE",
+    callback=_share,
+    help="yolo: this share of the images for training, the others for validation, such as 0.8; by "
+    "their names, so that more images move none.  [default: no split]",
+)
+@click.option(
     "--shapes",
-    type=click.Choice(["polygon", "mask"]),
+    type=choice(["polygon", "mask"]),
     default="polygon",
     show_default=True,
     help="labelme, cvat: what to write.",
 )
 @click.option(
     "--style",
-    type=click.Choice(["binary", "indexed", "semantic"]),
+    type=choice(["binary", "indexed", "semantic"]),
     default="binary",
     show_default=True,
     help="png: one file a mask, or one an image with the masks' or the categories' numbers.",
@@ -157,14 +176,15 @@ def command(
     copy_images: bool,
     bands: tuple[int, int, int] | None,
     confine: bool,
+    names: str | None,
     as_json: bool,
     **settings: Any,
 ) -> int:
     """Turn PREDICTIONS into another annotation format.
 
-    PREDICTIONS is a predictions.jsonl, the folder that holds it, a COCO results file (.json), a
-    folder of PNG masks with a manifest (columns image, expression, mask), or `-` for JSONL on
-    stdin.
+    PREDICTIONS is a predictions.jsonl, the folder that holds it, a COCO file of annotations
+    (instances.json) or results, a folder of PNG masks with a manifest (columns image, expression,
+    mask), or `-` for JSONL on stdin.
 
     What is lost on the way (holes, overlaps, polygons against masks) is told at the end, and with
     --json on stdout.
@@ -172,7 +192,7 @@ def command(
     \b
     Examples:
       risam export-masks risam-out --to coco -o coco
-      risam export-masks risam-out --to yolo -o yolo --one-class dog --copy-images
+      risam export-masks risam-out --to yolo -o yolo --one-class dog --copy-images --split 0.8
     """
     from risam_cli.data.images.images import image_size, open_rgb
     from risam_cli.export.format import ExportSettings
@@ -192,6 +212,7 @@ def command(
         overwrite=overwrite,
         copy_images=copy_images,
         confine=confine,
+        names=names or "relative",
     )
     with get_console().progress(f"export {kind}", None, "masks") as progress:
         outcome = run_export(
@@ -220,6 +241,16 @@ def _naming(category_map: Path | None, one_class: str | None) -> Naming:
     return ByExpression() if category_map is None else read_map(category_map)
 
 
+def _why_nothing(outcome: Outcome) -> str:
+    tally = outcome.tally
+    reasons = [
+        (tally.empty, "have an empty mask"),
+        (tally.filtered, "are filtered out (--min-score, --min-area)"),
+        (outcome.failures, "failed"),
+    ]
+    return ", ".join(f"{count} records {what}" for count, what in reasons if count)
+
+
 def _tell(outcome: Outcome, output: Path, kind: str) -> None:
     """The account, on stderr: what was written, and what was lost."""
     console, tally = get_console(), outcome.tally
@@ -230,6 +261,13 @@ def _tell(outcome: Outcome, output: Path, kind: str) -> None:
     if tally.filtered:
         parts.append(f"{tally.filtered} filtered out")
     console.info(", ".join(parts))
+    if not tally.masks:
+        console.warn("nothing was exported: " + _why_nothing(outcome))
+    if tally.split_images:
+        shares = (f"{count} for {name}" for name, count in tally.split_images.items())
+        console.info(f"images: {', '.join(shares)}")
+    if tally.root is not None:
+        console.info(f"image names start in {tally.root}")
     if tally.measured:
         mean = tally.iou_sum / tally.measured
         worst = f"{tally.iou_worst:.4f} ({tally.worst})" if tally.iou_worst < 1 else "1.0000"

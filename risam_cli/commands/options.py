@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,11 @@ def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
         return function
 
     return decorate
+
+
+def choice(names: Sequence[str]) -> click.Choice[str]:
+    """One of some names, in any case; the command gets it as it stands here."""
+    return click.Choice(names, case_sensitive=False)
 
 
 # --- how much is said -----------------------------------------------------------------------------
@@ -77,6 +82,50 @@ def option_names(command: click.Command) -> NameOf:
     return name_of
 
 
+_ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "--expression": ("--prompt", "--text", "--phrase", "--query", "--caption", "--expr"),
+    "--to": ("--format", "--type", "--output-format", "--export", "--as"),
+    "--save": ("--format", "--type", "--output-format", "--export", "--draw", "--vis"),
+    "--output": ("--out", "--out-dir", "--outdir", "--dest", "--save-dir", "--folder", "--project"),
+    "--model": ("--ckpt", "--checkpoint", "--weights", "--pretrained", "--arch", "--resume-from"),
+    "--device": ("--gpu", "--gpus", "--cuda", "--cpu", "--accelerator"),
+    "--precision": ("--fp16", "--half", "--bf16", "--amp", "--dtype", "--float16"),
+    "--overwrite": ("--force", "--clobber", "--exist-ok", "--replace"),
+    "--resume": ("--continue", "--restart", "--skip-existing"),
+    "--batch-size": ("--batch", "--bs", "--imgs"),
+    "--workers": ("--num-workers", "--jobs", "--threads", "--processes", "--nproc"),
+    "--image-root": ("--images", "--image-dir", "--img-dir", "--image-folder", "--data-root"),
+    "--images": ("--image-root", "--image-dir", "--img-dir", "--image-folder"),
+    "--root": ("--data", "--data-dir", "--data-root", "--path", "--dataset-root"),
+    "--predictions": ("--pred", "--preds", "--results", "--masks", "--input"),
+    "--threshold": ("--conf", "--confidence", "--score-threshold", "--mask-threshold"),
+    "--min-score": ("--conf", "--confidence", "--score-threshold", "--threshold"),
+    "--one-class": ("--class", "--classes", "--label", "--single-class", "--single-cls"),
+    "--category-map": ("--classes", "--categories", "--class-map", "--labels"),
+    "--split": ("--subset", "--part", "--set", "--val-split", "--train-split"),
+    "--limit": ("--max", "--num", "--max-samples", "--max-images", "-n"),
+    "--steps": ("--epochs", "--max-steps", "--num-steps", "--iters", "--iterations"),
+    "--set": ("--lr", "--learning-rate", "--seed", "--batch-size", "--output", "--epochs"),
+    "--protocol": ("--metric", "--metrics", "--eval-protocol"),
+    "--jsonl": ("--json", "--stdout", "--stream"),
+}
+"""An option, and what other tools call the like of it."""
+
+
+def suggest_option(error: click.NoSuchOption) -> click.NoSuchOption:
+    """The same error, with the options that the unknown one may stand for in other tools."""
+    if error.ctx is None:
+        return error
+    own = {name for param in error.ctx.command.params for name in param.opts}
+    meant = [name for name, others in _ELSEWHERE.items() if error.option_name in others]
+    found = [name for name in meant if name in own]
+    message = error.message
+    if "--to" in meant and "--to" not in own:
+        message += " Other formats are written by `risam export-masks --to FORMAT`."
+    likely = found or error.possibilities
+    return click.NoSuchOption(error.option_name, message, likely, error.ctx)
+
+
 def verbosity_options(function: F) -> F:
     """``-q/--quiet``, ``-v/--verbose`` and ``--debug``; at the root and after every command.
 
@@ -112,9 +161,9 @@ def model_option(function: F) -> F:
 
 
 def _check_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value.lower()):
         raise click.BadParameter(f"{value!r} is not auto, cpu, mps, cuda or cuda:N.")
-    return value
+    return value.lower()
 
 
 def device_options(function: F) -> F:
@@ -131,7 +180,7 @@ def device_options(function: F) -> F:
         ),
         click.option(
             "--precision",
-            type=click.Choice(PRECISIONS),
+            type=choice(PRECISIONS),
             default="auto",
             show_default=True,
             help="auto is bf16 where the device has it fast, else fp32.",
@@ -277,7 +326,7 @@ def instance_options(function: F) -> F:
     return _stack(
         click.option(
             "--select",
-            type=click.Choice(("union", "best")),
+            type=choice(("union", "best")),
             default="union",
             show_default=True,
             help="Of several instances of an expression: one mask of all, or the best alone.",
@@ -324,6 +373,17 @@ def output_option(default: str | None) -> Callable[[F], F]:
         help="Folder to write to; created.",
         **(needed if default is None else {"default": default, "show_default": True}),
     )
+
+
+def names_option(function: F) -> F:
+    """``--names``: parameter ``names: str | None``; None is relative."""
+    return click.option(
+        "--names",
+        type=choice(("relative", "base", "absolute")),
+        help="What images that are named by absolute paths are called in the output: from the "
+        "folder that all have in common, by the file's name alone, or by the whole path.  "
+        "[default: relative]",
+    )(function)
 
 
 def _one_of_two(other: str) -> Callable[[click.Context, click.Parameter, bool], bool]:

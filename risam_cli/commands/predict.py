@@ -25,6 +25,7 @@ from risam_cli.commands.options import (
     device_options,
     instance_options,
     model_option,
+    names_option,
     output_option,
     run_mode_options,
     threshold_options,
@@ -35,6 +36,7 @@ from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, UsageError
 
 if TYPE_CHECKING:
     from risam_cli.data.inputs.inputs import Inputs
+    from risam_cli.outputs.naming import Names
     from risam_cli.runs.folder import RunFolder
     from risam_cli.runs.ranks import Ranks
     from risam_cli.runs.shard import Shard
@@ -45,7 +47,7 @@ TIMEOUT = 120.0  # likewise, to risam_cli.inference.loading
 
 
 def _parse_save(ctx: click.Context, param: click.Parameter, value: str) -> frozenset[str]:
-    names = frozenset(name.strip() for name in value.split(",") if name.strip())
+    names = frozenset(name.strip().lower() for name in value.split(",") if name.strip())
     unknown = names - {*SAVE, "none"}
     if unknown or not names:
         raise click.BadParameter(f"{value!r}: choose from {', '.join(SAVE)} and none.")
@@ -120,6 +122,7 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
     help="Write a record for each instance of an expression, with its `instance` number, mask, box "
     "and score.",
 )
+@names_option
 @run_mode_options
 @click.option("--retry-failed", is_flag=True, help="As --resume, and retry what failed before.")
 @click.option(
@@ -217,6 +220,7 @@ class _Options:
     instance_threshold: float | None
     select: Literal["union", "best"]
     instances: bool
+    names: str | None
     resume: bool
     overwrite: bool
     retry_failed: bool
@@ -391,6 +395,7 @@ def _run(
             html="html" in options.save,
             timeout=options.image_timeout,
             bands=options.bands,
+            files=_files(options, inputs, folder),
         ),
         shard,
         options.limit,
@@ -404,6 +409,20 @@ def _run(
         ranks,
     )
     return run_predict(plan, segmenter, folder, stream)
+
+
+def _files(options: _Options, inputs: Inputs, folder: RunFolder) -> Names:
+    """What images are called in the names of files; a run that goes on keeps to what it began."""
+    from risam_cli.outputs.naming import Names
+    from risam_cli.runs.ledger import read_header
+
+    before = read_header(folder.ledger)
+    if options.names is None and before is not None:
+        return Names.from_json(before.get("files"))
+    if options.names == "base":
+        inputs.require_own_names()
+        return Names(base=True)
+    return Names() if options.names == "absolute" else Names(inputs.common_folder())
 
 
 def _dry_run(options: _Options, inputs: Inputs, shard: Shard, output: Path) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from risam_cli.commands import completing
-from risam_cli.commands.options import json_option, output_option, verbosity_options
+from risam_cli.commands.options import choice, json_option, output_option, verbosity_options
 from risam_cli.console.console import get_console
 from risam_cli.errors import EXIT_OK, OutputError
 
@@ -20,18 +20,19 @@ IMAGE_FORMATS = ("jpg", "png")
 
 
 def _check_splits(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    known = {name.lower(): name for name in SPLITS}
     names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
     for name in names:
-        if name not in SPLITS:
+        if name.lower() not in known:
             raise click.BadParameter(f"{name!r} is not one of {', '.join(SPLITS)}.")
-    return names
+    return tuple(dict.fromkeys(known[name.lower()] for name in names))
 
 
 @click.command("refshapes")
 @output_option(None)
 @click.option(
     "--family",
-    type=click.Choice((*FAMILIES, "all")),
+    type=choice((*FAMILIES, "all")),
     default="all",
     show_default=True,
     help="After RefCOCO, RefCOCO+ (no place words), G-Ref (relations), gRefCOCO (several or none).",
@@ -78,14 +79,14 @@ def _check_splits(ctx: click.Context, param: click.Parameter, value: str) -> tup
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(FORMATS),
+    type=choice(FORMATS),
     default="own",
     show_default=True,
     help="own is refer, and grefcoco for grefshapes.",
 )
 @click.option(
     "--image-format",
-    type=click.Choice(IMAGE_FORMATS),
+    type=choice(IMAGE_FORMATS),
     default="jpg",
     show_default=True,
     help="jpg is named as the benchmarks name theirs; png keeps every pixel.",

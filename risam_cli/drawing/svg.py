@@ -42,7 +42,8 @@ def dot_plot(
     line: float | None = None,
 ) -> Markup:
     """Rows of dots with whiskers on a common axis; ``line`` is drawn through all of them."""
-    label_width, note_width, width, pitch = 190, 96, 640, 24
+    # Narrow enough for a phone, where it shrinks to the page and no bar may be out of view.
+    label_width, note_width, width, pitch = 156, 92, 500, 24
     left, right = label_width, width - note_width
     height = pitch * len(rows) + 44
     bottom = pitch * len(rows) + 8
@@ -59,7 +60,7 @@ def dot_plot(
         out.append(_line(x(line), 4, x(line), bottom, "reference"))
     for k, row in enumerate(rows):
         y = 8 + pitch * (k + 0.5)
-        out.append(_text(left - 10, y + 4, _cut(row.label, 28), "label", "end", title=row.label))
+        out.append(_text(left - 10, y + 4, _cut(row.label, 22), "label", "end", title=row.label))
         out.append(_text(right + 10, y + 4, row.note, "tick", "start"))
         if row.low is not None and row.high is not None:
             out.append(_line(x(row.low), y, x(row.high), y, "whisker"))

@@ -139,6 +139,7 @@ def _answer(
 ) -> Answer:
     """Where the head is not asked, the score is the mask's own."""
     score = raw.iou if protocol.no_target == "mask" else prediction.score
+    assert score is not None  # a model always gives one
     nothing = raw.no_target > no_target_threshold
     return Answer(raw.mask, nothing, min(1.0, max(0.0, score)), raw.no_target)
 
@@ -175,7 +176,7 @@ def answer_and_score(
         gather_answers(folder, asked.answered)
     seconds = StageSeconds()
     with asking.answers(source, source.planned, asked.output, failures, seconds) as (log, answers):
-        done = run_evaluation(source, answers, protocol, folder, get_console())
+        done = run_evaluation(source, answers, protocol, folder, get_console(), asked.custom)
     segmenter, settings = asking.segmenter, asking.settings
     threshold = asking.no_target_threshold
     return Done(

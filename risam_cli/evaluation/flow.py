@@ -29,7 +29,7 @@ from risam_cli.evaluation.report.assemble import (
     write_reports,
 )
 from risam_cli.evaluation.report.compare import Other
-from risam_cli.evaluation.report.render import console_table
+from risam_cli.evaluation.report.render import console_table, remarks
 from risam_cli.evaluation.report.schema import AnswersPart, Report, TimingPart
 from risam_cli.evaluation.request import (
     DEFAULT_FAMILY,
@@ -137,6 +137,8 @@ def _evaluate(asked: EvalRequest) -> int:
         write_reports(folder, report, gallery(done.run.scored, asked.bands))
         done.finish()
     console.block(console_table(report))
+    for line in remarks(report):
+        console.warn(line)
     console.info(f"reports are in {asked.output}")
     if asked.as_json:
         click.echo(json.dumps({name: f.value for name, f in report.figures.items()}))
@@ -172,7 +174,7 @@ def _from_predictions(
         if absent:
             console.warn(f"{absent} of {wanted} images are missing; pictures show masks only")
         answers = answers_from_predictions(source, index, failures)
-        run = run_evaluation(source, answers, protocol, folder, console)
+        run = run_evaluation(source, answers, protocol, folder, console, asked.custom)
         for line in index.notes():
             console.warn(line)
         surplus = _tell_surplus(index, source, asked.output)

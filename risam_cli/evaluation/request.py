@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ from risam_cli.data.images.files import require_inside
 from risam_cli.data.images.images import Bands
 from risam_cli.data.readers.catalog import count_differences, open_dataset
 from risam_cli.data.readers.refshapes import BENCHMARKS, open_refshapes, open_refshapes_files
-from risam_cli.data.readers.source import SampleSource
-from risam_cli.errors import OutputError, UsageError, setting
+from risam_cli.data.readers.source import Columns, SampleSource
+from risam_cli.errors import DataError, OutputError, UsageError, setting
 from risam_cli.evaluation.report.assemble import HTML_FILE, MARKDOWN_FILE
 from risam_cli.evaluation.report.compare import REPORT_FILE, Other, read_other
 from risam_cli.evaluation.report.schema import AnswersPart, CountsPart, NoTargetFitPart, TimingPart
@@ -24,6 +25,7 @@ from risam_cli.evaluation.scoring import (
     EvalRun,
 )
 from risam_cli.files.locks import PRIVATE
+from risam_cli.metrics.slicer import COLUMNS, CustomSlice, parse_slices
 
 if TYPE_CHECKING:
     from risam_cli.inference.compute import Select
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 
 SURPLUS_FILE = "surplus.jsonl"
+_LOOKED_AT = 20
 
 PART_FILE = "part.json"
 """What a process of torchrun notes in its part."""
@@ -63,6 +66,7 @@ class EvalRequest:
     fit_no_target: bool
     limit: int | None
     shuffle: int | None
+    slices: tuple[str, ...]
     skip_missing: bool
     threshold: float | None
     no_target_threshold: float | None
@@ -111,11 +115,17 @@ class EvalRequest:
                 )
         elif self.split_by is not None:
             raise UsageError(f"{setting('split_by')} is not for refshapes", "leave it out")
-        if self.split is None and self.dataset != "coco":
+        if self.split is None and self.root is None:
             raise UsageError(
                 f"{setting('dataset', self.dataset)} needs {setting('split')}",
                 f"such as {setting('split', 'val')}",
             )
+        _ = self.custom
+
+    @property
+    def custom(self) -> tuple[CustomSlice, ...]:
+        """The slices that the user defines. Raises UsageError where one is malformed."""
+        return parse_slices(self.slices)
 
     def kept_features(self) -> CacheSettings | None:
         """Where the image encoder's features are kept, if they are."""
@@ -128,19 +138,25 @@ class EvalRequest:
     def open_source(self, scratch: Path) -> SampleSource:
         """The split that was asked for; images that are generated go to ``scratch``."""
         console = get_console()
-        split = self.split or "all"
         family = self.family or DEFAULT_FAMILY
-        if self.dataset != "refshapes":
-            assert self.root is not None
-            source = open_dataset(
-                self.dataset, self.root, split, split_by=self.split_by, image_root=self.image_root
-            )
-        elif self.root is not None:
-            source = open_refshapes_files(self.root, family, split, self.image_root)
+        columns = Columns(one.name for one in self.custom if one.of_data)
+        if self.root is None:
+            assert self.split is not None
+            source = open_refshapes(family, self.split, scratch)
+        elif self.dataset == "refshapes":
+            source = open_refshapes_files(self.root, family, self.split, self.image_root, columns)
         else:
-            source = open_refshapes(family, split, scratch)
+            source = open_dataset(
+                self.dataset,
+                self.root,
+                self.split,
+                split_by=self.split_by,
+                image_root=self.image_root,
+                columns=columns,
+            )
         if self.confine:
             _require_confined(source, self.image_root or self.root or scratch)
+        _require_columns(source, columns)
         for line in (*count_differences(source, self.split_by), *source.notes):
             console.warn(line)
         return source.limited(self.limit, self.shuffle)
@@ -180,6 +196,23 @@ def _require_confined(source: SampleSource, root: Path) -> None:
         name = Path(group.image)
         start = root if name.is_absolute() else group.path.parents[len(name.parts) - 1]
         require_inside(group.path, start, repr(group.image))
+
+
+def _require_columns(source: SampleSource, columns: Columns) -> None:
+    """Refuse a slice by a column that no expression has. Raises DataError."""
+    known: dict[str, None] = {}
+    # Groups that are drawn when they are looked at all know the same.
+    groups = itertools.islice(source.groups, _LOOKED_AT if source.generated else None)
+    for group in groups if columns.wanted else ():
+        for phrase in group.phrases:
+            known |= dict.fromkeys((*phrase.attributes, *phrase.attributes.get(COLUMNS, ())))
+    for name in columns.wanted - known.keys():
+        have = sorted({*known, *columns.seen} - {COLUMNS})
+        raise DataError(
+            f"{setting('slice')}: no expression of {source.dataset} {source.split} has a column "
+            f"{name!r}",
+            f"its columns: {', '.join(have)}; length and size are counted for any data",
+        )
 
 
 @dataclass(frozen=True, slots=True)

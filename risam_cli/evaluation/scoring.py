@@ -14,7 +14,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from io import TextIOWrapper
 from pathlib import Path
@@ -34,7 +34,8 @@ from risam_cli.files.write import create, sync_file, writing
 from risam_cli.masks import rle as masks
 from risam_cli.metrics.figures import ExpressionScore, ScoreTable, Tally, outcome, score_masks
 from risam_cli.metrics.protocols import Protocol
-from risam_cli.metrics.slices import Facts, Slice, Slicer
+from risam_cli.metrics.slicer import CustomSlice, Slicer
+from risam_cli.metrics.slices import Facts, Slice
 from risam_cli.types import Expression, Failure, Rle, Sample
 
 _BLOCK = 1024  # rows scored at once
@@ -121,12 +122,18 @@ class Scorer:
 
     Args:
         write_row: gets each line of ``per_expression.jsonl``, in order.
+        custom: slices of the user's.
     """
 
-    def __init__(self, protocol: Protocol, write_row: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        protocol: Protocol,
+        write_row: Callable[[str], None],
+        custom: Sequence[CustomSlice] = (),
+    ) -> None:
         self.protocol = protocol
         self._write_row = write_row
-        self._slicer = Slicer()
+        self._slicer = Slicer(custom)
         self._tally = Tally(self._slicer.names)
         self._pending: list[_Pending] = []
         self._worst, self._best, self._typical = _Pool(_POOL), _Pool(_POOL), _Pool(_POOL)
@@ -221,7 +228,7 @@ class Scorer:
         for k, pending in enumerate(self._pending):
             self._tally.add(pending.score, pending.levels)
             iou, none = float(seen.iou[k]), bool(seen.answered_none[k])
-            self._write_row(_row(pending, iou, none))
+            self._write_row(_row(pending, iou, none, self._slicer.labels(pending.levels)))
             if pending.prediction is not None:
                 self._offer(pending, pending.prediction, iou, none)
         self._pending.clear()
@@ -325,7 +332,7 @@ def _share(target: Rle) -> float:
     return masks.area(target) / (height * width)
 
 
-def _row(pending: _Pending, iou: float, none: bool) -> str:
+def _row(pending: _Pending, iou: float, none: bool, levels: Mapping[str, str]) -> str:
     score = pending.score
     row = {
         "id": score.id,
@@ -342,6 +349,7 @@ def _row(pending: _Pending, iou: float, none: bool) -> str:
         "missing": score.missing,
         "score": _known(score.score),
         "no_target_probability": _known(score.no_target_probability),
+        "slices": levels,
     }
     return json.dumps(row, ensure_ascii=False)
 
@@ -423,6 +431,7 @@ def run_evaluation(
     protocol: Protocol,
     folder: OutputFolder,
     console: Console,
+    custom: Sequence[CustomSlice] = (),
 ) -> EvalRun:
     """Score every answered image and write ``per_expression.jsonl`` whole or not at all.
 
@@ -436,7 +445,7 @@ def run_evaluation(
     made: set[Path] = set()
     with writing(rows):
         with part.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-            scorer = Scorer(protocol, lambda line: _write_line(stream, line))
+            scorer = Scorer(protocol, lambda line: _write_line(stream, line), custom)
             with console.progress("score", source.planned, "expressions") as progress:
                 for answered in answers:
                     progress.advance(scorer.add(answered))

@@ -39,7 +39,7 @@ class Word:
     unknown: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Attention:
     """The attention maps of one expression over one image, as the network computed them.
 
@@ -69,6 +69,13 @@ class Attention:
     regions_of_token: Weights | None
     padding: Weights | None
     tokens_of_region: Weights | None
+
+    def __repr__(self) -> str:
+        rows, columns = self.grid
+        return (
+            f"<Attention of {self.expression!r}: {len(self.words)} words, {rows} x {columns} "
+            f"regions, {self.blocks} blocks, {self.heads} heads>"
+        )
 
     @property
     def blocks(self) -> int:

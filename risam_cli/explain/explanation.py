@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,12 @@ from risam_cli.types import Prediction
 Point = tuple[float, float]
 
 
+_TELLS_LITTLE = re.compile(
+    "a|an|the|of|in|on|at|to|with|and|is|are|that|this|it|its|by|from|for|as|be|who|which"
+)
+"""Words that are rarely what a phrase turns on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Explained:
     """One expression: its answer and its attention."""
@@ -20,8 +27,26 @@ class Explained:
     prediction: Prediction
     attention: Attention
 
+    def telling_word(self, block: int | None = None, head: int | None = None) -> int | None:
+        """The word whose attention is gathered in the fewest regions (ours).
 
-@dataclass(frozen=True, slots=True)
+        Special tokens never count, and articles, prepositions and words that the model does not
+        know only where there are no others. None where there is no word, or the model has no map.
+        """
+        regions = self.attention.regions_of_words(block, head)
+        words = [k for k, word in enumerate(self.attention.words) if not word.special]
+        if regions is None or not words:
+            return None
+        full = [
+            k
+            for k in words
+            if not self.attention.words[k].unknown
+            and not _TELLS_LITTLE.fullmatch(self.attention.words[k].text.lower())
+        ]
+        return min(full or words, key=lambda k: spread(regions[k]))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Explanation:
     """All that is shown of one image.
 
@@ -45,6 +70,10 @@ class Explanation:
     grid: int = 5
     block: int | None = None
     head: int | None = None
+
+    def __repr__(self) -> str:
+        asked = ", ".join(repr(one.attention.expression) for one in self.expressions)
+        return f"<{type(self).__name__} of {asked} in {self.image!r}>"
 
     @property
     def missing(self) -> tuple[str, ...]:

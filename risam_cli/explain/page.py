@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from jinja2 import Environment
@@ -31,6 +34,7 @@ PAGE_BYTES = 6 << 20
 
 _SIDE = 1280  # pixels of the picture's longer side in the page
 _QUALITY = 85
+_CARD = 360
 _RAMP = 9  # colours that the legend's gradient is made of
 
 Key = tuple[int | None, int | None]
@@ -60,8 +64,9 @@ def to_html(explanation: Explanation) -> str:
             width=width,
             height=height,
             marks=marks,
+            name=explanation.image.rstrip("/").rpartition("/")[2],
             # A path may go on in the next line after a slash.
-            name=Markup("/<wbr>").join(explanation.image.split("/")),
+            folder=Markup("/<wbr>").join(explanation.image.split("/")[:-1]),
             full_width=explanation.rgb.shape[1],
             full_height=explanation.rgb.shape[0],
             ramp=_ramp(),
@@ -71,6 +76,38 @@ def to_html(explanation: Explanation) -> str:
             data=htmlsafe_json_dumps(_data(explanation, keys, marks)),
         )
     )
+    return page.rstrip() + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One image on the page that leads to the pages of several.
+
+    Attributes:
+        link: the address of its page from there; picture: a small one, as a ``data:`` address.
+        lines: its expressions and their answers.
+    """
+
+    name: str
+    link: str
+    picture: str
+    lines: tuple[str, ...]
+
+    @classmethod
+    def of(cls, explanation: Explanation, page: str) -> Card:
+        """That of an explanation whose page lies at ``page``."""
+        lines = []
+        for one in explanation.expressions:
+            p = one.prediction
+            found = "nothing fits" if p.no_target else f"score {p.score:.2f}"
+            lines.append(f"{one.attention.expression}: {found}")
+        picture = webp_uri(no_larger(explanation.rgb, _CARD), _QUALITY)
+        return cls(explanation.image, quote(page), picture, tuple(lines))
+
+
+def index_html(cards: Sequence[Card], model: str) -> str:
+    """The page that leads to those of several images."""
+    page = _environment().get_template("index.html.j2").render(cards=cards, model=model)
     return page.rstrip() + "\n"
 
 
@@ -137,17 +174,23 @@ def _data(explanation: Explanation, keys: list[Key], marks: tuple[int, int]) -> 
         "start": {"block": _name(explanation.block), "head": _name(explanation.head)},
         "looks": first.regions_of_token is not None,
         "points": [[(x + 0.5) / width, (y + 0.5) / height] for x, y in points],
-        "expressions": [_expression(one, keys, marks) for one in explanation.expressions],
+        "expressions": [
+            _expression(one, (explanation.block, explanation.head), keys, marks)
+            for one in explanation.expressions
+        ],
     }
 
 
-def _expression(explained: Explained, keys: list[Key], marks: tuple[int, int]) -> dict[str, Any]:
+def _expression(
+    explained: Explained, start: Key, keys: list[Key], marks: tuple[int, int]
+) -> dict[str, Any]:
     attention, prediction = explained.attention, explained.prediction
     found = "The model says that nothing fits" if prediction.no_target else "Its mask is outlined"
     answer = f"{found}; score {prediction.score:.3f}."
     colors = word_colors(attention.words)
     return {
         "answer": " ".join([answer, *(f"({note})" for note in prediction.notes)]),
+        "telling": explained.telling_word(*start),
         "outline": "" if prediction.no_target else outline(prediction.segmentation, marks),
         "words": [
             {

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from risam_cli.console.console import get_console
 from risam_cli.drawing.png import encode_rgb
+from risam_cli.errors import DataError
 from risam_cli.explain.attention import Attention
 from risam_cli.explain.explanation import Explained, Explanation
-from risam_cli.explain.page import to_html
+from risam_cli.explain.page import Card, index_html, to_html
 from risam_cli.explain.picture import draw_explanation
 from risam_cli.export.folder import EXPLANATION, ExportFolder
+from risam_cli.export.targets import Placement, replace_suffix
 from risam_cli.outputs.naming import slug
-from risam_cli.outputs.records import to_json
+from risam_cli.outputs.records import FAILURES, failure_to_json, to_json
+from risam_cli.types import Failure
 from risam_cli.version import __version__
 
 PAGE = "explain.html"
 MAPS = "explain.json"
+INDEX = "index.html"
 
 
 def picture_names(explanation: Explanation) -> list[str]:
@@ -44,17 +49,75 @@ def write_explanation(
     Raises:
         OutputError: the folder has files and ``overwrite`` is not set, or cannot be written.
     """
-    page = to_html(explanation).encode("utf-8", "backslashreplace")
-    pictures = picture_names(explanation)
-    names = [*pictures, PAGE, *([MAPS] if with_json else [])]
+    names = [*picture_names(explanation), PAGE, *([MAPS] if with_json else [])]
     with ExportFolder(output, EXPLANATION, names, overwrite=overwrite) as folder:
-        for name, explained in zip(pictures, explanation.expressions, strict=True):
-            folder.write(name, encode_rgb(draw_explanation(explanation, explained)))
-        folder.write(PAGE, page)
-        if with_json:
-            folder.publish(MAPS, list(json_pieces(explanation)))
+        _write(folder, "", explanation, with_json=with_json)
         folder.complete({"files": names})
     return names
+
+
+def write_explanations(
+    images: Sequence[str],
+    explain: Callable[[str], Explanation],
+    output: Path,
+    *,
+    with_json: bool,
+    overwrite: bool,
+) -> int:
+    """Writes the explanations of several images, and ``index.html``, which leads to them.
+
+    Each image has a folder in ``images/``, called as the image is, with what
+    :func:`write_explanation` writes. An image that cannot be read is a line of ``failures.jsonl``.
+
+    Args:
+        images: their names, no two alike.
+        explain: explains one, by its name.
+
+    Returns:
+        How many failed.
+
+    Raises:
+        OutputError: as :func:`write_explanation`.
+    """
+    placement = Placement()
+    for image in images:
+        placement.see(image)
+    cards: list[Card] = []
+    model = ""
+    owns = [INDEX, "images"]
+    with (
+        ExportFolder(output, EXPLANATION, owns, overwrite=overwrite) as folder,
+        folder.spool("failures") as failed,
+        get_console().progress("explain", len(images), "images") as progress,
+    ):
+        for image in images:
+            try:
+                found = explain(image)
+            except DataError as error:
+                get_console().warn(str(error))
+                row = Failure(image, image, None, "decode", type(error).__name__, str(error))
+                failed.add(failure_to_json(row) + "\n")
+            else:
+                place = f"images/{replace_suffix(placement.target(image), '')}"
+                _write(folder, f"{place}/", found, with_json=with_json)
+                cards.append(Card.of(found, f"{place}/{PAGE}"))
+                model = found.model
+            progress.advance(1, failures=failed.count)
+        folder.write(INDEX, index_html(cards, model).encode("utf-8", "backslashreplace"))
+        if failed.count:
+            folder.publish(FAILURES, [failed])
+        folder.complete({"images": len(cards), "failures": failed.count})
+        return failed.count
+
+
+def _write(folder: ExportFolder, place: str, explanation: Explanation, *, with_json: bool) -> None:
+    page = to_html(explanation).encode("utf-8", "backslashreplace")
+    pictures = picture_names(explanation)
+    for name, explained in zip(pictures, explanation.expressions, strict=True):
+        folder.write(place + name, encode_rgb(draw_explanation(explanation, explained)))
+    folder.write(place + PAGE, page)
+    if with_json:
+        folder.publish(place + MAPS, list(json_pieces(explanation)))
 
 
 # --- raw maps -------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 Beside what COCO asks for, an annotation carries ``score``, ``expression`` and ``record_id``, and
 the file has ``expressions``, as the project's own readers take them: what referred to nothing is
 kept there, though it has no annotation. Expressions are marked ``pseudo``: their truth is a model's
-answer, which training may weigh less.
+answer, which training may weigh less. A record without a score has none here either; pycocotools'
+``COCOeval`` asks for one, ``loadRes`` does not.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class _Coco:
         image_id = image.index + 1
         height, width = image.size
         copy_image(self.context, image, "images")
-        name = image.target if self.context.copy_images else image.image
+        name = image.target if self.context.copy_images else image.name
         row = {"id": image_id, "file_name": name, "height": height, "width": width}
         self._images.add(_dump(row), between=",\n")
         return image_id
@@ -77,7 +78,7 @@ class _Coco:
             "area": p.area,
             "bbox": list(p.bbox),
             "iscrowd": 0,
-            "score": p.score,
+            **_score(p),
             "expression": p.expression,
             "record_id": p.id,
         }
@@ -141,7 +142,7 @@ class CocoMasks(_Coco):
             "category_id": self.context.categories.coco_ids[item.category],
             "segmentation": p.segmentation,
             "bbox": list(p.bbox),
-            "score": p.score,
+            **_score(p),
         }
         self._results.add(_dump(row), between=",\n")
 
@@ -167,6 +168,11 @@ class CocoPolygons(_Coco):
         back = read_back(rings, (p.height, p.width), vertices)
         self.context.tally.measure(p.id or p.image, p.segmentation, back, traced)
         return rings
+
+
+def _score(p: Prediction) -> dict[str, float]:
+    """The score, where the record has one: none is invented."""
+    return {} if p.score is None else {"score": p.score}
 
 
 def _dump(row: object) -> str:

@@ -2,7 +2,7 @@
 
 A mask of several parts becomes several polygons with one ``group_id``. ``<mask>`` holds the runs of
 the box, row by row, beginning with background, as CVAT writes it from 2.3 on. The expression and
-the score are attributes of every shape.
+the score are attributes of every shape; a record without a score has no such attribute.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Cvat:
         """Append one ``<image>``."""
         copy_image(self.context, image, "images")
         height, width = image.size
-        name = image.target if self.context.copy_images else image.image
+        name = image.target if self.context.copy_images else image.name
         shapes = "".join(self._shapes(item) for item in image.items)
         self._images.add(
             f'<image id="{image.index}" name={_attribute(name)} width="{width}" '
@@ -65,10 +65,9 @@ class Cvat:
         p = item.prediction
         mask = item.mask
         label = f'label={_attribute(item.category_name)} source="auto" occluded="0"'
-        inside = (
-            f'<attribute name="expression">{_text(p.expression)}</attribute>'
-            f'<attribute name="score">{p.score:.4f}</attribute>'
-        )
+        inside = f'<attribute name="expression">{_text(p.expression)}</attribute>'
+        if p.score is not None:
+            inside += f'<attribute name="score">{p.score:.4f}</attribute>'
         if self.context.settings.shapes == "mask":
             x, y, w, h = (int(v) for v in p.bbox)
             runs = ", ".join(map(str, _runs(mask[y : y + h, x : x + w])))

@@ -35,6 +35,7 @@ class ExportSettings:
         parts: YOLO: "split" writes one line a part, "join" one line a mask.
         shapes: labelme, CVAT: "polygon" or "mask".
         vertices: "edge", "center", or None for what the format's readers expect.
+        split: YOLO: the share of images for training, 0 to 1; 0 makes no split.
         style: png: "binary", "indexed" or "semantic".
         padding: cutout: pixels around the mask's box.
     """
@@ -42,6 +43,7 @@ class ExportSettings:
     simplify: float = 0.0
     holes: str = "bridge"
     parts: str = "split"
+    split: float = 0.0
     shapes: str = "polygon"
     vertices: str | None = None
     style: str = "binary"
@@ -74,6 +76,8 @@ class ExportCounts:
         hidden: pixels under other masks, where one file holds several.
         notes: what else the user must know, each with its number.
         remarks: lines on the source.
+        split_images: how many are for training and for validation, where they are split.
+        root: the folder that image names start in, where the images' own are absolute paths.
     """
 
     images: int = 0
@@ -90,6 +94,8 @@ class ExportCounts:
     hidden: int = 0
     notes: dict[str, int] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    split_images: dict[str, int] = field(default_factory=dict)
+    root: str | None = None
 
     def measure(self, name: str, source: Rle, back: Rle, traced: Outlines) -> None:
         """Count one mask that was written as polygons and reads back as ``back``."""
@@ -114,6 +120,10 @@ class ExportCounts:
             "empty": self.empty,
             "filtered": self.filtered,
         }
+        if self.split_images:
+            out["split"] = self.split_images
+        if self.root is not None:
+            out["image_root"] = self.root
         if self.measured:
             out["polygons"] = {
                 "masks": self.measured,
@@ -187,6 +197,8 @@ class LabeledImage:
         items: masks that are not empty; may be none.
         empty: records whose mask is empty.
         own_name: what ``target`` would be if no name had to change.
+        name: what lists of images call it.
+        part: "train" or "val" where the images are split, else empty.
         entry: the image's entry in the COCO file that was given, or None.
     """
 
@@ -198,6 +210,8 @@ class LabeledImage:
     items: tuple[Labeled, ...]
     empty: tuple[tuple[int, Prediction], ...] = ()
     own_name: str = ""
+    name: str = ""
+    part: str = ""
     entry: Mapping[str, Any] | None = None
 
 

@@ -98,7 +98,7 @@ def _shape(
         "shape_type": kind,
         "flags": {},
         "mask": mask,
-        "score": item.prediction.score,
+        **({} if item.prediction.score is None else {"score": item.prediction.score}),
     }
 
 

@@ -73,12 +73,13 @@ class Binary(_Png):
         records = {item.number: item.prediction for item in image.items} | dict(image.empty)
         for number in sorted(records):
             p = records[number]
-            name = mask_name(p.image, number, p.expression)
+            name = mask_name(image.name or p.image, number, p.expression)
             mask = Labeled(p, number, 0, "").mask
             self.context.folder.write(name, encode_mask(mask))
             self.list(
                 {"id": p.id, "image": p.image, "expression": p.expression, "mask": name}
-                | {"score": p.score, "no_target": p.no_target}
+                | ({} if p.score is None else {"score": p.score})
+                | {"no_target": p.no_target}
             )
 
 
@@ -121,7 +122,8 @@ class _Layered(_Png):
     @staticmethod
     def _row(p: Prediction, value: int) -> dict[str, Any]:
         row = {"value": value, "color": list(color(value - 1)), "id": p.id}
-        return row | {"expression": p.expression, "score": p.score, "area": p.area}
+        score = {} if p.score is None else {"score": p.score}
+        return row | {"expression": p.expression, **score, "area": p.area}
 
 
 class Indexed(_Layered):

@@ -60,7 +60,7 @@ class GalleryPages(_Pictures):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self._gallery = Gallery(context.folder.path, {}, context.folder.write)
+        self._gallery = Gallery(context.folder.path, {}, context.folder.write, "export-masks")
 
     def add(self, image: LabeledImage) -> None:
         """Write one image's small picture and outlines, and take it into the page."""
@@ -100,5 +100,5 @@ class Cutouts(_Pictures):
             if not done:
                 raise OutputError(f"a cut-out of {bgra.shape} could not be written as PNG")
             p = item.prediction
-            name = mask_name(p.image, item.number, p.expression).removeprefix(MASKS)
+            name = mask_name(image.name or p.image, item.number, p.expression).removeprefix(MASKS)
             self.context.folder.write(f"cutouts{name}", data.tobytes())

@@ -44,7 +44,7 @@ def formats() -> dict[str, FormatInfo]:
         "yolo": FormatInfo(
             yolo.Yolo,
             ("labels", "images", "data.yaml", "mapping.jsonl"),
-            outline | {"parts"},
+            outline | {"parts", "split"},
             copies=True,
             without="images",
         ),

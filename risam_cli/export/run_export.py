@@ -25,7 +25,7 @@ from risam_cli.export.format import (
 )
 from risam_cli.export.registry import check_options, formats
 from risam_cli.export.sources import MAX_PIXELS, ImageGroup, OnFailure, Source
-from risam_cli.export.targets import Placement
+from risam_cli.export.targets import RELATIVE, Placement
 from risam_cli.outputs.records import FAILURES, failure_to_json
 from risam_cli.types import Failure, Prediction
 
@@ -38,6 +38,7 @@ class Request:
         predictions: see :class:`risam_cli.export.sources.Source`.
         kind: a name in :func:`risam_cli.export.registry.formats`.
         image_root: where relative image paths begin.
+        names: see :class:`risam_cli.export.targets.Placement`.
         min_score, min_area: masks below are left out (they count as filtered).
         confine: refuse images outside of ``image_root``, and mask files outside of their list's
             folder.
@@ -56,6 +57,7 @@ class Request:
     overwrite: bool = False
     copy_images: bool = False
     confine: bool = False
+    names: str = RELATIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ def run_export(
     def fail(failure: Failure) -> None:
         sink[0](failure)
 
-    placement = Placement(info.without)
+    placement = Placement(info.without, request.names)
     with (
         Source(
             request.predictions,
@@ -135,7 +137,7 @@ def run_export(
                     if name not in seen:
                         out.add_entry(entry)
             out.finish()
-            _note(tally, categories, source)
+            _note(tally, categories, source, placement)
             if failed.count:
                 folder.publish(FAILURES, [failed])
             count = failed.count
@@ -167,7 +169,8 @@ def _add(
     empty: list[tuple[int, Prediction]] = []
     for number, given in enumerate(group.records):
         p = given.prediction
-        if p.score < request.min_score or 0 < p.area < request.min_area:
+        low = p.score is not None and p.score < request.min_score
+        if low or 0 < p.area < request.min_area:
             tally.filtered += 1
         elif p.area == 0:
             empty.append((number, p))
@@ -186,6 +189,8 @@ def _add(
         items=tuple(items),
         empty=tuple(empty),
         own_name=placement.own_name(group.image),
+        name=placement.name(group.image),
+        part=_part(group.image, placement, request.settings.split),
         entry=group.entry,
     )
     try:
@@ -199,6 +204,12 @@ def _add(
     tally.images += 1
     tally.masks += len(items)
     tally.empty += len(empty)
+
+
+def _part(image: str, placement: Placement, share: float) -> str:
+    if not share:
+        return ""
+    return "train" if placement.is_train(image, share) else "val"
 
 
 def _check_size(group: ImageGroup, path: Path, measure: Callable[[Path], tuple[int, int]]) -> None:
@@ -225,7 +236,10 @@ def _check_size(group: ImageGroup, path: Path, measure: Callable[[Path], tuple[i
     )
 
 
-def _note(tally: ExportCounts, categories: Categories, source: Source) -> None:
+def _note(
+    tally: ExportCounts, categories: Categories, source: Source, placement: Placement
+) -> None:
+    tally.root = placement.folder
     if categories.unnamed:
         tally.note(f"records have no expression; their class is {UNNAMED!r}", categories.unnamed)
     tally.remarks += source.notes()

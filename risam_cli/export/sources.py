@@ -161,6 +161,8 @@ class Source:
             numbers.append(number)
             keys.append(key)
             given = record.get("id") or ""
+            if not given and record.get("no_target") is True and "segmentation" not in record:
+                continue  # it has no annotation, so it needs no number
             ids.append(int(given) if given.isdecimal() and len(given) < 16 else -1)
         self.names = self._results.names
         if not len(offsets):
@@ -211,7 +213,7 @@ class Source:
             return None
         category = id_text(record.get("category_id"))
         known = self.names is not None and category in self.names.categories
-        annotation = int(record["id"]) if self._keeps_ids else None
+        annotation = int(record["id"]) if self._keeps_ids and record["id"] else None
         return Given(prediction, annotation, category if known else None), entry
 
     def _entry(self, record: Record) -> Mapping[str, Any] | None:
@@ -244,7 +246,7 @@ class Source:
             segmentation=rle,
             bbox=masks.bbox(rle),
             area=area,
-            score=1.0 if score is None else score,
+            score=score,
             no_target=area == 0 if no_target is None else no_target,
         )
 

@@ -19,6 +19,10 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from risam_cli.data.identity import image_key
+from risam_cli.errors import UsageError, setting
+
+RELATIVE, BASE, ABSOLUTE = "relative", "base", "absolute"
+"""What the setting ``names`` takes."""
 
 # Refused by some system, or turning round how a name is shown.
 _UNSAFE = re.compile(
@@ -37,24 +41,39 @@ class Placement:
     Args:
         without: a folder's name that is left out of all paths: readers of YOLO look for labels by
             exchanging the last ``images`` of a path, so there may be no other.
+        names: ``relative`` leaves out what all images have in common where all are absolute paths;
+            ``base`` takes the file's name alone; ``absolute`` keeps the whole.
     """
 
-    def __init__(self, without: str | None = None) -> None:
+    def __init__(self, without: str | None = None, names: str = RELATIVE) -> None:
         self._without = without
+        self._names = names
+        self._absolute = True
+        self._first, self._last = 1.0, 0.0  # of the images' places, see split_place
+        self._bases: dict[str, str] = {}
         self._keys = array("Q")  # pairs of a target's key and its image's
         self._meeting: frozenset[int] | None = None
-        self._common: list[str] | None = None
+        self._common: list[str] | None = None  # of targets
+        self._shared: list[str] | None = None  # of the images themselves
         self._all = True
 
     def see(self, image: str) -> None:
         """Take note of an image; a second time does no harm."""
         self._keys.extend((meeting_key("/".join(self._parts(image))), _image_hash(image)))
         *folders, _ = self._parts(image) or [""]
-        if self._common is None:
-            self._common = folders
-        else:
-            shared = zip(self._common, folders, strict=False)
-            self._common = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], shared)]
+        self._common = _in_common(self._common, folders)
+        self._shared = _in_common(self._shared, image_key(image).strip("/").split("/")[:-1])
+        self._absolute &= image.startswith("/")
+        if self._names == BASE:
+            key = image_key(image)
+            other = self._bases.setdefault(key.rpartition("/")[2], key)
+            if other != key:
+                raise UsageError(
+                    f"{setting('names', BASE)}: {other} and {key} have the same name",
+                    f"give {setting('names', RELATIVE)}",
+                )
+        place = split_place(image)
+        self._first, self._last = min(self._first, place), max(self._last, place)
         if self._without is not None:
             self._all &= self._without in image_key(image).split("/")[:-1]
 
@@ -67,22 +86,73 @@ class Placement:
         parts = self._parts(image)
         whole = "/".join(parts)
         marked = self._meeting if meeting_key(whole) in self._meeting else ()
-        # Where every image lies below such a folder, what leads to it is the data set's own place.
-        drop = len(self._common or []) if self._without is not None and self._all else 0
-        short = "/".join(parts[min(drop, len(parts) - 1) :])
+        short = "/".join(parts[min(self._dropped, len(parts) - 1) :])
         mark = {meeting_key(short)} if marked else ()
         return target_name(short, mark, exact=image)
 
     def own_name(self, image: str) -> str:
         """What :meth:`target` would be if no name had to change."""
-        drop = len(self._common or []) if self._without is not None and self._all else 0
-        return "/".join(self._parts(image)[drop:])
+        return "/".join(self._parts(image)[self._dropped :])
+
+    def name(self, image: str) -> str:
+        """What lists of images call it: as it is given, but for absolute paths and ``base``."""
+        if self._names == BASE:
+            return image_key(image).rpartition("/")[2]
+        if self._names == ABSOLUTE or not self._absolute:
+            return image
+        own = [part for part in image.split("/") if part not in {"", "."}]
+        parts = image_key(image).strip("/").split("/") if ".." in own else own
+        return "/".join(parts[len(self._shared or []) :])
+
+    def is_train(self, image: str, share: float) -> bool:
+        """Whether an image is for training, where a ``share`` of all is.
+
+        It hangs on its name alone, so that images to come move none; but neither part of several
+        images stays empty.
+        """
+        place = split_place(image)
+        if self._first != self._last:
+            if place == self._first:
+                return True
+            if place == self._last:
+                return False
+        return place < share
+
+    @property
+    def folder(self) -> str | None:
+        """The folder that names of absolute paths start in; None where names are as given."""
+        stripped = self._names == RELATIVE and self._absolute and self._shared is not None
+        return "/" + "/".join(self._shared or []) if stripped else None
+
+    @property
+    def _dropped(self) -> int:
+        """How many folders that all images share are left out of targets."""
+        # Where every image lies below such a folder, what leads to it is the data set's own place.
+        below = self._without is not None and self._all
+        return len(self._common or []) if below or self.folder is not None else 0
 
     def _parts(self, image: str) -> list[str]:
+        if self._names == BASE:
+            return [image_key(image).rpartition("/")[2]]
         if self._without is None:
             return [part for part in image.split("/") if part not in {"", "."}]
         *folders, name = image_key(image).strip("/").split("/")
         return [*(folder for folder in folders if folder != self._without), name]
+
+
+def _in_common(before: list[str] | None, folders: list[str]) -> list[str]:
+    """The folders that paths begin with, those before and one more."""
+    if before is None:
+        return folders
+    shared = zip(before, folders, strict=False)
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], shared)]
+
+
+def split_place(image: str) -> float:
+    """Where an image falls between 0 and 1: by its folder and name, wherever these lie."""
+    tail = "/".join(image_key(image).split("/")[-2:])
+    data = hashlib.blake2b(tail.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(data, "big") / (1 << 64)
 
 
 def target_name(image: str, meeting: Container[int] = (), *, exact: str | None = None) -> str:

@@ -3,6 +3,8 @@
 Ultralytics finds an image's labels by exchanging the last ``/images/`` of its path for
 ``/labels/``, so below ``images/`` there is no other folder of that name.
 
+With ``split`` images lie in ``images/train`` and ``images/val``, and their labels likewise.
+
 A line is one object: its class and one closed ring, in shares of the width and the height. The
 format has neither holes nor parts: holes are bridged, and a mask of several parts becomes one line
 each, or with ``parts="join"`` one line whose parts are joined by lines over the background.
@@ -31,6 +33,7 @@ class Yolo:
     def __init__(self, context: Context) -> None:
         self.context = context
         self._stack = ExitStack()
+        self._parts = {"train": 0, "val": 0}
 
     def __enter__(self) -> Yolo:
         self._mapping = self._stack.enter_context(self.context.folder.spool("mapping"))
@@ -41,13 +44,17 @@ class Yolo:
 
     def add(self, image: LabeledImage) -> None:
         """Write one label file; an empty one where nothing was found."""
-        copy_image(self.context, image, "images")
+        part = f"/{image.part}" if image.part else ""
+        copy_image(self.context, image, f"images{part}")
         lines = [line for item in image.items for line in self._lines(item)]
-        name = f"labels/{replace_suffix(image.target, '.txt')}"
+        name = f"labels{part}/{replace_suffix(image.target, '.txt')}"
         self.context.folder.write(name, "".join(f"{line}\n" for line in lines).encode())
         row = {"image": image.image, "label": name}
+        if image.part:
+            row["split"] = image.part
+            self._parts[image.part] += 1
         if self.context.copy_images:
-            row["copy"] = f"images/{image.target}"
+            row["copy"] = f"images{part}/{image.target}"
             if "/" in image.target:
                 self.context.tally.note(
                     "images lie in folders below images/: Ultralytics reads them, supervision's "
@@ -83,7 +90,11 @@ class Yolo:
         known = self.context.categories
         given = dict(zip(known.class_numbers, known.names, strict=True))
         names = {k: given.get(k, f"unused {k}") for k in range(max(given, default=-1) + 1)}
-        head = {"train": "images", "val": "images", "nc": len(names), "names": names}
+        places = {"train": "images", "val": "images"}
+        if self.context.settings.split:
+            places = {name: f"images/{name}" for name in places}
+            self.context.tally.split_images = dict(self._parts)
+        head = {**places, "nc": len(names), "names": names}
         text = yaml.safe_dump(head, allow_unicode=True, sort_keys=False, width=1 << 20)
         self.context.folder.write("data.yaml", text.encode("utf-8", "backslashreplace"))
         self.context.folder.publish("mapping.jsonl", [self._mapping])

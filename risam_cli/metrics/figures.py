@@ -92,7 +92,7 @@ class Tally:
         self._flags = {name: array("b") for name in _FLAGS}
         self._reals = {name: array("d") for name in _REALS}
         self._cluster = array("q")
-        self._slices = {name: array("h") for name in slice_names}
+        self._slices = {name: array("i") for name in slice_names}
         self._image_numbers: dict[str, int] = {}
 
     def __len__(self) -> int:

@@ -7,9 +7,11 @@ Relation phrases are taken out before place words are looked for: "left of the c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from risam_cli.metrics.figures import Ints
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -80,6 +82,7 @@ class Slice:
         levels: labels; a level number counts them from 0.
         level: gives an expression's level number, or -1 where the slice does not apply.
         definition: how it is decided, in words.
+        open: its levels are the values that were seen, however many.
     """
 
     name: str
@@ -87,6 +90,28 @@ class Slice:
     levels: tuple[str, ...]
     level: Callable[[Facts], int]
     definition: str
+    open: bool = False
+
+
+SLICE_FIGURES = ("miou", "oiou", "pr@0.5", "giou")
+"""Figures that are given level by level."""
+_MOST_LEVELS = 40
+
+
+def shown_levels(
+    sizes: Sequence[int] | Ints, labels: Sequence[str], *, most_frequent: bool
+) -> tuple[list[int], int]:
+    """The levels that hold anything, and how many are left out.
+
+    Args:
+        sizes: how many expressions each level holds.
+        most_frequent: the largest first, and those over 40 left out.
+    """
+    present = [k for k in range(len(labels)) if sizes[k]]
+    if most_frequent:
+        present.sort(key=lambda k: (-sizes[k], labels[k]))
+    shown = present[:_MOST_LEVELS] if most_frequent else present
+    return shown, len(present) - len(shown)
 
 
 def _length(facts: Facts) -> int:
@@ -360,37 +385,3 @@ SLICES: tuple[Slice, ...] = (
     *PHRASECUT_SLICES,
 )
 CATEGORY = "category"
-
-
-class Slicer:
-    """Level numbers of expressions; categories are numbered as they come."""
-
-    def __init__(self) -> None:
-        self._categories: dict[str, int] = {}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all slices, the category's last."""
-        return (*(s.name for s in SLICES), CATEGORY)
-
-    def levels(self, facts: Facts) -> dict[str, int]:
-        """The level in each slice, -1 where a slice does not apply."""
-        levels = {s.name: s.level(facts) for s in SLICES}
-        category = facts.attributes.get("category")
-        levels[CATEGORY] = (
-            -1
-            if category is None
-            else self._categories.setdefault(str(category), len(self._categories))
-        )
-        return levels
-
-    def slices(self) -> tuple[Slice, ...]:
-        """The slices as they stand, with the categories seen as levels of the last."""
-        category = Slice(
-            CATEGORY,
-            "Category",
-            tuple(self._categories),
-            lambda facts: self._categories.get(str(facts.attributes.get("category")), -1),
-            "The referents' category where all share one, by the annotation.",
-        )
-        return (*SLICES, category)

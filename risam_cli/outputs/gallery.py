@@ -66,21 +66,24 @@ class Row:
 
 @dataclass(slots=True)
 class Counts:
-    """What stands at the head of the page."""
+    """What stands at the head of the page; ``empty`` are masks without a pixel, which are none."""
 
     images: int = 0
     expressions: int = 0
     masks: int = 0
     no_target: int = 0
+    empty: int = 0
     failures: int = 0
 
     def add(self, row: Row) -> None:
         """Count one image."""
-        empty = sum(bool(record["no_target"]) for record in row.records)
+        nothing = sum(bool(record["no_target"]) for record in row.records)
+        masks = sum(bool(record["area"]) and not record["no_target"] for record in row.records)
         self.images += 1
         self.expressions += len(row.records) + len(row.failures)
-        self.masks += len(row.records) - empty
-        self.no_target += empty
+        self.masks += masks
+        self.no_target += nothing
+        self.empty += len(row.records) - masks - nothing
         self.failures += len(row.failures)
 
 
@@ -93,6 +96,7 @@ class Gallery:
     Args:
         folder: the output folder.
         about: short facts for the foot of the page, name to value.
+        maker: the command that writes it, for its title.
         write: writes a file of the folder, given its name and text.
 
     Raises:
@@ -102,6 +106,7 @@ class Gallery:
     folder: Path
     about: Mapping[str, str]
     write: Callable[[str, str], None]
+    maker: str = "predict"
     counts: Counts = field(default_factory=Counts)
     _waiting: list[dict[str, Any]] = field(default_factory=list)
     _written: int = 0
@@ -138,7 +143,7 @@ class Gallery:
             "about": dict(self.about),
             "colors": ["#{:02x}{:02x}{:02x}".format(*color(index)) for index in range(_COLORS)],
         }
-        self.write(PAGE, _page(head))
+        self.write(PAGE, _page(head, self.maker))
         return self.folder / PAGE
 
     def _flush(self) -> None:
@@ -217,7 +222,8 @@ def encode_item(rgb: NDArray[np.uint8], size: tuple[int, int], outlines: Sequenc
 
 def _to_json(row: Row) -> dict[str, Any]:
     """A row in short keys: there may be a million of them."""
-    # An answer's fourth value: 0 a mask, 1 no target, 2 a mask without a pixel.
+    # An answer's third value is null where it has no score; its fourth: 0 a mask, 1 no target, 2 a
+    # mask without a pixel.
     out: dict[str, Any] = {"i": row.image}
     if row.records:
         out["s"] = [row.records[0]["width"], row.records[0]["height"]]
@@ -235,7 +241,7 @@ def _answer(record: Mapping[str, Any]) -> list[Any]:
     answer = [
         record["id"],
         record["expression"],
-        record["score"],
+        record.get("score"),
         1 if record["no_target"] else 2 if record["area"] == 0 else 0,
         record["mask"] or "",
     ]
@@ -247,7 +253,7 @@ def _script_json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _page(head: Mapping[str, Any]) -> str:
+def _page(head: Mapping[str, Any], maker: str) -> str:
     parts = {
         name: (files("risam_cli.outputs") / "gallery_page" / name).read_text(encoding="utf-8")
         for name in ("page.html", "page.css", "page.js")
@@ -257,8 +263,9 @@ def _page(head: Mapping[str, Any]) -> str:
         "CODE": parts["page.js"],
         "HEAD": _script_json(head),
         "VERSION": __version__,
+        "MAKER": maker,
     }
-    return re.sub(r"@(STYLE|CODE|HEAD|VERSION)@", lambda m: filled[m[1]], parts["page.html"])
+    return re.sub(r"@(STYLE|CODE|HEAD|VERSION|MAKER)@", lambda m: filled[m[1]], parts["page.html"])
 
 
 def about(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -9,6 +9,9 @@ apart, characters that some systems refuse, too long) is brought into shape, and
 then ends in ten digits of the exact path's hash. So two images share a name only if they share a
 path, on any file system, and a name depends on nothing but its own image and expression. No folder
 under ``masks/`` is ever called ``….png``, so that ``*.png`` finds masks only.
+
+Where a run's inputs are absolute paths, :class:`Names` leaves the folder that they have in common
+out of the names.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from dataclasses import dataclass
 
 MASKS = "masks"
 OVERLAYS = "overlays"
@@ -34,7 +38,53 @@ _UNSAFE = re.compile(
 _NOT_WORD = re.compile(r"[^a-z0-9]+")
 
 
-def mask_name(image: str, number: int, expression: str, instance: int | None = None) -> str:
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What images are called in the names of their files.
+
+    Attributes:
+        root: an absolute folder; images below it are named from there, and images elsewhere keep
+            their whole path and a mark, so that they never meet.
+        base: by their last part alone; the run sees to it that these differ.
+    """
+
+    root: str | None = None
+    base: bool = False
+
+    def of(self, image: str) -> tuple[str, bool]:
+        """An image's name here, and whether its files must carry a mark."""
+        if self.base:
+            return image.rstrip("/").rpartition("/")[2], False
+        if self.root is None:
+            return image, False
+        start = self.root if self.root.endswith("/") else f"{self.root}/"
+        inside = image.startswith(start) and ".." not in image.split("/")
+        return (image[len(start) :], False) if inside else (image, True)
+
+    def to_json(self) -> dict[str, str | bool]:
+        """For a run's identity; empty where images are named as they are given."""
+        root = {} if self.root is None else {"root": self.root}
+        return {**root, "base": True} if self.base else {**root}
+
+    @classmethod
+    def from_json(cls, value: object) -> Names:
+        """From a run's identity."""
+        if not isinstance(value, dict):
+            return cls()
+        root = value.get("root")
+        return cls(root if isinstance(root, str) else None, value.get("base") is True)
+
+
+AS_GIVEN = Names()
+
+
+def mask_name(
+    image: str,
+    number: int,
+    expression: str,
+    instance: int | None = None,
+    names: Names = AS_GIVEN,
+) -> str:
     """Path of a mask relative to the output folder, with forward slashes.
 
     Args:
@@ -42,31 +92,34 @@ def mask_name(image: str, number: int, expression: str, instance: int | None = N
         number: which of this image's expressions it is, from 0; unique for the image.
         expression: its text.
         instance: which of the expression's instances it is, where each has a mask.
+        names: what images are called.
     """
-    base, mark = _base(image)
+    base, mark = _base(image, names)
     words = slug(expression)
     # Behind a dot, which no words have.
     each = "" if instance is None else f".{instance}"
     return f"{MASKS}/{base}__{number}{'-' if words else ''}{words}{each}{mark}.png"
 
 
-def overlay_name(image: str, number: int) -> str:
+def overlay_name(image: str, number: int, names: Names = AS_GIVEN) -> str:
     """Path of an overlay relative to the output folder; one for all expressions of a sample.
 
     Args:
         number: that of the sample's first expression, as in :func:`mask_name`.
+        names: what images are called.
     """
-    base, mark = _base(image)
+    base, mark = _base(image, names)
     return f"{OVERLAYS}/{base}__{number}{mark}.png"
 
 
-def gallery_name(image: str, number: int) -> str:
+def gallery_name(image: str, number: int, names: Names = AS_GIVEN) -> str:
     """Path of a sample's file in the gallery, relative to the output folder.
 
     Args:
         number: that of the sample's first expression, as in :func:`mask_name`.
+        names: what images are called.
     """
-    base, mark = _base(image)
+    base, mark = _base(image, names)
     return f"{GALLERY}/items/{base}__{number}{mark}.js"
 
 
@@ -79,13 +132,14 @@ def slug(expression: str) -> str:
     return words
 
 
-def _base(image: str) -> tuple[str, str]:
+def _base(image: str, names: Names) -> tuple[str, str]:
     """What an image's files begin with, and the mark that they end with where that was changed."""
-    *folders, name = [part for part in image.split("/") if part not in {"", "."}] or ["_"]
+    called, marked = names.of(image)
+    *folders, name = [part for part in called.split("/") if part not in {"", "."}] or ["_"]
     base = "/".join([*map(_folder, folders), _part(name)])
     if len(base.encode()) > _WHOLE:
         base = f"_/{_part(name)}"
-    if base == image and base.isascii() and base == base.lower():
+    if not marked and base == called and base.isascii() and base == base.lower():
         return base, ""
     return base, "." + hashlib.sha256(image.encode("utf-8", "surrogatepass")).hexdigest()[:10]
 

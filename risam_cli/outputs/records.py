@@ -36,6 +36,8 @@ def to_json(p: Prediction) -> str:
         "no_target": p.no_target,
         "mask": p.mask,
     }
+    if p.score is None:
+        del record["score"]
     if p.instance is not None:
         record["instance"] = p.instance
     if p.notes:
@@ -63,7 +65,7 @@ def from_json(obj: Mapping[str, Any], where: str) -> Prediction:
 
     Needed are ``segmentation`` (RLE in any of COCO's forms) and either ``id`` or ``image`` with
     ``expression``. Box and area are taken from the mask, whatever the record says; ``score``
-    is 1 and ``no_target`` is "the mask is empty" where the record does not say.
+    is None and ``no_target`` is "the mask is empty" where the record does not say.
 
     Args:
         where: the record's place, for messages.
@@ -117,8 +119,10 @@ def _text(obj: Mapping[str, Any], key: str, where: str) -> str:
     return value or ""
 
 
-def _score(obj: Mapping[str, Any], where: str) -> float:
-    value = obj.get("score", 1.0)
+def _score(obj: Mapping[str, Any], where: str) -> float | None:
+    value = obj.get("score")
+    if value is None:
+        return None
     fits = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not fits or not 0 <= value <= 1:  # which NaN is not either
         raise DataError(f"{where}: 'score' is {brief(value)}", "give a number in 0..1")

@@ -428,6 +428,7 @@ def identity_of(plan: RunPlan, segmenter: Segmenter) -> dict[str, Any]:
         **instance_rules(segmenter, settings),
         **segmenter.versions,
         **({"bands": list(settings.bands)} if settings.bands else {}),
+        **({"files": files} if (files := plan.saving.files.to_json()) else {}),
     }
 
 

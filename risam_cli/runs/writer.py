@@ -37,7 +37,7 @@ from risam_cli.inference.finish import ImageResult
 from risam_cli.inference.loading import TIMEOUT, timed_out
 from risam_cli.masks import rle as masks
 from risam_cli.outputs.gallery import encode_item, outline, small_size
-from risam_cli.outputs.naming import gallery_name, mask_name, overlay_name
+from risam_cli.outputs.naming import AS_GIVEN, Names, gallery_name, mask_name, overlay_name
 from risam_cli.outputs.records import failure_to_json, to_json
 from risam_cli.runs.folder import RunFolder
 from risam_cli.runs.ledger import FileMark, LedgerLine, Redone, Span
@@ -61,6 +61,7 @@ class Saving:
         overlay: the image with all its masks drawn into it.
         max_pixels, timeout, bands: as for reading the image.
         html: a gallery of the run, see :mod:`risam_cli.outputs.gallery`.
+        files: what images are called in the names of files.
     """
 
     png: bool
@@ -69,6 +70,7 @@ class Saving:
     html: bool = False
     timeout: float = TIMEOUT
     bands: Bands | None = None
+    files: Names = AS_GIVEN
 
     @property
     def names(self) -> list[str]:
@@ -107,7 +109,9 @@ class Stager:
             self._outlines.setdefault(expression.id, {})[instance] = outline(mask)
         if not self._saving.png:
             return None
-        name = mask_name(sample.image, expression.number, expression.text, instance)
+        name = mask_name(
+            sample.image, expression.number, expression.text, instance, self._saving.files
+        )
         self._names.setdefault((sample.image, expression.number), []).append(name)
         self._stage(name, encode_mask(mask))
         return name
@@ -126,7 +130,7 @@ class Stager:
                 [masks.decode(one.segmentation) for one in predictions],
                 [one.expression for one in predictions],
             )
-            self._stage(_overlay_of(sample), encode_rgb(drawn))
+            self._stage(_overlay_of(sample, self._saving.files), encode_rgb(drawn))
         else:
             side = max(small_size(*own))
             rgb = self._read(
@@ -134,15 +138,15 @@ class Stager:
             )
         if self._saving.html:
             item = encode_item(rgb, own, [traced[one.id][one.instance] for one in predictions])
-            self._stage(_item_of(sample), item)
+            self._stage(_item_of(sample, self._saving.files), item)
 
     def take(self, sample: Sample, predictions: Sequence[Prediction]) -> list[Staged]:
         """The staged files of a sample's records; those of expressions that failed are deleted."""
         names = [one.mask for one in predictions if one.mask is not None]
         if self._saving.overlay and predictions:
-            names.append(_overlay_of(sample))
+            names.append(_overlay_of(sample, self._saving.files))
         if self._saving.html and predictions:
-            names.append(_item_of(sample))
+            names.append(_item_of(sample, self._saving.files))
         taken = [self._staged.pop(name) for name in names]
         for name in self._names_of(sample):
             left = self._staged.pop(name, None)
@@ -155,7 +159,10 @@ class Stager:
         for one in sample.expressions:
             yield from self._names.pop((sample.image, one.number), ())
         if sample.expressions:
-            yield from (_overlay_of(sample), _item_of(sample))
+            yield from (
+                _overlay_of(sample, self._saving.files),
+                _item_of(sample, self._saving.files),
+            )
 
     def _read(self, path: Path, read: Callable[[Path, int], Rgb]) -> Rgb:
         """The image once more; a drive may stall now that did not before."""
@@ -176,12 +183,12 @@ class Stager:
         self._staged[name] = Staged(path, FileMark(name, len(data), zlib.crc32(data)))
 
 
-def _overlay_of(sample: Sample) -> str:
-    return overlay_name(sample.image, sample.expressions[0].number)
+def _overlay_of(sample: Sample, names: Names) -> str:
+    return overlay_name(sample.image, sample.expressions[0].number, names)
 
 
-def _item_of(sample: Sample) -> str:
-    return gallery_name(sample.image, sample.expressions[0].number)
+def _item_of(sample: Sample, names: Names) -> str:
+    return gallery_name(sample.image, sample.expressions[0].number, names)
 
 
 # --- what is committed ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -453,3 +454,60 @@ def test_the_command_on_ablated_models(
         "kind": {"regions_of_token", "tokens_of_region"},
     }
     assert lost == expected[next(iter(changes))]
+
+
+def test_several_images_have_a_page_each_and_one_that_leads_to_them(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    (photos / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/a.png"):
+        Image.fromarray(cases.noise_image()).save(photos / name)
+    (photos / "bad.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    asked = ["explain", str(photos), "-e", "the star", "-o", str(out), "--device", "cpu"]
+    assert main([*asked, "--model", str(model_folder)]) == 3
+    assert "2 images explained" in capsys.readouterr().err
+    index = (out / "index.html").read_text(encoding="utf-8")
+    for place in ("images/a", "images/sub/a"):
+        assert f'href="{place}/explain.html"' in index
+        made = {path.name for path in (out / place).iterdir() if path.is_file()}
+        assert made == {"0-the-star.png", "explain.html"}
+    (failure,) = [json.loads(line) for line in (out / "failures.jsonl").open()]
+    assert failure["image"].endswith("bad.png")
+    assert "<h1>a.png</h1>" in (out / "images/a/explain.html").read_text(encoding="utf-8")
+
+
+def test_what_is_told_of_an_explanation_is_one_line(model_folder: Path, tmp_path: Path) -> None:
+    from risam_cli.api.model import load
+
+    Image.fromarray(cases.noise_image()).save(tmp_path / "a.png")
+    encoded = load(model_folder, device="cpu").encode(tmp_path / "a.png")
+    found = encoded.explain(["the star", "the ring"])
+    assert repr(found) == (
+        f"<ExplanationResult of 'the star', 'the ring' in {str(tmp_path / 'a.png')!r}>"
+    )
+    assert "\n" not in repr(encoded.attention("the star"))
+
+
+def test_the_telling_word_is_the_most_gathered_one_that_means_something() -> None:
+    texts = ("[CLS]", "the", "red", "wobbly", "star")
+    gathered = (0.99, 0.9, 0.5, 0.8, 0.3)  # the weight of one region, the others share the rest
+    maps = np.zeros((1, 1, 5, 2, 2), np.float32)
+    for k, weight in enumerate(gathered):
+        maps[0, 0, k] = (1 - weight) / 3
+        maps[0, 0, k, 0, 0] = weight
+    words = tuple(
+        Word(text, (k,), special=text == "[CLS]", unknown=text == "wobbly")
+        for k, text in enumerate(texts)
+    )
+    padding = np.zeros((1, 1, 5), np.float32)
+    attention = Attention(
+        "the red wobbly star", texts, words, (30, 60), 4, (2, 2), maps, padding, None
+    )
+    assert cases.explanation_of(attention).expressions[0].telling_word() == 2
+    # Where there is nothing else, an article is lit.
+    alone = replace(attention, words=words[:2], tokens=texts[:2], regions_of_token=maps[:, :, :2])
+    assert cases.explanation_of(alone).expressions[0].telling_word() == 1
+    without = replace(attention, regions_of_token=None, padding=None)
+    assert cases.explanation_of(without).expressions[0].telling_word() is None

@@ -150,7 +150,10 @@ def _title(browser: Browser) -> str:
 @needs_browser
 def test_words_light_regions_and_regions_light_words(browser: Browser, page: Path) -> None:
     browser.open(page)
-    assert not _lit(browser)
+    # It opens with a word lit that says something, and with how to go on.
+    assert _lit(browser)
+    assert _title(browser) in ("“red” looks at", "“star” looks at")
+    assert "How to read this" in browser.run("document.getElementById('readout').textContent")
     browser.point(*browser.middle(".word:nth-child(3)"))
     assert _lit(browser)
     assert _title(browser) == "“red” looks at"

@@ -16,7 +16,8 @@ from risam_cli.masks import rle as masks
 from risam_cli.metrics.curves import fit_no_target, no_target_curve, risk_coverage
 from risam_cli.metrics.figures import FIGURES, ExpressionScore, Tally, score_masks, summarize, terms
 from risam_cli.metrics.intervals import compare, intervals
-from risam_cli.metrics.slices import SLICES, Facts, Slicer
+from risam_cli.metrics.slicer import Slicer
+from risam_cli.metrics.slices import SLICES, Facts
 
 
 def test_native_equals_a_dense_computation_on_500_random_pairs() -> None:
@@ -165,8 +166,27 @@ def test_intervals_are_repeatable_and_do_not_depend_on_their_chunks(
     assert np.isnan(first[list(terms(table)).index("n_acc")]).all()
 
 
-def test_one_image_has_no_interval() -> None:
-    table = _tally([0.2, 0.9], [1, 1]).table()
+@pytest.mark.parametrize("images", [1, 4, 9])
+def test_few_images_have_no_interval(images: int) -> None:
+    """Nor a p-value, whatever the difference; that of ten has both."""
+    clusters = list(range(images)) * 2
+    ious = list(np.linspace(0.2, 0.9, 2 * images))
+    table = _tally(ious, clusters).table()
+    assert np.isnan(intervals([terms(table)["miou"]], table.cluster)).all()
+    better = _tally([iou + 0.05 for iou in ious], clusters).table()
+    found = compare(terms(table), terms(better), table.cluster)["miou"]
+    assert found.difference == pytest.approx(0.05)
+    assert np.isnan([found.low, found.high, found.p]).all()
+    # Images that a figure says nothing of do not count.
+    many = _tally([*ious, *[0.5] * 20], [*clusters, *range(100, 120)]).table()
+    above, below = terms(many)["miou"]
+    few = above * (many.cluster < images), below * (many.cluster < images)
+    assert np.isnan(intervals([few], many.cluster)).all()
+    assert not np.isnan(intervals([(above, below)], many.cluster)).any()
+
+
+def test_images_that_all_say_the_same_have_no_interval() -> None:
+    table = _tally([1.0] * 40, list(range(40))).table()
     assert np.isnan(intervals([terms(table)["miou"]], table.cluster)).all()
 
 

@@ -78,7 +78,7 @@ def test_undecodable_names_survive() -> None:
 def test_anyones_records_need_a_mask_and_a_name_only() -> None:
     record = from_json({"id": 5, "segmentation": RLE, "bbox": [0, 0, 1, 1], "area": 3.5}, "x")
     assert record.id == "5"
-    assert (record.area, record.bbox, record.score) == (15, (2.0, 1.0, 5.0, 3.0), 1.0)
+    assert (record.area, record.bbox, record.score) == (15, (2.0, 1.0, 5.0, 3.0), None)
     assert not record.no_target
     empty = from_json({"id": "e", "segmentation": masks.empty((6, 8))}, "x")
     assert empty.no_target

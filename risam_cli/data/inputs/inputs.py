@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import sys
 from collections import Counter
@@ -38,6 +39,8 @@ from risam_cli.types import Expression, Failure, Sample
 MAX_CHARACTERS = 10_000
 """Of one expression. No text encoder reads so many; a legend, a page or a tokenizer would choke."""
 
+_PHRASE = re.compile(r"[^\W\d_][\w'’,.?!-]*(?: [\w'’,.?!-]+)*")
+"""Words as a phrase has them; a name with a slash or a suffix is none."""
 _LONGEST = 1 << 28  # bytes of a file of expressions
 _TELL = (
     f"give {setting('expression', 'TEXT')} or {setting('expressions', 'FILE')}, or a manifest that "
@@ -136,6 +139,8 @@ class Inputs:
             if not _is_text(text):
                 raise UsageError(f"the expression {text!r} is not Unicode text")
         for argument in self.arguments:
+            self._refuse_phrase(argument)
+        for argument in self.arguments:
             if argument != "-":
                 self._check(argument)
         self.skipped.clear()
@@ -153,6 +158,58 @@ class Inputs:
             stretch = wish.image or wish.name
             run, last = (run, last) if stretch == last else (run + 1, stretch)
             yield self._entry(wish, index, run, ids, numbers)
+
+    def common_folder(self) -> str | None:
+        """The folder that all inputs share, where each is an absolute path; else None.
+
+        Folders count as they are given, files by the folders that they lie in.
+
+        Raises:
+            DataError: an input as a whole cannot be read.
+        """
+        common: str | None = None
+        for folder in self._folders() if self.repeatable else ():
+            if not folder.startswith("/"):
+                return None
+            common = os.path.commonpath([folder if common is None else common, folder])
+        return common
+
+    def require_own_names(self) -> None:
+        """Refuse inputs of which two images have one name, whatever their folders.
+
+        Raises:
+            UsageError: so it is, or it cannot be known beforehand.
+        """
+        if not self.repeatable:
+            raise UsageError(
+                f"{setting('names', 'base')} is not for stdin: its names are not known beforehand",
+                "leave it out",
+            )
+        known: dict[str, str] = {}
+        for wish in self._wishes():
+            key = image_key(wish.image)
+            other = known.setdefault(key.rpartition("/")[2], key)
+            if other != key:
+                raise UsageError(
+                    f"{setting('names', 'base')}: {other} and {key} have the same name",
+                    f"give {setting('names', 'relative')}",
+                )
+        self.skipped.clear()
+
+    def _folders(self) -> Iterator[str]:
+        """For each input the folder that names its images; "" for one that is not absolute."""
+        for argument in self.arguments:
+            if manifest.kind_of(argument) is None:
+                path = argument
+                while _is_pattern(path) and not os.path.lexists(path):
+                    path = os.path.dirname(path)
+                inside = os.path.isdir(path)
+                yield (path if inside else os.path.dirname(path)) if os.path.isabs(path) else ""
+                continue
+            exists = os.path.lexists(argument)
+            for wish in self._of_path(argument) if exists else self._of_pattern(argument):
+                if wish.image:
+                    yield os.path.dirname(wish.image) if os.path.isabs(wish.image) else ""
 
     # --- from arguments to wishes -----------------------------------------------------------------
 
@@ -348,6 +405,20 @@ class Inputs:
             return
         else:
             self._check_file(argument)
+
+    def _refuse_phrase(self, argument: str) -> None:
+        """Raises DataError where an argument is no path but reads like a phrase."""
+        words = " " in argument
+        named = not words and os.path.splitext(argument)[1]
+        if named or (self.expressions and not words) or not _PHRASE.fullmatch(argument):
+            return
+        if os.path.lexists(argument):
+            return
+        raise DataError(
+            f"{argument}: no such file or folder (working folder: {os.getcwd()})",
+            "" if words else "check the path",
+            f"give a phrase by {setting('expression', repr(argument))}",
+        )
 
     def _check_absent(self, argument: str) -> None:
         where = f"(working folder: {os.getcwd()})"

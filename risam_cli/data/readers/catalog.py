@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from risam_cli.data.readers.coco import ALL, open_coco
-from risam_cli.data.readers.layout import missing
+from risam_cli.data.readers.layout import missing, only_split
 from risam_cli.data.readers.phrasecut import open_phrasecut
 from risam_cli.data.readers.refer import SPLIT_BY, open_refer
-from risam_cli.data.readers.source import SampleSource
+from risam_cli.data.readers.source import Columns, SampleSource
 from risam_cli.errors import UsageError, setting
 
 DATASETS = ("refcoco", "refcoco+", "refcocog", "refclef", "grefcoco", "phrasecut", "coco")
@@ -56,10 +56,11 @@ KNOWN_COUNTS: Mapping[tuple[str, str], Mapping[str, Counts]] = {
 def open_dataset(
     dataset: str,
     root: Path,
-    split: str,
+    split: str | None,
     *,
     split_by: str | None = None,
     image_root: Path | None = None,
+    columns: Columns | None = None,
 ) -> SampleSource:
     """The index of one split of a benchmark.
 
@@ -68,28 +69,34 @@ def open_dataset(
         root: the folder that holds the data set's folder, or that folder itself; for ``coco`` the
             JSON file or the folder that holds it.
         split: for ``coco``, ``<split>.json`` or ``instances_<split>.json``, or the records of
-            ``instances.json`` that carry this ``split``; ``all`` takes every record.
+            ``instances.json`` that carry this ``split``; ``all`` takes every record. None takes the
+            only split that there is; for ``coco`` every record.
         split_by: for the REFER family, who made the splits.
         image_root: where image file names start; by default looked for near ``root``.
+        columns: which columns of the data's own to carry along.
 
     Raises:
         DataError: files are missing or damaged, or the split does not exist.
-        UsageError: the data set has no such option.
+        UsageError: the data set has no such option, or several splits and none is named.
     """
     if split_by is not None and dataset not in SPLIT_BY:
         raise UsageError(f"{setting('split_by')} is for {', '.join(SPLIT_BY)}, not for {dataset}")
     if dataset in SPLIT_BY:
-        return open_refer(root, dataset, split, split_by=split_by, image_root=image_root)
+        return open_refer(
+            root, dataset, split, split_by=split_by, image_root=image_root, columns=columns
+        )
     if dataset == "phrasecut":
-        return open_phrasecut(root, split, image_root=image_root)
+        return open_phrasecut(root, split, image_root=image_root, columns=columns)
     path, within = _coco_file(root, split)
-    return open_coco(path, image_root, split=within)
+    return open_coco(path, image_root, split=within, columns=columns)
 
 
-def _coco_file(root: Path, split: str) -> tuple[Path, str]:
+def _coco_file(root: Path, split: str | None) -> tuple[Path, str]:
     """The file of a COCO-style split, and the split to take within it."""
     if root.is_file():
-        return root, split
+        return root, split or ALL
+    if split is None:
+        split = _only_coco_file(root)
     own = [f"{split}.json", f"instances_{split}.json"] if split != ALL else []
     folders = (root, root / "annotations")
     for folder in folders:
@@ -101,6 +108,15 @@ def _coco_file(root: Path, split: str) -> tuple[Path, str]:
             return folder / "instances.json", split
     names = [*own, "instances.json"]
     raise missing([folder / name for folder in folders for name in names], "the annotations")
+
+
+def _only_coco_file(root: Path) -> str:
+    """The split of a folder with one file only; ``all`` where that is ``instances.json``."""
+    folders = (root, root / "annotations")
+    names = {path.stem for folder in folders for path in folder.glob("*.json")}
+    if "instances" in names or not names:
+        return ALL
+    return only_split(str(root), (name.removeprefix("instances_") for name in names))
 
 
 def count_differences(source: SampleSource, split_by: str | None = None) -> list[str]:

@@ -7,7 +7,7 @@ annotations as ``caption``, ``expression`` or ``expressions``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from risam_cli.data.readers.instances import Instances, read_instances
 from risam_cli.data.readers.layout import is_file
 from risam_cli.data.readers.source import (
+    Columns,
     Group,
     Phrase,
     SampleSource,
@@ -35,6 +36,7 @@ def open_coco(
     split: str = ALL,
     bare_images: bool = False,
     dataset: str = "coco",
+    columns: Columns | None = None,
 ) -> SampleSource:
     """The index of a COCO-style file, one entry an image, in the order of its ``images``.
 
@@ -45,6 +47,7 @@ def open_coco(
         image_root: where file names start; by default the file's folder, or its ``images/``.
         split: keep the records of this split; ``all`` keeps everything.
         bare_images: also yield images without an expression.
+        columns: which fields of expressions, annotations and images to carry along.
 
     Raises:
         DataError: the file cannot be read or a record is malformed.
@@ -52,15 +55,20 @@ def open_coco(
     listed: list[_Spoken] = []
     captioned: list[_Spoken] = []
 
+    columns = columns or Columns()
+    of_annotation: dict[Any, dict[str, Any]] = {}
+
     def other(key: str, record: Any) -> None:
         if key == "expressions":
-            listed.append(_listed(record, f"{path}: expressions[{len(listed)}]"))
+            own = columns.of(record) if isinstance(record, dict) else {}
+            listed.append(_listed(record, f"{path}: expressions[{len(listed)}]", own))
 
-    instances = read_instances(
-        path,
-        on_annotation=lambda k, record: captioned.extend(_captioned(k, record)),
-        on_other=other,
-    )
+    def annotation(key: Any, record: dict[str, Any]) -> None:
+        captioned.extend(_captioned(key, record))
+        if columns.wanted:
+            of_annotation[key] = columns.of(record)
+
+    instances = read_instances(path, on_annotation=annotation, on_other=other)
     if not instances.images:
         raise DataError(f"{path} lists no images", "a COCO file has 'images' and 'annotations'")
     by_image = _of_split(instances, [*listed, *_not_listed(captioned, listed)], split)
@@ -69,6 +77,10 @@ def open_coco(
     for image_id, image in instances.images.items():
         spoken = by_image.get(image_id, [])
         if spoken or (bare_images and split in (ALL, image.get("split"))):
+            of_image = columns.of(image)
+            spoken = [
+                one._replace(columns=_columns(one, of_annotation, of_image)) for one in spoken
+            ]
             groups.append(_group(instances, image_id, folder, spoken))
     source = make_source(dataset, split, (path,), groups)
     require_some_truth(source, instances.annotations.__contains__, str(path))
@@ -89,6 +101,20 @@ class _Spoken(NamedTuple):
     split: Any
     ann_id: Any = None
     pseudo: bool = False
+    columns: tuple[tuple[str, Any], ...] = ()
+
+
+def _columns(
+    one: _Spoken, of_annotation: Mapping[Any, Mapping[str, Any]], of_image: Mapping[str, Any]
+) -> tuple[tuple[str, Any], ...]:
+    """An expression's columns: its own, those in which its annotations agree, its image's."""
+    each = [of_annotation.get(part, {}) for part in one.parts or ()]
+    agreed = {
+        name: value
+        for name, value in (each[0].items() if each else ())
+        if all(other.get(name) == value for other in each)
+    }
+    return tuple({**of_image, **agreed, **dict(one.columns)}.items())
 
 
 def _not_listed(captioned: Sequence[_Spoken], listed: Sequence[_Spoken]) -> list[_Spoken]:
@@ -118,7 +144,7 @@ def _of_split(
     return by_image
 
 
-def _listed(record: Any, where: str) -> _Spoken:
+def _listed(record: Any, where: str, columns: Mapping[str, Any]) -> _Spoken:
     """An expression of the top-level list."""
     if not isinstance(record, dict):
         raise DataError(f"{where} is not an object: {brief(record)}")
@@ -140,7 +166,15 @@ def _listed(record: Any, where: str) -> _Spoken:
     name = str(given) if isinstance(given, (int, str)) else ""
     parts = None if ann_ids is None else tuple(ann_ids)
     pseudo = record.get("pseudo") is True
-    return _Spoken(image_id, name, text, parts, record.get("split"), pseudo=pseudo)
+    return _Spoken(
+        image_id,
+        name,
+        text,
+        parts,
+        record.get("split"),
+        pseudo=pseudo,
+        columns=tuple(columns.items()),
+    )
 
 
 def _captioned(ann_id: Any, annotation: dict[str, Any]) -> Iterator[_Spoken]:
@@ -184,12 +218,14 @@ def _group(instances: Instances, image_id: Any, folder: Path, spoken: Sequence[_
     image = instances.image(image_id)
     size = instances.size(image)
     file_name = image["file_name"]
-    known: dict[tuple[Any, bool], dict[str, Any]] = {}  # equal facts are held once
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}  # equal facts are held once
     phrases = []
     for k, one in enumerate(spoken):
-        fact = one.parts, one.pseudo
+        fact = one.parts, one.pseudo, one.columns
         if fact not in known:
-            mark = {"pseudo": True} if one.pseudo else {}
+            mark: dict[str, Any] = {"pseudo": True} if one.pseudo else {}
+            if one.columns:
+                mark["columns"] = dict(one.columns)
             known[fact] = {**_attributes(instances, image_id, one.parts), **mark}
         name = one.id or f"{file_name}#{k}"
         phrases.append(Phrase(name, one.text, one.parts, known[fact]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from risam_cli.errors import DataError, setting
+from risam_cli.errors import DataError, UsageError, setting
 
 _MOST_LISTED = 12
 
@@ -71,3 +71,19 @@ def wrong_split(where: str, split: str, counts: dict[str, int]) -> DataError:
     """The error of a split that does not exist, with those that do and their sizes."""
     have = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
     return DataError(f"{where} has no split {split!r}", f"its splits: {have or 'none'}")
+
+
+def only_split(where: str, names: Iterable[str]) -> str:
+    """The split of data that has one only.
+
+    Raises:
+        UsageError: there are several; the message lists them.
+    """
+    found = sorted(set(names))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise DataError(f"{where} holds no split", "check that it is the data set's own")
+    raise UsageError(
+        f"{where} holds several splits and needs {setting('split')}", f"one of {', '.join(found)}"
+    )

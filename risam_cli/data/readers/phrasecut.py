@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from risam_cli.data.readers.jsonstream import iter_json
-from risam_cli.data.readers.layout import find_file, find_folder, find_images, missing
-from risam_cli.data.readers.source import Group, Phrase, SampleSource, make_source
+from risam_cli.data.readers.layout import find_file, find_folder, find_images, missing, only_split
+from risam_cli.data.readers.source import Columns, Group, Phrase, SampleSource, make_source
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief, read_text
 from risam_cli.masks import rle as masks
@@ -34,7 +34,12 @@ _FOLDERS = ("phrasecut", "PhraseCut", "VGPhraseCut_v0", "data/VGPhraseCut_v0")
 
 
 def open_phrasecut(
-    root: Path, split: str, *, image_root: Path | None = None, name: str = "phrasecut"
+    root: Path,
+    split: str | None,
+    *,
+    image_root: Path | None = None,
+    name: str = "phrasecut",
+    columns: Columns | None = None,
 ) -> SampleSource:
     """The index of one split of PhraseCut, one entry an image.
 
@@ -42,19 +47,23 @@ def open_phrasecut(
         root: the folder that holds ``phrasecut/`` or ``VGPhraseCut_v0/``, or that folder itself.
         split: ``train``, ``val`` (without the images of ``miniv``), ``test`` or ``miniv``; several
             are joined as the data set's own loader has it: ``val_miniv`` is the published val.
+            None where there is a file of one only.
         image_root: the folder of ``<image_id>.jpg``; by default ``images`` near ``root``.
         name: what to call the data set.
+        columns: which fields of tasks to carry along.
 
     Raises:
         DataError: files are missing or damaged, or the split does not exist.
+        UsageError: no split is named, and there are several.
     """
     folder = find_folder(root, _FOLDERS, [f"refer_{s}.json" for s in SPLITS])
+    present = [s for s in SPLITS if (folder / f"refer_{s}.json").is_file()]
+    split = split or only_split(str(folder), present)
     parts = split.split("_")
     task_files = tuple(folder / f"refer_{part}.json" for part in parts)
     absent = [path for path in task_files if not path.is_file()]
     if absent and not set(parts) <= {*SPLITS}:
-        have = [s for s in SPLITS if (folder / f"refer_{s}.json").is_file()]
-        raise DataError(f"phrasecut has no split {split!r}", f"its splits: {', '.join(have)}")
+        raise DataError(f"phrasecut has no split {split!r}", f"its splits: {', '.join(present)}")
     # A file of val may hold the phrases of miniv too.
     if absent and (parts, absent) != (["val", "miniv"], [*task_files[1:]]):
         raise missing(absent, f"the phrases of {split}")
@@ -80,7 +89,8 @@ def open_phrasecut(
         polygons = {str(task["task_id"]): task["Polygons"] for task in tasks}
         size, _, in_coco = images[image_id]
         draw = partial(_draw, polygons=polygons, size=size, where=str(task_files[0]))
-        phrases = tuple(_phrase(task, words, in_coco) for task in tasks)
+        own = columns or Columns()
+        phrases = tuple(_phrase(task, words, in_coco, own) for task in tasks)
         file_name = f"{image_id}.jpg"
         groups.append(Group(file_name, image_root / file_name, size, phrases, draw))
     notes = [f"{n} phrases of {s} images were left out" for s, n in left_out.items() if n]
@@ -189,7 +199,7 @@ def _word_lists(folders: list[Path]) -> dict[str, list[str]]:
     return found
 
 
-def _phrase(task: dict[str, Any], known: _Words, in_coco: bool) -> Phrase:
+def _phrase(task: dict[str, Any], known: _Words, in_coco: bool, columns: Columns) -> Phrase:
     ranks = known.ranks
     attributes: dict[str, Any] = {
         "image_id": task["image_id"],
@@ -219,6 +229,8 @@ def _phrase(task: dict[str, Any], known: _Words, in_coco: bool) -> Phrase:
             attributes["phrasecut_attribute_rank"] = min(found, default=_UNRANKED)
             rank = ranks["cat"].get(attributes.get("category", ""), _UNRANKED)
             attributes["phrasecut_category_rank"] = rank
+    if own := columns.of(task):
+        attributes["columns"] = own
     task_id = str(task["task_id"])
     return Phrase(task_id, task["phrase"], (task_id,), attributes)
 

@@ -14,9 +14,16 @@ from typing import Any
 
 from risam_cli.data.readers.instances import Instances, read_instances
 from risam_cli.data.readers.jsonstream import iter_json
-from risam_cli.data.readers.layout import find_file, find_folder, find_images, wrong_split
+from risam_cli.data.readers.layout import (
+    find_file,
+    find_folder,
+    find_images,
+    only_split,
+    wrong_split,
+)
 from risam_cli.data.readers.pickle import load_plain_pickle
 from risam_cli.data.readers.source import (
+    Columns,
     Group,
     Phrase,
     SampleSource,
@@ -49,24 +56,28 @@ _IMAGE_FOLDERS = (
 def open_refer(
     root: Path,
     dataset: str,
-    split: str,
+    split: str | None,
     *,
     split_by: str | None = None,
     image_root: Path | None = None,
     name: str | None = None,
+    columns: Columns | None = None,
 ) -> SampleSource:
     """The index of one split of RefCOCO, RefCOCO+, G-Ref or gRefCOCO, one entry an image.
 
     Args:
         root: the folder that holds ``refcoco/`` …, or the data set's own folder.
         dataset: a key of ``SPLIT_BY``.
-        split: ``train``, ``val``, ``test``, ``testA``, ``testB``, as the refs store it.
+        split: ``train``, ``val``, ``test``, ``testA``, ``testB``, as the refs store it; None where
+            they hold one only.
         split_by: who made the splits; by default the data set's first.
         image_root: the folder of the images; by default looked for near ``root``.
         name: what to call the data set; by default ``dataset``.
+        columns: which fields of sentences, refs and images to carry along.
 
     Raises:
         DataError: files are missing or damaged, or the split does not exist.
+        UsageError: no split is named, and there are several.
     """
     splits_by = SPLIT_BY[dataset]
     by = split_by or splits_by[0]
@@ -80,12 +91,16 @@ def open_refer(
     ref_file = find_file(folder, names, "the refs")
     instance_file = find_file(folder, ("instances.json",), "the instances")
 
-    refs, splits = _split_refs(ref_file, split)
+    columns = columns or Columns()
+    if split is None:
+        split = only_split(str(ref_file), refer_splits(ref_file))
+    refs, splits = _split_refs(ref_file, split, columns)
     if not refs:
         raise wrong_split(f"{ref_file}", split, splits)
     instances = _instances_of(instance_file, refs)
     spoken = [ref for ref in refs if ref["sentences"]]
-    groups = _groups(instances, spoken, _images(root, folder, image_root, instances, refs))
+    images = _images(root, folder, image_root, instances, refs)
+    groups = _groups(instances, spoken, images, columns)
     notes = []
     if len(spoken) < len(refs):
         notes.append(f"{len(refs) - len(spoken)} refs without a sentence were left out")
@@ -103,7 +118,7 @@ def open_refer(
 
 def refer_splits(ref_file: Path) -> list[str]:
     """The names of the splits that a list of refs holds, sorted. Raises DataError as above."""
-    return sorted(_split_refs(ref_file, "")[1])
+    return sorted(_split_refs(ref_file, "", Columns())[1])
 
 
 def _ref_files(dataset: str, by: str) -> tuple[str, ...]:
@@ -113,7 +128,9 @@ def _ref_files(dataset: str, by: str) -> tuple[str, ...]:
     return (f"refs({by}).p", f"refs({by}).json")
 
 
-def _split_refs(path: Path, split: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def _split_refs(
+    path: Path, split: str, columns: Columns
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The refs of a split, checked, and how many refs every split has."""
     if path.suffix == ".json":
         records: Iterator[Any] = (record for _, record in iter_json(path))
@@ -129,11 +146,11 @@ def _split_refs(path: Path, split: str) -> tuple[list[dict[str, Any]], dict[str,
             raise DataError(f"{path}: ref {number} has no split: {brief(record)}")
         counts[record["split"]] += 1
         if record["split"] == split:
-            chosen.append(_checked(record, f"{path}: ref {number}"))
+            chosen.append(_checked(record, f"{path}: ref {number}", columns))
     return chosen, dict(counts)
 
 
-def _checked(ref: dict[str, Any], where: str) -> dict[str, Any]:
+def _checked(ref: dict[str, Any], where: str, columns: Columns) -> dict[str, Any]:
     """What is used of a ref, with ``ann_ids`` as a tuple: empty where nothing fits."""
     for key in ("ref_id", "image_id", "ann_id", "sentences"):
         if key not in ref:
@@ -150,7 +167,8 @@ def _checked(ref: dict[str, Any], where: str) -> dict[str, Any]:
         text = sentence.get("sent") or sentence.get("raw") if isinstance(sentence, dict) else None
         if not isinstance(text, str) or not isinstance(sentence.get("sent_id"), (int, str)):
             raise DataError(f"{where}: a sentence lacks sent_id or sent: {brief(sentence)}")
-        sentences.append((str(sentence["sent_id"]), text, sentence.get("raw")))
+        own = columns.of(sentence, ref)
+        sentences.append((str(sentence["sent_id"]), text, sentence.get("raw"), own))
     return {
         "ref_id": ref["ref_id"],
         "image_id": ref["image_id"],
@@ -183,7 +201,9 @@ def _images(
     return find_images(candidates, first) or folder / "images"
 
 
-def _groups(instances: Instances, refs: Sequence[dict[str, Any]], folder: Path) -> list[Group]:
+def _groups(
+    instances: Instances, refs: Sequence[dict[str, Any]], folder: Path, columns: Columns
+) -> list[Group]:
     """One group an image, in the order in which the refs name them."""
     by_image: dict[Any, list[Phrase]] = {}
     for ref in refs:
@@ -200,8 +220,11 @@ def _groups(instances: Instances, refs: Sequence[dict[str, Any]], folder: Path) 
         if rivals is not None:
             shared["distractors"] = rivals
         phrases = by_image.setdefault(ref["image_id"], [])
-        for sent_id, text, raw in ref["sentences"]:
+        of_image = columns.of(instances.image(ref["image_id"]))
+        for sent_id, text, raw, own in ref["sentences"]:
             attributes = shared if raw in (None, text) else {**shared, "raw": raw}
+            if found := {**of_image, **own}:
+                attributes = {**attributes, "columns": found}
             phrases.append(Phrase(sent_id, text, parts, attributes))
     groups = []
     for image_id, phrases in by_image.items():

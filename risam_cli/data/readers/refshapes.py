@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.data.readers.coco import open_coco
-from risam_cli.data.readers.layout import missing
+from risam_cli.data.readers.layout import missing, only_split
 from risam_cli.data.readers.phrasecut import open_phrasecut
 from risam_cli.data.readers.refer import open_refer
-from risam_cli.data.readers.source import Group, Phrase, SampleSource
+from risam_cli.data.readers.source import Columns, Group, Phrase, SampleSource
 from risam_cli.errors import DataError, OutputError, reason_of, setting
 from risam_cli.masks import rle as masks
 from risam_cli.types import Rle
@@ -59,15 +59,22 @@ def open_refshapes(
 
 
 def open_refshapes_files(
-    root: Path, family: str, split: str, image_root: Path | None = None
+    root: Path,
+    family: str,
+    split: str | None,
+    image_root: Path | None = None,
+    columns: Columns | None = None,
 ) -> SampleSource:
     """The index of a split that ``risam refshapes`` wrote.
 
     Args:
         root: its output folder, or the family's own folder in it.
+        split: None where there is one only.
+        columns: which columns of the data's own to carry along.
 
     Raises:
         DataError: files are missing or damaged, are of another family, or lack the split.
+        UsageError: no split is named, and there are several.
     """
     benchmark = BENCHMARKS[family]
     by = "umd" if family == "refshapesg" else "unc"
@@ -78,19 +85,37 @@ def open_refshapes_files(
         looked.append(folder / refer)
         if looked[-1].is_file():
             _check_family(folder, family)
-            return open_refer(folder, benchmark, split, image_root=image_root, name=family)
+            return open_refer(
+                folder, benchmark, split, image_root=image_root, name=family, columns=columns
+            )
+    if split is None:
+        split = _only_file(root, family)
     for folder in (root / family / "phrasecut", root):
         looked.append(folder / f"refer_{split}.json")
         if looked[-1].is_file():
             _check_family(folder, family)
-            return open_phrasecut(folder, split, image_root=image_root, name=family)
+            return open_phrasecut(
+                folder, split, image_root=image_root, name=family, columns=columns
+            )
     for folder in (root / family / "coco", root):
         looked.append(folder / f"{split}.json")
         if looked[-1].is_file():
             _check_family(folder, family)
-            source = open_coco(looked[-1], image_root, dataset=family)
+            source = open_coco(looked[-1], image_root, dataset=family, columns=columns)
             return replace(source, split=split)
     raise missing(looked, f"RefShapes files of {family} {split}")
+
+
+def _only_file(root: Path, family: str) -> str:
+    """The split of files that hold one each, where there is one only."""
+    from risam_cli.data.refshapes.dataset import SPLIT_SCENES
+
+    names = [
+        path.stem for folder in (root / family / "coco", root) for path in folder.glob("*.json")
+    ]
+    phrases = (root / family / "phrasecut", root)
+    names += [path.stem[6:] for folder in phrases for path in folder.glob("refer_*.json")]
+    return only_split(str(root), (name for name in names if name in SPLIT_SCENES))
 
 
 def _check_family(folder: Path, family: str) -> None:

@@ -311,13 +311,18 @@ class Results:
 
     def _of_json(self, path: Path, stream: BinaryIO | None) -> Iterator[tuple[int, Record]]:
         """The records of a JSON file: of its array, or of the lists that a COCO file has."""
-        table: dict[str, list[Any]] = {"images": [], "categories": []}
+        table: dict[str, list[Any]] = {"images": [], "categories": [], "expressions": []}
         image: Record = {}
         number, is_empty = 0, True
         for key, item in iter_json(path, stream):
             is_empty = is_empty and key == "image"
             if key in table:
                 table[key].append(item)
+            if key == "expressions":
+                item = _without_target(item)
+                if item is not None:  # those with a target are on their annotations
+                    yield number, item
+                    number += 1
             elif key == "image" and isinstance(item, Mapping):  # of SA-1B: one file an image
                 image = {k: item[k] for k in ("file_name", "height", "width") if k in item}
             elif key in _LISTS:
@@ -345,15 +350,17 @@ class Names:
     Attributes:
         images: id as text -> the image's entry, in the file's order.
         categories: id as text -> (id, name), in the file's order.
+        texts: id of an annotation as text -> the first expression that refers to it alone.
     """
 
     def __init__(self, path: Path | None, table: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self.images: dict[str, Mapping[str, Any]] = {}
         self.categories: dict[str, tuple[Any, str]] = {}
+        self.texts: dict[str, str] = {}
         if path is None:
             return
-        read: Mapping[str, list[Any]] = {"images": [], "categories": []}
+        read: Mapping[str, list[Any]] = {"images": [], "categories": [], "expressions": []}
         if table is None:
             for key, item in iter_json(path):
                 if key in read:
@@ -374,6 +381,10 @@ class Names:
             if name is None:
                 raise DataError(f"{path}: a category without id: {brief(category)}")
             self.categories[name] = (category["id"], str(category.get("name")))
+        for text, ann_ids in map(_spoken, read["expressions"]):
+            name = id_text(ann_ids[0]) if len(ann_ids) == 1 else None
+            if text is not None and name is not None:
+                self.texts.setdefault(name, text)
         if not self.images:
             raise DataError(
                 f"{path} is not a COCO file: it lists no images", "it has images and categories"
@@ -402,12 +413,34 @@ class Names:
                     "check that both files belong together",
                 )
             record["image"] = image_id
+        if any(record.get(key) for key in _TEXT_KEYS):
+            return
         category = id_text(record.get("category_id"))
-        if category is not None and not any(record.get(key) for key in _TEXT_KEYS):
+        text = self.texts.get(id_text(record.get("id")) or "")
+        if text is not None:
+            record["expression"] = text
+        elif category is not None:
             record["expression"] = self.categories.get(category, (0, f"category {category}"))[1]
 
 
 _NONE = Names(None)
+
+
+def _spoken(expression: Any) -> tuple[str | None, list[Any]]:
+    """Text and annotations of an entry of a COCO-style file's list of expressions."""
+    if not isinstance(expression, Mapping):
+        return None, []
+    text = next((v for k in _TEXT_KEYS if isinstance(v := expression.get(k), str)), None)
+    ann_ids = expression.get("ann_ids", expression.get("ann_id"))
+    return text, ann_ids if isinstance(ann_ids, list) else [ann_ids]
+
+
+def _without_target(expression: Any) -> Record | None:
+    """The record of an expression that nothing fits; None for others."""
+    text, ann_ids = _spoken(expression)
+    if text is None or ann_ids not in ([], [-1]):
+        return None
+    return {"image_id": expression.get("image_id"), "expression": text, "no_target": True}
 
 
 def _id(value: Any, where: str) -> str:
@@ -538,7 +571,7 @@ def _json_files(folder: Path) -> list[Path]:
 def _find(path: Path) -> Path:
     if str(path) == "-" or not path.is_dir():
         return path
-    names = [PREDICTIONS, *MANIFESTS, "results.json"]
+    names = [PREDICTIONS, *MANIFESTS, "instances.json", "results.json"]
     for name in (*names, *(f"{name}.gz" for name in names)):
         if (path / name).is_file():
             return path / name

@@ -7,7 +7,7 @@ of annotations, so memory stays at the annotation file's own size however long t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,34 @@ Draw = Callable[[Any], Rle]
 Truth = Literal["once", "resized"]
 Redraw = Callable[[Any, Truth, int], Rle | None]
 OnFailure = Callable[[Failure], None]
+
+
+class Columns:
+    """Columns of the data's own records that expressions are to carry, beside what readers know.
+
+    Attributes:
+        seen: names of all columns that hold text, numbers or truth values.
+
+    Args:
+        wanted: names of those to keep.
+    """
+
+    def __init__(self, wanted: Iterable[str] = ()) -> None:
+        self.wanted = frozenset(wanted)
+        self.seen: dict[str, None] = {}
+
+    def of(self, *records: Mapping[str, Any]) -> dict[str, Any]:
+        """The wanted values, the first record's before others'; ``attributes`` are columns too."""
+        found: dict[str, Any] = {}
+        for record in records if self.wanted else ():
+            inner = record.get("attributes")
+            for values in (record, inner if isinstance(inner, Mapping) else {}):
+                for name, value in values.items():
+                    if isinstance(value, (str, int, float)):
+                        self.seen[name] = None
+                        if name in self.wanted:
+                            found.setdefault(name, value)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,10 +40,17 @@ from risam_cli.evaluation.scoring import Scored, pick_cases
 from risam_cli.files.folder import OutputFolder
 from risam_cli.files.hashing import sha256_of_file
 from risam_cli.metrics.curves import no_target_curve, risk_coverage
-from risam_cli.metrics.figures import Flags, ScoreTable, Terms, figures, outcome, terms
-from risam_cli.metrics.intervals import LEVEL, REPLICATES, intervals, masked
+from risam_cli.metrics.figures import Flags, Ints, ScoreTable, Terms, figures, outcome, terms
+from risam_cli.metrics.intervals import (
+    LEAST_IMAGES,
+    LEVEL,
+    REPLICATES,
+    count_images,
+    intervals,
+    masked,
+)
 from risam_cli.metrics.protocols import Protocol
-from risam_cli.metrics.slices import CATEGORY, Slice
+from risam_cli.metrics.slices import SLICE_FIGURES, Slice, shown_levels
 from risam_cli.version import __version__
 
 MARKDOWN_FILE = "report.md"
@@ -81,7 +88,7 @@ def assemble(
         slices=slices,
         curves=curves_part(scored.table, protocol),
         no_target_fit=facts.no_target_fit,
-        comparison=None if other is None else comparison_part(rows, other, protocol),
+        comparison=None if other is None else comparison_part(rows, other, protocol, slices),
         timing=facts.timing,
         environment=environment(),
     )
@@ -144,8 +151,6 @@ def environment() -> EnvironmentPart:
 
 # --- from a scored run to the parts of its report -------------------------------------------------
 
-SLICE_FIGURES = ("miou", "oiou", "pr@0.5", "giou")
-_MOST_LEVELS = 40
 _BINS = 20
 
 _PREDICTION_REMARKS = {
@@ -191,13 +196,13 @@ def protocol_part(protocol: Protocol, kind: str, threshold: float | None = None)
 
 def interval_part() -> IntervalPart:
     """How the intervals of this report were made."""
-    return IntervalPart(level=LEVEL, replicates=REPLICATES, seed=SEED)
+    return IntervalPart(level=LEVEL, replicates=REPLICATES, seed=SEED, least_images=LEAST_IMAGES)
 
 
 def headline(parts: Terms, table: ScoreTable) -> dict[str, Figure]:
     """Every figure with its interval."""
     bounds = intervals(list(parts.values()), table.cluster, seed=SEED)
-    return _figures(parts, list(parts), bounds, np.ones(len(table), np.bool_))
+    return _figures(parts, list(parts), bounds, np.ones(len(table), np.bool_), table.cluster)
 
 
 def slice_parts(parts: Terms, table: ScoreTable, slices: Sequence[Slice]) -> list[SlicePart]:
@@ -209,12 +214,7 @@ def slice_parts(parts: Terms, table: ScoreTable, slices: Sequence[Slice]) -> lis
 def _slice(parts: Terms, table: ScoreTable, one: Slice) -> SlicePart:
     numbers = table.slices.get(one.name, np.full(len(table), -1))
     sizes = np.bincount(numbers[numbers >= 0], minlength=len(one.levels))
-    present = [k for k in range(len(one.levels)) if sizes[k]]
-    left_out = 0
-    if one.name == CATEGORY:
-        present = sorted(present, key=lambda k: (-sizes[k], one.levels[k]))
-        left_out = max(0, len(present) - _MOST_LEVELS)
-        present = present[:_MOST_LEVELS]
+    present, left_out = shown_levels(sizes, one.levels, most_frequent=one.open)
     names = [name for name in SLICE_FIGURES if name in parts]
     columns = (masked(parts[name], numbers == k) for k in present for name in names)
     bounds = intervals(columns, table.cluster, seed=SEED)
@@ -225,7 +225,7 @@ def _slice(parts: Terms, table: ScoreTable, one: Slice) -> SlicePart:
             LevelPart(
                 label=one.levels[k],
                 expressions=int(sizes[k]),
-                figures=_figures(parts, names, own, numbers == k),
+                figures=_figures(parts, names, own, numbers == k, table.cluster),
             )
         )
     return SlicePart(
@@ -238,7 +238,11 @@ def _slice(parts: Terms, table: ScoreTable, one: Slice) -> SlicePart:
 
 
 def _figures(
-    parts: Terms, names: Sequence[str], bounds: NDArray[np.float64], chosen: Flags
+    parts: Terms,
+    names: Sequence[str],
+    bounds: NDArray[np.float64],
+    chosen: Flags,
+    cluster: Ints,
 ) -> dict[str, Figure]:
     found = figures({name: parts[name] for name in names}, chosen)
     return {
@@ -246,6 +250,7 @@ def _figures(
             value=value(found[name]),
             low=value(float(bounds[k, 0])),
             high=value(float(bounds[k, 1])),
+            images=count_images(masked(parts[name], chosen), cluster),
         )
         for k, name in enumerate(names)
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ from risam_cli.evaluation.report.schema import (
     ChangedExpression,
     ChangePart,
     ComparisonPart,
+    LevelChangePart,
     Report,
+    SliceChangePart,
+    SlicePart,
     value,
 )
 from risam_cli.evaluation.scoring import ROWS_FILE
-from risam_cli.metrics.figures import ExpressionScore, ScoreTable, Tally, outcome, terms
-from risam_cli.metrics.intervals import Change, compare
+from risam_cli.metrics.figures import ExpressionScore, ScoreTable, Tally, Terms, outcome, terms
+from risam_cli.metrics.intervals import Change, compare, masked
 from risam_cli.metrics.protocols import Protocol, get_protocol
+from risam_cli.metrics.slices import SLICE_FIGURES
 
 REPORT_FILE = "report.json"
 _MOST_CHANGED = 20
@@ -68,8 +73,12 @@ def read_other(path: Path) -> Other:
     return Other(report, rows)
 
 
-def comparison_part(this_rows: Path, other: Other, protocol: Protocol) -> ComparisonPart:
+def comparison_part(
+    this_rows: Path, other: Other, protocol: Protocol, slices: Sequence[SlicePart]
+) -> ComparisonPart:
     """Paired bootstrap over the expressions that both runs scored, and those that changed most.
+
+    ``slices`` are this run's; changes are given level by level too.
 
     Both runs' raw counts are put under this run's protocol; where the other was made under another
     one, its masks may have been made at another threshold or size, which a remark says.
@@ -88,7 +97,8 @@ def comparison_part(this_rows: Path, other: Other, protocol: Protocol) -> Compar
     rows = np.array([mine.places[name] for name in shared])
     their_rows = np.array([theirs.places[name] for name in shared])
     first, second = _take(theirs.table, their_rows), _take(mine.table, rows)
-    changes = compare(terms(first, protocol), terms(second, protocol), second.cluster, seed=SEED)
+    first_terms, second_terms = terms(first, protocol), terms(second, protocol)
+    changes = compare(first_terms, second_terms, second.cluster, seed=SEED)
     before, after = outcome(first, protocol).iou, outcome(second, protocol).iou
     gain = after - before
     order = np.argsort(-np.abs(gain), kind="stable")
@@ -115,6 +125,7 @@ def comparison_part(this_rows: Path, other: Other, protocol: Protocol) -> Compar
         only_this=len(mine.places) - len(shared),
         only_other=len(theirs.places) - len(shared),
         figures={name: _change(c) for name, c in changes.items()},
+        slices=slice_changes(first_terms, second_terms, second, mine.labels, slices),
         better=changed(better),
         worse=changed(worse),
         remarks=_remarks(other.report, first, second, protocol),
@@ -129,43 +140,79 @@ class Row:
         figure: such as ``miou``; run: its label.
         value: on the expressions that all runs scored, a fraction.
         change: against the first run; None for the first itself.
+        expressions, images: how many it is taken from.
+        slice, level: which part of the expressions; empty for all.
     """
 
     figure: str
     run: str
     value: float | None
     change: ChangePart | None
+    expressions: int
+    images: int
+    slice: str = ""
+    level: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class SideBySide:
-    """Any number of runs on the expressions that all of them scored.
+    """Runs on the expressions of one split that all of them scored.
 
     Attributes:
         runs: labels, the first being the one that the others are held against.
-        data: what was scored, of the first; protocol: under which all counts were put.
+        dataset, split: what was scored.
+        protocol: that of the first, under which all counts were put.
         shared: how many expressions; images: of how many images.
+        no_target: how many of the expressions have no target.
         rows: figure by figure, run by run.
+        slices: the same by slice and level.
         remarks: what a reader must know.
     """
 
     runs: tuple[str, ...]
-    data: str
+    dataset: str
+    split: str
     protocol: str
     shared: int
     images: int
+    no_target: int
     rows: tuple[Row, ...]
+    slices: tuple[Row, ...]
     remarks: tuple[str, ...]
 
 
-def side_by_side(others: Sequence[Other]) -> SideBySide:
-    """Puts runs side by side, each paired with the first, by the bootstrap over images.
+def side_by_side(
+    others: Sequence[tuple[str, Other]], *, with_slices: bool = False
+) -> list[SideBySide]:
+    """Puts runs side by side, split by split, each paired with the first by the bootstrap.
 
-    The raw counts of all are put under the first one's protocol.
+    The raw counts of all runs of a split are put under the first one's protocol.
+
+    Args:
+        others: reports, each with what its run is to be called, or "".
+        with_slices: also level by level.
 
     Raises:
-        DataError: they share no expression, or a file is damaged.
+        DataError: those of a split share no expression, no two reports have a split or a run in
+            common, or a file is damaged.
     """
+    groups: dict[tuple[str | None, ...], list[tuple[str, Other]]] = {}
+    for name, other in others:
+        data = other.report.dataset
+        key = (data.name, data.family, data.split, data.split_by)
+        groups.setdefault(key, []).append((name, other))
+    runs = {name or other.report.answers.name for name, other in others}
+    if len(groups) == len(others) == len(runs):
+        raise DataError(
+            f"the {len(others)} reports share no expression",
+            "compare runs on the same data set and split, or one run on several splits",
+        )
+    return [_one_split(group, with_slices=with_slices) for group in groups.values()]
+
+
+def _one_split(named: Sequence[tuple[str, Other]], *, with_slices: bool) -> SideBySide:
+    others = [other for _, other in named]
+    labels = _labels(named)
     read = [_Rows(other.rows) for other in others]
     shared = [name for name in read[0].places if all(name in one.places for one in read[1:])]
     if not shared:
@@ -176,14 +223,28 @@ def side_by_side(others: Sequence[Other]) -> SideBySide:
     tables = [_take(one.table, np.array([one.places[name] for name in shared])) for one in read]
     first = others[0].report
     protocol = get_protocol(first.protocol.name)
-    labels = _labels(others)
     figures = [terms(table, protocol) for table in tables]
     changes = [compare(figures[0], one, tables[0].cluster, seed=SEED) for one in figures]
+    images = int(tables[0].cluster.max()) + 1
     rows = [
-        Row(name, label, value(found[name].second), _change(found[name]) if k else None)
+        Row(
+            name,
+            label,
+            value(found[name].second),
+            _change(found[name]) if k else None,
+            len(shared),
+            images,
+        )
         for name in figures[0]
         for k, (label, found) in enumerate(zip(labels, changes, strict=True))
     ]
+    slices: list[Row] = []
+    if with_slices:
+        parts = [
+            slice_changes(figures[0], one, tables[0], read[0].labels, first.slices)
+            for one in figures
+        ]
+        slices = _slice_rows(labels, parts)
     remarks = []
     for other, label, own, table in zip(others, labels, read, tables, strict=True):
         left = len(own.places) - len(shared)
@@ -191,23 +252,60 @@ def side_by_side(others: Sequence[Other]) -> SideBySide:
             remarks.append(f"{label}: {left} of its expressions are not in every report.")
         for remark in _remarks(other.report, tables[0], table, protocol):
             remarks.append(f"{label}: {remark}")
-    data = f"{first.dataset.name} {first.dataset.split}"
-    images = int(tables[0].cluster.max()) + 1
     return SideBySide(
-        tuple(labels), data, protocol.name, len(shared), images, tuple(rows), tuple(remarks)
+        tuple(labels),
+        first.dataset.name,
+        first.dataset.split,
+        protocol.name,
+        len(shared),
+        images,
+        int(tables[0].gt_no_target.sum()),
+        tuple(rows),
+        tuple(slices),
+        tuple(remarks),
     )
 
 
-def _labels(others: Sequence[Other]) -> list[str]:
-    """What the runs are called: by their answers' names, by their folders where those are equal."""
-    names = [sanitize(other.report.answers.name) for other in others]
-    if len(set(names)) == len(names):
-        return names
-    folders = [sanitize(str(other.rows.parent)) for other in others]
+def _slice_rows(labels: Sequence[str], parts: Sequence[Sequence[SliceChangePart]]) -> list[Row]:
+    """Rows of what changed by slice; ``parts`` are those of each run, alike in their levels."""
+    rows = []
+    for number, part in enumerate(parts[0]):
+        for place, level in enumerate(part.levels):
+            for figure in level.figures:
+                for k, label in enumerate(labels):
+                    change = parts[k][number].levels[place].figures[figure]
+                    shown = change if k else None
+                    rows.append(
+                        Row(
+                            figure,
+                            label,
+                            change.this,
+                            shown,
+                            level.expressions,
+                            change.images or 0,
+                            part.title,
+                            level.label,
+                        )
+                    )
+    return rows
+
+
+def _labels(named: Sequence[tuple[str, Other]]) -> list[str]:
+    """What the runs are called: as they were named, by their answers' names, or where those are
+    equal by their folders too.
+    """
+    folders = [str(other.rows.resolve()) for _, other in named]
     if len(set(folders)) < len(folders):
-        twice = next(one for one in folders if folders.count(one) > 1)
-        raise DataError(f"the report in {twice} is named twice", "name each report once")
-    return [f"{name} ({folder})" for name, folder in zip(names, folders, strict=True)]
+        twice = next(k for k, one in enumerate(folders) if folders.count(one) > 1)
+        raise DataError(
+            f"the report in {sanitize(str(named[twice][1].rows.parent))} is named twice",
+            "name each report once",
+        )
+    names = [sanitize(name or other.report.answers.name) for name, other in named]
+    return [
+        name if names.count(name) == 1 else f"{name} ({sanitize(str(other.rows.parent))})"
+        for name, (_, other) in zip(names, named, strict=True)
+    ]
 
 
 def _change(c: Change) -> ChangePart:
@@ -218,23 +316,81 @@ def _change(c: Change) -> ChangePart:
         low=value(c.low),
         high=value(c.high),
         p=value(c.p),
+        images=c.images,
     )
 
 
+def slice_changes(
+    first: Terms,
+    second: Terms,
+    table: ScoreTable,
+    labels: Mapping[str, Sequence[str]],
+    slices: Sequence[SlicePart],
+) -> list[SliceChangePart]:
+    """What changed from the first to the second in each level of slices.
+
+    Args:
+        table: of the expressions that both scored, with the levels of each.
+        labels: of the levels, by slice, in the order of their numbers.
+        slices: those to show, as a report has them.
+    """
+    names = [name for name in SLICE_FIGURES if name in first and name in second]
+    parts = []
+    for part in slices:
+        known = labels.get(part.name, ())
+        numbers = table.slices.get(part.name, np.zeros(0, np.int64))
+        sizes = np.bincount(numbers[numbers >= 0], minlength=len(known))
+        places = [known.index(level.label) for level in part.levels if level.label in known]
+        places = [k for k in places if sizes[k]]
+        if len(places) < 2:
+            continue
+        # All levels in one comparison, so that they share their draws.
+        before, after = (
+            {f"{name} {k}": masked(side[name], numbers == k) for k in places for name in names}
+            for side in (first, second)
+        )
+        found = compare(before, after, table.cluster, seed=SEED)
+        levels = [
+            LevelChangePart(
+                label=known[k],
+                expressions=int(sizes[k]),
+                figures={name: _change(found[f"{name} {k}"]) for name in names},
+            )
+            for k in places
+        ]
+        parts.append(SliceChangePart(name=part.name, title=part.title, levels=levels))
+    return parts
+
+
 class _Rows:
-    """A ``per_expression.jsonl`` as a table; ids stay in memory, texts are read again on demand."""
+    """A ``per_expression.jsonl`` as a table; ids stay in memory, texts are read again on demand.
+
+    Attributes:
+        labels: of the levels of each slice, in the order of their numbers.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.places: dict[str, int] = {}
         tally = Tally()
+        numbers: dict[str, dict[str, int]] = {}
+        columns: dict[str, array[int]] = {}
         for row in _read_rows(path):
             try:
                 self.places[row["id"]] = len(tally)
+                for name, label in (row.get("slices") or {}).items():
+                    column = columns.setdefault(name, array("i"))
+                    column.extend([-1] * (len(tally) - len(column)))
+                    known = numbers.setdefault(name, {})
+                    column.append(known.setdefault(str(label), len(known)))
                 tally.add(_score(row))
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{path}: row {len(tally) + 1} is damaged: {error!r}") from error
-        self.table = tally.table()
+        self.labels = {name: tuple(known) for name, known in numbers.items()}
+        for column in columns.values():
+            column.extend([-1] * (len(tally) - len(column)))
+        slices = {name: np.array(column, np.int64) for name, column in columns.items()}
+        self.table = replace(tally.table(), slices=slices)
 
     def texts(self, wanted: set[int]) -> dict[int, tuple[str, str]]:
         """Image and expression of the wanted rows."""
@@ -289,6 +445,7 @@ def _take(table: ScoreTable, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Score
         table.score[rows],
         table.no_target_probability[rows],
         np.asarray(cluster, np.int64),
+        {name: column[rows] for name, column in table.slices.items()},
     )
 
 

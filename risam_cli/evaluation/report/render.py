@@ -20,8 +20,11 @@ from risam_cli.drawing.html import page_environment
 from risam_cli.errors import ImageError, setting, told
 from risam_cli.evaluation.report.schema import ChangePart, Figure, Report, SlicePart
 from risam_cli.evaluation.scoring import Case
+from risam_cli.metrics.intervals import LEAST_IMAGES
 
 _PLOTTED_CATEGORIES = 20
+_DEGENERATE = 0.01
+"""An N-acc or T-acc up to this is that of answers that are all alike."""
 
 
 def to_json(report: Report) -> str:
@@ -84,7 +87,7 @@ def _shared(report: Report) -> dict[str, Any]:
     return {
         "r": report,
         "title": title(report),
-        "names": NAMES,
+        "labels": labels_of(report),
         "cautions": cautions(report),
         "slices": shown_slices(report),
         "fit_text": _fit_text(report),
@@ -96,7 +99,7 @@ def _shared(report: Report) -> dict[str, Any]:
 def cautions(report: Report) -> list[str]:
     """What a reader must know before quoting a figure."""
     counts, data = report.counts, report.dataset
-    lines = []
+    lines = remarks(report)
     if data.limit is not None and counts.scored < data.counts.get("expressions", counts.scored):
         lines.append(
             f"Only {counts.scored} of the split's {data.counts['expressions']} expressions were "
@@ -126,6 +129,28 @@ def cautions(report: Report) -> list[str]:
     if counts.unscored:
         lines.append(f"{counts.unscored} expressions have no known truth and are in no figure.")
     return [*lines, *data.count_differences, *data.notes]
+
+
+def remarks(report: Report) -> list[str]:
+    """What makes figures say less than they seem to: answers all alike, or few images."""
+    lines = []
+    n_acc, t_acc = (report.figures[name].value for name in ("n_acc", "t_acc"))
+    if t_acc is not None and t_acc <= _DEGENERATE:
+        lines.append(
+            f"Nearly every expression with a target was answered “no target” (T-acc "
+            f"{percent(t_acc)}): gIoU and N-acc are no merit here."
+        )
+    if n_acc is not None and n_acc <= _DEGENERATE:
+        lines.append(
+            f"Hardly any expression without a target was answered “no target” (N-acc "
+            f"{percent(n_acc)}): these answers never say that nothing fits."
+        )
+    if report.counts.images < LEAST_IMAGES:
+        lines.append(
+            f"{report.counts.images} images are too few for intervals and p-values; they are given "
+            f"from {LEAST_IMAGES} images on."
+        )
+    return lines
 
 
 def _fit_text(report: Report) -> str:
@@ -229,8 +254,9 @@ def _change_plot(report: Report) -> Any:
     assert report.comparison is not None
     changes = report.comparison.figures
     bars = [
-        _bar(NAMES[name], c.difference, c.low, c.high, signed(c.difference))
-        for name, c in changes.items()
+        _bar(label, c.difference, c.low, c.high, signed(c.difference))
+        for name, label in labels_of(report).items()
+        if (c := changes.get(name)) is not None
     ]
     ends = [abs(e) for bar in bars for e in (bar.value, bar.low, bar.high) if e is not None]
     reach = min(100.0, max(2.0, max(ends, default=0.0) * 1.15))
@@ -278,11 +304,49 @@ def percent(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{100 * value:.{digits}f}"
 
 
+def figure_labels(
+    values: Sequence[Mapping[str, float | None]], *, no_target: bool
+) -> dict[str, str]:
+    """The figures of one or several runs with their labels, none of them twice.
+
+    cIoU is oIoU by definition, and gIoU is mIoU where every expression has a target: there both are
+    left out. Where some have none, a name that repeats another is put to it.
+
+    Args:
+        values: of each run, by figure.
+        no_target: whether some expression has no target.
+    """
+    labels = {name: NAMES[name] for name in (values[0] if values else ())}
+    for name, twin in (("oiou", "ciou"), ("miou", "giou")):
+        if {name, twin} <= labels.keys() and all(run[name] == run[twin] for run in values):
+            del labels[twin]
+            if no_target:
+                labels[name] = f"{NAMES[name]} = {NAMES[twin]}"
+    return labels
+
+
+def labels_of(report: Report) -> dict[str, str]:
+    """The figures of a report with their labels; those of a comparison are the same."""
+    runs = [{name: figure.value for name, figure in report.figures.items()}]
+    if report.comparison is not None:
+        for side in ("other", "this"):
+            changes = report.comparison.figures.items()
+            runs.append({name: getattr(change, side) for name, change in changes})
+    runs = [run for run in runs if run.keys() >= runs[0].keys()]
+    return figure_labels(runs, no_target=report.counts.no_target > 0)
+
+
 def interval(figure: Figure) -> str:
-    """The interval of a figure in per cent, or a dash."""
-    if figure.low is None or figure.high is None:
+    """The interval of a figure in per cent, or why there is none."""
+    if figure.low is not None and figure.high is not None:
+        return f"{percent(figure.low)} – {percent(figure.high)}"
+    return "–" if figure.value is None else _no_interval(figure.images)
+
+
+def _no_interval(images: int | None) -> str:
+    if images is None:
         return "–"
-    return f"{percent(figure.low)} – {percent(figure.high)}"
+    return "too few images" if images < LEAST_IMAGES else "all images alike"
 
 
 def signed(value: float | None) -> str:
@@ -298,10 +362,10 @@ def probability(value: float | None) -> str:
 
 
 def change_interval(change: ChangePart) -> str:
-    """The interval of a difference."""
-    if change.low is None or change.high is None:
-        return "–"
-    return f"{signed(change.low)} … {signed(change.high)}"
+    """The interval of a difference, or why there is none."""
+    if change.low is not None and change.high is not None:
+        return f"{signed(change.low)} … {signed(change.high)}"
+    return "–" if change.difference is None else _no_interval(change.images)
 
 
 def title(report: Report) -> str:
@@ -318,20 +382,24 @@ def console_table(report: Report) -> str:
     lines = [
         f"{title(report)}, protocol {report.protocol.name}: {counts.scored} expressions, "
         f"{counts.images} images, {counts.no_target} without a target",
-        f"{'figure':<8} {'%':>7}   95 % interval",
+        f"{'figure':<11} {'%':>7}   95 % interval",
     ]
-    for name, figure in report.figures.items():
-        lines.append(f"{NAMES[name]:<8} {percent(figure.value):>7}   {interval(figure)}")
+    labels = labels_of(report)
+    for name, label in labels.items():
+        figure = report.figures[name]
+        lines.append(f"{label:<11} {percent(figure.value):>7}   {interval(figure)}")
     if report.comparison is not None:
         other = report.comparison
         lines += [
             "",
             f"against {other.other_name} on {other.shared} shared expressions",
-            f"{'figure':<8} {'change':>7}   {'95 % interval':<18} p",
+            f"{'figure':<11} {'change':>7}   {'95 % interval':<18} p",
         ]
-        for name, change in other.figures.items():
+        for name, label in labels.items():
+            if (change := other.figures.get(name)) is None:
+                continue
             lines.append(
-                f"{NAMES[name]:<8} {signed(change.difference):>7}   "
+                f"{label:<11} {signed(change.difference):>7}   "
                 f"{change_interval(change):<18} {probability(change.p)}"
             )
     return "\n".join(lines)

@@ -29,11 +29,16 @@ class _Part(BaseModel):
 
 
 class Figure(_Part):
-    """A figure as a fraction in 0..1 with its 95 % interval; null where undefined."""
+    """A figure as a fraction in 0..1 with its 95 % interval; null where undefined.
+
+    ``images`` is how many it is taken from; with fewer than ``interval.least_images`` there is no
+    interval, nor where all images say the same.
+    """
 
     value: Fraction | None
     low: Fraction | None = None
     high: Fraction | None = None
+    images: int | None = None
 
 
 class FileNote(_Part):
@@ -117,6 +122,7 @@ class IntervalPart(_Part):
     level: float
     replicates: int
     seed: int
+    least_images: int = 2
 
 
 class LevelPart(_Part):
@@ -176,7 +182,7 @@ class NoTargetFitPart(_Part):
 
 
 class ChangePart(_Part):
-    """A figure of two runs; ``difference`` is this run minus the other."""
+    """A figure of two runs; ``difference`` is this run minus the other, on ``images`` images."""
 
     other: Fraction | None
     this: Fraction | None
@@ -184,6 +190,23 @@ class ChangePart(_Part):
     low: float | None
     high: float | None
     p: float | None
+    images: int | None = None
+
+
+class LevelChangePart(_Part):
+    """What changed in one level of a slice."""
+
+    label: str
+    expressions: int
+    figures: dict[str, ChangePart]
+
+
+class SliceChangePart(_Part):
+    """What changed in each level of a slice, the levels being this run's."""
+
+    name: str
+    title: str
+    levels: list[LevelChangePart]
 
 
 class ChangedExpression(_Part):
@@ -205,6 +228,7 @@ class ComparisonPart(_Part):
     only_this: int
     only_other: int
     figures: dict[str, ChangePart]
+    slices: list[SliceChangePart] = []
     better: list[ChangedExpression]
     worse: list[ChangedExpression]
     remarks: list[str] = []

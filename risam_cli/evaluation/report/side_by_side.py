@@ -1,22 +1,28 @@
-"""A table of several runs as text, Markdown, CSV and LaTeX."""
+"""Tables of several runs, a split each, as text, Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from risam_cli.evaluation.report.compare import Row, SideBySide
 from risam_cli.evaluation.report.render import (
     NAMES,
     change_interval,
+    figure_labels,
     percent,
     probability,
     signed,
 )
 
+Tables = Sequence[SideBySide]
+Figures = Collection[str]
+
 _HEAD = ("figure", "run", "%", "change", "95 % interval", "p")
+_CSV = ("dataset", "split", "slice", "level", "figure", "run", "value")
+_CSV_CHANGE = ("difference", "low", "high", "p", "expressions", "images")
 _LATEX = {
     "\\": r"\textbackslash{}",
     **{char: f"\\{char}" for char in "&%$#_{}"},
@@ -25,66 +31,105 @@ _LATEX = {
 }
 
 
-def to_text(table: SideBySide) -> str:
+def to_text(tables: Tables, chosen: Figures = ()) -> str:
     """Aligned columns, a blank line between figures."""
-    rows = [_cells(row) for row in table.rows]
-    widths = [max(len(row[k]) for row in [_HEAD, *rows]) for k in range(len(_HEAD))]
-    lines = [_title(table), "", _aligned(_HEAD, widths)]
-    for row, cells in zip(table.rows, rows, strict=True):
-        if row.change is None and row is not table.rows[0]:
-            lines.append("")
-        lines.append(_aligned(cells, widths))
-    return "\n".join([*lines, *_notes(table)]) + "\n"
+    parts = []
+    for table in tables:
+        lines = [_title(table)]
+        for heading, rows in _sections(table, chosen):
+            cells = [_cells(row, names) for row, names in rows]
+            widths = [max(len(row[k]) for row in [_HEAD, *cells]) for k in range(len(_HEAD))]
+            lines += ["", *([heading] if heading else []), _aligned(_HEAD, widths)]
+            for k, ((row, _), line) in enumerate(zip(rows, cells, strict=True)):
+                if row.change is None and k and len(table.runs) > 1:
+                    lines.append("")
+                lines.append(_aligned(line, widths))
+        parts.append("\n".join([*lines, *_notes(table)]))
+    return "\n\n".join(parts) + "\n"
 
 
-def to_markdown(table: SideBySide) -> str:
-    """A table of GitHub's kind."""
+def to_markdown(tables: Tables, chosen: Figures = ()) -> str:
+    """Tables of GitHub's kind."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(_for_markdown(cell) for cell in cells) + " |"
 
-    rows = [line(_cells(row)) for row in table.rows]
-    lines = [_title(table), "", line(_HEAD), "| --- | --- | ---: | ---: | --- | ---: |", *rows]
-    return "\n".join([*lines, *_notes(table)]) + "\n"
+    parts = []
+    for table in tables:
+        lines = [_title(table)]
+        for heading, rows in _sections(table, chosen):
+            lines += ["", *([f"**{_for_markdown(heading)}**", ""] if heading else [])]
+            lines += [line(_HEAD), "| --- | --- | ---: | ---: | --- | ---: |"]
+            lines += [line(_cells(row, names)) for row, names in rows]
+        parts.append("\n".join([*lines, *_notes(table)]))
+    return "\n\n".join(parts) + "\n"
 
 
-def to_csv(table: SideBySide) -> str:
-    """One row a figure and run; fractions in 0..1, empty where undefined."""
+def to_csv(tables: Tables, chosen: Figures = ()) -> str:
+    """One row a figure and run; fractions in 0..1, empty where undefined.
+
+    ``ciou`` and ``giou``, which repeat ``oiou`` and ``miou`` where every expression has a target,
+    are left out there.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["figure", "run", "value", "difference", "low", "high", "p", "expressions", "images"]
-    )
-    for row in table.rows:
-        c = row.change
-        changes = [None] * 4 if c is None else [c.difference, c.low, c.high, c.p]
-        writer.writerow([row.figure, row.run, row.value, *changes, table.shared, table.images])
+    writer.writerow([*_CSV, *_CSV_CHANGE])
+    for table in tables:
+        for row in (*table.rows, *table.slices):
+            repeated = row.figure in ("ciou", "giou") and not table.no_target
+            if row.figure not in chosen if chosen else repeated:
+                continue
+            c = row.change
+            changes = [None] * 4 if c is None else [c.difference, c.low, c.high, c.p]
+            place = [table.dataset, table.split, row.slice, row.level]
+            writer.writerow(
+                [*place, row.figure, row.run, row.value, *changes, row.expressions, row.images]
+            )
     return out.getvalue()
 
 
-def to_latex(table: SideBySide) -> str:
-    """A ``tabular`` for booktabs: a run a row, changes and their intervals below the values."""
-    figures = list(dict.fromkeys(row.figure for row in table.rows))
-    by = {(row.figure, row.run): row for row in table.rows}
-    lines = [
-        f"% {_title(table)}".replace("\n", " "),
-        r"\begin{tabular}{l" + "r" * len(figures) + "}",
+def to_latex(tables: Tables, chosen: Figures = ()) -> str:
+    """A ``tabular`` for booktabs: a run a row, changes and their intervals below the values.
+
+    Several splits stand beside each other, each under its name. Slices are left out.
+    """
+    columns = [(table, _figures(table, table.rows, chosen)) for table in tables]
+    several = len(tables) > 1
+    lines = [f"% {_title(table)}".replace("\n", " ") for table in tables]
+    lines += [
+        r"\begin{tabular}{l" + "r" * sum(len(names) for _, names in columns) + "}",
         r"\toprule",
-        " & ".join(["", *(_for_latex(NAMES[name]) for name in figures)]) + r" \\",
-        r"\midrule",
     ]
-    for run in table.runs:
-        rows = [by[name, run] for name in figures]
-        cells = [_for_latex(run), *(percent(row.value).replace("–", "--") for row in rows)]
-        lines.append(" & ".join(cells) + r" \\")
-        if rows[0].change is not None:
+    if several:
+        heads = [
+            rf"\multicolumn{{{len(names)}}}{{c}}{{{_for_latex(_data(table))}}}"
+            for table, names in columns
+        ]
+        lines.append(" & ".join(["", *heads]) + r" \\")
+    # Where two names mean the same number, the one that is usual for such data.
+    head = [
+        _for_latex(label.split(" = ")[-1 if table.no_target else 0])
+        for table, names in columns
+        for label in names.values()
+    ]
+    lines += [" & ".join(["", *head]) + r" \\", r"\midrule"]
+    runs = dict.fromkeys(run for table in tables for run in table.runs)
+    for run in runs:
+        rows = [
+            next((row for row in table.rows if (row.figure, row.run) == (name, run)), None)
+            for table, names in columns
+            for name in names
+        ]
+        values = (percent(row.value if row else None).replace("–", "--") for row in rows)
+        lines.append(" & ".join([_for_latex(run), *values]) + r" \\")
+        if any(row is not None and row.change is not None for row in rows):
             lines.append(" & ".join(["", *map(_latex_change, rows)]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    lines += [f"% {remark}" for remark in table.remarks]
+    lines += [f"% {remark}" for table in tables for remark in table.remarks]
     return "\n".join(lines) + "\n"
 
 
-WRITERS: dict[str, Callable[[SideBySide], str]] = {
+WRITERS: dict[str, Callable[[Tables, Figures], str]] = {
     "text": to_text,
     "md": to_markdown,
     "csv": to_csv,
@@ -93,17 +138,49 @@ WRITERS: dict[str, Callable[[SideBySide], str]] = {
 """By the names that the setting ``to`` takes."""
 
 
+def _figures(table: SideBySide, rows: Iterable[Row], chosen: Figures) -> dict[str, str]:
+    """The figures to show, with their labels; a name that only repeats another is put to it."""
+    values: dict[str, dict[str, float | None]] = {}
+    for row in rows:
+        values.setdefault(row.run, {})[row.figure] = row.value
+    if chosen:
+        present = next(iter(values.values()), {})
+        return {name: NAMES[name] for name in present if name in chosen}
+    return figure_labels(list(values.values()), no_target=table.no_target > 0)
+
+
+def _sections(
+    table: SideBySide, chosen: Figures
+) -> list[tuple[str, list[tuple[Row, dict[str, str]]]]]:
+    """All expressions first, under no heading, then each level of each slice."""
+    by_level: dict[str, list[Row]] = {"": list(table.rows)}
+    for row in table.slices:
+        expressions = f"{row.expressions} expression{'' if row.expressions == 1 else 's'}"
+        by_level.setdefault(f"{row.slice}: {row.level} ({expressions})", []).append(row)
+    sections = []
+    for heading, rows in by_level.items():
+        names = _figures(table, rows, chosen)
+        sections.append((heading, [(row, names) for row in rows if row.figure in names]))
+    return [(heading, rows) for heading, rows in sections if rows]
+
+
+def _data(table: SideBySide) -> str:
+    return f"{table.dataset} {table.split}"
+
+
 def _title(table: SideBySide) -> str:
+    what = f"{_data(table)}, protocol {table.protocol}: {table.shared} expressions of "
+    if len(table.runs) == 1:
+        return f"{what}{table.images} images"
     return (
-        f"{table.data}, protocol {table.protocol}: {table.shared} expressions of {table.images} "
-        f"images that all {len(table.runs)} runs scored; changes against {table.runs[0]}, "
-        "intervals paired by image"
+        f"{what}{table.images} images that all {len(table.runs)} runs scored; changes against "
+        f"{table.runs[0]}, intervals paired by image"
     )
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, names: dict[str, str]) -> tuple[str, ...]:
     if row.change is None:
-        return (NAMES[row.figure], row.run, percent(row.value), "", "", "")
+        return (names[row.figure], row.run, percent(row.value), "", "", "")
     return (
         "",
         row.run,
@@ -133,8 +210,10 @@ def _for_latex(text: str) -> str:
     return re.sub(r"[\\&%$#_{}~^]", lambda found: _LATEX[found[0]], text)
 
 
-def _latex_change(row: Row) -> str:
-    assert row.change is not None
-    change = f"{signed(row.change.difference)} [{change_interval(row.change)}]"
+def _latex_change(row: Row | None) -> str:
+    if row is None or row.change is None:
+        return ""
+    bounds = f" [{change_interval(row.change)}]" if row.change.low is not None else ""
+    change = f"{signed(row.change.difference)}{bounds}"
     plain = change.replace("…", r"\,\ldots\,").replace("–", "--")
     return rf"{{\scriptsize {plain}}}"

@@ -4,7 +4,8 @@
   const at = (id) => document.getElementById(id);
   const stage = at("stage"), canvas = at("heat"), words = at("words"), readout = at("readout");
   const [rows, columns] = data.grid, [tall, wide] = data.extent;
-  const state = { expression: 0, hover: null, held: null };
+  // Until something is pointed at or held, the most telling word is lit.
+  const state = { expression: 0, hover: null, held: null, opening: true };
   const introduction = readout.cloneNode(true), introductionTitle = at("side-title").textContent;
 
   const element = (tag, className, text) => {
@@ -160,13 +161,19 @@
   // What is pointed at goes before what is held; both may be lit, a word and a region.
   const show = () => {
     clear();
-    const lit = [state.held, state.hover].filter(Boolean);
+    if (state.held || state.hover) state.opening = false;
+    const first = state.opening ? current().telling : null;
+    const opening = first === null || (at("overview") && at("overview").checked) ? null : { word: first };
+    const lit = [opening, state.held, state.hover].filter(Boolean);
     const word = lit.filter((one) => one.word !== undefined).pop();
     const region = lit.filter((one) => one.cell !== undefined).pop();
     const whole = Boolean(at("overview")) && at("overview").checked && !word;
     if (whole) overview();
     for (const legend of document.querySelectorAll(".legend")) legend.style.visibility = whole ? "hidden" : "";
     if (word) lightWord(word.word);
+    if (word && word === opening) {
+      readout.append(element("h2", "", introductionTitle), ...introduction.cloneNode(true).childNodes);
+    }
     let said = "";
     if (region) said = lightRegion(region.cell);
     if (word && state.hover && state.hover.word !== undefined) lightWord(word.word);
@@ -194,6 +201,7 @@
   const fill = () => {
     const one = current();
     state.hover = state.held = null;
+    state.opening = true;
     words.replaceChildren(
       ...one.words.map((told, k) => {
         const button = element("button", told.special ? "word special" : "word");
@@ -248,6 +256,7 @@
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape") return;
     state.hover = state.held = null;
+    state.opening = false;
     if (at("overview")) at("overview").checked = false;
     show();
   });

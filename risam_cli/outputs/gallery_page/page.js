@@ -26,7 +26,7 @@ const risam = (() => {
     return node;
   }
   const tint = (index) => head.colors[index % head.colors.length];
-  const percent = (score) => `${Math.round(100 * score)} %`;
+  const percent = (score) => (score === null ? "no score" : `${Math.round(100 * score)} %`);
   const address = (path) => path.split("/").map(encodeURIComponent).join("/");
 
   // --- files beside the page -------------------------------------------------------------------
@@ -87,8 +87,9 @@ const risam = (() => {
     const whole = w.low <= 0 && w.high >= 1;
     const answers = [], failures = [];
     (row.e || []).forEach(([, text, score, none], k) => {
-      const fits = w.state === "all" || (w.state === "none" && none === 1) || (w.state === "mask" && none !== 1);
-      if (fits && score >= w.low && score <= w.high && says(text)) answers.push(k);
+      const fits = w.state === "all" || (w.state === "none" && none !== 0) || (w.state === "mask" && none === 0);
+      const within = score === null ? whole : score >= w.low && score <= w.high;
+      if (fits && within && says(text)) answers.push(k);
     });
     (row.f || []).forEach(([, text, message], k) => {
       const fits = w.state === "failed" || (w.state === "all" && whole);
@@ -103,10 +104,10 @@ const risam = (() => {
       if (entry) found.push(entry);
     }
     if (w.sort === "order") return found;
-    const scores = (entry) => entry.answers.map((k) => rows[entry.index].e[k][2]);
+    const scores = (entry) => entry.answers.map((k) => rows[entry.index].e[k][2]).filter((score) => score !== null);
     const keys = {
-      low: (entry) => (entry.answers.length ? Math.min(...scores(entry)) : 2),
-      high: (entry) => (entry.answers.length ? -Math.max(...scores(entry)) : 2),
+      low: (entry) => (scores(entry).length ? Math.min(...scores(entry)) : 2),
+      high: (entry) => (scores(entry).length ? -Math.max(...scores(entry)) : 2),
       many: (entry) => -(entry.answers.length + entry.failures.length),
     };
     if (w.sort === "name") {
@@ -317,7 +318,8 @@ const risam = (() => {
   function counted() {
     const c = head.counts, part = (count, one, many) => `${number.format(count)} ${count === 1 ? one : many}`;
     return `${part(c.images, "image", "images")}, ${part(c.expressions, "expression", "expressions")}: ` +
-      `${part(c.masks, "mask", "masks")}, ${number.format(c.no_target)} with no target, ${number.format(c.failures)} failed.`;
+      `${part(c.masks, "mask", "masks")}, ${number.format(c.no_target)} with no target, ` +
+      (c.empty ? `${number.format(c.empty)} with an empty mask, ` : "") + `${number.format(c.failures)} failed.`;
   }
   function onKey(event) {
     if (event.altKey || event.ctrlKey || event.metaKey) return;

@@ -385,7 +385,7 @@ def test_plots_put_values_where_they_belong() -> None:
     plot = svg.dot_plot([svg.Bar("<a>", 25.0, 0.0, 100.0, "n=1")], "mIoU, %", high=100.0, line=50.0)
     _read(f"<div>{plot}</div>")
     assert "&lt;a&gt;" in plot
-    left, right = 190, 640 - 96
+    left, right = 156, 500 - 92
     centre = float(re.search(r'<circle cx="([\d.]+)"', plot)[1])  # type: ignore[index]
     assert centre == pytest.approx(left + 0.25 * (right - left), abs=0.1)
     ends = re.findall(

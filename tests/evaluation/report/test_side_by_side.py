@@ -98,7 +98,11 @@ def test_values_are_the_reports_own_and_changes_are_theirs(reports: list[Path], 
     assert len(runs) == 3
     for folder, run in zip(reports, runs, strict=True):
         figures = json.loads((folder / "report.json").read_text())["figures"]
+        # Every expression has a target: gIoU would repeat mIoU, and cIoU oIoU.
+        assert {name for name, label in found if label == run} == figures.keys() - {"giou", "ciou"}
         for name, figure in figures.items():
+            if name in ("giou", "ciou"):
+                continue
             row = found[name, run]
             assert row["expressions"] == "24"
             assert row["images"] == "12"
@@ -126,7 +130,8 @@ def test_two_reports_are_compared_as_eval_compares_them(
     theirs = json.loads((tmp_path / "again" / "report.json").read_text())["comparison"]["figures"]
     found = rows(ask(reports[0], reports[1], "--to", "csv"))
     run = [run for _, run in found][-1]
-    for name, change in theirs.items():
+    for name in theirs.keys() - {"giou", "ciou"}:
+        change = theirs[name]
         for key in ("difference", "low", "high", "p"):
             row = found[name, run][key]
             assert (None if row == "" else float(row)) == change[key]
@@ -143,6 +148,116 @@ def test_every_form_says_the_same(reports: list[Path], ask: Ask) -> None:
     latex = ask(*reports, "--to", "latex")
     columns = {line.count("&") for line in latex.splitlines() if line.endswith(r"\\")}
     assert len(columns) == 1
+    for form in ("text", "md", "latex"):
+        assert "gIoU" not in ask(*reports, "--to", form)
+        chosen = ask(*reports, "--to", form.upper(), "--figures", "gIoU,oiou")
+        assert "gIoU" in chosen
+        assert "mIoU" not in chosen
+    assert "choose from oiou" in ask(*reports, "--figures", "dice", code=2)
+
+
+def test_several_splits_stand_in_one_table(reports: list[Path], ask: Ask, tmp_path: Path) -> None:
+    root = reports[0].parent
+    data = json.loads((root / "data.json").read_text())
+    for expression in data["expressions"]:
+        expression["split"] = "val" if expression["image_id"] < 11 else "test"
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    named = []
+    for split in ("val", "test"):
+        for run in ("right", "half"):
+            out = tmp_path / f"{run}-{split}"
+            arguments = ["eval", "--dataset", "coco", "--root", str(tmp_path / "data.json")]
+            arguments += ["--split", split, "--predictions", str(root / f"{run}.jsonl")]
+            assert main([*arguments, "-o", str(out)]) == 0
+            named.append(f"{run}={out}")
+    text = ask(*named, "--to", "csv", "--slices")
+    found = list(csv.DictReader(io.StringIO(text)))
+    whole = {
+        (row["split"], row["run"]): row
+        for row in found
+        if row["figure"] == "miou" and not row["slice"]
+    }
+    assert set(whole) == {(s, run) for s in ("val", "test") for run in ("right", "half")}
+    assert float(whole["val", "half"]["difference"]) < 0
+    assert float(whole["val", "half"]["p"]) < 0.05
+    # Of one image there is no interval and no p-value.
+    assert float(whole["test", "half"]["difference"]) < 0
+    assert [whole["test", "half"][key] for key in ("low", "high", "p")] == ["", "", ""]
+    latex = ask(*named, "--to", "latex", "--figures", "miou,oiou")
+    assert r"\multicolumn{2}{c}{coco val} & \multicolumn{2}{c}{coco test}" in latex
+    rows_of = [line for line in latex.splitlines() if line.startswith(("right", "half"))]
+    assert [line.count("&") for line in rows_of] == [4, 4]
+    assert "too few images" in ask(*named)
+    # One run on several splits is a table too; different runs of different splits are none.
+    assert "coco test" in ask(named[0], named[2])
+    assert "share no expression" in ask(named[0], named[3], code=1)
+
+
+def test_differences_are_told_by_slice(reports: list[Path], ask: Ask, tmp_path: Path) -> None:
+    root = reports[0].parent
+    data = json.loads((root / "data.json").read_text())
+    for image in data["images"]:
+        image["weather"] = "rain" if image["id"] % 2 else "sun"
+    for expression in data["expressions"]:
+        expression["hour"] = expression["image_id"]
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    made = []
+    for run in ("right", "half"):
+        arguments = ["eval", "--dataset", "coco", "--root", str(tmp_path / "data.json")]
+        arguments += ["--predictions", str(root / f"{run}.jsonl"), "-o", str(tmp_path / run)]
+        arguments += ["--slice", "weather", "--slice", "hour:0-9,10-", "--slice", "length:1,2"]
+        if made:
+            arguments += ["--compare", str(made[0])]
+        assert main(arguments) == 0
+        made.append(tmp_path / run)
+    report = json.loads((tmp_path / "half/report.json").read_text())
+    slices = {part["name"]: part["levels"] for part in report["slices"]}
+    assert {level["label"]: level["expressions"] for level in slices["weather"]} == {
+        "rain": 12,
+        "sun": 12,
+    }
+    hours = {level["label"]: level for level in slices["hour"]}
+    assert {label: level["expressions"] for label, level in hours.items()} == {
+        "0–9": 20,
+        "10 or more": 4,
+    }
+    assert hours["0–9"]["figures"]["miou"]["low"] is not None
+    assert hours["10 or more"]["figures"]["miou"]["low"] is None  # of two images
+    assert [level["label"] for level in slices["length"]] == ["2 words"]
+    changed = {part["name"]: part["levels"] for part in report["comparison"]["slices"]}
+    by_weather = {level["label"]: level["figures"]["miou"] for level in changed["weather"]}
+    assert by_weather["sun"]["difference"] == 0
+    assert by_weather["rain"]["difference"] < -0.2
+    assert "Changes by slice" in (tmp_path / "half/report.html").read_text()
+    assert "| weather | rain | 12 |" in (tmp_path / "half/report.md").read_text()
+    table = ask(*made, "--slices", "--figures", "miou")
+    assert "weather: rain (12 expressions)" in table
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("length", "needs bins"),
+        ("length:", "names no bin"),
+        (":1-3", "has no name"),
+        ("length:3-1", "ends before it begins"),
+        ("length:1-4,3-6", "overlap"),
+        ("length:1-4,4", "overlap"),
+        ("length:short", "are numbers"),
+        ("length:1,,3", "empty bin"),
+        ("mood", "no expression of coco all has a column 'mood'"),
+    ],
+)
+def test_a_slice_that_says_nothing_is_refused(
+    reports: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, told: str
+) -> None:
+    root = reports[0].parent
+    arguments = ["eval", "--dataset", "coco", "--root", str(root / "data.json"), "--slice", text]
+    arguments += ["--predictions", str(root / "half.jsonl"), "-o", str(tmp_path / "out")]
+    assert main(arguments) in (1, 2)
+    seen = capsys.readouterr().err
+    assert told in seen
+    assert "--slice" in seen
 
 
 def test_what_cannot_be_compared_is_told(reports: list[Path], ask: Ask, tmp_path: Path) -> None:
