@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -22,14 +22,16 @@ from risam_cli.commands.options import (
     model_option,
     verbosity_options,
 )
+from risam_cli.console.console import get_console
 from risam_cli.console.text import sanitize
-from risam_cli.errors import EXIT_ERROR, EXIT_OK, RisamError
+from risam_cli.errors import EXIT_ERROR, EXIT_OK, OutputError, RisamError
 from risam_cli.version import __version__
 
 if TYPE_CHECKING:
     import torch
 
     from risam_cli.inference.device import Advice
+    from risam_cli.model.image_encoder import ImageEncoder
     from risam_cli.segmenters.segmenter import Segmenter
 
 LIBRARIES = (
@@ -93,7 +95,9 @@ def command(model: str | None, device: str, precision: str, quick: bool, as_json
     Prints versions, the device and the precision that would be chosen and why, cores, memory,
     image formats, and the time of a forward pass: one 256x256 image with 4 expressions, the median
     of 5. Then reads and encodes for some seconds, and says which precision, batch size and number
-    of workers this machine is best served by. Exit code 0 where `risam predict` can run, else 1
+    of workers this machine is best served by. On a CPU it also measures which kernel multiplies
+    fastest, how many patches are best computed at a time and how many threads an image is best
+    given, and keeps that for the other commands. Exit code 0 where `risam predict` can run, else 1
     with a fix for each problem.
 
     \b
@@ -232,7 +236,32 @@ def _network(source: str | None, device_name: str, precision: str) -> Facts:
         "images_per_second": {str(k): round(rate, 2) for k, rate in measured.rates.items()},
     }
     facts["settings"] = [_as_option(one) for one in advise(measured)]
+    if device.type == "cpu":
+        facts["calibration"] = _calibrated(segmenter.loaded.model.image_encoder)
     return facts
+
+
+def _calibrated(encoder: ImageEncoder) -> Facts:
+    """What the processor does best with; kept for the commands that compute."""
+    import copy
+
+    import torch
+
+    from risam_cli.inference.calibration import calibrate, keep, path_of_calibration
+    from risam_cli.model.fast.encoder import HostImageEncoder
+    from risam_cli.model.fast.prepare import prepare_for_inference
+
+    held = []
+    for precision in (torch.float32, torch.bfloat16):
+        one = copy.deepcopy(encoder)
+        prepare_for_inference(one, torch.device("cpu"), precision)
+        held.append(cast(HostImageEncoder, one))
+    found = calibrate(held, _cores())
+    try:
+        keep(encoder.image_size, found)
+    except OutputError as error:
+        get_console().warn(f"what was measured is not kept: {error}")
+    return {**found.model_dump(), "file": str(path_of_calibration())}
 
 
 def _as_option(one: Advice) -> dict[str, str]:
@@ -302,6 +331,16 @@ def _shared(cores: Facts) -> str:
     return f": {_number(lanes, 'image')} at a time, {_number(threads, 'thread')} each"
 
 
+def _chosen(found: Facts) -> str:
+    """What the commands go by from now on."""
+    parts = [f"{kind} products by {by}" for kind, by in found["products"].items()]
+    parts += [
+        f"{found['tile']} patches at a time",
+        f"{_number(found['threads'], 'thread')} an image",
+    ]
+    return f"{', '.join(parts)}; kept in {found['file']}"
+
+
 def _number(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
@@ -337,6 +376,8 @@ def _report(facts: Facts) -> str:
     if missing:
         lines.append(("cannot read", ", ".join(missing)))
     lines += [(name, version or "missing") for name, version in facts["libraries"].items()]
+    if "calibration" in facts:
+        lines.append(("measured to be best", _chosen(facts["calibration"])))
     lines += [
         (f"use {setting['option']}", f"{setting['value']}: {setting['why']}")
         for setting in facts.get("settings", ())

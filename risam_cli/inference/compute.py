@@ -41,6 +41,7 @@ from risam_cli.inference.device import (
 from risam_cli.inference.feature_cache import FeatureCache, HalfFeatures, image_key
 from risam_cli.inference.mask_rules import Mask, MaskRule, at_image_size, to_bits, to_host
 from risam_cli.model.fast.crew import threads_of
+from risam_cli.model.fast.tuning import DEFAULT, Tuning, use
 from risam_cli.segmenters.segmenter import FeatureKeeper, Instances, Maps, Segmenter, Texts
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class ComputeSettings:
         expressions: expressions decoded at a time.
         mask_bytes: memory for full-size logits of a chunk.
         cores: how a CPU's are shared out, for whoever starts the threads.
+        tuning: what suits the CPU.
         select: what becomes of several instances of an expression.
         instance_threshold: an instance counts where its score is greater; None is the model's.
     """
@@ -74,6 +76,7 @@ class ComputeSettings:
     expressions: int = 64
     mask_bytes: int = 256 << 20
     cores: Cores = field(default_factory=Cores)
+    tuning: Tuning = DEFAULT
     select: Select = "union"
     instance_threshold: float | None = None
 
@@ -303,6 +306,7 @@ class Compute:
         self._room = room or Room()
         self.clock = Clock()
         self.alone = 0
+        use(settings.tuning)
         self._by_sample = settings.device.type == "cpu"
         self.images_at_once = 1 if self._by_sample else max(1, settings.images)
         self.expressions_at_once = max(1, settings.expressions)

@@ -229,7 +229,9 @@ class Cores:
         return max(self.threads, self.all // max(1, images))
 
 
-def share_cores(device_type: str, side: int, cores: int | None = None) -> Cores:
+def share_cores(
+    device_type: str, side: int, cores: int | None = None, measured: int | None = None
+) -> Cores:
     """Shares out the cores for images of some size (ours).
 
     The threads of an image depend on its size and on the machine, never on how many images there
@@ -241,12 +243,15 @@ def share_cores(device_type: str, side: int, cores: int | None = None) -> Cores:
         device_type: on other devices than a CPU there is one lane, and torch is left alone.
         side: of the encoder's square input, in pixels.
         cores: to share out; None takes as many as torch's threads, and so ``OMP_NUM_THREADS``.
+        measured: threads an image that were found to be best here; None goes by the size.
     """
     if device_type != "cpu":
         return Cores()
     cores = max(1, torch.get_num_threads() if cores is None else cores)
     # Two images at least: what one does alone, such as its last few words, hides behind the other.
     threads = min(max(1, cores // 2), max(1, side * side // _SIDE_A_THREAD**2))
+    if measured is not None:
+        threads = min(cores, measured)
     return Cores(min(MOST_LANES, cores // threads), threads, cores)
 
 

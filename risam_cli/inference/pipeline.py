@@ -22,6 +22,7 @@ import torch
 
 from risam_cli.data.images.images import MAX_PIXELS, Bands, EncoderImage
 from risam_cli.errors import ModelError, UsageError, setting
+from risam_cli.inference.calibration import calibration
 from risam_cli.inference.compute import Compute, ComputeSettings, Job, Select
 from risam_cli.inference.device import (
     Room,
@@ -36,6 +37,7 @@ from risam_cli.inference.loader import open_loader
 from risam_cli.inference.loading import TIMEOUT, Loaded, LoaderSettings
 from risam_cli.inference.mask_rules import MaskRule, at_image_size
 from risam_cli.model.fast.crew import threads_of
+from risam_cli.model.fast.tuning import Product
 from risam_cli.model.mutual_aware_attention import AttentionMaps
 from risam_cli.segmenters.segmenter import Attentive, Segmenter
 from risam_cli.types import Sample
@@ -74,6 +76,7 @@ class PredictSettings:
         select: what becomes of several instances of an expression.
         instance_threshold: an instance counts where its score is greater; None is the model's.
         bands: which bands of a TIFF of several are red, green and blue, from 1.
+        product: the kernel of a CPU's large products; None goes by what was measured here.
     """
 
     device: torch.device
@@ -92,6 +95,7 @@ class PredictSettings:
     select: Select = "union"
     instance_threshold: float | None = None
     bands: Bands | None = None
+    product: Product | None = None
 
 
 def predict_samples(
@@ -166,12 +170,18 @@ def _loading(segmenter: Segmenter, settings: PredictSettings, lanes: int) -> Loa
 
 def compute_settings(segmenter: Segmenter, settings: PredictSettings) -> ComputeSettings:
     """The part of the settings that the network runs by."""
+    side = side_of(segmenter)
+    measured = calibration().of(side)
+    tuning = measured.tuning()
+    if settings.product is not None:
+        tuning = replace(tuning, products={settings.precision: settings.product})
     return ComputeSettings(
         settings.device,
         segmenter.thresholds.mask if settings.threshold is None else settings.threshold,
         settings.batch_size,
         settings.expressions,
-        cores=share_cores(settings.device.type, side_of(segmenter), settings.cores),
+        cores=share_cores(settings.device.type, side, settings.cores, measured.threads),
+        tuning=tuning,
         select=settings.select,
         instance_threshold=settings.instance_threshold,
     )

@@ -40,6 +40,7 @@ from risam_cli.inference.pipeline import (
 )
 from risam_cli.inference.unknown_words import UnknownWords
 from risam_cli.interrupts import StopRequest
+from risam_cli.model.fast.tuning import PRODUCTS
 from risam_cli.runs.folder import RUN, RunFolder
 from risam_cli.runs.gallery import write_gallery
 from risam_cli.runs.ledger import settings_hash
@@ -439,6 +440,7 @@ def run_settings(plan: RunPlan, segmenter: Segmenter) -> dict[str, Any]:
         "batch_size": settings.batch_size,
         "workers": settings.workers,
         "threads": _threads(plan, segmenter),
+        "product": _product(plan, segmenter),
         **_limits(plan),
     }
 
@@ -464,6 +466,8 @@ def plan_to_go_on(folder: Path, plan: RunPlan, segmenter: Segmenter) -> RunPlan:
             f"the earlier part of this run was computed otherwise ({changed}); last digits may "
             + told(f"differ from a run in one go, {setting('overwrite')} starts over")
         )
+    if ran_by.get("product") in PRODUCTS:
+        plan = replace(plan, settings=replace(plan.settings, product=ran_by["product"]))
     changed = _changes({key: ran_by.get(key) for key in _limits(plan)}, _limits(plan))
     if not changed or plan.retry_failed:
         return plan
@@ -483,6 +487,13 @@ def to_go_on(error: RisamError) -> RisamError:
 def _threads(plan: RunPlan, segmenter: Segmenter) -> int | None:
     """That work on one image; None where torch's own number, which may change, does."""
     return compute_settings(segmenter, plan.settings).cores.threads or None
+
+
+def _product(plan: RunPlan, segmenter: Segmenter) -> str | None:
+    """The kernel of a CPU's large products."""
+    if plan.settings.device.type != "cpu":
+        return None
+    return compute_settings(segmenter, plan.settings).tuning.product(plan.settings.precision)
 
 
 def _limits(plan: RunPlan) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from risam_cli.errors import ModelError, RisamError, UsageError, setting
+from risam_cli.files.caches import cache_folder
 from risam_cli.model.fast.prepare import prepare_for_inference
 from risam_cli.model.risam import Risam
 from risam_cli.settings.load import check
@@ -92,8 +93,7 @@ def load_model(
     _load_lora(model, side, settings.text_encoder, stored, keep=keep_lora)
     model.to(device).eval().requires_grad_(False)
     if compiled:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "risam" / "compiled"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
     prepare_for_inference(model, device, precision, compiled=compiled)
     return LoadedModel(
         model=model,

@@ -18,6 +18,7 @@ from torch import Tensor
 from risam_cli.model.fast.attention import fast_attention
 from risam_cli.model.fast.crew import share, threads_of
 from risam_cli.model.fast.linear import apply_linear, linear
+from risam_cli.model.fast.tuning import in_use
 from risam_cli.model.image_encoder import (
     Adapter,
     Attention,
@@ -29,7 +30,8 @@ from risam_cli.model.image_encoder import (
     resize_pos_embed,
 )
 
-HOST_TOKENS = 768  # that go through blocks at a time on a CPU, in each of its threads
+SMALL_IMAGE = 768
+"""Patches of an image whose heads go through global attention together."""
 
 
 class FastImageEncoder(ImageEncoder):
@@ -92,6 +94,12 @@ class HostImageEncoder(FastImageEncoder):
                 self._through(chain, x, tapped, threads)
         shallow, middle = (tapped[tap].permute(0, 3, 1, 2) for tap in self.taps[:2])
         return EncoderFeatures(shallow, middle, self.to_deep(x), fine)
+
+    def through_some(self, x: Tensor) -> None:
+        """Takes x (B, h, w, D) through the longest chain of blocks, for a measurement."""
+        threads = torch.get_num_threads()
+        with threads_of(1):
+            self._through(max(self._chains(), key=len), x, {}, threads)
 
     def _chains(self) -> Iterator[dict[int, Block]]:
         """Blocks by number: one with global attention and the windowed ones that follow it."""
@@ -160,9 +168,9 @@ def _format(x: Tensor, weight: Tensor) -> torch.dtype:
 
 def _heads(batch: int, heads: int, tokens: int) -> list[tuple[slice, slice]]:
     """Cuts (B, heads) into pieces: a head of one image, or where images are small, some images."""
-    if tokens >= HOST_TOKENS:
+    if tokens >= SMALL_IMAGE:
         return [(slice(b, b + 1), slice(h, h + 1)) for b in range(batch) for h in range(heads)]
-    step = HOST_TOKENS // tokens
+    step = SMALL_IMAGE // tokens
     return [(slice(b, b + step), slice(0, heads)) for b in range(0, batch, step)]
 
 
@@ -173,11 +181,12 @@ def _tiles(x: Tensor, window: int) -> list[_Tile]:
         large ones first, so that threads end at the same time.
     """
     batch, height, width = x.shape[:3]
-    images = max(1, HOST_TOKENS // (height * width))
+    limit = in_use().tile
+    images = max(1, limit // (height * width))
     rows, columns = height, width
-    if height * width > HOST_TOKENS:
-        rows = _evenly(height, window, HOST_TOKENS // width)
-        columns = _evenly(width, window, HOST_TOKENS // rows)
+    if height * width > limit:
+        rows = _evenly(height, window, limit // width)
+        columns = _evenly(width, window, limit // rows)
     tiles = [
         _Tile(slice(b, b + images), slice(top, top + rows), slice(left, left + columns))
         for b in range(0, batch, images)

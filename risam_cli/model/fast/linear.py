@@ -2,9 +2,10 @@
 
 PyTorch multiplies float32 matrices on x86 by MKL, which holds back on processors that are not
 Intel's: half the speed of the same product through oneDNN, which PyTorch carries as well and uses
-for bfloat16 (on one AVX-512 core of an AMD EPYC 82 against 162 GFLOP/s; where MKL does its best the
-two are equal). So inference takes oneDNN's, with the MLP's GELU inside the product; where gradients
-are wanted, under autocast, and off x86, all stays with ``torch.nn.functional.linear``.
+for bfloat16 (on one AVX-512 core of an AMD EPYC 82 against 162 GFLOP/s; on Intel's MKL may be
+ahead). So inference takes oneDNN's, with the MLP's GELU inside the product, unless this machine was
+measured and does better otherwise (:mod:`.tuning`); where gradients are wanted, under autocast, and
+off x86, all stays with ``torch.nn.functional.linear``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from risam_cli.model.fast.tuning import in_use
 
 SMALL = 1 << 20
 """Multiplications below which oneDNN's call costs more than its product gains, in float32."""
@@ -58,7 +61,7 @@ class FastLinear(nn.Linear):
 
 
 def has_fast_products() -> bool:
-    """Whether :func:`linear` takes oneDNN's products on this machine's CPU."""
+    """Whether oneDNN's products can be taken on this machine's CPU."""
     return _onednn() is not None
 
 
@@ -69,6 +72,8 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.compiler.is_compiling():  # the compiler chooses, and fuses more
         return False
     if not x.numel() or not weight.is_contiguous():
+        return False
+    if in_use().product(weight.dtype) != "onednn":
         return False
     if weight.dtype == torch.float32 and x.numel() * len(weight) < SMALL:
         return False

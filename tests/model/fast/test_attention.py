@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from risam_cli.errors import UsageError
 from risam_cli.model import image_encoder
-from risam_cli.model.fast import attention, linear
+from risam_cli.model.fast import attention, linear, tuning
 from risam_cli.model.fast import encoder as fast_encoder
 from risam_cli.model.fast.attention import WAYS, choose_way
 from risam_cli.model.fast.encoder import FastImageEncoder, TableCache
@@ -24,6 +24,7 @@ from risam_cli.model.fast.prepare import (
     prepare_for_training,
     take_plain_forms,
 )
+from risam_cli.model.fast.tuning import Tuning
 from risam_cli.model.image_encoder import relative_attention, relative_table
 from risam_cli.weights.load import load_model
 
@@ -174,7 +175,7 @@ def test_the_fast_forms_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         prepared(ours)
         assert list(ours.state_dict()) == names
         whole = ours(pixels)
-        monkeypatch.setattr(fast_encoder, "HOST_TOKENS", 30)
+        monkeypatch.setattr(tuning, "_in_use", Tuning(tile=30))
         parts = ours(pixels)
         take_plain_forms(ours)
         back = ours(pixels)

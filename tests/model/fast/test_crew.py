@@ -9,8 +9,10 @@ import pytest
 import torch
 from support.networks import encoder, noise
 
+from risam_cli.model.fast import tuning
 from risam_cli.model.fast.crew import share, threads_of
 from risam_cli.model.fast.prepare import prepare_for_inference
+from risam_cli.model.fast.tuning import Tuning
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -80,7 +82,7 @@ def test_helpers_compute_under_the_modes_of_the_caller() -> None:
 def test_any_number_of_threads_gives_the_same_bits(
     precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("risam_cli.model.fast.encoder.HOST_TOKENS", 48)  # so that there are tiles
+    monkeypatch.setattr(tuning, "_in_use", Tuning(tile=48))  # so that there are several
     ours = encoder(grid=12, window=4, dim=64, adapter_dim=4)
     prepare_for_inference(ours, torch.device("cpu"), precision)
     pixels = noise(2, 3, 192, 192)
