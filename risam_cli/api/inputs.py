@@ -15,6 +15,7 @@ from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.data.images.memory import Pixels, bytes_to_rgb, memory_for_encoder
 from risam_cli.data.inputs.inputs import MAX_CHARACTERS
 from risam_cli.errors import ImageError, UsageError
+from risam_cli.files.store import place
 from risam_cli.inference.feeder import ReadySample
 from risam_cli.inference.loading import Loaded
 from risam_cli.types import Expression, Sample
@@ -73,7 +74,8 @@ def sample_of(
     """
     if isinstance(image, (str, os.PathLike)):
         name = os.fspath(image)
-        return Sample(name, Path(name), expressions_of(name, texts)), Path(name)
+        path = place(name)
+        return Sample(name, path, expressions_of(name, texts)), path
     name = f"image {number}"
     try:
         image = _decoded(image, name)

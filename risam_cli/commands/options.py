@@ -351,26 +351,49 @@ def _check_output(ctx: click.Context, param: click.Parameter, value: Path) -> Pa
     return value
 
 
-class _Folder(click.Path):
+class Place(click.Path):
+    """A path that must be there, or a URL, of which the store is asked later."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """URLs as they are; everything else as click does."""
+        from risam_cli.files.store import is_url, place
+
+        if isinstance(value, str) and is_url(value):
+            return place(value)
+        return super().convert(value, param, ctx)
+
+
+class _Folder(Place):
     """A folder to write to; an empty name, such as that of a variable that is not set, is none."""
+
+    def __init__(self, remote: bool) -> None:
+        super().__init__(path_type=Path, file_okay=False)
+        self._remote = remote
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("it is empty (a variable that is not set?); name a folder.", param, ctx)
-        return super().convert(value, param, ctx)
+        found = super().convert(value, param, ctx)
+        if "://" in str(found) and not self._remote:
+            self.fail(f"{value!r}: a folder on a disk is needed here.", param, ctx)
+        return found
 
 
-def output_option(default: str | None) -> Callable[[F], F]:
-    """``-o/--output DIR``: parameter ``output: Path``. Required where ``default`` is None."""
+def output_option(default: str | None, *, remote: bool = False) -> Callable[[F], F]:
+    """``-o/--output DIR``: parameter ``output: Path``. Required where ``default`` is None.
+
+    Args:
+        remote: whether it may be a folder of a store.
+    """
     # click takes a default that is named, even None, for a value that need not be given.
     needed: dict[str, Any] = {"required": True}
     return click.option(
         "-o",
         "--output",
-        type=_Folder(path_type=Path, file_okay=False),
+        type=_Folder(remote),
         callback=_check_output,
         metavar="DIR",
-        help="Folder to write to; created.",
+        help="Folder to write to; created." + " May be a URL." * remote,
         **(needed if default is None else {"default": default, "show_default": True}),
     )
 

@@ -16,6 +16,7 @@ import click
 
 from risam_cli.commands import completing
 from risam_cli.commands.options import (
+    Place,
     bands_option,
     batch_options,
     cache_options,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from risam_cli.outputs.naming import Names
     from risam_cli.runs.folder import RunFolder
     from risam_cli.runs.ranks import Ranks
+    from risam_cli.runs.remote import RemoteRun
     from risam_cli.runs.shard import Shard
 
 SAVE = ("png", "overlay", "html")
@@ -81,18 +83,18 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
 @click.option(
     "--expressions",
     "expressions_file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=Place(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="As -e, one expression a line.",
 )
 @click.option(
     "--image-root",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=Place(path_type=Path, file_okay=False, exists=True),
     metavar="DIR",
     help="Where relative paths in manifests start.  [default: beside the manifest]",
 )
 @model_option
-@output_option("risam-out")
+@output_option("risam-out", remote=True)
 @click.option(
     "--save",
     default="png",
@@ -181,8 +183,9 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
 def command(**options: Any) -> int:
     """Find what expressions refer to in images, and write masks.
 
-    INPUTS are images, folders, patterns, manifests (.jsonl, .csv, .tsv, COCO-style .json) or -
-    for JSON Lines or, with -e, one path a line on stdin, in any mixture.
+    INPUTS are images, folders, patterns, manifests (.jsonl, .csv, .tsv, COCO-style .json), tar
+    shards or - for JSON Lines or, with -e, one path a line on stdin, in any mixture; on a disk, or
+    in a store by its URL (s3://, gs://, hf://, https://).
 
     The output folder gets predictions.jsonl (one record for each image and expression),
     failures.jsonl, masks/ and run.json; with --save html also gallery/index.html, to look at.
@@ -234,6 +237,7 @@ class _Options:
     confine: bool
     null_separated: bool
     dry_run: bool
+    remote: RemoteRun | None = None
 
 
 def _predict(options: _Options) -> int:
@@ -243,11 +247,33 @@ def _predict(options: _Options) -> int:
     if options.retry_failed and options.overwrite:
         raise UsageError("--retry-failed and --overwrite contradict each other", "give one of them")
     ranks = None if options.shard is not None else ranks_of_environment()
+    if "://" in str(options.output) and not options.dry_run:
+        options = _made_here(options, alone=ranks is None)
     if ranks is not None:
         with ranks.speaking():
             return _predict_together(options, ranks)
     shard = Shard() if options.shard is None else parse_shard(options.shard)
-    return _predict_alone(options, shard, options.output)
+    code = _predict_alone(options, shard, options.output)
+    _publish(options)
+    return code
+
+
+def _made_here(options: _Options, *, alone: bool) -> _Options:
+    """The options of a run whose output is to be uploaded, with the folder where it is made."""
+    from risam_cli.files.store import RemotePath, require_known
+    from risam_cli.runs.remote import RemoteRun, local_place
+
+    assert isinstance(options.output, RemotePath)
+    require_known(options.output.url)
+    remote = RemoteRun(options.output, local_place(options.output))
+    resume = alone and (options.resume or options.retry_failed)
+    remote.begin(resume=resume, overwrite=options.overwrite)
+    return replace(options, output=remote.local, remote=remote)
+
+
+def _publish(options: _Options) -> None:
+    if options.remote is not None:
+        options.remote.publish()
 
 
 def _predict_alone(
@@ -278,6 +304,8 @@ def _predict_together(options: _Options, ranks: Ranks) -> int:
             "stdin and pipes can be read by one process, not by those of torchrun",
             "write what they bring to a manifest",
         )
+    if options.remote is not None and options.no_merge:
+        raise UsageError("--no-merge needs an -o on a disk", "use --shard, each part with its -o")
     if options.stream and options.no_merge:
         raise UsageError("--jsonl streams the merged records, and --no-merge makes none")
     if options.dry_run:
@@ -292,11 +320,14 @@ def _predict_together(options: _Options, ranks: Ranks) -> int:
     with ranks.quietly():
         _predict_alone(own, ranks.shard, part, ranks)
     code = ranks.merge(options.output, keep=options.no_merge)
-    if code is not None and options.stream:
+    if code is None:
+        return EXIT_OK
+    if options.stream:
         with _records_only() as stream, open(options.output / "predictions.jsonl", "rb") as file:
             shutil.copyfileobj(file, stream)
             stream.flush()
-    return EXIT_OK if code is None else code
+    _publish(options)
+    return code
 
 
 def _inputs(options: _Options, output: Path) -> Inputs:
@@ -316,7 +347,7 @@ def _inputs(options: _Options, output: Path) -> Inputs:
         options.inputs,
         expressions,
         options.image_root,
-        exclude=options.output,
+        exclude=options.output if options.remote is None else options.remote.url,
         confine=options.confine,
         null_separated=options.null_separated,
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from risam_cli.errors import DataError
+from risam_cli.files.store import open_place
 
 MOST = 1 << 36
 """Bytes that a packed file may unpack to: a few kilobytes can stand for gigabytes."""
@@ -74,7 +75,7 @@ def open_plain(path: Path) -> BinaryIO:
         DataError: what is packed is damaged.
         OSError: it cannot be read.
     """
-    file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+    file = open_place(path)
     try:
         if file.seekable():  # no pipe, no <(…)
             # By a file of its own: some readers go past Python's buffer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -10,8 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from risam_cli.errors import DataError, ImageError, reason_of, require_machine, setting
+from risam_cli.errors import (
+    DataError,
+    ImageError,
+    MachineError,
+    reason_of,
+    require_machine,
+    setting,
+)
 from risam_cli.files.hashing import sha256_of_stream
+from risam_cli.files.store import (
+    ObjectInfo,
+    RemotePath,
+    StoreError,
+    TarPath,
+    is_inside,
+    object_info,
+    read_member,
+    read_object,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +51,13 @@ class FileStamp:
 def file_stamp(path: Path) -> FileStamp | None:
     """The stamp of a file; None where there is none to be had."""
     try:
+        if isinstance(path, RemotePath):
+            return _stamp_of_object(object_info(path))
+        if isinstance(path, TarPath):
+            above = file_stamp(path.tar)
+            return None if above is None else _stamp_of_member(path, above)
         return stamp_of(os.stat(path))
-    except (OSError, ValueError):
+    except (OSError, ValueError, StoreError):
         return None
 
 
@@ -61,17 +84,68 @@ def require_inside(path: Path, root: Path, where: str) -> None:
     Raises:
         DataError: it lies elsewhere, once links are followed.
     """
-    inside, whole = os.path.realpath(root), os.path.realpath(path)
-    if whole != inside and not whole.startswith(os.path.join(inside, "")):
+    if isinstance(path, RemotePath) or isinstance(root, RemotePath):
+        inside, is_out = str(root), not is_inside(path, root)
+    else:
+        inside, whole = os.path.realpath(root), os.path.realpath(path)
+        is_out = whole != inside and not whole.startswith(os.path.join(inside, ""))
+    if is_out:
         raise DataError(
             f"{where} lies outside of {inside}, to which files are confined",
             f"name the folder that holds all images with {setting('image_root')}",
         )
 
 
+def stamp_of_file(file: BinaryIO) -> FileStamp:
+    """The stamp of what :func:`open_regular` gave."""
+    return file.stamp if isinstance(file, _Fetched) else stamp_of(os.fstat(file.fileno()))
+
+
+class _Fetched(io.BytesIO):
+    """The bytes of an image that lies on no disk of its own."""
+
+    def __init__(self, data: bytes, stamp: FileStamp) -> None:
+        super().__init__(data)
+        self.stamp = stamp
+
+
+def _stamp_of_object(info: ObjectInfo) -> FileStamp:
+    return FileStamp(-1 if info.size is None else info.size, info.version, 0, 0)
+
+
+def _stamp_of_member(path: TarPath, tar: FileStamp) -> FileStamp:
+    return FileStamp(path.size, tar.mtime_ns, path.start, tar.size)
+
+
+def _fetch(path: RemotePath | TarPath) -> _Fetched:
+    """The image's bytes, from a store or a tar. Raises ImageError."""
+    try:
+        if isinstance(path, RemotePath):
+            data, info = read_object(path)
+            stamp = _stamp_of_object(info)
+        else:
+            data = read_member(path)
+            stamp = file_stamp(path) or FileStamp(path.size, 0, path.start, 0)
+    except StoreError as error:
+        kind = MachineError if error.of_all else ImageError
+        raise kind(*error.args) from None
+    except OSError as error:
+        require_machine(error)
+        raise ImageError(f"{path}: {reason_of(error)}") from None
+    if isinstance(path, TarPath) and len(data) < path.size:
+        raise ImageError(f"{path}: the tar is cut short within it", "copy or download it again")
+    if not data:
+        raise ImageError(f"{path}: the file is empty (0 bytes)", "copy or download it again")
+    return _Fetched(data, stamp)
+
+
 @contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:
     """The file, open for reading, once it is known to be a regular one with bytes in it."""
+    if isinstance(path, (RemotePath, TarPath)):
+        with _fetch(path) as fetched:
+            yield fetched
+        return
     try:
         status = os.stat(path)
         # A pipe or a device would be waited on for ever.

@@ -44,7 +44,7 @@ from risam_cli.data.images.depth import scale_to_8_bit
 from risam_cli.data.images.files import (
     FileStamp,
     open_regular,
-    stamp_of,
+    stamp_of_file,
 )
 from risam_cli.data.images.frames import Frame
 from risam_cli.data.images.tiff import (
@@ -213,7 +213,7 @@ def read_for_encoder(
         SlowImage: it may take long, and ``quick`` was asked for.
     """
     with open_regular(path) as file, decoding(path):
-        stamp = stamp_of(os.fstat(file.fileno()))
+        stamp = stamp_of_file(file)
         image = open_image(file, path, max_pixels, bands, quick=quick)
         at = file.tell()  # where the decoder reads on
         file.seek(0)

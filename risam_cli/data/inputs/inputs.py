@@ -23,17 +23,29 @@ from risam_cli.data.identity import existing, image_key
 from risam_cli.data.images.files import require_inside
 from risam_cli.data.inputs import manifest
 from risam_cli.data.inputs.counting import NameCounts
+from risam_cli.data.inputs.tars import is_tar, read_tar
 from risam_cli.data.inputs.walk import (
     Unreadable,
     is_image_name,
     kind_of_file,
     match_pattern,
     walk_images,
+    walk_remote,
 )
 from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.errors import DataError, UsageError, reason_of, setting, told
 from risam_cli.files.jsonlines import read_text
+from risam_cli.files.store import (
+    RemotePath,
+    is_pattern,
+    is_url,
+    join,
+    kind_of,
+    match_urls,
+    place,
+    require_known,
+)
 from risam_cli.types import Expression, Failure, Sample
 
 MAX_CHARACTERS = 10_000
@@ -217,6 +229,8 @@ class Inputs:
         for argument in self.arguments:
             if argument == "-":
                 yield from self._of_stream(sys.stdin.buffer, "<stdin>", null=self.null_separated)
+            elif is_url(argument):
+                yield from self._of_url(argument)
             elif _is_stream(argument) and manifest.kind_of(argument) in (None, "jsonl"):
                 with manifest.open_manifest(Path(argument)) as stream:
                     yield from self._of_stream(stream, argument)
@@ -241,11 +255,68 @@ class Inputs:
             yield from self._of_coco(path)
         elif kind is not None:
             yield from self._of_manifest(path, kind)
+        elif is_tar(path):
+            yield from self._of_tar(path)
         else:
             yield self._of_image(path)
 
+    def _of_url(self, url: str) -> Iterator[_Wish]:
+        """As a path, of what lies in a store."""
+        if not isinstance(place(url), RemotePath):
+            yield from self._of_path(str(place(url)))
+        elif is_pattern(url):
+            for found in match_urls(url):
+                yield from self._of_object(found)
+        else:
+            yield from self._of_object(url)
+
+    def _of_object(self, url: str) -> Iterator[_Wish]:
+        kind = manifest.kind_of(url)
+        if kind == "coco":
+            yield from self._of_coco(url)
+        elif kind is not None:
+            yield from self._of_manifest(url, kind)
+        elif is_tar(url):
+            yield from self._of_tar(url)
+        elif is_image_name(url):
+            yield self._of_image(url)
+        elif kind_of(url) == "directory":
+            for found in walk_remote(url, self.skipped, self._excluded()):
+                yield self._of_image(found)
+        else:  # an address of the web need not end as an image's
+            yield self._of_image(url)
+
+    def _of_tar(self, path: str) -> Iterator[_Wish]:
+        for sample in read_tar(place(path)):
+            where = f"{path}: {sample.key}"
+            wish = _Wish(f"{path}/{sample.key}", None, (), where, where)
+            try:
+                if sample.error:
+                    wish = replace(wish, image="", where="")
+                    raise DataError(sample.error)
+                if len(sample.images) != 1:
+                    raise DataError(f"{where}: holds {len(sample.images)} images", "give it one")
+                (image,) = sample.images
+                said = {} if sample.asked is None else sample.asked
+                if isinstance(said, dict):
+                    said = {**said, "image": str(image)}
+                row = manifest.row_of_object(said, where, where)
+                if row.error is not None:
+                    raise row.error
+                asked = self._asked(row.expressions or sample.texts, row.id)
+                yield _Wish(row.image, image, asked, where, row.id or where)
+            except DataError as error:
+                yield replace(wish, error=str(error))
+
+    def _asked(self, texts: tuple[str, ...], own: str | None) -> tuple[tuple[str | None, str], ...]:
+        """Expressions, or those asked of all, each with its id where there is one."""
+        texts = texts or tuple(self.expressions)
+        if own is None or len(texts) == 1:
+            return tuple((own, text) for text in texts)
+        return tuple((f"{own}#{k}", text) for k, text in enumerate(texts))
+
     def _of_pattern(self, pattern: str) -> Iterator[_Wish]:
-        manifests = manifest.kind_of(pattern) is not None
+        manifests = manifest.kind_of(pattern) is not None or is_tar(pattern)
         given: set[str] = set()
         for path in match_pattern(pattern):
             if os.path.isdir(path) and os.path.islink(path):
@@ -269,11 +340,11 @@ class Inputs:
                 yield self._of_image(found)
 
     def _of_image(self, path: str) -> _Wish:
-        return _Wish(path, Path(path), tuple((None, text) for text in self.expressions))
+        return _Wish(path, place(path), self._asked((), None))
 
     def _of_manifest(self, path: str, kind: str) -> Iterator[_Wish]:
-        base = self.image_root or Path(path).parent
-        with manifest.open_manifest(Path(path)) as stream:
+        base = self.image_root or place(path).parent
+        with manifest.open_manifest(place(path)) as stream:
             if kind == "jsonl":
                 rows = manifest.read_jsonl(stream, path)
             else:
@@ -282,12 +353,7 @@ class Inputs:
 
     def _of_rows(self, rows: Iterator[manifest.Row], base: Path) -> Iterator[_Wish]:
         for row in rows:
-            texts = row.expressions or tuple(self.expressions)
-            several = len(texts) > 1
-            asked = tuple(
-                (row.id if row.id is None or not several else f"{row.id}#{k}", text)
-                for k, text in enumerate(texts)
-            )
+            asked = self._asked(row.expressions, row.id)
             path, wrong = None, ""
             try:
                 if row.error is not None:
@@ -298,7 +364,7 @@ class Inputs:
             yield _Wish(row.image, path, asked, row.where, row.id or row.name, error=wrong)
 
     def _of_coco(self, path: str) -> Iterator[_Wish]:
-        base = self.image_root or Path(path).parent
+        base = self.image_root or place(path).parent
         for group in self._open_coco(path).groups:
             own = tuple((phrase.id or None, phrase.text) for phrase in group.phrases)
             asked = own or tuple((None, text) for text in self.expressions)
@@ -307,14 +373,17 @@ class Inputs:
                 continue
             wish = _Wish(group.image, group.path, asked, path, group.image, group.size)
             try:
-                found = self._locate(os.path.abspath(group.path), base, f"{path}: {group.image}")
+                own_place = group.path
+                if not isinstance(own_place, RemotePath):
+                    own_place = Path(os.path.abspath(own_place))
+                found = self._locate(str(own_place), base, f"{path}: {group.image}")
                 yield replace(wish, path=found)
             except DataError as error:
                 yield replace(wish, path=None, error=str(error))
 
     def _open_coco(self, path: str) -> SampleSource:
         if path not in self._coco:
-            self._coco[path] = open_coco(Path(path), self.image_root, bare_images=True)
+            self._coco[path] = open_coco(place(path), self.image_root, bare_images=True)
         return self._coco[path]
 
     def _locate(self, image: str, base: Path, where: str) -> Path:
@@ -326,12 +395,16 @@ class Inputs:
         """
         if "\0" in image:
             raise DataError(f"{where}: {image!r} is not a path that a file can have")
-        path = Path(existing(os.path.join(base, image)))
+        found = join(base, image)
+        if not isinstance(found, RemotePath) and not isinstance(base, RemotePath):
+            found = Path(existing(str(found)))
         if self.confine:
-            require_inside(path, base, f"{where}: {image!r}")
-        return path
+            require_inside(found, base, f"{where}: {image!r}")
+        return found
 
     def _excluded(self) -> str | None:
+        if isinstance(self.exclude, RemotePath):
+            return self.exclude.url.rstrip("/")
         return None if self.exclude is None else os.path.realpath(self.exclude)
 
     # --- from wishes to entries -------------------------------------------------------------------
@@ -389,7 +462,9 @@ class Inputs:
     def _check(self, argument: str) -> None:
         if "\0" in argument:
             raise UsageError(f"{argument!r} is not a path that a file can have")
-        if not os.path.lexists(argument):
+        if is_url(argument) and isinstance(place(argument), RemotePath):
+            self._check_url(argument)
+        elif not os.path.lexists(argument):
             self._check_absent(argument)
         elif os.path.isdir(argument):
             self._require_expressions(argument)
@@ -420,6 +495,23 @@ class Inputs:
             f"give a phrase by {setting('expression', repr(argument))}",
         )
 
+    def _check_url(self, url: str) -> None:
+        """Asks the store once, so that a wrong address or key is told of before anything else."""
+        require_known(url)
+        urls = match_urls(url) if is_pattern(url) else [url]
+        if not urls:
+            raise DataError(f"{url}: matches no object", "check the address")
+        kind = manifest.kind_of(urls[0])
+        if kind is None or kind == "jsonl":
+            folder = kind_of(urls[0]) == "directory"
+            found = walk_remote(urls[0], Counter(), self._excluded()) if folder else iter(urls)
+            if next(found, None) is None:
+                raise DataError(f"{url}: no image below this address", "check the address")
+            if kind is None and not is_tar(urls[0]):
+                self._require_expressions(url)
+        else:
+            self._check_manifest(urls[0], kind)
+
     def _check_absent(self, argument: str) -> None:
         where = f"(working folder: {os.getcwd()})"
         if _is_pattern(argument):
@@ -439,16 +531,19 @@ class Inputs:
         self._require_expressions(argument)
 
     def _check_file(self, argument: str) -> None:
-        path = Path(argument)
         kind = manifest.kind_of(argument)
-        if kind is None:
+        if kind is not None:
+            self._check_manifest(argument, kind)
+        elif not is_tar(argument):
             self._require_expressions(argument)
-        elif kind == "coco":
+
+    def _check_manifest(self, argument: str, kind: str) -> None:
+        if kind == "coco":
             source = self._open_coco(argument)
             if not any(group.phrases for group in source.groups):
                 self._require_expressions(argument)
         else:
-            with manifest.open_manifest(path) as stream:
+            with manifest.open_manifest(place(argument)) as stream:
                 if kind == "jsonl":
                     return
                 if not manifest.check_table(stream, argument):

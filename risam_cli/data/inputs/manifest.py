@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from risam_cli.errors import DataError, reason_of
 from risam_cli.files.jsonlines import brief, parse_json, read_lines
+from risam_cli.files.store import open_place
 from risam_cli.files.tables import Table
 
 MAX_LINE = 16 << 20
@@ -78,7 +79,7 @@ def read_stream(stream: BinaryIO, name: str, *, paths: bool, null: bool) -> Iter
             if null or (paths and line.lstrip(b"\xef\xbb\xbf \t")[:1] not in b"{["):
                 yield Row(where, short, os.fsdecode(line))
             else:
-                yield _row_of_object(_object(line, where, paths), where, short)
+                yield row_of_object(_object(line, where, paths), where, short)
         except DataError as error:
             yield Row(where, short, error=error)
 
@@ -126,7 +127,12 @@ def _table(stream: BinaryIO, name: str) -> Table:
 # --- JSON -----------------------------------------------------------------------------------------
 
 
-def _row_of_object(obj: Any, where: str, short: str) -> Row:
+def row_of_object(obj: Any, where: str, short: str) -> Row:
+    """The row of a manifest's JSON object.
+
+    Raises:
+        DataError: it is no object, or its id is none.
+    """
     if not isinstance(obj, Mapping):
         raise DataError(f"{where}: {brief(obj)} is not an object", 'write {"image": …}')
     own = _id(obj.get("id"), where)
@@ -179,12 +185,12 @@ def _row_of_cells(cells: Mapping[str, str], where: str, short: str) -> Row:
 
 
 def open_manifest(path: Path) -> BinaryIO:
-    """The file, open.
+    """The file, open, wherever it lies.
 
     Raises:
         DataError: it cannot be opened.
     """
     try:
-        return open(path, "rb")
+        return open_place(path)
     except OSError as error:
         raise DataError(f"{path}: {reason_of(error)}", "check the path") from None

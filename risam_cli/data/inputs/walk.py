@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from risam_cli.data.images.images import SUFFIXES
 from risam_cli.errors import reason_of
 from risam_cli.files.locks import PRIVATE
+from risam_cli.files.store import list_folder
 
 RUN_MARKER = PRIVATE
 """A folder that every output folder holds; one with it is results, not input."""
@@ -64,6 +65,31 @@ def walk_images(
             skipped["links that lead out of the folder"] += 1
         else:
             yield item.path
+
+
+def walk_remote(url: str, skipped: Counter[str], exclude: str | None = None) -> Iterator[str]:
+    """As :func:`walk_images`, below an address of a store, which knows no links.
+
+    Args:
+        exclude: the address of a folder that is not entered.
+
+    Raises:
+        StoreError: it cannot be listed.
+    """
+    for found, is_folder in list_folder(url):
+        name = found.rpartition("/")[2]
+        if name.startswith("."):
+            skipped["hidden files and folders"] += 1
+        elif is_folder:
+            inside = [one.rpartition("/")[2] for one, _ in list_folder(found)]
+            if found == exclude or "ledger.jsonl" in inside:
+                skipped["output folders"] += 1
+            else:
+                yield from walk_remote(found, skipped, exclude)
+        elif is_image_name(name):
+            yield found
+        else:
+            skipped[kind_of_file(name)] += 1
 
 
 def match_pattern(pattern: str) -> list[str]:

@@ -1,0 +1,603 @@
+"""Files wherever they lie: on a disk, behind a URL that fsspec knows, or in a tar.
+
+The one place that opens what a user names. A path on a disk goes straight to the system. What lies
+in a store (``s3://``, ``gs://``, ``hf://``, ``https://``, ``memory://`` …) is a :class:`RemotePath`
+and a member of a tar a :class:`TarPath`: both are paths, so whatever carries a path carries them,
+and whatever opens one opens it here. Objects are read whole or in blocks, never copied to a disk.
+What a store says against it for the moment (time-outs, 5xx, cut connections) is tried again, a
+little later each time; what it says for good becomes one line.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar
+
+from risam_cli.errors import DataError, UsageError, reason_of
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    _Base = Path
+else:
+    _Base = type(Path())
+
+T = TypeVar("T")
+
+TRIES = 5
+_FIRST_WAIT = 0.2  # seconds before the second try; doubled each time, and spread by chance
+_BLOCK = 4 << 20  # bytes of a large object that are read, and held, at a time
+_LARGEST = 2 << 30  # bytes of an object that is read whole
+
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+_PATTERN = re.compile(r"[*?\[{]")
+
+
+class StoreError(DataError):
+    """What a store says for good.
+
+    Attributes:
+        of_all: it would say the same of every other object: credentials, or a missing package.
+    """
+
+    of_all = False
+
+
+class RemotePath(_Base):
+    """A place in a store, which no operation of the system finds; ``str`` gives its URL."""
+
+    __slots__ = ("url",)
+    url: str
+
+    def __new__(cls, url: str) -> Self:  # noqa: D102
+        self = super().__new__(cls, url)
+        self.url = url
+        return self
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __repr__(self) -> str:
+        return f"RemotePath({self.url!r})"
+
+    def __fspath__(self) -> str:
+        return self.url
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.url,)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and self.url == other.url
+
+    def __hash__(self) -> int:
+        return hash(self.url)
+
+    def __truediv__(self, name: Any) -> Any:
+        return join(self, str(name))
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    @property
+    def parent(self) -> Any:
+        """The place above; that of a bucket or a host is itself."""
+        above = self.url.rstrip("/").rpartition("/")[0]
+        return self if above.endswith(":/") else RemotePath(above)
+
+    def exists(self, **_: Any) -> bool:
+        """Whether there is such an object or folder. Raises StoreError where that is not told."""
+        return self._kind() is not None
+
+    def is_file(self, **_: Any) -> bool:
+        """Whether there is such an object. Raises StoreError where that is not told."""
+        return self._kind() == "file"
+
+    def is_dir(self, **_: Any) -> bool:
+        """Whether there are objects below it. Raises StoreError where that is not told."""
+        return self._kind() == "directory"
+
+    def _kind(self) -> str | None:
+        try:
+            return kind_of(self.url)
+        except StoreError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
+
+
+class TarPath(_Base):
+    """A member of a tar; ``str`` gives the tar's place, a slash, and the member's name.
+
+    Attributes:
+        tar: on a disk or in a store.
+        start, size: bytes of the tar that are the member's.
+    """
+
+    __slots__ = ("member", "size", "start", "tar")
+    tar: Path
+    member: str
+    start: int
+    size: int
+
+    def __new__(cls, tar: Path, member: str, start: int, size: int) -> Self:  # noqa: D102
+        self = super().__new__(cls, f"{tar}/{member}")
+        self.tar, self.member, self.start, self.size = tar, member, start, size
+        return self
+
+    def __init__(self, *_: Any) -> None:
+        """For versions of Python that give the base's the arguments."""
+
+    def __str__(self) -> str:
+        return f"{self.tar}/{self.member}"
+
+    def __fspath__(self) -> str:
+        return str(self)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.tar, self.member, self.start, self.size)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TarPath) and self.__reduce__() == other.__reduce__()
+
+    def __hash__(self) -> int:
+        return hash((self.tar, self.start))
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What a store says of an object: bytes, and a number that changes with its content."""
+
+    size: int | None
+    version: int
+
+
+# --- places ---------------------------------------------------------------------------------------
+
+
+def is_url(text: str) -> bool:
+    """Whether it begins as a URL does: ``scheme://``."""
+    return _URL.match(text) is not None
+
+
+def is_pattern(url: str) -> bool:
+    """Whether a URL stands for several; an address of the web may hold a question mark."""
+    return not url.startswith(("http://", "https://")) and _PATTERN.search(url) is not None
+
+
+def place(text: str) -> Path:
+    """A path on a disk, or a URL, as a path; ``file://`` is the disk."""
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return RemotePath(text) if is_url(text) else Path(text)
+
+
+def join(base: Path, name: str) -> Path:
+    """A name from where names start; a URL and an absolute path stand for themselves."""
+    if is_url(name) or not isinstance(base, RemotePath):
+        return place(name) if is_url(name) else Path(base, name)
+    scheme, _, path = base.url.partition("://")
+    host, _, folder = path.partition("/")
+    if name.startswith("/"):
+        return Path(name)
+    parts = [] if name.startswith("/") else folder.rstrip("/").split("/") if folder else []
+    for part in name.split("/"):  # as in a path; but a//b and a/b are two objects
+        if part == "..":
+            parts = parts[:-1]
+        elif part != ".":
+            parts.append(part)
+    return RemotePath(f"{scheme}://{host}/{'/'.join(parts)}")
+
+
+def is_inside(path: Path, base: Path) -> bool:
+    """Whether a place in a store is below another."""
+    return str(path).startswith(str(base).rstrip("/") + "/")
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def open_place(path: Path) -> BinaryIO:
+    """A file for reading from its beginning on, wherever it lies.
+
+    Raises:
+        OSError: of a file on a disk.
+        StoreError: of one in a store.
+    """
+    if not isinstance(path, RemotePath):
+        return open(path, "rb")
+    return io.BufferedReader(_RemoteFile(path.url), 1 << 18)
+
+
+def object_info(path: Path) -> ObjectInfo:
+    """What a store says of an object.
+
+    Raises:
+        StoreError: there is none, or it is not told.
+    """
+    return _patiently(lambda: _info(str(path)), str(path))
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes of a file, wherever it lies; None where a store does not tell.
+
+    Raises:
+        OSError: of a file on a disk.
+        StoreError: of one in a store.
+    """
+    return object_info(path).size if isinstance(path, RemotePath) else path.stat().st_size
+
+
+def kind_of(url: str) -> str:
+    """``file`` or ``directory``.
+
+    Raises:
+        StoreError: it is neither, or that is not told.
+    """
+    fs, path = _file_system(url)
+    return str(_patiently(lambda: fs.info(path)["type"], url))
+
+
+def read_object(path: RemotePath) -> tuple[bytes, ObjectInfo]:
+    """All bytes of an object, and what the store says of it.
+
+    Raises:
+        StoreError: it is not there, may not be read, is too large, or did not come whole.
+    """
+
+    def once() -> tuple[bytes, ObjectInfo]:
+        fs, inner = _file_system(path.url)
+        info = _info(path.url)
+        if info.size is not None and info.size > _LARGEST:
+            raise StoreError(f"{path}: {info.size} bytes are too many for one object")
+        data: bytes = fs.cat_file(inner)
+        if info.size is not None and len(data) != info.size:
+            raise ConnectionError(f"{len(data)} of {info.size} bytes came")
+        return data, info
+
+    return _patiently(once, path.url)
+
+
+def read_member(path: TarPath) -> bytes:
+    """All bytes of a member of a tar; fewer where a tar on a disk is cut.
+
+    Raises:
+        OSError: the tar is on a disk and cannot be read.
+        StoreError: likewise, in a store.
+    """
+    if not isinstance(path.tar, RemotePath):
+        with open(path.tar, "rb") as file:
+            file.seek(path.start)
+            return file.read(path.size)
+    url, end = path.tar.url, path.start + path.size
+
+    def once() -> bytes:
+        fs, inner = _file_system(url)
+        data: bytes = fs.cat_file(inner, start=path.start, end=end)
+        if len(data) != path.size:
+            raise ConnectionError(f"{len(data)} of {path.size} bytes came")
+        return data
+
+    return _patiently(once, str(path))
+
+
+def list_folder(path: str) -> list[tuple[str, bool]]:
+    """What lies directly in a folder of a store: URLs, and whether each is a folder; by name.
+
+    Raises:
+        StoreError: it cannot be listed.
+    """
+
+    def is_folder(one: dict[str, Any]) -> bool:
+        return bool(one["type"] == "directory")
+
+    def once() -> list[tuple[str, bool]]:
+        fs, inner = _file_system(path)
+        own = inner.rstrip("/")
+        listed = fs.ls(inner, detail=True, refresh=True)
+        return sorted(
+            (f"{path.rstrip('/')}/{one['name'].rstrip('/').rpartition('/')[2]}", is_folder(one))
+            for one in listed
+            if one["name"].rstrip("/") != own
+        )
+
+    return _patiently(once, path)
+
+
+def match_urls(pattern: str) -> list[str]:
+    """The objects that a pattern names, sorted; braces stand for lists and ranges.
+
+    Raises:
+        StoreError: the store cannot be listed.
+    """
+    found: list[str] = []
+    for one in expand_braces(pattern):
+        fs, inner = _file_system(one)
+        if _PATTERN.search(one):
+            names = _patiently(lambda fs=fs, inner=inner: fs.glob(inner), one)  # type: ignore[misc]
+            hidden = one.rpartition("/")[2].startswith(".")
+            kept = [name for name in names if hidden or not name.rpartition("/")[2].startswith(".")]
+            found += sorted(fs.unstrip_protocol(name) for name in kept)
+        else:
+            found.append(one)
+    return found
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """``a{00..02}.tar`` and ``a{x,y}.tar`` as a shell expands them."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    if found[3] is not None:
+        middle = found[3].split(",")
+    else:
+        first, last = int(found[1]), int(found[2])
+        middle = [f"{n:0{len(found[1])}}" for n in range(first, last + 1)]
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    return [one for part in middle for one in expand_braces(f"{head}{part}{tail}")]
+
+
+class _RemoteFile(io.RawIOBase):
+    """An object read in blocks, in order; a connection that is cut is taken up where it was."""
+
+    def __init__(self, url: str) -> None:
+        self.name = url
+        self._at = 0
+        self._file: Any = None
+        self._size: int | None = None
+        _patiently(self._open, url)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = _patiently(lambda: self._read(len(buffer)), self.name)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        if self._file is not None:
+            with suppress(Exception):
+                self._file.close()
+        super().close()
+
+    def _open(self) -> None:
+        fs, path = _file_system(self.name)
+        self._file = fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead")
+        self._size = getattr(self._file, "size", None)
+
+    def _read(self, most: int) -> bytes:
+        try:
+            if self._file is None:
+                self._open()
+                if self._at:
+                    self._skip()
+            data: bytes = self._file.read(most)
+        except Exception:
+            self._file = None  # whatever state it is in
+            raise
+        if not data and most and self._size is not None and self._at < self._size:
+            self._file = None
+            raise ConnectionError(f"{self._at} of {self._size} bytes came")
+        return data
+
+    def _skip(self) -> None:
+        try:
+            self._file.seek(self._at)
+        except (OSError, ValueError, NotImplementedError):  # a server without ranges
+            left = self._at
+            while left and (data := self._file.read(min(left, _BLOCK))):
+                left -= len(data)
+
+
+# --- asking a store -------------------------------------------------------------------------------
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """File system of a URL by fsspec, and its name there.
+
+    Raises:
+        StoreError: the package for it is not installed, or no such scheme is known.
+    """
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    except Exception as error:
+        _refuse(error, url)
+    return fs, path
+
+
+def _info(url: str) -> ObjectInfo:
+    fs, path = _file_system(url)
+    told = fs.info(path)
+    if told.get("type") == "directory":
+        raise IsADirectoryError(url)
+    size = told.get("size")
+    keys = ("ETag", "etag", "LastModified", "mtime", "modified", "updated", "created", "sha256")
+    marks = "|".join(str(told[key]) for key in keys if key in told)
+    return ObjectInfo(None if size is None else int(size), zlib.crc32(marks.encode()))
+
+
+def _patiently(act: Callable[[], T], url: str) -> T:
+    """What a store answers; asked again where it fails for the moment.
+
+    Raises:
+        StoreError: it fails for good, or each time.
+    """
+    wait = _FIRST_WAIT
+    for left in reversed(range(TRIES)):
+        try:
+            return act()
+        except (MemoryError, StoreError):
+            raise
+        except Exception as error:
+            meant = _meant(error)
+            if not left or not _may_pass(meant):
+                _refuse(meant, url)
+        time.sleep(wait * (0.5 + random.random()))
+        wait *= 2
+    raise AssertionError
+
+
+_FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError)
+_NO_CREDENTIALS = {
+    *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
+    *("ProfileNotFound", "TokenRetrievalError", "UnauthorizedSSOTokenError", "RefreshError"),
+    *("DefaultCredentialsError", "LocalTokenNotFoundError", "SSOTokenLoadError"),
+}
+_REFUSED = (
+    *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
+    *("security token", "Access Key Id you provided", "request signature"),
+)
+
+
+def _meant(error: Exception) -> Exception:
+    """What was really said: fsspec calls every answer of a web server a file that is not there."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception):
+        return error if _status(cause) in (404, 410) else cause
+    return error
+
+
+def _status(error: BaseException) -> int:
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    elif response is not None:
+        status = getattr(response, "status_code", status)
+    return status if isinstance(status, int) else 0
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the next try may fare better."""
+    if isinstance(error, _FOR_GOOD) or type(error).__name__ in _NO_CREDENTIALS:
+        return False
+    status = _status(error)
+    if 400 <= status < 500:
+        return status in (408, 425, 429)
+    # What the library itself cannot do, it cannot do the next time either.
+    return not isinstance(error, (TypeError, NotImplementedError, AttributeError, KeyError))
+
+
+def _refuse(error: Exception, url: str) -> NoReturn:
+    """Raises StoreError with one line for what a store or fsspec said."""
+    scheme = url.partition("://")[0]
+    text, status = reason_of(error), _status(error)
+    raised: StoreError
+    if isinstance(error, ImportError):
+        raised = StoreError(
+            f"{url}: {scheme}:// needs a package that is not installed ({text})",
+            "pip install 'risam[remote]'",
+        )
+        raised.of_all = True
+    elif isinstance(error, ValueError) and "rotocol" in text:
+        raised = StoreError(f"{url}: no kind of storage is called {scheme}://", "check the address")
+    elif type(error).__name__ in _NO_CREDENTIALS or any(sign in str(error) for sign in _REFUSED):
+        raised = StoreError(
+            f"{url}: the credentials for {scheme}:// are missing or refused ({text})",
+            "log in, or set them as the store's own tools read them (for S3: AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY, AWS_PROFILE)",
+        )
+        raised.of_all = True
+    elif isinstance(error, FileNotFoundError) and _has_no_bucket(url):
+        raised = StoreError(f"{url}: there is no such bucket", "check the address")
+    elif isinstance(error, FileNotFoundError) or status in (404, 410):
+        raised = StoreError(f"{url}: there is no such object", "check the address")
+    elif isinstance(error, PermissionError) or status in (401, 403):
+        raised = StoreError(
+            f"{url}: the store refuses access ({text})", "check the address and your rights"
+        )
+    elif isinstance(error, IsADirectoryError):
+        raised = StoreError(f"{url}: is a folder, not an object")
+    else:
+        raised = StoreError(
+            f"{url}: the store did not answer in {TRIES} tries ({text})",
+            "check the connection, and try again later",
+        )
+    raise raised from error
+
+
+def _has_no_bucket(url: str) -> bool:
+    """Whether it is the bucket of an S3 that is missing, and not the object."""
+    fs, path = _file_system(url)
+    if not hasattr(fs, "call_s3"):
+        return False
+    try:
+        fs.call_s3("head_bucket", Bucket=path.partition("/")[0])
+    except FileNotFoundError:
+        return True
+    except Exception:
+        return False
+    return False
+
+
+def require_known(url: str) -> None:
+    """Make sure that a URL's scheme is known and its package installed.
+
+    Raises:
+        UsageError: it is not.
+    """
+    try:
+        _file_system(url)
+    except StoreError as error:
+        raise UsageError(*error.args) from error
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def put_file(path: Path, url: str) -> None:
+    """Write a file of the disk to a store: the object is there whole, or as it was.
+
+    Raises:
+        OSError: the file cannot be read.
+        StoreError: the store does not take it.
+    """
+    path.stat()
+
+    def once() -> None:
+        fs, inner = _file_system(url)
+        fs.makedirs(fs._parent(inner), exist_ok=True)
+        fs.put_file(str(path), inner)
+
+    _patiently(once, url)
+
+
+def get_file(url: str, path: Path) -> None:
+    """Write an object of a store to the disk.
+
+    Raises:
+        OSError: it cannot be written.
+        StoreError: the store does not give it.
+    """
+    with open_place(RemotePath(url)) as source, open(path, "wb") as file:
+        shutil.copyfileobj(source, file, 1 << 20)
+
+
+def remove_objects(urls: Iterable[str]) -> None:
+    """Delete objects of a store, as far as they are there.
+
+    Raises:
+        StoreError: the store refuses.
+    """
+    for url in urls:
+        _patiently(lambda url=url: _remove(url), url)  # type: ignore[misc]
+
+
+def _remove(url: str) -> None:
+    fs, inner = _file_system(url)
+    with suppress(FileNotFoundError, KeyError):  # the latter is what a store in memory says
+        fs.rm_file(inner)
