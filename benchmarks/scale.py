@@ -1,12 +1,12 @@
-"""A million names: what listing, dealing to shards and the ledger cost; and a model of what follows.
+"""A million names: what listing, dealing and the ledger cost, and a model of what follows from it.
 
     python benchmarks/scale.py measure     # the figures of docs/scale.md, of this machine
     python benchmarks/scale.py simulate    # its table, from PARAMETERS
 
 The simulation plays a run event by event: workers that take their parts' images one after another,
-storage that answers so many requests and bytes a second in all, workers that fail and come back, and
-a merge at the end. The closed formula beside it says the same without chance; where the two differ,
-it is chance that costs.
+storage that answers so many requests and bytes a second in all, workers that fail and come back,
+and a merge at the end. The closed formula beside it says the same without chance; where the two
+differ, it is chance that costs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 from common import Options, Row
 
 from risam_cli.data.inputs.inputs import Inputs
-from risam_cli.runs.ledger import FileMark, LedgerLine, Span, header_line, read_lines
 from risam_cli.files.jsonlines import seal
+from risam_cli.runs.ledger import FileMark, LedgerLine, Span, header_line, read_lines
 from risam_cli.runs.shard import Dealer, cost_of
 
 SHARDS = 1000

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from risam_cli.export.categories import Naming
     from risam_cli.export.run_export import Outcome
 
-FORMATS = ("coco", "coco-polygons", "yolo", "labelme", "cvat", "png", "overlay", "html", "cutout")
+FORMATS = (
+    *("coco", "coco-polygons", "yolo", "labelme", "cvat", "png", "webdataset"),
+    *("overlay", "html", "cutout"),
+)
 
 
 def _pixels(ctx: click.Context, param: click.Parameter, value: float) -> float:

@@ -34,7 +34,7 @@ class FormatInfo:
 
 def formats() -> dict[str, FormatInfo]:
     """All formats by name."""
-    from risam_cli.export import coco, cvat, labelme, masks_png, pictures, yolo
+    from risam_cli.export import coco, cvat, labelme, masks_png, pictures, webdataset_tars, yolo
 
     outline = frozenset({"simplify", "holes", "vertices"})
     shapes = outline | {"shapes"}
@@ -51,6 +51,9 @@ def formats() -> dict[str, FormatInfo]:
         "labelme": FormatInfo(labelme.Labelme, ("labelme",), shapes, copies=True),
         "cvat": FormatInfo(cvat.Cvat, ("annotations.xml", "images"), shapes, copies=True),
         "png": FormatInfo(masks_png.open_png, masks_png.OWNS, frozenset({"style"})),
+        "webdataset": FormatInfo(
+            webdataset_tars.WebDatasetTars, (webdataset_tars.SHARDS,), copies=True
+        ),
         "overlay": FormatInfo(pictures.Overlays, ("overlays",), needs_image=True),
         "html": FormatInfo(pictures.GalleryPages, (GALLERY,), needs_image=True),
         "cutout": FormatInfo(

@@ -17,7 +17,10 @@ from support.export_cases import SIZE, export, failures, record, shapes, write_i
 from support.paths import REPO
 
 from risam_cli.commands import export_masks
+from risam_cli.data.images.images import open_rgb
+from risam_cli.data.inputs.inputs import Inputs
 from risam_cli.errors import OutputError
+from risam_cli.export import webdataset_tars
 from risam_cli.export.folder import ExportFolder
 from risam_cli.export.registry import formats
 from risam_cli.export.sources import Source
@@ -489,3 +492,33 @@ def test_rle_of_others_is_kept_as_it_is(tmp_path):
     (found,) = instances(tmp_path / "out")["annotations"]
     expected = coco_mask.decode(coco_mask.frPyObjects(uncompressed, 4, 5))
     assert np.array_equal(masks.decode(found["segmentation"]), expected)
+
+
+def test_webdataset_shards_are_exact_and_inputs_again(tmp_path, monkeypatch):
+    webdataset = pytest.importorskip("webdataset")
+    rows = [record("d/a.jpg", "the block", BLOCK), record("d/a.jpg", "nothing", EMPTY)]
+    rows.append(record("b.png", "the ring", RING))
+    source = write_jsonl(tmp_path / "predictions.jsonl", rows)
+    for name in ("d/a.jpg", "b.png"):
+        write_image(tmp_path / name)
+    monkeypatch.setattr(webdataset_tars, "_MOST", 1)  # a shard an image
+    copied = ["--to", "webdataset", "--copy-images", "--image-root", tmp_path]
+    assert export(source, *copied, "-o", tmp_path / "out") == 0
+    tars = sorted((tmp_path / "out" / "shards").iterdir())
+    assert [tar.name for tar in tars] == ["000000.tar", "000001.tar"]
+    read = webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False)
+    found = list(read)
+    assert [sorted(key for key in one if "_" not in key) for one in found] == [
+        ["0.mask.png", "1.mask.png", "jpg", "json"],
+        ["0.mask.png", "json", "png"],
+    ]
+    drawn = cv2.imdecode(np.frombuffer(found[0]["0.mask.png"], np.uint8), cv2.IMREAD_GRAYSCALE)
+    assert (drawn == 255 * BLOCK).all()
+    assert json.loads(found[1]["json"])["records"][0]["segmentation"] == rows[2]["segmentation"]
+    again = list(Inputs([str(tar) for tar in tars]))
+    texts = [[one.text for one in entry.sample.expressions] for entry in again if entry.sample]
+    assert texts == [["the block", "nothing"], ["the ring"]]
+    assert open_rgb(again[1].sample.path).shape == (*SIZE, 3)
+    assert export(source, *copied, "-o", tmp_path / "twice") == 0
+    for tar in tars:
+        assert tar.read_bytes() == (tmp_path / "twice" / "shards" / tar.name).read_bytes()

@@ -27,17 +27,23 @@ class TarSample:
 
     Attributes:
         key: what its members' names begin with.
-        images: its images; a sample should have one.
+        plain, others: its images, by whether their names have one ending or several.
         asked: the object of its ``.json``; None where it has none.
         texts: the lines of its ``.txt``.
         error: what is wrong with it, or empty.
     """
 
     key: str
-    images: list[TarPath] = field(default_factory=list)
+    plain: list[TarPath] = field(default_factory=list)
+    others: list[TarPath] = field(default_factory=list)
     asked: Any = None
     texts: tuple[str, ...] = ()
     error: str = ""
+
+    @property
+    def images(self) -> list[TarPath]:
+        """Its images; a sample should have one."""
+        return self.plain or self.others
 
 
 def is_tar(name: str) -> bool:
@@ -104,7 +110,9 @@ def _take(
     sample: TarSample, member: tarfile.TarInfo, ending: str, tar: tarfile.TarFile, path: Path
 ) -> None:
     if is_image_name(f"x.{ending}"):
-        sample.images.append(TarPath(path, member.name, member.offset_data, member.size))
+        # 1.mask.png beside 1.jpg is no second image.
+        images = sample.others if "." in ending else sample.plain
+        images.append(TarPath(path, member.name, member.offset_data, member.size))
     elif ending in ("json", "txt"):
         where = f"{path}: {member.name}"
         if member.size > _LONGEST:
