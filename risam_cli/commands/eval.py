@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from risam_cli.commands.options import (
+    Place,
     bands_option,
     batch_options,
     cache_options,
@@ -51,7 +52,7 @@ def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None)
 @click.option("--dataset", type=choice(DATASETS), required=True, help="What to score on.")
 @click.option(
     "--root",
-    type=click.Path(path_type=Path),
+    type=Place(path_type=Path),
     metavar="DIR",
     help="The folder that holds refcoco/, refcoco+/ …, or the data set's own folder. For coco also "
     "the JSON file. Without it, refshapes is drawn on the fly.",
@@ -59,7 +60,7 @@ def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None)
 @click.option(
     "--images",
     "image_root",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=Place(path_type=Path, file_okay=False),
     metavar="DIR",
     help="Where image file names start.  [default: looked for near --root]",
 )

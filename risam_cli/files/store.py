@@ -14,6 +14,7 @@ import io
 import random
 import re
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable
@@ -107,6 +108,11 @@ class RemotePath(_Base):
         """Whether there are objects below it. Raises StoreError where that is not told."""
         return self._kind() == "directory"
 
+    def open(self, mode: str = "rb", *_: Any, encoding: str | None = None, **__: Any) -> Any:
+        """The object, for reading in order; what reads all of a path goes through here."""
+        binary = open_place(self)
+        return binary if "b" in mode else io.TextIOWrapper(binary, encoding=encoding)
+
     def _kind(self) -> str | None:
         try:
             return kind_of(self.url)
@@ -136,7 +142,8 @@ class TarPath(_Base):
         return self
 
     def __init__(self, *_: Any) -> None:
-        """For versions of Python that give the base's the arguments."""
+        if sys.version_info >= (3, 12):  # before, all is done by __new__
+            super().__init__(f"{self.tar}/{self.member}")
 
     def __str__(self) -> str:
         return f"{self.tar}/{self.member}"
@@ -190,7 +197,7 @@ def join(base: Path, name: str) -> Path:
     host, _, folder = path.partition("/")
     if name.startswith("/"):
         return Path(name)
-    parts = [] if name.startswith("/") else folder.rstrip("/").split("/") if folder else []
+    parts = folder.rstrip("/").split("/") if folder else []
     for part in name.split("/"):  # as in a path; but a//b and a/b are two objects
         if part == "..":
             parts = parts[:-1]

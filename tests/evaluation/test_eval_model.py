@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -423,3 +424,19 @@ def test_processes_of_torchrun_score_as_one(
     for name in ("per_expression.jsonl", "failures.jsonl"):
         assert (out / name).read_bytes() == (alone.folder / name).read_bytes()
     assert {path.name for path in out.iterdir()} == {path.name for path in alone.folder.iterdir()}
+
+
+def test_data_in_a_store_score_as_on_a_disk(evaluate: Any, data: Path, tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(data), "/benchmark", recursive=True)
+    here, there = evaluate(), evaluate("--root", "memory://benchmark")
+    assert (here.code, there.code) == (0, 0), there.err
+    assert there.report.figures == here.report.figures
+    assert there.report.dataset == here.report.dataset
+    memory.rm("/benchmark/2.png")
+    gone = evaluate("--root", "memory://benchmark/instances.json", "--images", "memory://benchmark")
+    assert gone.code == 3
+    assert "image memory://benchmark/2.png is missing" in gone.err
+    assert gone.report.counts.images_missing == 1
+    memory.rm("/benchmark", recursive=True)
+    assert evaluate("--root", "memory://benchmark").code == 1

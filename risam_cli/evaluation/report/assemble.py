@@ -39,6 +39,7 @@ from risam_cli.evaluation.report.schema import (
 from risam_cli.evaluation.scoring import Scored, pick_cases
 from risam_cli.files.folder import OutputFolder
 from risam_cli.files.hashing import sha256_of_file
+from risam_cli.files.store import size_of
 from risam_cli.metrics.curves import no_target_curve, risk_coverage
 from risam_cli.metrics.figures import Flags, Ints, ScoreTable, Terms, figures, outcome, terms
 from risam_cli.metrics.intervals import (
@@ -134,7 +135,7 @@ def dataset_part(source: SampleSource, differences: Sequence[str], **more: objec
 
 def file_note(path: Path) -> FileNote:
     """Name, size and SHA-256 of a file."""
-    return FileNote(name=path.name, bytes=path.stat().st_size, sha256=sha256_of_file(path))
+    return FileNote(name=path.name, bytes=size_of(path) or 0, sha256=sha256_of_file(path))
 
 
 def environment() -> EnvironmentPart:
