@@ -18,6 +18,7 @@ import resource
 import sys
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,10 @@ from common import Options, Row
 
 from risam_cli.data.inputs.inputs import Inputs
 from risam_cli.files.jsonlines import seal
-from risam_cli.runs.ledger import FileMark, LedgerLine, Span, header_line, read_lines
+from risam_cli.outputs.records import FAILURES, PREDICTIONS
+from risam_cli.runs.folder import RUN
+from risam_cli.runs.ledger import LEDGER, FileMark, LedgerLine, Span, header_line, read_lines
+from risam_cli.runs.merge import find_parts, merge_parts
 from risam_cli.runs.shard import Dealer, cost_of
 
 SHARDS = 1000
@@ -53,6 +57,7 @@ def measure(options: Options) -> list[Row]:
         rows.append(Row("list and deal: peak", _peak(), "MB", None, note, "<= 500"))
         rows.append(Row("shards: largest less smallest", max(dealt) - min(dealt), "images"))
         rows += _ledger(Path(folder, "ledger.jsonl"), names)
+        rows.append(_merge(Path(folder), names // 50))
         rows.append(Row("after the ledger: peak", _peak(), "MB", None, note, "<= 500"))
     return rows
 
@@ -78,6 +83,33 @@ def _ledger(path: Path, names: int) -> list[Row]:
         Row("ledger: read and check", read, "s CPU", None, f"{names:,} entries"),
         Row("ledger: bytes an entry", path.stat().st_size / names, "bytes"),
     ]
+
+
+def _merge(folder: Path, names: int) -> Row:
+    """Two parts of so many entries in all, of one record and one mask each, put together."""
+    mask, record = b"x" * 900, b'{"id": "' + b"x" * 380 + b'"}\n'
+    identity = {"model": "0" * 64, "save": ["png"]}
+    for index in range(2):
+        part = folder / f"part{index}"
+        (part / "masks").mkdir(parents=True)
+        own = {**identity, "shard": [index, 2]}
+        with open(part / LEDGER, "wb") as ledger, open(part / PREDICTIONS, "wb") as records:
+            ledger.write(header_line(own))
+            for k in range(index, names, 2):
+                mark = FileMark(f"masks/{k:08}.png", len(mask), zlib.crc32(mask))
+                (part / mark.path).write_bytes(mask)
+                span = Span(records.tell(), len(record), zlib.crc32(record))
+                records.write(record)
+                line = LedgerLine(k, "0" * 24, 1, "0" * 64, None, span, Span(0, 0, 0), (mark,))
+                ledger.write(seal(line.to_json()))
+        (part / FAILURES).touch()
+        run = {"status": "complete", "settings": own, "inputs": {"entries": names, "hash": "0"}}
+        (part / RUN).write_text(json.dumps(run))
+    started = time.process_time()
+    merge_parts(find_parts([folder / "part0", folder / "part1"]), folder / "whole", link=True)
+    spent = time.process_time() - started
+    note = f"{names:,} entries of one mask in two parts; masks keep their place on the disk"
+    return Row("merge", 1e6 * spent / names, "us CPU an entry", None, note)
 
 
 def _peak() -> float:
@@ -126,17 +158,17 @@ class Parameters:
 
 
 PARAMETERS = Parameters(
-    # Measured (docs/scale.md says where and how).
-    list_s=27e-6,
+    # Measured; docs/scale.md says where and how.
+    list_s=32e-6,
+    merge_s=138e-6,
+    written_bytes=1.1e3,
+    requests=2,
+    batch=32,
+    # Assumed: change them to your own.
     start_s=8.0,
     work_s=1 / 40,
     spread=0.5,
-    requests=2,
     read_bytes=120e3,
-    written_bytes=2.2e3,
-    merge_s=150e-6,
-    batch=32,
-    # Assumed: change them to your own.
     storage_requests=5500.0,
     storage_bytes=2e9,
     fails_per_day=0.02,

@@ -260,7 +260,8 @@ def _predict(options: _Options) -> int:
 
 def _made_here(options: _Options, *, alone: bool) -> _Options:
     """The options of a run whose output is to be uploaded, with the folder where it is made."""
-    from risam_cli.files.store import RemotePath, require_known
+    from risam_cli.files.remote import require_known
+    from risam_cli.files.store import RemotePath
     from risam_cli.runs.remote import RemoteRun, local_place
 
     assert isinstance(options.output, RemotePath)

@@ -11,19 +11,17 @@ little later each time; what it says for good becomes one line.
 from __future__ import annotations
 
 import io
-import random
 import re
 import shutil
 import sys
-import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from risam_cli.errors import DataError, UsageError, reason_of
+from risam_cli.files.remote import StoreError, file_system, patiently
 
 if TYPE_CHECKING:
     from typing import Self
@@ -34,23 +32,11 @@ else:
 
 T = TypeVar("T")
 
-TRIES = 5
-_FIRST_WAIT = 0.2  # seconds before the second try; doubled each time, and spread by chance
 _BLOCK = 4 << 20  # bytes of a large object that are read, and held, at a time
 _LARGEST = 2 << 30  # bytes of an object that is read whole
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _PATTERN = re.compile(r"[*?\[{]")
-
-
-class StoreError(DataError):
-    """What a store says for good.
-
-    Attributes:
-        of_all: it would say the same of every other object: credentials, or a missing package.
-    """
-
-    of_all = False
 
 
 class RemotePath(_Base):
@@ -232,7 +218,7 @@ def object_info(path: Path) -> ObjectInfo:
     Raises:
         StoreError: there is none, or it is not told.
     """
-    return _patiently(lambda: _info(str(path)), str(path))
+    return patiently(lambda: _info(str(path)), str(path))
 
 
 def size_of(path: Path) -> int | None:
@@ -251,8 +237,8 @@ def kind_of(url: str) -> str:
     Raises:
         StoreError: it is neither, or that is not told.
     """
-    fs, path = _file_system(url)
-    return str(_patiently(lambda: fs.info(path)["type"], url))
+    fs, path = file_system(url)
+    return str(patiently(lambda: fs.info(path)["type"], url))
 
 
 def read_object(path: RemotePath) -> tuple[bytes, ObjectInfo]:
@@ -263,7 +249,7 @@ def read_object(path: RemotePath) -> tuple[bytes, ObjectInfo]:
     """
 
     def once() -> tuple[bytes, ObjectInfo]:
-        fs, inner = _file_system(path.url)
+        fs, inner = file_system(path.url)
         info = _info(path.url)
         if info.size is not None and info.size > _LARGEST:
             raise StoreError(f"{path}: {info.size} bytes are too many for one object")
@@ -272,7 +258,7 @@ def read_object(path: RemotePath) -> tuple[bytes, ObjectInfo]:
             raise ConnectionError(f"{len(data)} of {info.size} bytes came")
         return data, info
 
-    return _patiently(once, path.url)
+    return patiently(once, path.url)
 
 
 def read_member(path: TarPath) -> bytes:
@@ -289,13 +275,13 @@ def read_member(path: TarPath) -> bytes:
     url, end = path.tar.url, path.start + path.size
 
     def once() -> bytes:
-        fs, inner = _file_system(url)
+        fs, inner = file_system(url)
         data: bytes = fs.cat_file(inner, start=path.start, end=end)
         if len(data) != path.size:
             raise ConnectionError(f"{len(data)} of {path.size} bytes came")
         return data
 
-    return _patiently(once, str(path))
+    return patiently(once, str(path))
 
 
 def list_folder(path: str) -> list[tuple[str, bool]]:
@@ -309,7 +295,7 @@ def list_folder(path: str) -> list[tuple[str, bool]]:
         return bool(one["type"] == "directory")
 
     def once() -> list[tuple[str, bool]]:
-        fs, inner = _file_system(path)
+        fs, inner = file_system(path)
         own = inner.rstrip("/")
         listed = fs.ls(inner, detail=True, refresh=True)
         return sorted(
@@ -318,7 +304,7 @@ def list_folder(path: str) -> list[tuple[str, bool]]:
             if one["name"].rstrip("/") != own
         )
 
-    return _patiently(once, path)
+    return patiently(once, path)
 
 
 def match_urls(pattern: str) -> list[str]:
@@ -329,9 +315,9 @@ def match_urls(pattern: str) -> list[str]:
     """
     found: list[str] = []
     for one in expand_braces(pattern):
-        fs, inner = _file_system(one)
+        fs, inner = file_system(one)
         if _PATTERN.search(one):
-            names = _patiently(lambda fs=fs, inner=inner: fs.glob(inner), one)  # type: ignore[misc]
+            names = patiently(lambda fs=fs, inner=inner: fs.glob(inner), one)  # type: ignore[misc]
             hidden = one.rpartition("/")[2].startswith(".")
             kept = [name for name in names if hidden or not name.rpartition("/")[2].startswith(".")]
             found += sorted(fs.unstrip_protocol(name) for name in kept)
@@ -362,13 +348,13 @@ class _RemoteFile(io.RawIOBase):
         self._at = 0
         self._file: Any = None
         self._size: int | None = None
-        _patiently(self._open, url)
+        patiently(self._open, url)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = _patiently(lambda: self._read(len(buffer)), self.name)
+        data = patiently(lambda: self._read(len(buffer)), self.name)
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -380,7 +366,7 @@ class _RemoteFile(io.RawIOBase):
         super().close()
 
     def _open(self) -> None:
-        fs, path = _file_system(self.name)
+        fs, path = file_system(self.name)
         self._file = fs.open(path, "rb", block_size=_BLOCK, cache_type="readahead")
         self._size = getattr(self._file, "size", None)
 
@@ -408,26 +394,8 @@ class _RemoteFile(io.RawIOBase):
                 left -= len(data)
 
 
-# --- asking a store -------------------------------------------------------------------------------
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    """File system of a URL by fsspec, and its name there.
-
-    Raises:
-        StoreError: the package for it is not installed, or no such scheme is known.
-    """
-    import fsspec
-
-    try:
-        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    except Exception as error:
-        _refuse(error, url)
-    return fs, path
-
-
 def _info(url: str) -> ObjectInfo:
-    fs, path = _file_system(url)
+    fs, path = file_system(url)
     told = fs.info(path)
     if told.get("type") == "directory":
         raise IsADirectoryError(url)
@@ -435,132 +403,6 @@ def _info(url: str) -> ObjectInfo:
     keys = ("ETag", "etag", "LastModified", "mtime", "modified", "updated", "created", "sha256")
     marks = "|".join(str(told[key]) for key in keys if key in told)
     return ObjectInfo(None if size is None else int(size), zlib.crc32(marks.encode()))
-
-
-def _patiently(act: Callable[[], T], url: str) -> T:
-    """What a store answers; asked again where it fails for the moment.
-
-    Raises:
-        StoreError: it fails for good, or each time.
-    """
-    wait = _FIRST_WAIT
-    for left in reversed(range(TRIES)):
-        try:
-            return act()
-        except (MemoryError, StoreError):
-            raise
-        except Exception as error:
-            meant = _meant(error)
-            if not left or not _may_pass(meant):
-                _refuse(meant, url)
-        time.sleep(wait * (0.5 + random.random()))
-        wait *= 2
-    raise AssertionError
-
-
-_FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError)
-_NO_CREDENTIALS = {
-    *("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
-    *("ProfileNotFound", "TokenRetrievalError", "UnauthorizedSSOTokenError", "RefreshError"),
-    *("DefaultCredentialsError", "LocalTokenNotFoundError", "SSOTokenLoadError"),
-}
-_REFUSED = (
-    *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
-    *("security token", "Access Key Id you provided", "request signature"),
-)
-
-
-def _meant(error: Exception) -> Exception:
-    """What was really said: fsspec calls every answer of a web server a file that is not there."""
-    cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception):
-        return error if _status(cause) in (404, 410) else cause
-    return error
-
-
-def _status(error: BaseException) -> int:
-    status = getattr(error, "status", None) or getattr(error, "code", None)
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    elif response is not None:
-        status = getattr(response, "status_code", status)
-    return status if isinstance(status, int) else 0
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the next try may fare better."""
-    if isinstance(error, _FOR_GOOD) or type(error).__name__ in _NO_CREDENTIALS:
-        return False
-    status = _status(error)
-    if 400 <= status < 500:
-        return status in (408, 425, 429)
-    # What the library itself cannot do, it cannot do the next time either.
-    return not isinstance(error, (TypeError, NotImplementedError, AttributeError, KeyError))
-
-
-def _refuse(error: Exception, url: str) -> NoReturn:
-    """Raises StoreError with one line for what a store or fsspec said."""
-    scheme = url.partition("://")[0]
-    text, status = reason_of(error), _status(error)
-    raised: StoreError
-    if isinstance(error, ImportError):
-        raised = StoreError(
-            f"{url}: {scheme}:// needs a package that is not installed ({text})",
-            "pip install 'risam[remote]'",
-        )
-        raised.of_all = True
-    elif isinstance(error, ValueError) and "rotocol" in text:
-        raised = StoreError(f"{url}: no kind of storage is called {scheme}://", "check the address")
-    elif type(error).__name__ in _NO_CREDENTIALS or any(sign in str(error) for sign in _REFUSED):
-        raised = StoreError(
-            f"{url}: the credentials for {scheme}:// are missing or refused ({text})",
-            "log in, or set them as the store's own tools read them (for S3: AWS_ACCESS_KEY_ID, "
-            "AWS_SECRET_ACCESS_KEY, AWS_PROFILE)",
-        )
-        raised.of_all = True
-    elif isinstance(error, FileNotFoundError) and _has_no_bucket(url):
-        raised = StoreError(f"{url}: there is no such bucket", "check the address")
-    elif isinstance(error, FileNotFoundError) or status in (404, 410):
-        raised = StoreError(f"{url}: there is no such object", "check the address")
-    elif isinstance(error, PermissionError) or status in (401, 403):
-        raised = StoreError(
-            f"{url}: the store refuses access ({text})", "check the address and your rights"
-        )
-    elif isinstance(error, IsADirectoryError):
-        raised = StoreError(f"{url}: is a folder, not an object")
-    else:
-        raised = StoreError(
-            f"{url}: the store did not answer in {TRIES} tries ({text})",
-            "check the connection, and try again later",
-        )
-    raise raised from error
-
-
-def _has_no_bucket(url: str) -> bool:
-    """Whether it is the bucket of an S3 that is missing, and not the object."""
-    fs, path = _file_system(url)
-    if not hasattr(fs, "call_s3"):
-        return False
-    try:
-        fs.call_s3("head_bucket", Bucket=path.partition("/")[0])
-    except FileNotFoundError:
-        return True
-    except Exception:
-        return False
-    return False
-
-
-def require_known(url: str) -> None:
-    """Make sure that a URL's scheme is known and its package installed.
-
-    Raises:
-        UsageError: it is not.
-    """
-    try:
-        _file_system(url)
-    except StoreError as error:
-        raise UsageError(*error.args) from error
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -576,11 +418,11 @@ def put_file(path: Path, url: str) -> None:
     path.stat()
 
     def once() -> None:
-        fs, inner = _file_system(url)
+        fs, inner = file_system(url)
         fs.makedirs(fs._parent(inner), exist_ok=True)
         fs.put_file(str(path), inner)
 
-    _patiently(once, url)
+    patiently(once, url)
 
 
 def get_file(url: str, path: Path) -> None:
@@ -601,10 +443,10 @@ def remove_objects(urls: Iterable[str]) -> None:
         StoreError: the store refuses.
     """
     for url in urls:
-        _patiently(lambda url=url: _remove(url), url)  # type: ignore[misc]
+        patiently(lambda url=url: _remove(url), url)  # type: ignore[misc]
 
 
 def _remove(url: str) -> None:
-    fs, inner = _file_system(url)
+    fs, inner = file_system(url)
     with suppress(FileNotFoundError, KeyError):  # the latter is what a store in memory says
         fs.rm_file(inner)

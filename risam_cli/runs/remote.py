@@ -23,9 +23,9 @@ from risam_cli.console.console import get_console
 from risam_cli.errors import OutputError, reason_of, setting
 from risam_cli.files.jsonlines import seal, unseal
 from risam_cli.files.locks import PRIVATE
+from risam_cli.files.remote import StoreError
 from risam_cli.files.store import (
     RemotePath,
-    StoreError,
     get_file,
     put_file,
     remove_objects,

@@ -24,14 +24,15 @@ from risam_cli.data.images.images import open_rgb
 from risam_cli.data.inputs.inputs import Entry, Inputs
 from risam_cli.errors import DataError, ImageError, MachineError, UsageError
 from risam_cli.files import store
-from risam_cli.files.store import RemotePath, StoreError, TarPath, join, place
+from risam_cli.files.remote import StoreError
+from risam_cli.files.store import RemotePath, TarPath, join, place
 
 MEMORY = "memory://set"
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr("risam_cli.files.remote._FIRST_WAIT", 0.001)
 
 
 @pytest.fixture
@@ -313,9 +314,16 @@ def bucket(s3: FaultyS3, tiny_images: Path, monkeypatch: pytest.MonkeyPatch) -> 
     fs.rm(f"{BUCKET}/images", recursive=True)
 
 
-def test_a_run_over_a_store_that_fails_is_that_over_a_disk(
-    s3: FaultyS3, bucket: Any, tiny_images: Path, model_folder: Path, tmp_path: Path
+def test_a_run_from_and_to_a_store_that_fails_is_that_on_a_disk(
+    s3: FaultyS3,
+    bucket: Any,
+    tiny_images: Path,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rows = [
         {"image": name, "expressions": ["the star", "ring"]}
         for name in ("a.png", "b.jpg", "c.png", "d.webp", "sub/e.bmp", "none.png")
@@ -325,44 +333,61 @@ def test_a_run_over_a_store_that_fails_is_that_over_a_disk(
     bucket.pipe(f"{BUCKET}/images/m.jsonl", lines.encode())
     s3.faults.update(
         {
-            f"GET /{BUCKET}/images/{name}": faults
-            for name, faults in {
-                "m.jsonl": ["503", "cut"],
-                "a.png": ["503", "503"],
-                "b.jpg": ["cut", "503", "cut"],
-                "c.png": ["stall"],
-                "sub/e.bmp": ["gone"],
-            }.items()
+            f"{method} /{BUCKET}/{name}": faults
+            for method, name, faults in (
+                ("GET", "images/m.jsonl", ["503", "cut"]),
+                ("GET", "images/a.png", ["503", "503"]),
+                ("GET", "images/b.jpg", ["cut", "503", "cut"]),
+                ("GET", "images/c.png", ["stall"]),
+                ("GET", "images/sub/e.bmp", ["gone"]),
+                ("PUT", "out/predictions.jsonl", ["503", "cut"]),
+                ("PUT", "out/ledger.jsonl", ["stall"]),
+            )
         }
     )
+    local, remote = tmp_path / "local", f"s3://{BUCKET}/out"
     model = ["--model", str(model_folder), "--device", "cpu", "--image-timeout", "20"]
-    url = f"s3://{BUCKET}/images"
+    here = ["predict", str(tiny_images / "m.jsonl"), *model, "-o", str(local)]
+    there = ["predict", f"s3://{BUCKET}/images/m.jsonl", *model, "-o", remote]
+
+    def same() -> bool:
+        bucket.invalidate_cache()
+        masks = sorted(local.glob("masks/**/*.png"))
+        names = [path.relative_to(local).as_posix() for path in masks]
+        listed = sorted(
+            name.removeprefix(f"{BUCKET}/out/") for name in bucket.find(f"{BUCKET}/out")
+        )
+        assert [name for name in listed if name.endswith(".png")] == names
+        assert "ledger.jsonl" in listed
+        return all(
+            bucket.cat(f"{BUCKET}/out/{name}") == (local / name).read_bytes()
+            for name in ("predictions.jsonl", *names)
+        )
+
     (tiny_images / "sub" / "e.bmp").rename(tmp_path / "e.bmp")
-    local, remote = tmp_path / "local", tmp_path / "remote"
-    assert main(["predict", str(tiny_images / "m.jsonl"), *model, "-o", str(local)]) == 3
-    assert main(["predict", f"{url}/m.jsonl", *model, "-o", str(remote)]) == 3
-    assert s3.seen == {"503": 4, "cut": 3, "stall": 1, "gone": 1}
-    assert (remote / "predictions.jsonl").read_bytes() == (local / "predictions.jsonl").read_bytes()
-    failures = [json.loads(line) for line in (remote / "failures.jsonl").open()]
-    assert [one["id"] for one in failures] == [
-        json.loads(line)["id"] for line in (local / "failures.jsonl").open()
-    ]
-    assert all("there is no such object" in one["message"] for one in failures)
+    assert (main(here), main(there)) == (3, 3)
+    assert s3.seen == {"503": 5, "cut": 4, "stall": 2, "gone": 1}
+    assert same()
+    failures = bucket.cat(f"{BUCKET}/out/failures.jsonl").splitlines()
+    ids = [json.loads(line)["id"] for line in (local / "failures.jsonl").open()]
+    assert [json.loads(line)["id"] for line in failures] == ids
+    assert all(b"there is no such object" in line for line in failures)
     # What vanished is there again: it is tried once more, and the rest is left alone.
     (tmp_path / "e.bmp").rename(tiny_images / "sub" / "e.bmp")
-    again = [*model, "--retry-failed", "-o"]
-    assert main(["predict", str(tiny_images / "m.jsonl"), *again, str(local)]) == 3
-    assert main(["predict", f"{url}/m.jsonl", *again, str(remote)]) == 3
-    assert (remote / "predictions.jsonl").read_bytes() == (local / "predictions.jsonl").read_bytes()
-    # An object that changed is done again, one that was only written anew is not.
-    data = np.full((9, 9, 3), 128, np.uint8)
-    Image.fromarray(data).save(tiny_images / "a.png")
+    assert (main([*here, "--retry-failed"]), main([*there, "--retry-failed"])) == (3, 3)
+    assert same()
+    # An object that changed is done again; the store refuses it at first.
+    Image.fromarray(np.full((9, 9, 3), 128, np.uint8)).save(tiny_images / "a.png")
     bucket.put(str(tiny_images / "a.png"), f"{BUCKET}/images/a.png")
-    assert (
-        main(["predict", str(tiny_images / "m.jsonl"), *model, "-o", str(local), "--resume"]) == 3
-    )
-    assert main(["predict", f"{url}/m.jsonl", *model, "-o", str(remote), "--resume"]) == 3
-    assert (remote / "predictions.jsonl").read_bytes() == (local / "predictions.jsonl").read_bytes()
+    assert main([*here, "--resume"]) == 3
+    s3.faults[f"PUT /{BUCKET}/out/predictions.jsonl"] = ["refused"]
+    capfd.readouterr()
+    assert main([*there, "--resume", "-q"]) == 1
+    assert "the store refuses access" in capfd.readouterr().err.splitlines()[-1]
+    bucket.invalidate_cache()
+    assert not bucket.exists(f"{BUCKET}/out/ledger.jsonl")
+    assert main([*there, "--resume"]) == 3
+    assert same()
 
 
 def test_s3_refusals_are_one_line(

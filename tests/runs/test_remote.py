@@ -12,6 +12,7 @@ import pytest
 
 from risam_cli.cli import main
 from risam_cli.files import store
+from risam_cli.files.remote import StoreError
 from risam_cli.runs import remote
 
 URL = "memory://results/run"
@@ -20,7 +21,7 @@ Predict = Callable[..., int]
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    monkeypatch.setattr(store, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr("risam_cli.files.remote._FIRST_WAIT", 0.001)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     fs = fsspec.filesystem("memory")
     fs.makedirs("/results", exist_ok=True)
@@ -95,7 +96,7 @@ def test_an_upload_that_breaks_off_counts_for_nothing_and_goes_on(
 
     def until_it_breaks(path: Path, url: str) -> None:
         if len(sent) == 5:
-            raise store.StoreError(f"{url}: the store refuses access (no)", "check your rights")
+            raise StoreError(f"{url}: the store refuses access (no)", "check your rights")
         put(path, url)
         sent.append(url)
 

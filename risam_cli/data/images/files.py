@@ -20,10 +20,10 @@ from risam_cli.errors import (
     setting,
 )
 from risam_cli.files.hashing import sha256_of_stream
+from risam_cli.files.remote import StoreError
 from risam_cli.files.store import (
     ObjectInfo,
     RemotePath,
-    StoreError,
     TarPath,
     is_inside,
     object_info,

@@ -36,6 +36,7 @@ from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.errors import DataError, UsageError, reason_of, setting, told
 from risam_cli.files.jsonlines import read_text
+from risam_cli.files.remote import require_known
 from risam_cli.files.store import (
     RemotePath,
     is_pattern,
@@ -44,7 +45,6 @@ from risam_cli.files.store import (
     kind_of,
     match_urls,
     place,
-    require_known,
 )
 from risam_cli.types import Expression, Failure, Sample
 
