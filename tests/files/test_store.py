@@ -314,6 +314,17 @@ def bucket(s3: FaultyS3, tiny_images: Path, monkeypatch: pytest.MonkeyPatch) -> 
     fs.rm(f"{BUCKET}/images", recursive=True)
 
 
+FAULTS = {
+    f"GET /{BUCKET}/images/m.jsonl": ("503", "cut"),
+    f"GET /{BUCKET}/images/a.png": ("503", "503"),
+    f"GET /{BUCKET}/images/b.jpg": ("cut", "503", "cut"),
+    f"GET /{BUCKET}/images/c.png": ("stall",),
+    f"GET /{BUCKET}/images/sub/e.bmp": ("gone",),
+    f"PUT /{BUCKET}/out/predictions.jsonl": ("503", "cut"),
+    f"PUT /{BUCKET}/out/ledger.jsonl": ("stall",),
+}
+
+
 def test_a_run_from_and_to_a_store_that_fails_is_that_on_a_disk(
     s3: FaultyS3,
     bucket: Any,
@@ -331,20 +342,7 @@ def test_a_run_from_and_to_a_store_that_fails_is_that_on_a_disk(
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tiny_images / "m.jsonl").write_text(lines)
     bucket.pipe(f"{BUCKET}/images/m.jsonl", lines.encode())
-    s3.faults.update(
-        {
-            f"{method} /{BUCKET}/{name}": faults
-            for method, name, faults in (
-                ("GET", "images/m.jsonl", ["503", "cut"]),
-                ("GET", "images/a.png", ["503", "503"]),
-                ("GET", "images/b.jpg", ["cut", "503", "cut"]),
-                ("GET", "images/c.png", ["stall"]),
-                ("GET", "images/sub/e.bmp", ["gone"]),
-                ("PUT", "out/predictions.jsonl", ["503", "cut"]),
-                ("PUT", "out/ledger.jsonl", ["stall"]),
-            )
-        }
-    )
+    s3.faults.update({request: list(faults) for request, faults in FAULTS.items()})
     local, remote = tmp_path / "local", f"s3://{BUCKET}/out"
     model = ["--model", str(model_folder), "--device", "cpu", "--image-timeout", "20"]
     here = ["predict", str(tiny_images / "m.jsonl"), *model, "-o", str(local)]
