@@ -130,6 +130,8 @@ def refuse(error: Exception, url: str) -> NoReturn:
         raised = StoreError(
             f"{url}: the store refuses access ({text})", "check the address and your rights"
         )
+    elif isinstance(error, NotImplementedError):
+        raised = StoreError(f"{url}: {scheme}:// cannot be written to", "choose another store")
     elif isinstance(error, IsADirectoryError):
         raised = StoreError(f"{url}: is a folder, not an object")
     else:

@@ -14,6 +14,7 @@ import io
 import re
 import shutil
 import sys
+import uuid
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
@@ -33,6 +34,7 @@ else:
 T = TypeVar("T")
 
 _BLOCK = 4 << 20  # bytes of a large object that are read, and held, at a time
+_NO_FOLDERS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf", "http", "https"}
 _LARGEST = 2 << 30  # bytes of an object that is read whole
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
@@ -419,10 +421,33 @@ def put_file(path: Path, url: str) -> None:
 
     def once() -> None:
         fs, inner = file_system(url)
-        fs.makedirs(fs._parent(inner), exist_ok=True)
+        _make_parent(fs, inner, url)
         fs.put_file(str(path), inner)
 
     patiently(once, url)
+
+
+def require_writable(url: str) -> None:
+    """Make sure that objects can be written below a URL, by writing one and deleting it.
+
+    Raises:
+        StoreError: the store does not take it.
+    """
+    own = f"{url.rstrip('/')}/.risam-{uuid.uuid4().hex}"
+
+    def once() -> None:
+        fs, inner = file_system(own)
+        _make_parent(fs, inner, url)
+        fs.pipe_file(inner, b"")
+
+    patiently(once, url)
+    remove_objects([own])
+
+
+def _make_parent(fs: Any, path: str, url: str) -> None:
+    """Makes the folder of a file, where a store has any: others would make a bucket instead."""
+    if url.partition("://")[0] not in _NO_FOLDERS:
+        fs.makedirs(path.rpartition("/")[0], exist_ok=True)
 
 
 def get_file(url: str, path: Path) -> None:

@@ -29,6 +29,7 @@ from risam_cli.files.store import (
     get_file,
     put_file,
     remove_objects,
+    require_writable,
 )
 from risam_cli.outputs.naming import GALLERY
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
@@ -54,12 +55,13 @@ class RemoteRun:
     local: Path
 
     def begin(self, *, resume: bool, overwrite: bool) -> None:
-        """Look at what the store holds, and fetch it where it is to be gone on with.
+        """Look at what the store takes and holds, and fetch what is to be gone on with.
 
         Raises:
             OutputError: it holds another run, or does not let itself be read.
         """
         with self._told():
+            require_writable(str(self.url))
             if overwrite or not self._object(LEDGER).exists():
                 return
             if not resume:

@@ -267,6 +267,19 @@ def test_what_passes_is_tried_again_and_what_does_not_is_one_line(
         assert "\n" not in str(raised.value)
 
 
+def test_a_store_that_is_read_only_is_told_of(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = memory.find("/set")
+    store.require_writable(f"{MEMORY}/new")
+    assert memory.find("/set") == before
+
+    def absent(*args: Any, **options: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(memory), "pipe_file", absent)
+    with pytest.raises(StoreError, match="memory:// cannot be written to"):
+        store.require_writable(f"{MEMORY}/new")
+
+
 def test_what_no_image_can_mend_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="no kind of storage is called bogus://"):
         entries("bogus://a/b.png")
@@ -389,12 +402,25 @@ def test_a_run_from_and_to_a_store_that_fails_is_that_on_a_disk(
 
 
 def test_s3_refusals_are_one_line(
-    s3: FaultyS3, bucket: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    s3: FaultyS3,
+    bucket: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(StoreError, match="there is no such bucket"):
         entries("s3://nowhere/a.png")
     with pytest.raises(StoreError, match="there is no such object"):
         entries(f"s3://{BUCKET}/none.jsonl")
+    words = ["predict", f"s3://{BUCKET}/images/a.png", "-e", "x", "-o"]
+    for output, said in (
+        ("s3://nowhere/out", "there is no such bucket"),
+        ("http://127.0.0.1:1/out", "the store did not answer in 5 tries"),
+    ):  # before any work is done
+        assert main([*words, output]) == 1
+        (line,) = capfd.readouterr().err.splitlines()
+        assert said in line
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     for key in KEYS:
