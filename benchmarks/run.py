@@ -34,6 +34,7 @@ PARTS = {
     "output": "masks to RLE and PNG against pycocotools and Pillow",
     "pipeline": "images a second of `risam predict` against the bare model",
     "memory": "peak memory over 100, 1,000 and 5,000 images",
+    "scale": "a million names listed, dealt to 1,000 shards, kept in a ledger, merged",
     "expressions": "1, 4, 16 and 64 expressions an image",
     "startup": "`risam --help`, and the way from command to first mask",
     "training": "expressions a second in training, by how often an image is encoded",

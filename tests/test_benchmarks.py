@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 import time
@@ -151,3 +152,32 @@ def test_figures_of_a_quick_run_do_not_land_among_the_real_ones(
         with pytest.raises(SystemExit):
             run.parse()
         assert message in capsys.readouterr().err
+
+
+def test_the_plan_for_many_machines_agrees_with_its_simulation(benchmarks: Any) -> None:
+    """Where nothing is left to chance they say the same; where it is, chance costs little."""
+    scale = benchmarks("scale")
+    usual = scale.PARAMETERS
+    calm = dataclasses.replace(usual, spread=0.0, fails_per_day=0.0)
+    for images, workers in ((10**6, 1), (10**6, 100), (10**9, 10)):
+        told, played = (make(images, workers, calm) for make in (scale.formula, scale.simulate))
+        assert played.hours == pytest.approx(told.hours, rel=0.02)
+        assert played.failures == 0
+        rough = scale.simulate(images, workers, usual)
+        assert told.hours * 0.98 < rough.hours < told.hours * 1.1
+    assert scale.formula(10**9, 1000, usual).bound == "requests"
+    failing = dataclasses.replace(usual, fails_per_day=2.0)
+    assert scale.simulate(10**9, 100, failing).hours > scale.simulate(10**9, 100, usual).hours
+
+
+def test_a_hundredth_of_a_million_names_is_measured(benchmarks: Any) -> None:
+    rows = benchmarks("scale").measure(benchmarks("common").Options(quick=True))
+    by_name = {row.name: row for row in rows}
+    assert by_name["shards: largest less smallest"].value <= 1
+    assert all(row.value >= 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_million_names_are_planned_within_a_minute_and_500_mb(benchmarks: Any) -> None:
+    rows = benchmarks("scale").measure(benchmarks("common").Options())
+    assert [row.name for row in rows if row.meets() is False] == []
