@@ -332,7 +332,8 @@ def _predict_together(options: _Options, ranks: Ranks) -> int:
 
 
 def _inputs(options: _Options, output: Path) -> Inputs:
-    from risam_cli.data.inputs.inputs import Inputs, read_expressions
+    from risam_cli.data.inputs.expressions import read_expressions
+    from risam_cli.data.inputs.inputs import Inputs
 
     expressions = list(options.given)
     if options.expressions_file is not None:

@@ -34,8 +34,7 @@ from risam_cli.data.inputs.walk import (
 )
 from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.errors import DataError, UsageError, reason_of, setting, told
-from risam_cli.files.jsonlines import read_text
+from risam_cli.errors import DataError, UsageError, setting, told
 from risam_cli.files.remote import require_known
 from risam_cli.files.store import (
     RemotePath,
@@ -53,7 +52,6 @@ MAX_CHARACTERS = 10_000
 
 _PHRASE = re.compile(r"[^\W\d_][\w'’,.?!-]*(?: [\w'’,.?!-]+)*")
 """Words as a phrase has them; a name with a slash or a suffix is none."""
-_LONGEST = 1 << 28  # bytes of a file of expressions
 _TELL = (
     f"give {setting('expression', 'TEXT')} or {setting('expressions', 'FILE')}, or a manifest that "
     "brings its own"
@@ -552,29 +550,6 @@ class Inputs:
     def _require_expressions(self, argument: str) -> None:
         if not self.expressions:
             raise UsageError(f"{argument}: no expression is given for its images", _TELL)
-
-
-def read_expressions(path: Path) -> list[str]:
-    """The expressions of a text file, one a line; blank lines are skipped.
-
-    Raises:
-        DataError: it cannot be read.
-        UsageError: it holds none.
-    """
-    try:
-        lines = read_text(path, _LONGEST).split("\n")
-    except OSError as error:
-        raise DataError(
-            f"{setting('expressions', path)}: {reason_of(error)}", "check the path"
-        ) from None
-    except UnicodeDecodeError:
-        raise DataError(f"{setting('expressions', path)}: not UTF-8", "save it as UTF-8") from None
-    except ValueError as error:
-        raise DataError(f"{setting('expressions', path)}: {error}", "split it") from None
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise UsageError(f"{setting('expressions', path)}: holds no expression", "write one a line")
-    return found
 
 
 def _is_pattern(argument: str) -> bool:

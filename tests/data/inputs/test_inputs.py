@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from risam_cli.data.inputs.counting import NameCounts
-from risam_cli.data.inputs.inputs import Entry, Inputs, read_expressions
+from risam_cli.data.inputs.expressions import read_expressions
+from risam_cli.data.inputs.inputs import Entry, Inputs
 from risam_cli.data.inputs.manifest import MAX_LINE
 from risam_cli.errors import DataError, UsageError
 from risam_cli.runs.ranks import ranks_of_environment

@@ -127,7 +127,7 @@ def test_a_named_pipe_is_read_as_a_stream(text: str, tmp_path: Path) -> None:
 
 
 def test_expressions_come_from_a_pipe_too(tmp_path: Path) -> None:
-    from risam_cli.data.inputs.inputs import read_expressions
+    from risam_cli.data.inputs.expressions import read_expressions
 
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
