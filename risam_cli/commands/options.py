@@ -194,8 +194,8 @@ def compile_option(function: F) -> F:
         "--compile",
         "compiled",
         is_flag=True,
-        help="Compile the image encoder (CUDA GPUs only). It takes minutes before the first image "
-        "and is cached for later runs; pays off in long ones.",
+        help="Experimental, since not yet measured on a GPU: compile the image encoder (CUDA only). "
+        "It takes minutes before the first image and is cached for later runs.",
     )(function)
 
 

@@ -391,7 +391,7 @@ def _workers(measured: Measured) -> Advice:
 
 def _compile(measured: Measured) -> Advice:
     if measured.device_type == "cuda":
-        return Advice("compile", "for long runs", "minutes before the first image, once")
+        return Advice("compile", "try it", "experimental; minutes before the first image, once")
     return Advice("compile", "no", "on this device PyTorch's own kernels are faster")
 
 

@@ -99,7 +99,7 @@ def test_a_gpu_gets_the_batch_from_where_more_gains_little() -> None:
     assert chosen["batch_size"].value == "4"
     assert chosen["precision"].value == "bf16"
     assert chosen["workers"].value == "5"  # 0.05 s each for 72 images a second, and a quarter
-    assert chosen["compile"].value == "for long runs"
+    assert chosen["compile"].value == "try it"
 
 
 def test_the_report_is_readable(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
