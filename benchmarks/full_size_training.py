@@ -228,6 +228,9 @@ def make_bert(folder: Path) -> None:
     folder.mkdir()
     BertModel(BertConfig()).save_pretrained(folder)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789'-"
+    # With letters, every word is spelled and none is unknown.
+    special += [*letters, *(f"##{letter}" for letter in letters)]
     words = [*special, *(f"word{n}" for n in range(BertConfig().vocab_size - len(special)))]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     about = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}

@@ -38,7 +38,9 @@ def _pixels(ctx: click.Context, param: click.Parameter, value: float) -> float:
     return value
 
 
-def _unit(ctx: click.Context, param: click.Parameter, value: float) -> float:
+def _unit(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    if value is None:
+        return None
     if math.isnan(value) or not 0 <= value <= 1:
         raise click.BadParameter(f"{value} is not in the range 0 to 1.")
     return value
@@ -86,6 +88,19 @@ def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
     default=0,
     metavar="PIXELS",
     help="Skip masks with a smaller area.",
+)
+@click.option(
+    "--agree-with",
+    type=click.Path(path_type=Path, allow_dash=False),
+    metavar="PREDICTIONS",
+    help="Skip masks that these, such as another model's, do not have too.",
+)
+@click.option(
+    "--min-iou",
+    type=float,
+    metavar="P",
+    callback=_unit,
+    help="--agree-with: from which IoU on two masks agree.  [default: 0.7]",
 )
 @click.option(
     "--simplify",
@@ -174,6 +189,8 @@ def command(
     one_class: str | None,
     min_score: float,
     min_area: int,
+    agree_with: Path | None,
+    min_iou: float | None,
     max_pixels: int,
     overwrite: bool,
     copy_images: bool,
@@ -187,7 +204,7 @@ def command(
 
     PREDICTIONS is a predictions.jsonl, the folder that holds it, a COCO file of annotations
     (instances.json) or results, a folder of PNG masks with a manifest (columns image, expression,
-    mask), or `-` for JSONL on stdin.
+    mask), what CVAT or labelme saved after a review, or `-` for JSONL on stdin.
 
     What is lost on the way (holes, overlaps, polygons against masks) is told at the end, and with
     --json on stdout.
@@ -196,21 +213,26 @@ def command(
     Examples:
       risam export-masks risam-out --to coco -o coco
       risam export-masks risam-out --to yolo -o yolo --one-class dog --copy-images --split 0.8
+      risam export-masks reviewed/annotations.xml --to coco -o labels
     """
     from risam_cli.data.images.images import image_size, open_rgb
     from risam_cli.export.format import ExportSettings
     from risam_cli.export.run_export import Request, run_export
 
+    if min_iou is not None and agree_with is None:
+        raise UsageError("--min-iou needs --agree-with", "give the other model's predictions")
     request = Request(
         predictions=predictions,
         kind=kind,
         output=output,
-        image_root=image_root or Path(),
+        image_root=image_root,
         naming=_naming(category_map, one_class),
         settings=ExportSettings(**settings),
         annotations=annotations,
         min_score=min_score,
         min_area=min_area,
+        agree_with=agree_with,
+        min_iou=0.7 if min_iou is None else min_iou,
         max_pixels=max_pixels,
         overwrite=overwrite,
         copy_images=copy_images,

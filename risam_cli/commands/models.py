@@ -213,10 +213,6 @@ def fetch(model: str) -> None:
     named = parse_model(model)
     if named.kind == "risam":
         raise UsageError(f"{model} is on this machine already", "name a published model")
-    if get_console().quiet:
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
-        disable_progress_bars()
     _, folders = find_folders(named)
     for folder in folders:
         click.echo(str(folder))

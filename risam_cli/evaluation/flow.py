@@ -181,7 +181,7 @@ def _from_predictions(
         answered = AnswersPart(
             kind="predictions",
             name=_predictions_name(asked.predictions),
-            sha256=None if str(index.path) == "-" else file_note(index.path).sha256,
+            sha256=file_note(index.path).sha256 if index.path.is_file() else None,
             records=len(index),
         )
         counts = count(

@@ -2,9 +2,10 @@
 
 Beside what COCO asks for, an annotation carries ``score``, ``expression`` and ``record_id``, and
 the file has ``expressions``, as the project's own readers take them: what referred to nothing is
-kept there, though it has no annotation. Expressions are marked ``pseudo``: their truth is a model's
-answer, which training may weigh less. A record without a score has none here either; pycocotools'
-``COCOeval`` asks for one, ``loadRes`` does not.
+kept there, though it has no annotation. Instances of an expression are its annotations. Expressions
+are marked ``pseudo`` unless a person has looked at them: their truth is a model's answer, which
+training may weigh less. A record without a score has none here either; pycocotools' ``COCOeval``
+asks for one, ``loadRes`` does not.
 """
 
 from __future__ import annotations
@@ -48,7 +49,12 @@ class _Coco:
             written[item.number] = (item.prediction, [own])
             self._add_item(image_id, item, own)
         empty = {number: (prediction, list[int]()) for number, prediction in image.empty}
-        for _, (prediction, ids) in sorted((written | empty).items()):
+        whole: dict[object, tuple[Prediction, list[int]]] = {}
+        for number, (prediction, ids) in sorted((written | empty).items()):
+            alone = prediction.instance is None
+            key = number if alone else (prediction.id, prediction.expression)
+            whole.setdefault(key, (prediction, []))[1].extend(ids)
+        for prediction, ids in whole.values():
             self._add_expression(image_id, prediction, ids)
 
     def _add_image(self, image: LabeledImage) -> Any:
@@ -82,6 +88,7 @@ class _Coco:
             "expression": p.expression,
             "record_id": p.id,
         }
+        row |= {} if p.instance is None else {"instance": p.instance}
         self._annotations.add(_dump(row), between=",\n")
 
     def _add_expression(self, image_id: Any, p: Prediction, ids: list[int]) -> None:
@@ -92,8 +99,8 @@ class _Coco:
             "ann_ids": ids,
             "text": p.expression,
             "record_id": p.id,
-            "pseudo": True,
         }
+        row |= {} if self.context.reviewed else {"pseudo": True}
         self._expressions.add(_dump(row), between=",\n")
 
     def segmentation(self, item: Labeled) -> Any:

@@ -1,8 +1,9 @@
 """CVAT for images 1.1: one XML file, polygons (holes bridged) or exact masks.
 
 A mask of several parts becomes several polygons with one ``group_id``. ``<mask>`` holds the runs of
-the box, row by row, beginning with background, as CVAT writes it from 2.3 on. The expression and
-the score are attributes of every shape; a record without a score has no such attribute.
+the box, row by row, beginning with background, as CVAT writes it from 2.3 on. The expression, the
+score and the label, by which a changed one is known again, are attributes of every shape; a record
+without a score has no such attribute.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ _ATTRIBUTES = """<attributes>
 <attribute><name>expression</name><mutable>False</mutable><input_type>text</input_type>\
 <default_value></default_value><values></values></attribute>
 <attribute><name>score</name><mutable>False</mutable><input_type>text</input_type>\
+<default_value></default_value><values></values></attribute>
+<attribute><name>exported_label</name><mutable>False</mutable><input_type>text</input_type>\
 <default_value></default_value><values></values></attribute>
 </attributes>"""
 
@@ -65,7 +68,10 @@ class Cvat:
         p = item.prediction
         mask = item.mask
         label = f'label={_attribute(item.category_name)} source="auto" occluded="0"'
-        inside = f'<attribute name="expression">{_text(p.expression)}</attribute>'
+        inside = (
+            f'<attribute name="expression">{_text(p.expression)}</attribute>'
+            f'<attribute name="exported_label">{_text(item.category_name)}</attribute>'
+        )
         if p.score is not None:
             inside += f'<attribute name="score">{p.score:.4f}</attribute>'
         if self.context.settings.shapes == "mask":

@@ -217,7 +217,11 @@ class LabeledImage:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a format works with."""
+    """What a format works with.
+
+    Attributes:
+        reviewed: whether a person has looked at the masks.
+    """
 
     folder: ExportFolder
     settings: ExportSettings
@@ -225,6 +229,7 @@ class Context:
     tally: ExportCounts
     open_image: OpenImage
     copy_images: bool = False
+    reviewed: bool = False
 
     def image(self, labeled: LabeledImage) -> NDArray[np.uint8]:
         """The image itself (H, W, 3); raises DataError where it is gone or of another size."""

@@ -99,6 +99,7 @@ def _shape(
         "flags": {},
         "mask": mask,
         **({} if item.prediction.score is None else {"score": item.prediction.score}),
+        "exported_label": item.category_name,  # by which a changed one is known again
     }
 
 

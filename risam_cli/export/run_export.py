@@ -11,6 +11,7 @@ from pathlib import Path
 from risam_cli.data.identity import existing, id_text
 from risam_cli.data.images.files import require_inside
 from risam_cli.errors import DataError
+from risam_cli.export.agreement import Agreement
 from risam_cli.export.categories import UNNAMED, Categories, Naming
 from risam_cli.export.folder import ExportFolder
 from risam_cli.export.format import (
@@ -37,9 +38,10 @@ class Request:
     Attributes:
         predictions: see :class:`risam_cli.export.sources.Source`.
         kind: a name in :func:`risam_cli.export.registry.formats`.
-        image_root: where relative image paths begin.
+        image_root: where relative image paths begin; by default the working folder.
         names: see :class:`risam_cli.export.targets.Placement`.
         min_score, min_area: masks below are left out (they count as filtered).
+        agree_with: another source; what has no mask there of at least ``min_iou`` is left out.
         confine: refuse images outside of ``image_root``, and mask files outside of their list's
             folder.
     """
@@ -47,13 +49,15 @@ class Request:
     predictions: Path
     kind: str
     output: Path
-    image_root: Path
+    image_root: Path | None
     naming: Naming
     settings: ExportSettings
     annotations: Path | None = None
     max_pixels: int = MAX_PIXELS
     min_score: float = 0.0
     min_area: int = 0
+    agree_with: Path | None = None
+    min_iou: float = 0.0
     overwrite: bool = False
     copy_images: bool = False
     confine: bool = False
@@ -105,6 +109,7 @@ def run_export(
             request.predictions,
             fail,
             annotations=request.annotations,
+            image_root=request.image_root,
             max_pixels=request.max_pixels,
             placement=placement,
             confine=request.confine,
@@ -112,6 +117,9 @@ def run_export(
         ExitStack() as stack,
     ):
         begin(len(source))
+        other, agreement = request.agree_with, None
+        if other is not None:
+            agreement = stack.enter_context(Agreement(source, other, request.min_iou, fail))
         copies = request.copy_images and "images" not in info.owns
         owns = (*info.owns, *(["images"] if copies else []))
         folder = stack.enter_context(
@@ -119,24 +127,21 @@ def run_export(
         )
         given = source.names.categories if source.names is not None else None
         tally, categories = ExportCounts(), Categories(request.naming, given)
+        copies, looked_at = request.copy_images, source.reviewed
         context = Context(
-            folder, request.settings, categories, tally, open_image, request.copy_images
+            folder, request.settings, categories, tally, open_image, copies, looked_at
         )
         with folder.spool("failures") as failed, info.open(context) as out:
             sink[0] = lambda failure: failed.add(failure_to_json(failure) + "\n")
             for failure in early:
                 fail(failure)
-            seen = set()
+            seen: set[str | None] = set()
             for group in source.groups():
-                _add(group, request, placement, context, out, measure, fail)
+                _add(group, request, agreement, placement, context, out, measure, fail)
                 if group.entry is not None:
                     seen.add(id_text(group.entry["id"]))
                 advance(len(group.records), failed.count)
-            if source.names is not None and isinstance(out, TakesEntries):
-                for name, entry in source.names.images.items():
-                    if name not in seen:
-                        out.add_entry(entry)
-            out.finish()
+            _finish(out, source, seen)
             _note(tally, categories, source, placement)
             if failed.count:
                 folder.publish(FAILURES, [failed])
@@ -149,6 +154,7 @@ def run_export(
 def _add(
     group: ImageGroup,
     request: Request,
+    agreement: Agreement | None,
     placement: Placement,
     context: Context,
     out: Format,
@@ -156,10 +162,10 @@ def _add(
     fail: OnFailure,
 ) -> None:
     tally = context.tally
-    path = Path(existing(str(request.image_root / group.image)))
+    path = Path(existing(str((request.image_root or Path()) / group.image)))
     try:
         if request.confine:
-            require_inside(path, request.image_root, repr(group.image))
+            require_inside(path, request.image_root or Path(), repr(group.image))
         _check_size(group, path, measure)
     except DataError as error:
         for given in group.records:
@@ -167,10 +173,17 @@ def _add(
         return
     items: list[Labeled] = []
     empty: list[tuple[int, Prediction]] = []
+    objections = agreement.objections(group) if agreement is not None else None
     for number, given in enumerate(group.records):
         p = given.prediction
         low = p.score is not None and p.score < request.min_score
-        if low or 0 < p.area < request.min_area:
+        objection = objections[number] if objections is not None else ""
+        if isinstance(objection, DataError):
+            fail(_failure(group, p, objection))
+        elif objection:
+            tally.filtered += 1
+            tally.note(objection)
+        elif low or 0 < p.area < request.min_area:
             tally.filtered += 1
         elif p.area == 0:
             empty.append((number, p))
@@ -234,6 +247,15 @@ def _check_size(group: ImageGroup, path: Path, measure: Callable[[Path], tuple[i
         if turned
         else "name the folder of the images that were predicted on",
     )
+
+
+def _finish(out: Format, source: Source, seen: set[str | None]) -> None:
+    """Write what needs all images; ``seen`` are the ids of those with a record."""
+    if source.names is not None and isinstance(out, TakesEntries):
+        for name, entry in source.names.images.items():
+            if name not in seen:
+                out.add_entry(entry)
+    out.finish()
 
 
 def _note(

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from risam_cli.data.identity import id_text, image_key
-from risam_cli.data.readers.results import Record, Results
+from risam_cli.data.readers.names import Record
+from risam_cli.data.readers.results import Results
 from risam_cli.errors import DataError, setting
 from risam_cli.export.targets import Placement
 from risam_cli.files.jsonlines import brief
@@ -72,9 +73,11 @@ class Source:
     Attributes:
         broken: records that could not be used so far.
         names: what the COCO file says, or None.
+        reviewed: whether a person has looked at the records.
 
     Args:
-        path, annotations, confine: see :class:`risam_cli.data.readers.results.Results`.
+        path, annotations, image_root, confine: see
+            :class:`risam_cli.data.readers.results.Results`.
         on_failure: gets every record that cannot be used.
         max_pixels: masks over it are not taken: a few bytes can stand for gigabytes of pixels.
         placement: shown the name of every image.
@@ -89,13 +92,15 @@ class Source:
         on_failure: OnFailure,
         *,
         annotations: Path | None = None,
+        image_root: Path | None = None,
         max_pixels: int = MAX_PIXELS,
         placement: Placement | None = None,
         confine: bool = False,
     ) -> None:
         self._max_pixels = max_pixels
         self._on_failure = on_failure
-        self._results = Results(path, annotations, confine=confine)
+        self._results = Results(path, annotations, image_root=image_root, confine=confine)
+        self.reviewed = self._results.reviewed
         self.path = self._results.path
         self.names = self._results.names
         try:
@@ -126,6 +131,11 @@ class Source:
     def images(self) -> int:
         """Number of images."""
         return len(self._starts) - 1
+
+    def has_image(self, image: str) -> bool:
+        """Whether a record names an image so."""
+        place = int(np.searchsorted(self._images, key := np.uint64(_hash(image))))
+        return place < len(self._images) and bool(self._images[place] == key)
 
     def groups(self) -> Iterator[ImageGroup]:
         """Images with their records, in the order in which they first occur."""
@@ -160,7 +170,7 @@ class Source:
             offsets.append(offset)
             numbers.append(number)
             keys.append(key)
-            given = record.get("id") or ""
+            given = record["annotation"] or ""
             if not given and record.get("no_target") is True and "segmentation" not in record:
                 continue  # it has no annotation, so it needs no number
             ids.append(int(given) if given.isdecimal() and len(given) < 16 else -1)
@@ -177,7 +187,7 @@ class Source:
         )
         self._offsets = np.frombuffer(offsets, np.uint64)
         self._numbers = np.frombuffer(numbers, np.uint64)
-        _, first, which = np.unique(
+        self._images, first, which = np.unique(
             np.frombuffer(keys, np.uint64), return_index=True, return_inverse=True
         )
         # Stable: records of an image keep their order, images go by their first record.
@@ -213,7 +223,8 @@ class Source:
             return None
         category = id_text(record.get("category_id"))
         known = self.names is not None and category in self.names.categories
-        annotation = int(record["id"]) if self._keeps_ids and record["id"] else None
+        kept = self._keeps_ids and record["annotation"]
+        annotation = int(record["annotation"]) if kept else None
         return Given(prediction, annotation, category if known else None), entry
 
     def _entry(self, record: Record) -> Mapping[str, Any] | None:
@@ -248,6 +259,7 @@ class Source:
             area=area,
             score=score,
             no_target=area == 0 if no_target is None else no_target,
+            instance=record["instance"] if type(record.get("instance")) is int else None,
         )
 
     def _fail(

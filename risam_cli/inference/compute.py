@@ -309,7 +309,9 @@ class Compute:
         use(settings.tuning)
         self._by_sample = settings.device.type == "cpu"
         self.images_at_once = 1 if self._by_sample else max(1, settings.images)
-        self.expressions_at_once = max(1, settings.expressions)
+        # Hundreds of instances of several expressions would add up, and are decoded one by one.
+        several = not segmenter.capabilities.instances
+        self.expressions_at_once = max(1, settings.expressions if several else 1)
         self._texts: OrderedDict[tuple[str, ...], Texts] = OrderedDict()
         self._texts_kept = max(8, _TEXTS_KEPT // self.expressions_at_once)
 
@@ -486,9 +488,13 @@ class Compute:
         for instances, group in zip(found, groups, strict=True):
             finite = (instances.maps.finite() & instances.score.isfinite()).tolist()
             scores, nothing = instances.score.tolist(), instances.nothing.tolist()
+            every = self.settings.select == "all"
+            distinct = (every and instances.distinct) or instances.counts
             start = 0
-            for one, count, no_target in zip(group, instances.counts, nothing, strict=True):
-                own = slice(start, start + count)
+            for one, count, wanted, no_target in zip(
+                group, instances.counts, distinct, nothing, strict=True
+            ):
+                own = slice(start, start + wanted)
                 start += count
                 if not all(finite[own]) or not math.isfinite(no_target):
                     answers.append(one.failed("ModelError", _NOT_FINITE))
@@ -503,7 +509,7 @@ class Compute:
                         kept,
                         no_target,
                         empty=count == 0,
-                        by_instance=self.settings.select == "all" and count > 0,
+                        by_instance=every and count > 0,
                     )
                 )
         return answers

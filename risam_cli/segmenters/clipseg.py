@@ -40,15 +40,7 @@ class ClipSeg(Published):
     def __init__(self, folder: Folder, device: torch.device, precision: torch.dtype) -> None:
         from transformers import CLIPSegForImageSegmentation
 
-        network = load_weights(
-            CLIPSegForImageSegmentation,
-            folder,
-            # A table of numbers from 0 on, which older files hold.
-            may_hold=(
-                "clip.text_model.embeddings.position_ids",
-                "clip.vision_model.embeddings.position_ids",
-            ),
-        )
+        network = load_weights(CLIPSegForImageSegmentation, folder)
         words: Any = network.config.text_config
         super().__init__(
             "clipseg",

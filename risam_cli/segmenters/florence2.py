@@ -86,6 +86,12 @@ class Florence2(Published):
         from transformers import Florence2ForConditionalGeneration
         from transformers.models.florence2.processing_florence2 import Florence2PostProcessor
 
+        if "auto_map" in folder.config():
+            raise ModelError(
+                f"{folder.name} is Florence-2 as it was first published, with code of its own that "
+                "would have to run",
+                "name florence-community/Florence-2-base-ft, or another of florence-community",
+            )
         network = load_weights(Florence2ForConditionalGeneration, folder)
         words: Any = network.config.text_config
         tokenizer = load_tokenizer(folder, words.vocab_size)
@@ -145,13 +151,14 @@ class Florence2(Published):
         for text in texts:
             _, cut, odd = self.tokens_of(self._tokenizer, text.strip(), add_special_tokens=False)
             if cut:
-                ids = self._tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
-                text = self._tokenizer.decode(ids[: self.max_tokens])
+                words = self._tokenizer(text.strip(), add_special_tokens=False, verbose=False)
+                text = self._tokenizer.decode(words["input_ids"][: self.max_tokens])
             start, end = self._tokenizer.bos_token, self._tokenizer.eos_token
             prompt = self._tokenizer(
                 start + _PROMPT.format(text.strip()) + end,
                 add_special_tokens=False,
                 return_tensors="pt",
+                verbose=False,
             ).to(self.device)
             features.append(self._network.get_input_embeddings()(prompt["input_ids"]))
             cut_to.append(cut)

@@ -1,8 +1,10 @@
 """Grounding DINO or MM-Grounding-DINO for boxes, then SAM, SAM-HQ or SAM 2 for their masks.
 
 Boxes of an expression are scored by the mean probability of its tokens (ours): the maximum over
-tokens, which a detector of class names goes by, is that of a single word. SAM's and SAM-HQ's image
-encoder is the project's own, which is several times as fast, wherever its weights fit.
+tokens, which a detector of class names goes by, is that of a single word. Where instances are told
+one by one, a box that a better one nearly covers is left out, as the demo of Grounded-SAM (Ren et
+al. 2024, arXiv 2401.14159) does by non-maximum suppression. SAM's and SAM-HQ's image encoder is the
+project's own, which is several times as fast, wherever its weights fit.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ THRESHOLDS = Thresholds(mask=0.5, no_target=1.0, instance=0.25)
 """Instances as Grounding DINO's documentation has them."""
 
 _BOXES = 16  # that go through SAM at a time
+_SAME = 0.8  # IoU of two boxes over which they are one object's, as in Grounded-SAM's demo
 _ENDS = (".", "?")  # at which a prompt would fall apart into several
 
 
@@ -217,8 +220,6 @@ class GroundedSam(Published):
             if mm
             else transformers.GroundingDinoForObjectDetection,
             detector,
-            # Tables of numbers from 0 on, which older files hold.
-            may_hold=("model.text_backbone.embeddings.position_ids",),
         )
         words: Any = network.config.text_config
         boxes = _box_segmenter(segmenter, device)
@@ -295,16 +296,21 @@ class GroundedSam(Published):
 
         def decode(row: int, numbers: list[int]) -> Instances:
             image = features[row]
-            grids, scores, nothing = [], [], []
+            grids, scores, nothing, distinct = [], [], [], []
             for number in numbers:
                 with self.autocast():
                     boxes, score, most = self._detect(image, texts.features[number], bar or 0.0)
+                    order, count = distinct_first(boxes)
+                    boxes, score = boxes[order], score[order]
+                    distinct.append(count)
                     grids.append(self._masks(image, boxes, sizes[row]))
                 scores.append(score)
                 nothing.append(1 - most)
             maps = GridMaps(torch.cat(grids), self._boxes.frame, sizes[row])
             counts = [len(score) for score in scores]
-            return Instances(maps, counts, torch.cat(scores), torch.stack(nothing))
+            return Instances(
+                maps, counts, torch.cat(scores), torch.stack(nothing), distinct=distinct
+            )
 
         return by_image(rows, decode)
 
@@ -328,6 +334,21 @@ class GroundedSam(Published):
             for first in range(0, len(corners), _BOXES)
         ]
         return torch.cat(parts) if parts else boxes.new_zeros((0, 1, 1))
+
+
+def distinct_first(boxes: Tensor) -> tuple[list[int], int]:
+    """Numbers of boxes (I, 4), corners, best first: those that no kept better one nearly covers,
+    then the others; and how many the former are.
+    """
+    low, high = boxes[:, None, :2].maximum(boxes[:, :2]), boxes[:, None, 2:].minimum(boxes[:, 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
+    same = (shared > _SAME * (area[:, None] + area - shared)).cpu()
+    kept: list[int] = []
+    repeats: list[int] = []
+    for number in range(len(boxes)):
+        (repeats if same[number, kept].any() else kept).append(number)
+    return kept + repeats, len(kept)
 
 
 def _box_segmenter(folder: Folder, device: torch.device) -> BoxSegmenter:

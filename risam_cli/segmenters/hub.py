@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from risam_cli.console.console import get_console
 from risam_cli.errors import ModelError, reason_of
 
 _WANTED = ["*.json", "*.txt", "*.safetensors", "*.model"]
@@ -49,7 +50,7 @@ def lacking(folder: Path) -> list[str]:
 def fetch(name: str, *, download: bool = True) -> Path:
     """The folder of a name on the hub, downloaded where the cache does not have it.
 
-    Shows progress on stderr.
+    Shows progress on stderr, unless the console is quiet.
 
     Args:
         download: without it only the cache is looked at.
@@ -76,6 +77,10 @@ def fetch(name: str, *, download: bool = True) -> Path:
         )
     if constants.HF_HUB_OFFLINE:
         raise _absent(name, "HF_HUB_OFFLINE is set")
+    if get_console().quiet:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
     try:
         found = Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_BELOW))
     except GatedRepoError:

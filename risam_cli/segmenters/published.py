@@ -30,6 +30,8 @@ from risam_cli.weights.text import quiet
 _LONGEST_JSON = 1 << 24
 _MOST_SIDE = 1 << 14  # pixels of an input
 _READ = (".json", ".txt", ".safetensors", ".model")  # endings of the files that decide results
+# Numbers that code computes; files of older versions hold them, and nothing is learned in them.
+_COMPUTED = (".position_ids", ".relative_position_index", ".num_batches_tracked")
 _FIX = "download the folder again"
 # PIL.Image.Resampling, as image processors number it.
 _FILTERS: tuple[Filter, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
@@ -87,14 +89,11 @@ def hash_folders(folders: Sequence[Folder]) -> str:
     return digest.hexdigest()
 
 
-def load_weights(
-    kind: type[Any], folder: Folder, *, may_lack: Sequence[str] = (), may_hold: Sequence[str] = ()
-) -> Any:
+def load_weights(kind: type[Any], folder: Folder) -> Any:
     """A network of ``transformers`` with a folder's weights, in float32, for inference.
 
     Args:
         kind: its class.
-        may_lack, may_hold: beginnings of names that may be missing, or that nothing uses.
 
     Raises:
         ModelError: damaged files, tensors that are missing, unexpected or of other shapes.
@@ -112,8 +111,8 @@ def load_weights(
             )
         except Exception as error:  # transformers passes on whatever a file's bytes lead to
             raise _explained(folder, kind, error) from error
-    missing = [n for n in info["missing_keys"] if not n.startswith(tuple(may_lack))]
-    surplus = [n for n in info["unexpected_keys"] if not n.startswith(tuple(may_hold))]
+    missing = list(info["missing_keys"])
+    surplus = [name for name in info["unexpected_keys"] if not name.endswith(_COMPUTED)]
     wrong = [str(item[0] if isinstance(item, tuple) else item) for item in info["mismatched_keys"]]
     for what, names in (
         ("lacks", missing),
@@ -217,7 +216,9 @@ def read_frame(folder: Folder, fit: Fit | None = None) -> Frame:
             found, sides = "stretch", (size["height"], size["width"])
         mean, std = (_three(numbers[key]) for key in ("image_mean", "image_std"))
         unit = 1 / float(numbers.get("rescale_factor", 1 / 255))
-        resample = _FILTERS[int(numbers["resample"])]
+        # Where a file leaves it out, its class has it: bilinear, but for CLIP's.
+        clip = str(numbers.get("image_processor_type")).startswith("CLIP")
+        resample = _FILTERS[int(numbers.get("resample", 3 if clip else 2))]
         height, width = (int(side) for side in sides)
         if min(height, width) < 1 or max(height, width) > _MOST_SIDE:
             raise ValueError(f"size {size}")
@@ -307,6 +308,7 @@ class Published:
         A longer expression loses its last words, never its closing special tokens.
         """
         text = text[: 40 * self.max_tokens]  # no token of these vocabularies is so long
+        options["verbose"] = False  # what is too long is cut, and said in the record
         ids = tokenizer(text, **options)["input_ids"]
         cut = len(ids) > self.max_tokens
         if cut:

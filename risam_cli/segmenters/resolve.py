@@ -48,19 +48,34 @@ def parse_model(source: str | Path | None) -> Named:
         return Named(kind, _with_second(kind, (text,)))
     prefix, colon, rest = text.partition(":")
     if colon and prefix in KINDS:
-        parts = tuple(part for part in rest.split("+") if part)
+        parts = _parts(rest)
         return Named(prefix, _with_second(prefix, parts, text))
     if text in bundled_models():
         return Named("risam", (str(find_model(text)),))
     if text in KNOWN:
         return Named(KNOWN[text].kind, KNOWN[text].parts)
-    if all(is_hub_name(part) or os.path.isdir(part) for part in text.split("+")):
-        return Named(None, tuple(text.split("+")))
+    parts = _parts(text)
+    if "+".join(parts) == text and all(map(_may_be, parts)):
+        return Named(None, parts)
     raise ModelError(
         f"no model folder {text!r}",
         f"give a folder written by risam train, a published model ({', '.join(KNOWN)}, or "
         f"KIND:FOLDER_OR_HUB_NAME), or a bundled one ({', '.join(bundled_models()) or 'none'})",
     )
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    """The folders and names that a plus joins; a folder's name may hold one too."""
+    if os.path.isdir(text):
+        return (text,)
+    places = [place for place, letter in enumerate(text) if letter == "+"]
+    halves = [(text[:place], text[place + 1 :]) for place in places]
+    both = next((pair for pair in halves if all(map(_may_be, pair))), None)
+    return both or tuple(part for part in text.split("+") if part)
+
+
+def _may_be(part: str) -> bool:
+    return is_hub_name(part) or os.path.isdir(part)
 
 
 def _with_second(kind: str, parts: tuple[str, ...], text: str = "") -> tuple[str, ...]:

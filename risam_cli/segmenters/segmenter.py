@@ -137,6 +137,8 @@ class Instances:
         score: (I,) 0..1, how sure each instance is.
         nothing: (E,) 0..1, the probability that nothing fits.
         notes: for each expression, what the user must know of its answer.
+        distinct: for each expression, how many of its instances are none that it has already;
+            these come first. Empty where all are distinct.
     """
 
     maps: Maps
@@ -144,6 +146,7 @@ class Instances:
     score: Tensor
     nothing: Tensor
     notes: Sequence[tuple[str, ...]] = field(default=())
+    distinct: Sequence[int] = ()
 
 
 class Segmenter(Protocol):

@@ -47,6 +47,11 @@ class ImageEncoderSettings(Settings):
         return self
 
 
+AUTO_SOURCE = "auto"
+PRETRAINED_TEXT = "google-bert/bert-base-uncased"
+"""The text encoder that ``source: auto`` takes where it can be had."""
+
+
 class LoraSettings(Settings):
     """Low-rank side paths in the text encoder, trained in place of its own weights."""
 
@@ -66,7 +71,11 @@ class LoraSettings(Settings):
 class TextEncoderSettings(Settings):
     """The text encoder: a Hugging Face model, or a small BERT over a given vocabulary."""
 
-    source: str | None = Field(None, description="folder or hub name of a CLIP or BERT model")
+    source: str | None = Field(
+        None,
+        description="folder or hub name of a CLIP or BERT model; auto: BERT where it can be had, "
+        "else vocabulary data without lora",
+    )
     vocabulary: Literal["refshapes", "data"] | None = Field(
         None,
         description="words of a small BERT made from scratch, in place of source: those of "

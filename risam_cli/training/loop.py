@@ -41,6 +41,7 @@ from risam_cli.training.log import METRICS, PICTURES, TrainingLog
 from risam_cli.training.optimize import NotFinite, Stepper, autocast, rate_factor
 from risam_cli.training.page import PAGE, write_page
 from risam_cli.training.stage import Stage, TrainingBuilder, check_paths, stage_hashes
+from risam_cli.training.text_source import with_text_source
 from risam_cli.weights.folder import CARD_FILE
 
 RESOLVED = "config.resolved.yaml"
@@ -102,6 +103,8 @@ def _train(
         )
     require_own_tree(folder)
     check_paths(settings)
+    earlier = folder / RESOLVED if resume else None
+    settings = processes.first(lambda: with_text_source(settings, earlier, console))
     builder = TrainingBuilder(settings, console, processes)
     parameters = sum(p.numel() for p in builder.model.parameters())
     several = f" in {processes.world} processes" if processes.world > 1 else ""

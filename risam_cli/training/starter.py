@@ -38,7 +38,7 @@ model:
 # model:
 #   preset: vit_b
 #   image_encoder: {{checkpoint: weights/sam_vit_b_01ec64.pth, adapter_dim: 64}}
-#   text_encoder: {{source: google-bert/bert-base-uncased, lora: {{rank: 16, alpha: 32}}}}
+#   text_encoder: {{source: auto, lora: {{rank: 16, alpha: 32}}}} # BERT, or learned words
 #   decoder: {{no_target_evidence: true}}
 
 train:

@@ -70,7 +70,9 @@ def answers(segmenter: Any, picture: NDArray[np.uint8], texts: list[str]) -> lis
     bar = np.log(bar / (1 - bar))
     masks = (found.maps.logits(picture.shape[:2]) > bar).numpy()
     rows = iter(zip(masks, found.score.tolist(), strict=True))
-    return [[next(rows) for _ in range(count)] for count in found.counts]
+    each = [[next(rows) for _ in range(count)] for count in found.counts]
+    # Boxes that repeat another stand behind the others.
+    return [sorted(one, key=lambda pair: -pair[1]) for one in each]
 
 
 def iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:

@@ -165,6 +165,10 @@ def test_missing_tensors_are_named(copy: Path) -> None:
 
 def test_unexpected_tensors_are_named(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
+    # What older files hold, and code computes, is none.
+    tensors["clip.text_model.embeddings.position_ids"] = torch.arange(24)[None]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    load_segmenter(copy, **CPU)
     tensors["extra.weight"] = torch.zeros(2)
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"unexpected 1 tensors: extra\.weight"):
@@ -227,6 +231,26 @@ def test_another_architecture_is_refused(clipseg: Path, tmp_path: Path) -> None:
         load_segmenter(f"clipseg:{clipseg}+{clipseg}", **CPU)
 
 
+def test_folders_with_a_plus_in_their_names(clipseg: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "a+b", tmp_path / "c+d+e"
+    shutil.copytree(clipseg, one)
+    two.mkdir()
+    assert parse_model(f"clipseg:{one}").parts == (str(one),)
+    assert parse_model(f"grounded-sam:{one}+{two}").parts == (str(one), str(two))
+    assert parse_model(f"grounded-sam:{two}+me/sam").parts == (str(two), "me/sam")
+    assert load_segmenter(one, **CPU).kind == "clipseg"
+
+
+def test_florence2_of_the_first_layout_is_told_from_the_present_one(tmp_path: Path) -> None:
+    folder = published.florence2(tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_florence2.Florence2Config"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="as it was first published") as caught:
+        load_segmenter(folder, **CPU)
+    assert "florence-community/" in one_line(caught.value)
+
+
 def test_a_second_part_that_segments_no_boxes_is_refused(clipseg: Path, tmp_path: Path) -> None:
     detector = published.grounding_dino(tmp_path / "dino")
     with pytest.raises(ModelError, match="makes no masks of boxes"):
@@ -254,6 +278,21 @@ def test_a_video_model_s_detector_is_read(tmp_path: Path) -> None:
         strict=True,
     ):
         assert torch.equal(one, other), name
+
+
+def test_a_sam2_video_folder_is_read_as_sam2(tmp_path: Path) -> None:
+    detector = published.grounding_dino(tmp_path / "dino")
+    image = published.sam2(tmp_path / "image")
+    video = Path(shutil.copytree(image, tmp_path / "video"))
+    tensors = load_file(video / "model.safetensors")
+    tensors["memory_attention.layers.0.linear1.weight"] = torch.zeros(3, 3)
+    save_file(tensors, video / "model.safetensors", {"format": "pt"})
+    config = json.loads((image / "config.json").read_text())
+    (video / "config.json").write_text(json.dumps(config | {"model_type": "sam2_video"}))
+    found = [load_segmenter(f"grounded-sam:{detector}+{one}", **CPU) for one in (image, video)]
+    states = [one._boxes._network.state_dict() for one in found]  # type: ignore[attr-defined]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_words_over_the_length_are_cut_and_unknown_ones_named(

@@ -28,6 +28,8 @@ from risam_cli.masks import rle as masks
 from risam_cli.runs.merge import find_parts, merge_parts
 from risam_cli.runs.shard import Shard
 from risam_cli.runs.writer import Saving
+from risam_cli.segmenters import grounded_sam
+from risam_cli.segmenters.grounded_sam import distinct_first
 from risam_cli.segmenters.resolve import load_segmenter
 
 CPU = torch.device("cpu")
@@ -144,13 +146,74 @@ def test_instances_make_up_the_union_and_the_best_is_one_of_them(
         assert {one.id for one in each} == {union.id}
         assert union.score == best.score == max(one.score for one in each)
         decoded = [masks.decode(one.segmentation) for one in each]
-        assert np.array_equal(np.any(decoded, axis=0), masks.decode(union.segmentation))
+        whole, together = masks.decode(union.segmentation), np.any(decoded, axis=0)
+        # Boxes that repeat a better one are in the union, and have no record of their own.
+        assert not (together & ~whole).any()
+        assert kind == "grounded" or np.array_equal(together, whole)
         top = max(range(len(each)), key=lambda k: each[k].score)
         assert best.segmentation == each[top].segmentation
     assert several > 3
     names = [one.mask for each in found["all"].values() for one in each]
     assert len(set(names)) == len(names)
     assert all((tmp_path / "all" / name).is_file() for name in names)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiny_images_long_expressions_and_no_detection_are_answered(
+    kind: str, segmenter: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Images smaller than a patch, thin ones; over the text length; nothing above the threshold."""
+    (tmp_path / "pictures").mkdir()
+    sizes = {"1.png": (1, 1), "2.png": (3, 2), "3.png": (400, 2), "4.png": (1, 300)}
+    for name, size in sizes.items():
+        Image.new("RGB", size, (90, 140, 30)).save(tmp_path / "pictures" / name)
+    model = segmenter(kind)
+    settings = {"instance_threshold": 1.0} if kind in DETECTORS else {}
+    asked = run(model, tmp_path / "pictures", tmp_path / "out", **settings)
+    replace(asked, e=("the dog", "the dog and the cat " * 60)).go()
+    records = read_records(tmp_path / "out")
+    assert len(records) == 8
+    assert (tmp_path / "out" / "failures.jsonl").read_text() == ""
+    assert "sequence length" not in caplog.text  # transformers' own warning, in its own words
+    for record in records:
+        width, height = sizes[Path(record.image).name]
+        assert (record.height, record.width) == (height, width)
+        with Image.open(tmp_path / "out" / str(record.mask)) as mask:
+            assert mask.size == (width, height)
+        cut = [note for note in record.notes if note.startswith("expression cut to")]
+        assert len(cut) == (len(record.expression) > 20)
+        if kind in DETECTORS:
+            assert record.no_target
+            assert record.area == 0
+
+
+def test_boxes_that_a_better_one_nearly_covers_are_no_instances_of_their_own(
+    segmenter: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boxes = torch.tensor(
+        [
+            [0.1, 0.1, 0.5, 0.5],
+            [0.1, 0.1, 0.5, 0.49],  # the first, nearly
+            [0.6, 0.1, 0.9, 0.5],
+            [0.1, 0.1, 0.5, 0.4],  # 0.75 of the first: another
+            [0.6, 0.1, 0.9, 0.5],  # the third
+            [0.1, 0.1, 0.5, 0.42],  # 0.8 of the first, and the fourth, nearly
+        ]
+    )
+    assert distinct_first(boxes) == ([0, 2, 3, 1, 4, 5], 3)
+    assert distinct_first(boxes[:0]) == ([], 0)
+
+    model = segmenter("grounded")
+    run(model, pictures, tmp_path / "union").go()
+    run(model, pictures, tmp_path / "each", select="all", instance_threshold=0.0).go()
+    # Random boxes have less in common.
+    monkeypatch.setattr(grounded_sam, "_SAME", 0.05)
+    run(model, pictures, tmp_path / "fewer", select="all", instance_threshold=0.0).go()
+    counts = [len(read_records(tmp_path / name)) for name in ("fewer", "each")]
+    assert 15 < counts[0] < counts[1] == 15 * 20
+    # The union is of all, as transformers' documentation has it.
+    run(model, pictures, tmp_path / "again").go()
+    assert contents(tmp_path / "again") == contents(tmp_path / "union")
 
 
 def test_hundreds_of_instances_take_no_more_memory_at_a_time(
@@ -183,7 +246,7 @@ def test_hundreds_of_instances_take_no_more_memory_at_a_time(
 
 
 def test_the_identity_covers_folders_rules_and_thresholds(
-    segmenter: Any, pictures: Path, tmp_path: Path
+    segmenter: Any, folders: Path, pictures: Path, tmp_path: Path
 ) -> None:
     model = segmenter("grounded")
     output = tmp_path / "out"
@@ -204,6 +267,10 @@ def test_the_identity_covers_folders_rules_and_thresholds(
             run(model, pictures, output, **changed).go()
     with pytest.raises(RisamError, match="model was"):
         run(segmenter("clipseg"), pictures, output).go()
+    # The second folder of two alone is another.
+    other = f"grounded-sam:{folders / 'dino'}+{folders / 'sam-hq'}"
+    with pytest.raises(RisamError, match="model was"):
+        run(load_segmenter(other, device=CPU, precision=torch.float32), pictures, output).go()
 
 
 def test_what_published_models_cannot_do_is_told_in_one_line(
@@ -278,7 +345,9 @@ def test_the_python_interface_says_what_the_command_says(
                 assert result.prediction == replace(record, mask=None)
 
 
-def test_exports_take_instances(segmenter: Any, pictures: Path, tmp_path: Path) -> None:
+def test_exports_take_instances(
+    segmenter: Any, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = segmenter("grounded")
     saving = Saving(True, True, MAX_PIXELS, html=True)
     replace(run(model, pictures, tmp_path / "out", select="all"), saving=saving).go()
@@ -291,6 +360,17 @@ def test_exports_take_instances(segmenter: Any, pictures: Path, tmp_path: Path) 
     written = json.loads((tmp_path / "coco" / "instances.json").read_text())
     whole = [one for one in read_records(tmp_path / "out") if one.area]
     assert len(written["annotations"]) == len(whole)
+    # One expression refers to all of its instances, and all of them together are scored.
+    assert len(written["expressions"]) == 15
+    assert sum(len(one["ann_ids"]) for one in written["expressions"]) == len(whole)
+    capsys.readouterr()
+    for answers in (tmp_path / "out", tmp_path / "coco" / "instances.json"):
+        arguments = [
+            *("eval", "--dataset", "coco", "--root", str(tmp_path / "coco" / "instances.json")),
+            *("--predictions", str(answers), "--json", "-o", str(tmp_path / f"s-{answers.name}")),
+        ]
+        assert main(arguments) == 0, capsys.readouterr().err
+        assert json.loads(capsys.readouterr().out)["miou"] == 1.0
 
 
 def test_two_kinds_from_the_command_line_import_only_what_they_need(

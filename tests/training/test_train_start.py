@@ -16,8 +16,8 @@ from support.training_runs import RAW, last_weights, run, settings, write_coco
 
 from risam_cli.cli import main
 from risam_cli.console.console import Console
-from risam_cli.errors import ConfigError, DataError, OutputError
-from risam_cli.training import loop
+from risam_cli.errors import ConfigError, DataError, ModelError, OutputError
+from risam_cli.training import loop, text_source
 from risam_cli.training.losses import ReferringTask
 from risam_cli.training.stage import TrainingBuilder
 from risam_cli.weights.load import load_model
@@ -376,3 +376,64 @@ def test_a_pretrained_text_encoder_loads_in_silence(
     told = capfd.readouterr()
     assert told.out == ""
     assert [line for line in told.err.splitlines() if "best model by miou" not in line] == []
+
+
+# --- a text encoder that the settings leave open --------------------------------------------------
+
+OPEN = {"text_encoder": {"source": "auto", "vocabulary": None, "lora": {"rank": 4}, "layers": 1}}
+
+
+def _resolved(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((folder / "config.resolved.yaml").read_text())
+    chosen: dict[str, Any] = found["model"]["text_encoder"]
+    return chosen
+
+
+def test_without_a_pretrained_encoder_words_are_learned_and_a_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    data = _mine(tmp_path / "mine", **STRANGE)
+    changes: dict[str, Any] = {**QUICK, **data, "model": OPEN}
+    best = load_model(run(tmp_path / "run", **changes), device=torch.device("cpu"))
+    [told] = [line for line in capsys.readouterr().err.splitlines() if "bert-base-uncased" in line]
+    assert "HF_HUB_OFFLINE is set" in told
+    assert "learns the words of the training expressions" in told
+    assert best.tokenizer.unknown_words("the shiny boat, a dog") == ()
+    chosen = _resolved(tmp_path / "run")
+    assert (chosen["source"], chosen["vocabulary"], chosen["lora"]) == (None, "data", None)
+    # What goes on keeps its encoder, though another could be had by now.
+    monkeypatch.setattr(text_source, "fetch", lambda name: pytest.fail("asked again"))
+    more = [{**REFERRING[0], "steps": 5}]
+    with pytest.raises(ModelError, match="belongs to other settings"):
+        run(tmp_path / "run", resume=True, **{**changes, "stages": more})
+    run(tmp_path / "run", resume=True, **changes)
+    assert _resolved(tmp_path / "run") == chosen
+
+
+def test_a_pretrained_encoder_is_taken_where_it_can_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(make_bert(tmp_path / "bert"))
+    asked: list[str] = []
+    monkeypatch.setattr(text_source, "PRETRAINED_TEXT", source)
+    monkeypatch.setattr(text_source, "fetch", asked.append)
+    run(tmp_path / "run", **QUICK, **_mine(tmp_path / "mine"), model=OPEN)
+    assert asked == [source]
+    chosen = _resolved(tmp_path / "run")
+    assert (chosen["source"], chosen["vocabulary"]) == (source, None)
+    assert chosen["lora"]["rank"] == 4
+    assert "warning: text encoder" not in capsys.readouterr().err
+
+
+def test_a_named_encoder_that_is_not_there_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_source, "fetch", lambda name: pytest.fail("asked for another"))
+    named = {"text_encoder": {"source": str(tmp_path / "nothing"), "vocabulary": None}}
+    with pytest.raises(ModelError, match="cannot load text encoder"):
+        run(tmp_path / "run", **QUICK, **_mine(tmp_path / "mine"), model=named)
+    assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ import math
 import re
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from risam_cli.data.identity import (
     is_tail,
     stem_of,
 )
-from risam_cli.data.readers.results import PREDICTIONS, Record, Results
+from risam_cli.data.readers.names import Record
+from risam_cli.data.readers.results import PREDICTIONS, Results
 from risam_cli.data.readers.source import OnFailure, SampleSource
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief
@@ -132,28 +133,62 @@ class PredictionIndex:
         A record with the expression's id counts, unless it names both another image and another
         expression; else one that names the image and the expression. Of several, the first in the
         file is taken and the others are told to ``on_failure``; where an image has an expression
-        several times and there are as many records, they are taken in turn.
+        several times and there are as many records, they are taken in turn. Records of an answer's
+        instances are one answer, their union.
 
         Raises:
             DataError: the record is malformed, names something else, or its mask is of another size
                 than the image.
         """
         strange: list[str] = []
-        found = list(self._by_id(sample, expression, strange))
+        found = _gathered(self._by_id(sample, expression, strange))
         if not found:
-            found = list(self._by_pair(sample, expression))
-            found = _own_turn(found, sample, expression)
+            found = _own_turn(_gathered(self._by_pair(sample, expression)), sample, expression)
         if not found:
             if strange:
                 raise DataError(strange[0])
             return None
-        for other in found[1:]:
+        for other in (one for answer in found[1:] for one in answer):
             if not self._used[other.row]:
                 self.doubled += 1
                 self._tell(other.record, "a second prediction for one expression; not scored")
-        self._used[[one.row for one in found]] = True
+        self._used[[one.row for answer in found for one in answer]] = True
         where = f"{self.path}: prediction {expression.id!r}"
-        return self._answer(found[0], where, self._size or sample.size)
+        size = self._size or sample.size
+        return _united([self._answer(one, where, size) for one in found[0]])
+
+    def of_pair(
+        self, image: str, text: str, size: tuple[int, int], is_another: Callable[[str], bool]
+    ) -> list[tuple[int | None, Answer]]:
+        """Everything that is said of an image and an expression, with the instances' numbers.
+
+        Args:
+            size: (H, W) of the image.
+            is_another: whether a name that is not the image's own is that of another one.
+
+        Raises:
+            DataError: a record is malformed, its mask is of another size, or several images may be
+                meant.
+        """
+        sample, expression = Sample(image, Path(image), (), size), Expression("", text)
+        by_key: defaultdict[str, list[_Found]] = defaultdict(list)
+        for one in self._by_pair(sample, expression):
+            by_key[image_key(one.record["image"])].append(one)
+        own = image_key(image)
+        if own in by_key:
+            by_key = defaultdict(list, {own: by_key[own]})
+        keys = [key for key in by_key if key == own or not is_another(key)]
+        if len(keys) > 1:
+            raise DataError(
+                f"{self.path}: {image!r} may be {keys[0]} or {keys[1]}",
+                "name images by their whole paths",
+            )
+        found = []
+        for one in by_key[keys[0]] if keys else ():
+            answer = self._answer(one, self._results.place(one.number), size)
+            instance = one.record.get("instance")
+            found.append((instance if type(instance) is int else None, answer))
+        return found
 
     def records(self, name: str) -> list[Record]:
         """All records with an id, in the file's order.
@@ -369,13 +404,46 @@ def _has_name(record: Record) -> bool:
     return bool(record["id"] or (record["image"] and record["expression"]))
 
 
-def _own_turn(found: list[_Found], sample: Sample, expression: Expression) -> list[_Found]:
-    """Of as many records as the image has expressions of one text, the one in this one's place."""
+def _gathered(found: Iterable[_Found]) -> list[list[_Found]]:
+    """Records by the answer that they are of: instances of one answer share its id."""
+    answers: list[list[_Found]] = []
+    of_id: dict[str | None, tuple[set[int], list[_Found]]] = {}
+    for one in found:
+        number = one.record.get("instance")
+        if type(number) is int:
+            numbers, answer = of_id.setdefault(one.record["id"], (set(), []))
+            if number not in numbers:
+                numbers.add(number)
+                answer.append(one)
+                if len(answer) == 1:
+                    answers.append(answer)
+                continue
+        answers.append([one])
+    return answers
+
+
+def _united(parts: list[Answer]) -> Answer:
+    """The answer whose instances these are."""
+    if len(parts) == 1:
+        return parts[0]
+    size = parts[0].segmentation["size"]
+    return Answer(
+        masks.union([part.segmentation for part in parts], (size[0], size[1])),
+        all(part.no_target for part in parts),
+        max((part.score for part in parts if part.score == part.score), default=math.nan),
+        parts[0].no_target_probability,
+    )
+
+
+def _own_turn(
+    found: list[list[_Found]], sample: Sample, expression: Expression
+) -> list[list[_Found]]:
+    """Of as many answers as the image has expressions of one text, the one in this one's place."""
     if len(found) < 2:
         return found
     key = expression_key(expression.text)
     alike = [one.id for one in sample.expressions if expression_key(one.text) == key]
-    found.sort(key=lambda one: one.row)
+    found.sort(key=lambda answer: answer[0].row)
     return [found[alike.index(expression.id)]] if len(alike) == len(found) else found
 
 

@@ -2,8 +2,9 @@
 
 Taken are JSON Lines as `risam predict` writes them, a COCO results file, a JSON array of records,
 a COCO file with its own annotations, SAM's ``amg.py`` output, a folder of JSON files of one image
-each, CSV and TSV, and a folder of mask files with a manifest; packed by gzip or in UTF-16 too.
-`risam export-masks` and `risam eval` both read through here, so what one takes, the other does.
+each, CSV and TSV, a folder of mask files with a manifest; packed by gzip or in UTF-16 too; and what
+a person has looked at in CVAT or labelme. `risam export-masks` and `risam eval` both read through
+here, so what one takes, the other does.
 """
 
 from __future__ import annotations
@@ -22,9 +23,15 @@ import numpy as np
 from risam_cli.console.streams import require_open
 from risam_cli.data.identity import id_text
 from risam_cli.data.images.files import require_inside
-from risam_cli.data.readers.instances import file_name_of, segmentation_to_rle
+from risam_cli.data.readers.cvat import NAME as CVAT
+from risam_cli.data.readers.cvat import cvat_records, open_zip
+from risam_cli.data.readers.instances import segmentation_to_rle
 from risam_cli.data.readers.jsonstream import iter_json
+from risam_cli.data.readers.labelme import FOLDER as LABELME
+from risam_cli.data.readers.labelme import holds_labelme, is_labelme, labelme_records
 from risam_cli.data.readers.mask_files import read_mask_file
+from risam_cli.data.readers.names import IMAGE_KEYS, TEXT_KEYS, Names, Record, spoken
+from risam_cli.data.readers.shapes import ERROR
 from risam_cli.errors import DataError, reason_of
 from risam_cli.files.folder import makers_of
 from risam_cli.files.jsonlines import brief, parse_json, read_lines_at
@@ -39,11 +46,8 @@ MANIFESTS = ("manifest.jsonl", "manifest.csv", "manifest.tsv")
 MAX_LINE = 64 << 20
 """Bytes of a line over which it is no record: the RLE of a huge ragged mask stays far below."""
 
-Record = dict[str, Any]
-
-_IMAGE_KEYS = ("image", "file_name")
-_TEXT_KEYS = ("expression", "caption", "sent", "phrase", "text")
-_ID_KEYS = ("id", "sent_id", "task_id", "record_id")
+# What a COCO file calls an annotation is not what its expression was called.
+_ID_KEYS = ("record_id", "id", "sent_id", "task_id")
 _COLUMNS = ("image", "expression", "mask", "segmentation", "id", "score", "no_target", "file_name")
 _JSON = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 _PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -57,26 +61,36 @@ class Results:
     Args:
         path: a file, a folder that holds one, or ``-`` for stdin.
         annotations: for COCO results: the COCO file that names their images and categories.
+        image_root: where names of images begin, for what labels them by their own place.
         confine: refuse mask files outside of ``base``.
 
     Attributes:
         path: the file that was found.
         base: where paths of mask files start.
         names: what the COCO file says; None where there is none.
+        reviewed: whether they come from an annotation tool, where a person has looked at them.
 
     Raises:
         DataError: the source cannot be read.
     """
 
     def __init__(
-        self, path: Path, annotations: Path | None = None, *, confine: bool = False
+        self,
+        path: Path,
+        annotations: Path | None = None,
+        *,
+        image_root: Path | None = None,
+        confine: bool = False,
     ) -> None:
         self.path = _find(path)
         self._confine = confine
-        self._files = _json_files(self.path)  # of a folder
+        self._labelme = self.path.is_dir() and holds_labelme(self.path)
+        self._files = [] if self._labelme else _json_files(self.path)  # of a folder
         self._file_of = array("q")  # of each record
         self.base = self.path if self._files else Path() if str(path) == "-" else self.path.parent
         self.names = Names(annotations) if annotations is not None else None
+        self.reviewed = False
+        self._image_root = image_root
         self._kind = "line"
         self._places: array[int] | None = None
         self._notes: Counter[str] = Counter()
@@ -226,11 +240,14 @@ class Results:
             raise DataError(f"{error.message} (the file ends in the middle of it)") from None
         if not isinstance(found, dict):
             raise DataError(f"{where}: a record is an object, not {brief(found)}")
+        if isinstance(found.get(ERROR), str):
+            raise DataError(found[ERROR])
         if self.names is not None or "image_id" in found:
             (self.names or _NONE).complete(found, where)
-        if "predicted_iou" in found and not any(key in found for key in _IMAGE_KEYS):
+        if "predicted_iou" in found and not any(key in found for key in IMAGE_KEYS):
             found["image"] = _stem(self.path)  # SAM's amg.py: one file an image
-        for key, keys in (("id", _ID_KEYS), ("image", _IMAGE_KEYS), ("expression", _TEXT_KEYS)):
+        found["annotation"] = id_text(found.get("id"))
+        for key, keys in (("id", _ID_KEYS), ("image", IMAGE_KEYS), ("expression", TEXT_KEYS)):
             given = next((found[k] for k in keys if found.get(k) is not None), None)
             found[key] = given
         if found["id"] is not None:
@@ -242,6 +259,8 @@ class Results:
     # --- opening --------------------------------------------------------------------------------
 
     def _open(self) -> BinaryIO:
+        if self._labelme:
+            return self._of_labelme()
         if self._files:
             return self._spooled(self._of_folder(), "result", None)
         if str(self.path) == "-":
@@ -253,6 +272,9 @@ class Results:
         if name.endswith((".csv", ".tsv")):
             return self._spooled(self._of_table(stream), "line", stream)
         start = stream.read(1 << 10)
+        stream.seek(0)
+        if start.startswith(b"PK\3\4") and (inner := open_zip(stream, self.path)) is not None:
+            start, stream = b"<", inner
         if b"\0" in start or start.startswith(_PICKLE):
             stream.close()
             raise DataError(
@@ -260,7 +282,13 @@ class Results:
                 "write its masks as COCO results or as JSON Lines",
             )
         head = start.decode("utf-8-sig", "replace").lstrip()
-        stream.seek(0)
+        if head.startswith("<"):
+            self.reviewed = True
+            rows = cvat_records(stream, self.path, self._image_root)
+            return self._spooled(rows, "image", stream)
+        if is_labelme(head):
+            stream.close()
+            return self._of_labelme()
         if name.endswith(".json") or head[:1] == "[":
             return self._spooled(self._of_json(self.path, stream), "result", None)
         return stream
@@ -279,6 +307,15 @@ class Results:
         stream = spooled(lines(), source)
         self._kind, self._places = kind, places
         return stream
+
+    def _of_labelme(self) -> BinaryIO:
+        self.reviewed = True
+        rows = labelme_records(
+            self.path,
+            self._image_root,
+            lambda name: self._note("JSON files are not labelme's; skipped", name),
+        )
+        return self._spooled(rows, "image", None)
 
     def _of_table(self, stream: BinaryIO) -> Iterator[tuple[int, Record]]:
         table = Table(stream, str(self.path), _COLUMNS)
@@ -302,7 +339,7 @@ class Results:
             for place, row in rows:
                 if own is not None and names is None:
                     own.complete(row, f"{path}, result {place}")
-                if not any(row.get(key) is not None for key in (*_IMAGE_KEYS, "image_id")):
+                if not any(row.get(key) is not None for key in (*IMAGE_KEYS, "image_id")):
                     row["image"] = _stem(path)
                 self._file_of.append(number)
                 yield place, row
@@ -344,100 +381,12 @@ class Results:
             self.names = Names(path, table)
 
 
-class Names:
-    """What a COCO file calls its images and categories.
-
-    Attributes:
-        images: id as text -> the image's entry, in the file's order.
-        categories: id as text -> (id, name), in the file's order.
-        texts: id of an annotation as text -> the first expression that refers to it alone.
-    """
-
-    def __init__(self, path: Path | None, table: Mapping[str, Any] | None = None) -> None:
-        self.path = path
-        self.images: dict[str, Mapping[str, Any]] = {}
-        self.categories: dict[str, tuple[Any, str]] = {}
-        self.texts: dict[str, str] = {}
-        if path is None:
-            return
-        read: Mapping[str, list[Any]] = {"images": [], "categories": [], "expressions": []}
-        if table is None:
-            for key, item in iter_json(path):
-                if key in read:
-                    read[key].append(item)
-        else:
-            read = table
-        for image in read["images"]:
-            name = id_text(image.get("id")) if isinstance(image, Mapping) else None
-            file_name = None if name is None else file_name_of(image)
-            if name is None or not file_name:
-                raise DataError(f"{path}: an image without id or file_name: {brief(image)}")
-            image = {**image, "file_name": file_name}
-            if name in self.images and self.images[name] != image:
-                raise DataError(f"{path}: two images have the id {name}", "ids must differ")
-            self.images[name] = image
-        for category in read["categories"]:
-            name = id_text(category.get("id")) if isinstance(category, Mapping) else None
-            if name is None:
-                raise DataError(f"{path}: a category without id: {brief(category)}")
-            self.categories[name] = (category["id"], str(category.get("name")))
-        for text, ann_ids in map(_spoken, read["expressions"]):
-            name = id_text(ann_ids[0]) if len(ann_ids) == 1 else None
-            if text is not None and name is not None:
-                self.texts.setdefault(name, text)
-        if not self.images:
-            raise DataError(
-                f"{path} is not a COCO file: it lists no images", "it has images and categories"
-            )
-
-    def complete(self, record: Record, where: str) -> None:
-        """Give a result its image's name and size, and its category's name.
-
-        Raises:
-            DataError: its image is not among the file's.
-        """
-        given = record.get("image_id")
-        image_id = id_text(given)
-        known = self.images.get(image_id) if image_id is not None else None
-        if known is not None:
-            record.setdefault("image", known["file_name"])
-            for key in ("height", "width"):
-                if known.get(key) is not None:
-                    record.setdefault(key, known[key])
-        elif not any(record.get(key) for key in _IMAGE_KEYS):
-            if image_id is None or self.path is not None:
-                known_here = f"among the {len(self.images)} images of {self.path}"
-                raise DataError(
-                    f"{where}: the image_id {brief(given)} is not "
-                    f"{known_here if self.path else 'an id'}",
-                    "check that both files belong together",
-                )
-            record["image"] = image_id
-        if any(record.get(key) for key in _TEXT_KEYS):
-            return
-        category = id_text(record.get("category_id"))
-        text = self.texts.get(id_text(record.get("id")) or "")
-        if text is not None:
-            record["expression"] = text
-        elif category is not None:
-            record["expression"] = self.categories.get(category, (0, f"category {category}"))[1]
-
-
 _NONE = Names(None)
-
-
-def _spoken(expression: Any) -> tuple[str | None, list[Any]]:
-    """Text and annotations of an entry of a COCO-style file's list of expressions."""
-    if not isinstance(expression, Mapping):
-        return None, []
-    text = next((v for k in _TEXT_KEYS if isinstance(v := expression.get(k), str)), None)
-    ann_ids = expression.get("ann_ids", expression.get("ann_id"))
-    return text, ann_ids if isinstance(ann_ids, list) else [ann_ids]
 
 
 def _without_target(expression: Any) -> Record | None:
     """The record of an expression that nothing fits; None for others."""
-    text, ann_ids = _spoken(expression)
+    text, ann_ids = spoken(expression)
     if text is None or ann_ids not in ([], [-1]):
         return None
     return {"image_id": expression.get("image_id"), "expression": text, "no_target": True}
@@ -572,13 +521,15 @@ def _find(path: Path) -> Path:
     if str(path) == "-" or not path.is_dir():
         return path
     names = [PREDICTIONS, *MANIFESTS, "instances.json", "results.json"]
-    for name in (*names, *(f"{name}.gz" for name in names)):
+    for name in (*names, *(f"{name}.gz" for name in names), CVAT):
         if (path / name).is_file():
             return path / name
-    if _json_files(path) and not makers_of(path):
+    if holds_labelme(path / LABELME):
+        return path / LABELME
+    if (_json_files(path) and not makers_of(path)) or holds_labelme(path):
         return path
     raise DataError(
         f"{path} holds neither {PREDICTIONS} nor {', '.join(MANIFESTS)} nor results as .json",
-        "name a folder of `risam predict`, a predictions file, or a folder of masks with a "
-        "manifest (image, expression, mask)",
+        "name a folder of `risam predict`, a predictions file, a folder of masks with a manifest "
+        "(image, expression, mask), or what CVAT or labelme saved",
     )

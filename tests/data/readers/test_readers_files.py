@@ -291,6 +291,42 @@ def test_an_id_of_another_image_does_not_count(tmp_path: Path) -> None:
     assert answers[0] is not None
 
 
+def test_instances_of_an_answer_are_scored_as_their_union(tmp_path: Path) -> None:
+    parts = [box_mask((0, 0, 9, 9)), box_mask((20, 5, 31, 30)), box_mask((5, 5, 25, 12))]
+
+    def instances(name: str | None, text: str, *masks: Any) -> list[Any]:
+        return [
+            {**record(name or "", "a/1.jpg", text, mask), "instance": k, "score": 0.9 - k / 10}
+            | ({} if name else {"id": None})
+            for k, mask in enumerate(masks)
+        ]
+
+    records = [
+        *instances("7", "cat", *parts),
+        *instances(None, "dog", *parts[1:]),
+        # Twice the same text: two answers of two instances each, in turn.
+        *instances("x", "kite", parts[0], parts[1]),
+        *instances("y", "kite", parts[1], parts[2]),
+        # The same instance twice: the second is told.
+        *instances("12", "hat", parts[0]),
+        *instances("12", "hat", parts[1]),
+    ]
+    path = write_records(tmp_path / "p.jsonl", records)
+    sample = _sample(("7", "cat"), ("8", "dog"), ("9", "kite"), ("10", "kite"), ("12", "hat"))
+    answers, failures, index = _find(path, sample)
+    wanted = [parts, parts[1:], parts[:2], parts[1:], parts[:1]]
+    for answer, some in zip(answers, wanted, strict=True):
+        np.testing.assert_array_equal(masks.decode(answer.segmentation), np.any(some, axis=0))
+        assert answer.score == 0.9
+        assert not answer.no_target
+    assert (index.doubled, index.unused) == (1, 0)
+    assert ["a second prediction" in failure.message for failure in failures] == [True]
+    # Records without numbers are still two answers.
+    path = write_records(tmp_path / "q.jsonl", [record("7", "1.jpg", "cat", m) for m in parts])
+    _, failures, index = _find(path, _sample(("7", "cat"), image="1.jpg"))
+    assert index.doubled == 2
+
+
 def test_doubled_records_are_told_and_the_first_counts(tmp_path: Path) -> None:
     records = [record("7", "1.jpg", "cat", MASK), record("7", "1.jpg", "cat", ~MASK)]
     path = write_records(tmp_path / "p.jsonl", records)

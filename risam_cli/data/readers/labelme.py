@@ -1,0 +1,172 @@
+"""labelme's files, as a person saved them: one JSON file an image, in any folder below one."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from risam_cli.data.images.bounds import allow_pixels, metered
+from risam_cli.data.readers.shapes import ERROR, Shape, ellipse, placed, records_of, rectangle
+from risam_cli.drawing.png import check_header
+from risam_cli.errors import DataError, ImageError, reason_of
+from risam_cli.files.jsonlines import brief, read_text
+
+FOLDER = "labelme"
+_LOOKED_AT = 100  # files, before a folder is taken for another kind
+_LONGEST = 1 << 28  # bytes: labelme may keep the image in the file
+
+
+def is_labelme(head: str) -> bool:
+    """Whether a file that begins so is labelme's."""
+    return head[:1] == "{" and '"shapes"' in head and '"flags"' in head
+
+
+def holds_labelme(folder: Path) -> bool:
+    """Whether one of the first JSON files below a folder is labelme's."""
+    for path in islice(_json_files(folder), _LOOKED_AT):
+        try:
+            with open(path, "rb") as file:
+                if is_labelme(file.read(1 << 10).decode("utf-8-sig", "replace").lstrip()):
+                    return True
+        except OSError:
+            continue
+    return False
+
+
+def _json_files(folder: Path) -> Iterator[Path]:
+    """The JSON files below a folder, by name."""
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            if name.lower().endswith(".json") and not name.startswith("."):
+                yield Path(place) / name
+
+
+def labelme_records(
+    path: Path, start: Path | None, skipped: Callable[[str], None]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number of its file, from 1, and record, of every object; see :func:`records_of`.
+
+    Args:
+        path: a file, or a folder of them.
+        start: where names of images begin; by default the working folder.
+        skipped: told the names of JSON files that are not labelme's.
+    """
+    root = path if path.is_dir() else path.parent
+    for number, file in enumerate(_json_files(path) if path.is_dir() else [path], 1):
+        try:
+            found = _read(file)
+            if found is None:
+                skipped(str(file))
+                continue
+            name, size = _image(found, file)
+            # Where the image has gone, its file's own place below the folder still tells it.
+            gone = (file.parent.relative_to(root) / Path(name).name).as_posix()
+            image = placed(name, [file.parent], start or Path()) or gone
+            shapes = [_shape(one) for one in found["shapes"]]
+            for record in records_of(image, size, shapes, str(file)):
+                yield number, record
+        except DataError as error:
+            yield number, {ERROR: str(error)}
+
+
+def _read(file: Path) -> Mapping[str, Any] | None:
+    """A file's contents; None where it is another kind of JSON."""
+    try:
+        found = json.loads(read_text(file, _LONGEST))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not JSON: {error}", "save it again") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {reason_of(error)}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("shapes"), list):
+        return None
+    return found
+
+
+def _image(found: Mapping[str, Any], file: Path) -> tuple[str, tuple[int, int]]:
+    name = found.get("imagePath")
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise DataError(f"{file}: 'imagePath' is {brief(name)}", "save it with labelme again")
+    height, width = found.get("imageHeight"), found.get("imageWidth")
+    if type(height) is not int or type(width) is not int or min(height, width) < 1:
+        raise DataError(
+            f"{file}: 'imageHeight' and 'imageWidth' are {brief(height)} and {brief(width)}",
+            "save it with labelme again",
+        )
+    return name.replace("\\", "/"), (height, width)
+
+
+def _shape(one: Any) -> Shape:
+    if not isinstance(one, Mapping):
+        return Shape("", wrong=f"{brief(one)} is no shape")
+    label, text, exported = (
+        value if isinstance(value, str) else ""
+        for value in (one.get("label"), one.get("description"), one.get("exported_label"))
+    )
+    score, group = one.get("score"), one.get("group_id")
+    fits = isinstance(score, (int, float)) and not isinstance(score, bool) and 0 <= score <= 1
+    found: dict[str, Any] = {
+        "label": label,
+        "expression": text,
+        "exported": exported,
+        "score": float(score) if fits else None,  # type: ignore[arg-type]
+        "group": group if type(group) is int else None,
+    }
+    kind = one.get("shape_type", "polygon")
+    try:
+        return Shape(**found, **_outline(kind, one))
+    except DataError as error:
+        return Shape(**found, wrong=error.message)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        return Shape(**found, wrong=f"a {brief(kind)} that cannot be read: {error!r:.80}")
+
+
+def _outline(kind: Any, one: Mapping[str, Any]) -> dict[str, Any]:
+    """What it covers. Raises DataError, KeyError, TypeError, ValueError or OverflowError."""
+    points = [(float(x), float(y)) for x, y in one["points"]]
+    if kind == "polygon":
+        return {"polygons": [[v for point in points for v in point]]}
+    if kind == "mask":
+        (left, top), _ = points
+        return {"mask": _pixels(one.get("mask")), "corner": (round(left), round(top))}
+    if kind == "rectangle":
+        (x0, y0), (x1, y1) = points
+        return {"polygons": [rectangle(min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))]}
+    if kind == "circle":
+        (x, y), (rim_x, rim_y) = points
+        radius = float(np.hypot(rim_x - x, rim_y - y))
+        return {"polygons": [ellipse(x, y, radius, radius)]}
+    raise DataError(f"a {brief(kind)} covers nothing; draw a polygon or a mask")
+
+
+def _pixels(text: Any) -> NDArray[np.bool_]:
+    """The PNG that a mask is, within its box."""
+    if not isinstance(text, str):
+        raise DataError(f"a mask that is {brief(text)}")
+    try:
+        data = base64.b64decode(text, validate=True)
+        check_header(metered(io.BytesIO(data), "it"))  # few bytes can stand for gigabytes
+        with Image.open(metered(io.BytesIO(data), "it"), formats=["PNG"]) as image:
+            allow_pixels(image)
+            return np.asarray(image.convert("L")) != 0
+    except (
+        binascii.Error,
+        ImageError,
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        SyntaxError,
+        ValueError,
+    ) as error:
+        raise DataError(f"a mask that is no PNG: {error!s:.80}") from None
