@@ -24,6 +24,7 @@ from risam_cli.errors import (
     Interrupted,
     OutputError,
     RisamError,
+    machine_error,
     reason_of,
     use_front_end,
 )
@@ -160,17 +161,40 @@ def _run(args: Sequence[str] | None) -> int:
         return EXIT_INTERRUPTED
     except (_PipeBroken, BrokenPipeError):
         return _broken_pipe()
-    except OSError as error:
-        _debug_traceback()
-        place = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        get_console().error(f"{place}{reason_of(error)}")
-        return EXIT_ERROR
     except Exception as error:
         _debug_traceback()
-        again = "" if get_console().tracebacks else "; run again with --debug for the traceback"
-        get_console().error(f"internal error: {type(error).__name__}: {error}{again}")
+        get_console().error(_told(error))
         return EXIT_ERROR
     return code if isinstance(code, int) else EXIT_OK
+
+
+def _told(error: Exception) -> str:
+    """What is said of an error outside of the family."""
+    machine = machine_error(error)
+    if machine is not None:
+        return str(machine)
+    if isinstance(error, MemoryError):
+        return "out of memory; close other programs, or use a smaller model or batch"
+    library = _library_of(error)
+    if library:
+        return f"{library} cannot be loaded: {reason_of(error)}; install it again"
+    if isinstance(error, OSError):
+        place = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        return f"{place}{reason_of(error)}"
+    again = "" if get_console().tracebacks else "; run again with --debug for the traceback"
+    return f"internal error: {type(error).__name__}: {error}{again}"
+
+
+def _library_of(error: Exception) -> str:
+    """The library whose import failed, by the innermost import statement on the way; or ""."""
+    name = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        if code.co_name == "<module>":
+            name = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    if isinstance(error, ImportError) and error.name and not name.startswith("risam"):
+        return name
+    return "" if name.startswith(("risam", "__main__")) else name
 
 
 def _broken_pipe() -> int:

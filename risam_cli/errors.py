@@ -160,20 +160,30 @@ NAME_ERRORS = {errno.ENAMETOOLONG, errno.EILSEQ}
 _RUN_OUT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 
 
+def machine_error(error: BaseException | None) -> MachineError | None:
+    """What the machine has run out of, where that is the cause of an error; else None."""
+    while error is not None:
+        if isinstance(error, MachineError):
+            return error
+        no_thread = isinstance(error, RuntimeError) and "start new thread" in str(error)
+        if no_thread or (isinstance(error, OSError) and error.errno in _RUN_OUT):
+            return MachineError(
+                f"the machine has run out of resources: {reason_of(error)}",
+                "raise the limit (see ulimit -a) or lower the number of workers",
+            )
+        error = error.__cause__
+    return None
+
+
 def require_machine(error: BaseException) -> None:
     """To be called with what befell an item, before it is counted as the item's own failure.
 
     Raises:
         MachineError: it was the machine's: no more files or threads can be had.
     """
-    if isinstance(error, MachineError):
-        raise error
-    no_thread = isinstance(error, RuntimeError) and "start new thread" in str(error)
-    if no_thread or (isinstance(error, OSError) and error.errno in _RUN_OUT):
-        raise MachineError(
-            f"the machine has run out of resources: {reason_of(error)}",
-            "raise the limit (see ulimit -a) or lower the number of workers",
-        ) from error
+    found = machine_error(error)
+    if found is not None:
+        raise found from error
 
 
 def reason_of(error: BaseException) -> str:

@@ -6,7 +6,12 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from risam_cli.errors import MachineError, require_machine
+
 T = TypeVar("T")
+
+_MOST_LEFT = 32  # threads left behind
+_left: list[threading.Thread] = []
 
 
 def within(seconds: float, act: Callable[[], T]) -> T:
@@ -17,7 +22,13 @@ def within(seconds: float, act: Callable[[], T]) -> T:
 
     Raises:
         TimeoutError: it took longer.
+        MachineError: too many took longer, or there is no thread to be had.
     """
+    _left[:] = [thread for thread in _left if thread.is_alive()]
+    if len(_left) >= _MOST_LEFT:
+        raise MachineError(
+            f"{len(_left)} files could not be read in time", "check the drive that they are on"
+        )
     result: list[T] = []
     raised: list[BaseException] = []
 
@@ -28,10 +39,15 @@ def within(seconds: float, act: Callable[[], T]) -> T:
             raised.append(error)
 
     thread = threading.Thread(target=run, daemon=True, name="risam-patience")
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        require_machine(error)
+        raise
     thread.join(seconds)
     if raised:
         raise raised[0]
     if not result:
+        _left.append(thread)
         raise TimeoutError(f"it took longer than {seconds:g} s")
     return result[0]

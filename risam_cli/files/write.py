@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from risam_cli.errors import OutputError, reason_of
+from risam_cli.errors import OutputError, reason_of, require_machine
 
 CHECK = "check disk space and permissions"
 
@@ -32,10 +32,12 @@ def writing(path: Path, fix: str = CHECK, more: str = "") -> Iterator[None]:
 
     Raises:
         OutputError: in place of OSError.
+        MachineError: likewise, where there are no more files to be had.
     """
     try:
         yield
     except OSError as error:
+        require_machine(error)
         raise OutputError(f"cannot write {path}: {reason_of(error)}{more}", fix) from error
 
 

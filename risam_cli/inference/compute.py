@@ -30,7 +30,7 @@ from torch import Tensor
 from risam_cli.console.console import get_console
 from risam_cli.data.images.frames import Frame, Pixels
 from risam_cli.data.images.images import EncoderImage
-from risam_cli.errors import ModelError, setting, told
+from risam_cli.errors import ModelError, require_machine, setting, told
 from risam_cli.inference.device import (
     Cores,
     Room,
@@ -335,6 +335,7 @@ class Compute:
             with self._room, threads_of(self._encoding_threads()):
                 features = self._encode([job for _, job in batch])
         except Exception as error:
+            require_machine(error)
             full = is_out_of_memory(error)
             if full and self._made_room():
                 size = len(batch)
@@ -369,6 +370,7 @@ class Compute:
             with self._room:
                 answers = self._decode(features, chunk)
         except Exception as error:
+            require_machine(error)
             full = is_out_of_memory(error)
             if full and self._made_room():
                 size = len(chunk)

@@ -19,6 +19,7 @@ from risam_cli.errors import (
     ImageError,
     OutputError,
     RisamError,
+    machine_error,
     reason_of,
     told,
 )
@@ -374,6 +375,8 @@ def _one_failure(sample: Sample, number: int, stage: str, error: Exception) -> F
 
 def _fatal(error: Exception) -> Exception | None:
     """The error to end the run with, where every later sample would meet it too."""
+    if (machine := machine_error(error)) is not None:
+        return machine
     cause = error if isinstance(error, OSError) else error.__cause__
     if isinstance(cause, OSError) and not isinstance(error, ImageError):
         if cause.errno in NAME_ERRORS:

@@ -26,6 +26,7 @@ from risam_cli.errors import (
     MachineError,
     OutputError,
     RisamError,
+    machine_error,
     setting,
     told,
 )
@@ -131,11 +132,14 @@ def run_predict(
             run.go(progress, stream, left)
         run.page = write_gallery(folder.path, folder.write)
         status = "complete"
-    except RisamError as error:
+    except Exception as caught:
+        error = caught if isinstance(caught, RisamError) else machine_error(caught)
+        if error is None:
+            raise
         status = "interrupted" if isinstance(error, Interrupted) else status
         with suppress(OutputError):  # of what was done, to be looked at meanwhile
             write_gallery(folder.path, folder.write)
-        raise to_go_on(error) from error
+        raise to_go_on(error) from caught
     finally:
         # A disk too full for this is told of by the error that is on its way.
         with suppress(OutputError) if status != "complete" else nullcontext():

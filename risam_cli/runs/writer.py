@@ -29,7 +29,7 @@ from risam_cli.data.images.images import Bands, Rgb, open_for_encoder, open_rgb
 from risam_cli.data.inputs.inputs import Entry
 from risam_cli.drawing.overlay import draw_overlay
 from risam_cli.drawing.png import encode_mask, encode_rgb
-from risam_cli.errors import ImageError, OutputError, reason_of, setting
+from risam_cli.errors import ImageError, OutputError, machine_error, reason_of, setting
 from risam_cli.files.jsonlines import seal
 from risam_cli.files.patience import within
 from risam_cli.files.write import CHECK, make_file, sync_folder, writing
@@ -472,6 +472,8 @@ def _as_output_error(error: BaseException, folder: Path) -> BaseException:
             "the reader of stdout is gone; what was done is kept",
             f"continue with {setting('resume')}",
         )
+    if (machine := machine_error(error)) is not None:
+        return machine
     if isinstance(error, OSError):
         return OutputError(f"{error.filename or folder}: {reason_of(error)}", CHECK)
     return error

@@ -56,7 +56,7 @@ from risam_cli.data.images.tiff import (
     unreadable,
 )
 from risam_cli.data.images.transforms import fit_size, resize_for_encoder
-from risam_cli.errors import ImageError, setting
+from risam_cli.errors import ImageError, require_machine, setting
 from risam_cli.files.hashing import sha256_of_stream
 
 Rgb = NDArray[np.uint8]
@@ -236,6 +236,7 @@ def decoding(path: Path) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise _too_large(path, str(error), 2 * (Image.MAX_IMAGE_PIXELS or 0)) from None
     except _BROKEN as error:
+        require_machine(error)
         text = " ".join(str(error).split())
         if "truncated" in text.lower() or isinstance(error, EOFError):
             raise ImageError(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from risam_cli.data.images.images import SUFFIXES
-from risam_cli.errors import reason_of
+from risam_cli.errors import reason_of, require_machine
 from risam_cli.files.locks import PRIVATE
 from risam_cli.files.store import list_folder
 
@@ -148,6 +148,7 @@ def _listed(folder: str, skipped: Counter[str]) -> Iterator[_Item | Unreadable]:
         with os.scandir(folder) as found:
             items = [item for entry in found if (item := _item(entry, skipped)) is not None]
     except OSError as error:
+        require_machine(error)
         yield Unreadable(folder, reason_of(error))
         return
     items.sort(key=lambda item: item.path)
@@ -187,5 +188,6 @@ def _says(path: str, key: str) -> bool:
     try:
         with open(path, "rb") as file:
             return key.encode() in file.read(_HEAD)
-    except OSError:
+    except OSError as error:
+        require_machine(error)
         return False
