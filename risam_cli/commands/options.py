@@ -212,7 +212,7 @@ def batch_options(function: F) -> F:
         ),
         click.option(
             "--workers",
-            type=click.IntRange(min=0),
+            type=click.IntRange(min=0, max=256),
             metavar="N",
             default=None,
             help="Loader processes; 0 reads in the main process.  [default: by the cores]",

@@ -28,6 +28,7 @@ from risam_cli.evaluation.scoring import (
     run_evaluation,
 )
 from risam_cli.files.folder import OutputFolder
+from risam_cli.files.jsonlines import load_json
 from risam_cli.inference.device import (
     choose_device,
     choose_precision,
@@ -423,7 +424,7 @@ def _fit(asked: EvalRequest, run: EvalRun, before: float) -> NoTargetFitPart:
 def _store(folder: Path, threshold: float) -> None:
     """Put the threshold into the folder's ``config.json``; everything else stays as it is."""
     path = folder / model_folders.CONFIG_FILE
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = load_json(path.read_text(encoding="utf-8"))
     config["model"]["no_target_threshold"] = threshold
     try:
         model_folders.replace_config(folder, config)

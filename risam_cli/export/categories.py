@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 
 from risam_cli.console.text import sanitize
 from risam_cli.errors import DataError, reason_of
-from risam_cli.files.jsonlines import brief, read_text
+from risam_cli.files.jsonlines import brief, load_json, read_text
 from risam_cli.files.plain import open_plain
 from risam_cli.files.safe_yaml import load_yaml
 from risam_cli.files.tables import Table
@@ -225,8 +224,8 @@ def read_map(path: Path) -> ByMap:
 
 def _from_yaml(text: str, path: Path) -> Any:
     try:
-        return json.loads(text) if path.suffix.lower() == ".json" else load_yaml(text)
-    except (ValueError, RecursionError) as error:
+        return load_json(text) if path.suffix.lower() == ".json" else load_yaml(text)
+    except ValueError as error:
         reason = sanitize(" ".join(str(error).split()))
         raise DataError(f"category map {path} cannot be read: {reason}") from None
 
@@ -242,6 +241,9 @@ def _from_csv(path: Path) -> dict[str, Any] | None:
                 raise row.error
             value: Any = row.cells["category"]
             if number := row.cells.get("number"):
-                value = {"name": value, "number": int(number) if number.isdecimal() else number}
+                value = {
+                    "name": value,
+                    "number": int(number) if number.isdecimal() and len(number) < 16 else number,
+                }
             found[row.cells["expression"]] = value
         return found

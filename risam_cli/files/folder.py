@@ -8,7 +8,6 @@ folder that another one made.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Self
 
 from risam_cli.errors import OutputError
 from risam_cli.files.confine import Confined, require_own
+from risam_cli.files.jsonlines import load_json
 from risam_cli.files.locks import PRIVATE, FolderLock
 from risam_cli.files.write import make_file, sync_folders, write_file, writing
 
@@ -55,8 +55,8 @@ def _makers_by_files(path: Path) -> set[str]:
 
 def read_summary(path: Path) -> dict[str, object]:
     """``export.json`` of a folder; empty where there is none, or none that can be read."""
-    with suppress(OSError, ValueError, RecursionError), open(path / _EXPORT, "rb") as file:
-        said = json.loads(file.read(_LONGEST))
+    with suppress(OSError, ValueError), open(path / _EXPORT, "rb") as file:
+        said = load_json(file.read(_LONGEST))
         if isinstance(said, dict):
             return said
     return {}

@@ -102,6 +102,18 @@ def read_text(path: Path, limit: int) -> str:
     return data.decode("utf-8-sig")
 
 
+def load_json(text: str | bytes) -> Any:
+    """The value of a JSON text, from wherever it comes.
+
+    Raises:
+        ValueError: it is not UTF-8, not JSON, or nested too deep.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep to be read") from None
+
+
 def parse_json(line: bytes, where: str) -> Any:
     """The value that one line of JSON holds.
 
@@ -109,11 +121,9 @@ def parse_json(line: bytes, where: str) -> Any:
         DataError: it is not UTF-8, not JSON, or nested too deep; the message begins with ``where``.
     """
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return load_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise DataError(f"{where}: not UTF-8", "save it as UTF-8") from None
-    except RecursionError:
-        raise DataError(f"{where}: nested too deep to be read") from None
     except ValueError as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{where}: not JSON ({reason}): {brief(line)}") from None
@@ -138,10 +148,7 @@ def unseal(line: bytes) -> dict[str, Any]:
     text += b"}"
     if crc != b"%d}\n" % zlib.crc32(text):
         raise ValueError("its checksum is wrong")
-    try:
-        record: dict[str, Any] = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
+    record: dict[str, Any] = load_json(text)
     return record
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 
+from risam_cli.files.jsonlines import brief
+
 _UNITS = {"B": 0, "KB": 1, "MB": 2, "GB": 3, "TB": 4}
 
 
@@ -16,10 +18,10 @@ def parse_size(text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?B)?\s*", text, re.IGNORECASE)
     size = 0
-    if found is not None:
+    if found is not None and len(found[1]) <= 30:
         size = math.floor(float(found[1]) * 1024 ** _UNITS[f"{found[2].upper()}B"])
     if size <= 0:
-        raise ValueError(f"{text!r} is not a size; write it as 50GB, 800MB or 1.5TB")
+        raise ValueError(f"{brief(text)} is not a size; write it as 50GB, 800MB or 1.5TB")
     return size
 
 

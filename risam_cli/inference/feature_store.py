@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from risam_cli.console.console import get_console
 from risam_cli.errors import OutputError, reason_of
+from risam_cli.files.jsonlines import load_json
 from risam_cli.files.sizes import show_size
 
 try:
@@ -210,7 +211,7 @@ class FeatureStore:
         for path in self.folder.iterdir():
             about = path / _ABOUT
             try:
-                if json.loads(about.read_bytes())["risam_features"] == _FORMAT:
+                if load_json(about.read_bytes())["risam_features"] == _FORMAT:
                     found.append((about.stat().st_mtime_ns, path))
             except (OSError, ValueError, KeyError, TypeError):
                 continue
@@ -348,7 +349,7 @@ def _parse(place: Bytes, key: str) -> Entry:
     blank = text[:_CRC_AT] + _NO_CRC + text[_CRC_AT + 8 :]
     if b"%08x" % zlib.crc32(data.data, zlib.crc32(blank)) != text[_CRC_AT : _CRC_AT + 8]:
         raise ValueError("its checksum is wrong")
-    described = json.loads(text)
+    described = load_json(text)
     notes = described.pop("__metadata__")
     if notes["key"] != key:
         raise ValueError("it is of another picture")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from risam_cli.errors import OutputError, reason_of, setting
+from risam_cli.files.jsonlines import load_json
 from risam_cli.outputs.gallery import Gallery, Row, about
 from risam_cli.outputs.naming import GALLERY, OVERLAYS
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
@@ -60,7 +60,7 @@ def _objects(file: BinaryIO, span: Span, folder: Path) -> list[dict[str, Any]]:
             f"{folder / os.path.basename(file.name)} was changed by someone else during the run",
             f"continue with {setting('resume')}",
         )
-    return [json.loads(text) for text in data.splitlines()]
+    return [load_json(text) for text in data.splitlines()]
 
 
 def _file(line: LedgerLine, top: str) -> str | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from risam_cli.errors import DataError, OutputError, reason_of, setting
-from risam_cli.files.jsonlines import seal
+from risam_cli.files.jsonlines import load_json, seal
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
 from risam_cli.runs.folder import RUN, RunFolder
 from risam_cli.runs.gallery import write_gallery
@@ -169,14 +169,14 @@ def _expand(folder: Path) -> list[Path]:
 def _read_part(folder: Path) -> Part:
     path = folder / RUN
     try:
-        run = json.loads(path.read_bytes())
+        run = load_json(path.read_bytes())
         status = run["status"]
         entries, checked = run["inputs"]["entries"], run["inputs"]["hash"]
         index, count = run["settings"]["shard"]
         fits = all(type(v) is int for v in (index, count)) and 0 <= index < count
     except FileNotFoundError:
         raise DataError(f"{folder} has no {RUN}", "let its run begin at least") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise DataError(
             f"{path} is not what `risam predict` writes", "run the shard again"
         ) from None

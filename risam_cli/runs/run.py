@@ -30,6 +30,7 @@ from risam_cli.errors import (
     setting,
     told,
 )
+from risam_cli.files.jsonlines import load_json
 from risam_cli.inference.device import describe_device, precision_name
 from risam_cli.inference.feature_cache import CacheSettings, FeatureCache, cache_for
 from risam_cli.inference.finish import ImageResult
@@ -456,10 +457,10 @@ def plan_to_go_on(folder: Path, plan: RunPlan, segmenter: Segmenter) -> RunPlan:
     digits of a number may then differ from those of a run in one go.
     """
     try:
-        earlier = json.loads((folder / RUN).read_bytes())
+        earlier = load_json((folder / RUN).read_bytes())
         before = {**earlier["versions"], "risam": earlier["risam"]}
         ran_by = dict(earlier["run_settings"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return plan
     if plan.settings.device.type == "cpu":
         before["threads"] = ran_by.get("threads")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from risam_cli.console.console import get_console
 from risam_cli.errors import ModelError, reason_of
+from risam_cli.files.jsonlines import load_json
 
 _WANTED = ["*.json", "*.txt", "*.safetensors", "*.model"]
 _BELOW = ["*/*"]  # other formats of the same weights lie in folders
@@ -38,7 +38,7 @@ def lacking(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = set(load_json(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return [*missing, index.name]
         return missing + sorted(s for s in shards if not (folder / str(s)).is_file())

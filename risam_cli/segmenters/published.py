@@ -8,7 +8,6 @@ values without a word, so missing and unexpected tensors are refused by name.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from torch import Tensor
 from risam_cli.data.images.frames import Filter, Fit, Frame
 from risam_cli.errors import ModelError
 from risam_cli.files.hashing import sha256_of_file
-from risam_cli.files.jsonlines import read_text
+from risam_cli.files.jsonlines import load_json, read_text
 from risam_cli.segmenters.segmenter import Capabilities, Instances, Thresholds
 from risam_cli.weights.folder import count_weights
 from risam_cli.weights.text import quiet
@@ -65,10 +64,10 @@ class Folder:
         """
         path = self.path / name
         try:
-            value = json.loads(read_text(path, _LONGEST_JSON))
+            value = load_json(read_text(path, _LONGEST_JSON))
         except FileNotFoundError:
             raise ModelError(f"{self.path} lacks {name}", _FIX) from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise ModelError(f"{path} cannot be read: {error}", _FIX) from None
         if not isinstance(value, dict):
             raise ModelError(f"{path} holds no JSON object", _FIX)

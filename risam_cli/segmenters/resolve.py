@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from risam_cli.errors import ModelError, UsageError
+from risam_cli.files.jsonlines import load_json
 from risam_cli.segmenters.hub import fetch, is_hub_name
 from risam_cli.segmenters.names import BOX_SEGMENTERS, DEFAULT_SECOND, KINDS, KNOWN
 from risam_cli.weights.folder import bundled_models, find_model
@@ -94,8 +94,8 @@ def kind_of_folder(folder: Path) -> str:
         ModelError: the folder of a model that is none of these.
     """
     try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        config = load_json((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
         return "risam"  # whose reader says what is wrong
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind is None or "format" in config:

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from risam_cli.files.jsonlines import brief
+
+_MOST = 1 << 63
 
 
 class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values cannot change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_numbers(cls, values: Any) -> Any:
+        """Refuse what Python takes for a number, and nobody means as one."""
+        for key, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(str(key))
+            if isinstance(value, bool) and field and str(field.annotation).find("bool") < 0:
+                raise ValueError(f"{key} = {value}: it takes no truth value")
+            items = value if isinstance(value, list | tuple) else [value]
+            if any(type(item) is int and not -_MOST <= item < _MOST for item in items):
+                raise ValueError(f"{brief(key)} = {brief(value)}: the number is beyond 63 bits")
+        return values
 
 
 Positive = Field(gt=0)

@@ -25,8 +25,8 @@ class RefShapesData(Settings):
     variety: Literal["plain", "wide"] = Field(
         "plain", description="wide: many proportions, looks and grammars; testC always is"
     )
-    scenes: int | None = Field(None, gt=0)
-    expressions_per_scene: int = Field(6, gt=0)
+    scenes: int | None = Field(None, gt=0, le=10_000_000)
+    expressions_per_scene: int = Field(6, gt=0, le=1000)
     seed: int = Field(0, ge=0)
     unknown_word_rate: float = Field(
         0.0,

@@ -108,7 +108,7 @@ def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         meant = (*first["loc"][:-1], near[0]) if near else ()
         problems = [p for p in problems if p["type"] != "missing" or p["loc"] != meant]
-        message = f"{where}: unknown key {key!r}"
+        message = f"{where}: unknown key {brief(key)}"
     elif first["type"] == "missing":
         message, hint = f"{where}: key {key!r} is missing", "add it"
     else:
@@ -177,14 +177,14 @@ def apply_override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(
-            f"{setting('set', repr(override))} has no '='",
+            f"{setting('set', brief(override))} has no '='",
             f"write {setting('set', 'section.key=value')}",
         )
     try:
         value = load_yaml(text)
     except ValueError as error:
         raise ConfigError(
-            f"{setting('set', repr(override))}: value is not YAML", "quote it"
+            f"{setting('set', brief(override))}: value is not YAML", "quote it"
         ) from error
     return _set(values, key.split("."), value, override)
 
@@ -202,7 +202,7 @@ def _set(values: Any, keys: list[str], value: Any, override: str) -> Any:
         values = {}
     if not isinstance(values, Mapping):
         raise ConfigError(
-            f"{setting('set', repr(override))}: {head!r} is not inside a section",
+            f"{setting('set', brief(override))}: {head!r} is not inside a section",
             f"see {setting('print_config')} for keys",
         )
     return {**values, head: _set(values.get(head), rest, value, override)}

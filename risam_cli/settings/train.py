@@ -23,7 +23,7 @@ class DenseStage(Settings):
     kind: Literal["dense"]
     name: str
     steps: int = Positive
-    images_per_step: int = Positive
+    images_per_step: int = Field(gt=0, le=1 << 20)
     accumulate: int = Field(
         1, gt=0, description="parts that a step's images are split into (gradient accumulation)"
     )
@@ -38,7 +38,7 @@ class ReferringStage(Settings):
     kind: Literal["referring"]
     name: str
     steps: int = Positive
-    images_per_step: int = Positive
+    images_per_step: int = Field(gt=0, le=1 << 20)
     accumulate: int = Field(
         1, gt=0, description="parts that a step's images are split into (gradient accumulation)"
     )
@@ -61,7 +61,9 @@ class LossSettings(Settings):
     iou: float = Field(0.2, ge=0)
     focal_gamma: float = Field(0.0, ge=0)
     minimap: float = Field(0.2, ge=0, description="of kind rela; its authors' is mask / 10")
-    target_size: int = Field(128, gt=0, description="side of the masks that the loss compares")
+    target_size: int = Field(
+        128, gt=0, le=8192, description="side of the masks that the loss compares"
+    )
 
 
 class OptimizerSettings(Settings):
@@ -120,8 +122,10 @@ class TrainSettings(Settings):
     output: str
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    workers: int = Field(1, ge=0)
-    threads: int | None = Field(None, gt=0, description="CPU threads; default is torch's own")
+    workers: int = Field(1, ge=0, le=256)
+    threads: int | None = Field(
+        None, gt=0, le=4096, description="CPU threads; default is torch's own"
+    )
     model: ModelSettings
     init_from: str | None = Field(None, description="model folder that all weights start from")
     init_encoder_from: str | None = Field(
@@ -151,7 +155,9 @@ class TrainSettings(Settings):
     early_stopping: EarlyStoppingSettings | None = None
     averaging: AveragingSettings | None = None
     keep_last: int = Field(1, gt=0, description="checkpoints kept, the newest among them")
-    pictures: int = Field(4, ge=0, description="validation examples drawn at each validation")
+    pictures: int = Field(
+        4, ge=0, le=1000, description="validation examples drawn at each validation"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from risam_cli.console.console import Console
 from risam_cli.errors import OutputError, reason_of
+from risam_cli.files.jsonlines import load_json
 from risam_cli.files.write import sync_file, sync_folder, write_file
 from risam_cli.training.checkpoint import Place
 
@@ -132,15 +133,8 @@ class TrainingLog:
         """Removes rows that a cut run wrote after its last checkpoint."""
         if self.silent or not self.path.is_file():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # A torn last line.
-            if _known(row, place):
-                kept.append(line + "\n")
-        write_file(self.path, "".join(kept))
+        kept = [line + b"\n" for line, row in read_rows(self.path) if _known(row, place)]
+        write_file(self.path, b"".join(kept))
 
     def _tell_board(self, method: str, *values: Any, **named: Any) -> None:
         """TensorBoard is a second telling: without room for it, the run goes on."""
@@ -151,6 +145,24 @@ class TrainingLog:
         except OSError as error:
             self._board = None
             self.console.warn(f"TensorBoard's log ends here: {reason_of(error)}")
+
+
+def read_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of ``metrics.jsonl`` with their rows; torn and damaged ones are left out."""
+    if not path.is_file():
+        return
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError):
+            row = load_json(line)
+            if isinstance(row, dict) and _is_row(row):
+                yield line, row
+
+
+def _is_row(row: Mapping[str, Any]) -> bool:
+    own = isinstance(row.get("kind"), str) and all(
+        type(row.get(key)) is int and 0 <= row[key] < 1 << 63 for key in ("stage", "step")
+    )
+    return own and all(type(row.get(key, 0)) in (int, float) for key in ("seconds", "best"))
 
 
 def _known(row: Mapping[str, Any], place: Place) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from risam_cli.console.console import Progress, get_console
 from risam_cli.errors import ConfigError, Interrupted, OutputError, RisamError, setting
 from risam_cli.files.confine import require_own_tree
 from risam_cli.files.folder import OutputFolder
+from risam_cli.files.jsonlines import load_json
 from risam_cli.files.write import write_file, writing
 from risam_cli.interrupts import StopRequest
 from risam_cli.settings.load import dump
@@ -165,7 +165,10 @@ def _page_at_the_end(
 
 def _warn_of_one_answer(settings: TrainSettings, best: Path) -> None:
     """Says so where the best model answers all expressions of a set alike."""
-    figures = json.loads((best / CARD_FILE).read_text(encoding="utf-8"))["figures"]
+    try:
+        figures = dict(load_json((best / CARD_FILE).read_bytes())["figures"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # changed by someone else since it was written
     for figure, told in [
         ("t_acc", "'nothing' to every expression that has a target (T-acc 0)"),
         ("n_acc", "no expression that has none with 'nothing' (N-acc 0)"),
@@ -462,6 +465,9 @@ class TrainingRun:
                 write_page(self.folder, self.command, outcome)
             except (OutputError, OSError) as error:
                 self.console.warn(f"{PAGE} is not written: {error}")
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                why = f"what it is drawn from is damaged ({type(error).__name__}: {error})"
+                self.console.warn(f"{PAGE} is not written: {why}")
 
     def _figures(self, stage: Stage, of: str = "") -> dict[str, float]:
         with autocast(self.builder.device, self.builder.dtype), self.processes.together():

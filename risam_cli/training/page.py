@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,9 @@ from markupsafe import Markup
 
 from risam_cli.drawing import svg
 from risam_cli.drawing.html import page_environment
+from risam_cli.files.jsonlines import load_json
 from risam_cli.files.write import write_file
-from risam_cli.training.log import INDEX, METRICS, PICTURES
+from risam_cli.training.log import INDEX, METRICS, PICTURES, read_rows
 from risam_cli.version import __version__
 
 PAGE = "training.html"
@@ -77,7 +77,7 @@ def write_page(folder: Path, command: Sequence[str], outcome: str) -> Path:
 
 def to_html(folder: Path, command: Sequence[str], outcome: str) -> str:
     """The page as one HTML file that needs nothing else; see :func:`write_page`."""
-    rows = read_rows(folder / METRICS)
+    rows = [row for _, row in read_rows(folder / METRICS)]
     resolved = (folder / "config.resolved.yaml").read_text(encoding="utf-8")
     settings = yaml.safe_load(resolved)
     best = _best(rows)
@@ -105,21 +105,9 @@ def to_html(folder: Path, command: Sequence[str], outcome: str) -> str:
     return page.rstrip() + "\n"
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of ``metrics.jsonl``; a torn last line is left out."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-    return rows
-
-
 def _best(rows: Sequence[Row]) -> Row | None:
     """The validation that ``best/`` is from: the first of the highest."""
-    scored = [r for r in rows if r["kind"] in ("val", "average") and r["best"] >= 0]
+    scored = [r for r in rows if r["kind"] in ("val", "average") and r.get("best", -1) >= 0]
     return max(scored, key=lambda r: r["best"], default=None)
 
 
@@ -258,7 +246,7 @@ def _sights(folder: Path, best: Row | None) -> list[Sight]:
     """The fixed examples, as answered at a few validations from the first to the last."""
     if not (folder / INDEX).is_file():
         return []
-    told = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    told = load_json((folder / INDEX).read_text(encoding="utf-8"))
     sights = []
     for one in told:
         found = sorted(folder.glob(f"{one['key']}-stage*-step*.webp"))

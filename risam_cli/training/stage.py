@@ -43,6 +43,7 @@ from risam_cli.training.validate import Validation, validate_dense
 from risam_cli.weights import folder as model_folders
 from risam_cli.weights import frozen
 from risam_cli.weights.export import NEEDS_TITLE
+from risam_cli.weights.plausible import require_affordable
 from risam_cli.weights.start import start_model, train_text_encoder
 from risam_cli.weights.tokenizer import TextTokenizer
 
@@ -80,8 +81,10 @@ def check_paths(settings: TrainSettings) -> None:
     """Looks whether what the settings name is there, before anything is built.
 
     Raises:
-        ConfigError: naming key, path, and a name beside it that is nearly the same.
+        ConfigError: naming key, path, and a name beside it that is nearly the same; or sizes that
+            no machine has room for.
     """
+    require_affordable(settings.model, settings.name)
     for key, path in _paths(settings):
         if path.exists():
             continue

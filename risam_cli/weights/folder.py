@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from risam_cli.errors import ModelError, OutputError, reason_of
 from risam_cli.files.hashing import sha256_of_file
-from risam_cli.files.jsonlines import read_text
+from risam_cli.files.jsonlines import load_json, read_text
 from risam_cli.files.write import sync_folder, sync_tree, write_file
 
 if TYPE_CHECKING:
@@ -140,8 +140,8 @@ def read_model_folder(folder: Path) -> StoredModel:
 def _refuse_published(folder: Path) -> None:
     """Raises ModelError where a folder is another kind of model's, by its ``config.json``."""
     try:
-        config = json.loads(read_text(folder / CONFIG_FILE, _LONGEST_JSON))
-    except (OSError, ValueError, RecursionError):
+        config = load_json(read_text(folder / CONFIG_FILE, _LONGEST_JSON))
+    except (OSError, ValueError):
         return  # told below
     if isinstance(config, dict) and "model_type" in config and "format" not in config:
         raise ModelError(
@@ -164,7 +164,7 @@ def _read_json(path: Path) -> Any:
         ModelError: it cannot be read.
     """
     try:
-        value = json.loads(read_text(path, _LONGEST_JSON))
+        value = load_json(read_text(path, _LONGEST_JSON))
         level = [value]
         for _ in range(_DEEPEST):
             level = [
@@ -173,7 +173,7 @@ def _read_json(path: Path) -> Any:
                 if isinstance(outer, (dict, list))
                 for inner in (outer.values() if isinstance(outer, dict) else outer)
             ]
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}", "download it again") from error
     if level:
         raise ModelError(f"{path} is nested more than {_DEEPEST} deep", "download it again")

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from risam_cli.errors import ModelError
+from risam_cli.errors import ConfigError, ModelError
 from risam_cli.settings.model import ModelSettings
 
 _MOST_WINDOW = 64  # SAM's is 14; a larger one pads small images to its size
+_MOST_WEIGHTS = 1 << 33
+_MOST_LAYERS = 1 << 12
 _LAYERS = re.compile(r"layer|depth|block")
 _WIDTHS = ("vocab_size", "max_position_embeddings", "type_vocab_size")
 
@@ -34,13 +36,11 @@ def require_plausible(
     Raises:
         ModelError: a setting asks for more than there is.
     """
-    for what, needed in (*_network(settings), *_text(text)):
-        if not needed <= elements:  # NaN is not either
-            asked = f"{float(min(needed, 10**300)):.3g}"
-            raise ModelError(
-                f"{where}: {what} asks for {asked} weights, its files hold {elements}",
-                "download the folder again",
-            )
+    found = _beyond(settings, text, elements)
+    if found is not None:
+        raise ModelError(
+            f"{where}: {found} weights, its files hold {elements}", "download the folder again"
+        )
     counts = {
         "image_encoder.depth": settings.image_encoder.depth,
         "fusion.blocks": settings.fusion.blocks,
@@ -59,6 +59,37 @@ def require_plausible(
             f"{where}: image_encoder.window is {settings.image_encoder.window}, its grid {grid}",
             "download the folder again",
         )
+
+
+def require_affordable(settings: ModelSettings, where: str) -> None:
+    """Likewise of a network that is to be trained: no machine holds what it asks for.
+
+    Raises:
+        ConfigError: a setting asks for too many weights.
+    """
+    text = settings.text_encoder
+    sizes = {"hidden_size": text.hidden, "num_hidden_layers": text.layers}
+    sizes |= {"intermediate_size": 4 * text.hidden, "max_position_embeddings": text.max_tokens}
+    found = _beyond(settings, {} if text.source else sizes, _MOST_WEIGHTS)
+    if found is not None:
+        raise ConfigError(f"{where}: model.{found} weights", "use a smaller size")
+    e, f, d = settings.image_encoder, settings.fusion, settings.decoder
+    for what, count in (
+        ("image_encoder.depth", e.depth),
+        ("fusion.blocks", f.blocks),
+        ("decoder.layers", d.layers),
+        ("text_encoder.layers", text.layers),
+    ):
+        if count > _MOST_LAYERS:
+            raise ConfigError(f"{where}: model.{what} is {count}", f"use at most {_MOST_LAYERS}")
+
+
+def _beyond(settings: ModelSettings, text: Mapping[str, Any], elements: int) -> str | None:
+    """What asks for more weights than there are, and for how many."""
+    for what, needed in (*_network(settings), *_text(text)):
+        if not needed <= elements:  # NaN is not either
+            return f"{what} asks for {float(min(needed, 10**300)):.3g}"
+    return None
 
 
 def _network(settings: ModelSettings) -> Iterator[tuple[str, float]]:

@@ -7,7 +7,6 @@ of the file is used and none of the encoder's is missing, or :class:`ModelError`
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from risam_cli.errors import ModelError
 from risam_cli.files.hashing import sha256_of_file
+from risam_cli.files.jsonlines import load_json
 from risam_cli.model.image_encoder import (
     ConvStem,
     ImageEncoder,
@@ -158,8 +158,8 @@ def weight_files(folder: Path) -> list[Path]:
         if not name.endswith(".index.json"):
             return [path]
         try:
-            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            shards = set(load_json(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
                 f"{path} is not an index of weights: {error!r}", "download it again"
             ) from error

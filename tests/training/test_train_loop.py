@@ -21,10 +21,10 @@ from risam_cli.settings.train import OptimizerSettings, TrainSettings
 from risam_cli.training.checkpoint import Checkpoints, KeptWeights, Place, Untrained, weights_in
 from risam_cli.training.data.collate import DenseBatch, ReferringBatch
 from risam_cli.training.distributed import Processes
-from risam_cli.training.log import Example, TrainingLog
+from risam_cli.training.log import Example, TrainingLog, read_rows
 from risam_cli.training.losses import DenseHead, DenseTask, ReferringLoss, ReferringTask
 from risam_cli.training.optimize import NotFinite, Stepper, parameter_groups
-from risam_cli.training.page import read_rows, to_html
+from risam_cli.training.page import to_html
 
 CPU = torch.device("cpu")
 
@@ -336,7 +336,7 @@ def test_a_log_that_a_cut_run_wrote_ahead_is_cut_back(tmp_path: Path) -> None:
 
     def left(place: Place) -> list[tuple[int, int, str]]:
         log.drop_rows_after(place)
-        return [(r["stage"], r["step"], r["kind"]) for r in read_rows(log.path)]
+        return [(r["stage"], r["step"], r["kind"]) for _, r in read_rows(log.path)]
 
     first = [(0, 2, "train"), (0, 2, "val"), (1, 1, "train"), (1, 2, "train")]
     assert left(Place(1, 2, validated=2)) == [*first, (1, 2, "val")]
@@ -353,7 +353,7 @@ def test_a_log_without_room_is_an_error_and_tensorboard_alone_is_none(
         log.row(Place(0, 1), "s", {"loss": 1.0}, "train")
         log.row(Place(0, 2), "s", {"loss": 1.0}, "train")
     assert capsys.readouterr().err.count("TensorBoard's log ends here: No space left") == 1
-    assert len(read_rows(log.path)) == 2
+    assert len(list(read_rows(log.path))) == 2
     log.path.unlink()
     log.path.symlink_to("/dev/full")
     with pytest.raises(RisamError, match=r"cannot write .*: No space left on device"):

@@ -4,7 +4,6 @@ from what ``risam refshapes`` wrote, in whichever benchmark's format.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from risam_cli.data.readers.phrasecut import open_phrasecut
 from risam_cli.data.readers.refer import open_refer
 from risam_cli.data.readers.source import Columns, Group, Phrase, SampleSource
 from risam_cli.errors import DataError, OutputError, reason_of, setting
+from risam_cli.files.jsonlines import load_json
 from risam_cli.masks import rle as masks
 from risam_cli.types import Rle
 
@@ -122,7 +122,7 @@ def _check_family(folder: Path, family: str) -> None:
     """Refuse a folder whose own note says that it holds another family."""
     note = folder / "refshapes.json"
     try:
-        own = json.loads(note.read_text(encoding="utf-8")).get("family")
+        own = load_json(note.read_text(encoding="utf-8")).get("family")
     except (OSError, ValueError, AttributeError):
         return
     if own != family:

@@ -34,7 +34,7 @@ from risam_cli.data.readers.names import IMAGE_KEYS, TEXT_KEYS, Names, Record, s
 from risam_cli.data.readers.shapes import ERROR
 from risam_cli.errors import DataError, reason_of
 from risam_cli.files.folder import makers_of
-from risam_cli.files.jsonlines import brief, parse_json, read_lines_at
+from risam_cli.files.jsonlines import brief, load_json, parse_json, read_lines_at
 from risam_cli.files.plain import copied, open_plain, spooled
 from risam_cli.files.tables import Table
 from risam_cli.masks import rle as masks
@@ -485,7 +485,7 @@ def _cell(key: str, text: str) -> Any:
         return {"true": True, "false": False, "1": True, "0": False}.get(text.strip().lower(), text)
     if key in ("segmentation", "bbox", "notes"):
         try:
-            return json.loads(text)
+            return load_json(text)
         except ValueError:
             try:
                 return ast.literal_eval(text)  # values only; nothing is run

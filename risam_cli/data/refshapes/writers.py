@@ -20,6 +20,7 @@ from PIL import Image
 from risam_cli.data.refshapes import formats
 from risam_cli.data.refshapes.dataset import VERSION, RefShapes, SceneItem
 from risam_cli.errors import OutputError, UsageError, reason_of, setting
+from risam_cli.files.jsonlines import load_json
 
 FORMATS: tuple[str, ...] = ("own", "refer", "grefcoco", "phrasecut", "coco")
 """``own`` is the format of the benchmark that a family follows."""
@@ -320,7 +321,7 @@ def _replace_images(made: Path, images: Path, earlier: set[str]) -> None:
 def _image_names(instances: Path) -> set[str]:
     """Plain file names that an earlier set's ``instances.json`` lists; none where there is none."""
     try:
-        names = {image["file_name"] for image in json.loads(instances.read_bytes())["images"]}
+        names = {image["file_name"] for image in load_json(instances.read_bytes())["images"]}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
     return {name for name in names if isinstance(name, str) and Path(name).name == name}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from risam_cli.evaluation.report.schema import (
     value,
 )
 from risam_cli.evaluation.scoring import ROWS_FILE
+from risam_cli.files.jsonlines import brief, parse_json, read_lines
 from risam_cli.metrics.figures import ExpressionScore, ScoreTable, Tally, Terms, outcome, terms
 from risam_cli.metrics.intervals import Change, compare, masked
 from risam_cli.metrics.protocols import Protocol, get_protocol
@@ -33,6 +33,8 @@ from risam_cli.metrics.slices import SLICE_FIGURES
 
 REPORT_FILE = "report.json"
 _MOST_CHANGED = 20
+
+_LONGEST = 1 << 26  # bytes of a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,7 +386,7 @@ class _Rows:
                     known = numbers.setdefault(name, {})
                     column.append(known.setdefault(str(label), len(known)))
                 tally.add(_score(row))
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
                 raise DataError(f"{path}: row {len(tally) + 1} is damaged: {error!r}") from error
         self.labels = {name: tuple(known) for name, known in numbers.items()}
         for column in columns.values():
@@ -403,27 +405,32 @@ class _Rows:
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        with path.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, start=1):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path}: line {number} is not JSON: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        with path.open("rb") as stream:
+            for number, line in read_lines(stream, _LONGEST):
+                where = f"{path}: line {number}"
+                if line is None:
+                    raise DataError(f"{where} is longer than {_LONGEST >> 20} MiB")
+                yield parse_json(line, where)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {reason_of(error)}") from error
 
 
 def _score(row: dict[str, Any]) -> ExpressionScore:
     def real(key: str) -> float:
         return float("nan") if row[key] is None else float(row[key])
 
+    def pixels(key: str) -> int:
+        if type(row[key]) is not int or not 0 <= row[key] < 1 << 48:
+            raise ValueError(f"{key} is {brief(row[key])}")
+        return int(row[key])
+
     return ExpressionScore(
         row["id"],
         row["image"],
-        intersection=int(row["intersection"]),
-        union=int(row["union"]),
-        pred_area=int(row["pred_area"]),
-        gt_area=int(row["gt_area"]),
+        intersection=pixels("intersection"),
+        union=pixels("union"),
+        pred_area=pixels("pred_area"),
+        gt_area=pixels("gt_area"),
         gt_no_target=bool(row["gt_no_target"]),
         pred_no_target=bool(row["pred_no_target"]),
         score=real("score"),
