@@ -12,6 +12,7 @@ from pathlib import Path
 from risam_cli.errors import OutputError, setting
 from risam_cli.files.confine import Confined, require_own
 from risam_cli.files.folder import OTHER, OutputFolder
+from risam_cli.files.jsonlines import load_json
 from risam_cli.files.write import (
     sync_file,
     sync_folder,
@@ -212,7 +213,7 @@ class RunFolder(OutputFolder):
     def _delete_gone(self) -> None:
         """Deletes what no ledger lists any more, with the folders that held nothing else."""
         with suppress(FileNotFoundError, ValueError, TypeError):
-            paths = [own_path(path) for path in json.loads(self._gone.read_bytes())]
+            paths = [own_path(path) for path in load_json(self._gone.read_bytes())]
             self.delete(paths)
             folders = {(self.path / path).parent for path in paths}
             for folder in folders:

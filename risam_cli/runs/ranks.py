@@ -9,7 +9,6 @@ another, one that died costs its own batch only, and what is half done never loo
 from __future__ import annotations
 
 import io
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from risam_cli.errors import (
     setting,
 )
 from risam_cli.files.folder import OutputFolder
+from risam_cli.files.jsonlines import load_json
 from risam_cli.files.locks import Taken
 from risam_cli.runs.folder import RUN, RunFolder
 from risam_cli.runs.merge import SHARDS, differing, find_parts, merge_parts, versions_of
@@ -145,7 +145,7 @@ class Ranks:
         if not self.restarted:
             return resume, overwrite
         try:
-            began = _launch(json.loads((folder / name).read_bytes())["launch"])
+            began = _launch(load_json((folder / name).read_bytes())["launch"])
         except FileNotFoundError:  # killed before there was anything to lose
             return True, False
         except (OSError, ValueError, KeyError, TypeError):
@@ -222,7 +222,7 @@ class Ranks:
     def _noted(self, part: Path, name: str) -> dict[str, Any] | None:
         """What the process of a part noted in this start; None where it did not yet."""
         with suppress(OSError, ValueError, KeyError, TypeError):
-            noted = json.loads((part / name).read_bytes())
+            noted = load_json((part / name).read_bytes())
             if noted["launch"] == self.launch and isinstance(noted["settings"], dict):
                 return dict(noted)
         return None

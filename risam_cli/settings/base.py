@@ -26,7 +26,7 @@ class Settings(BaseModel):
                 raise ValueError(f"{key} = {value}: it takes no truth value")
             items = value if isinstance(value, list | tuple) else [value]
             if any(type(item) is int and not -_MOST <= item < _MOST for item in items):
-                raise ValueError(f"{brief(key)} = {brief(value)}: the number is beyond 63 bits")
+                raise ValueError(f"{key} = {brief(value)}: the number is beyond 63 bits")
         return values
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from markupsafe import Markup
 
 from risam_cli.drawing import svg
 from risam_cli.drawing.html import page_environment
 from risam_cli.files.jsonlines import load_json
+from risam_cli.files.safe_yaml import load_yaml
 from risam_cli.files.write import write_file
 from risam_cli.training.log import INDEX, METRICS, PICTURES, read_rows
 from risam_cli.version import __version__
@@ -79,7 +79,7 @@ def to_html(folder: Path, command: Sequence[str], outcome: str) -> str:
     """The page as one HTML file that needs nothing else; see :func:`write_page`."""
     rows = [row for _, row in read_rows(folder / METRICS)]
     resolved = (folder / "config.resolved.yaml").read_text(encoding="utf-8")
-    settings = yaml.safe_load(resolved)
+    settings = load_yaml(resolved)
     best = _best(rows)
     environment = page_environment("risam_cli.training")
     environment.filters["percent"] = lambda v: "–" if v is None else f"{100 * v:.2f}"
