@@ -54,6 +54,7 @@ LIBRARIES = (
     "tqdm",
     "peft",
     "filelock",
+    "fsspec",
     "huggingface_hub",
 )
 """The package's dependencies, those that predict needs most first."""

@@ -194,7 +194,7 @@ def compile_option(function: F) -> F:
         "--compile",
         "compiled",
         is_flag=True,
-        help="Experimental, since not yet measured on a GPU: compile the image encoder (CUDA only). "
+        help="Experimental, not yet measured on a GPU: compile the image encoder (CUDA only). "
         "It takes minutes before the first image and is cached for later runs.",
     )(function)
 
