@@ -10,7 +10,6 @@ on the disk, so an upload that broke off goes on where it was.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from risam_cli.console.console import get_console
 from risam_cli.errors import OutputError, reason_of, setting
+from risam_cli.files.caches import cache_folder
 from risam_cli.files.jsonlines import seal, unseal
 from risam_cli.files.locks import PRIVATE
 from risam_cli.files.remote import StoreError
@@ -197,6 +197,5 @@ class _Told:
 
 def local_place(url: RemotePath) -> Path:
     """Where the output of a URL is made: the same for each call, in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     digest = hashlib.sha256(url.url.rstrip("/").encode()).hexdigest()[:16]
-    return Path(cache, "risam", "outputs", f"{url.name or 'run'}-{digest}")
+    return cache_folder() / "outputs" / f"{url.name or 'run'}-{digest}"
