@@ -114,6 +114,17 @@ def test_a_store_is_walked_as_a_disk_is(memory: Any, tiny_images: Path) -> None:
     assert len(entries(f"{MEMORY}/images/*.png")) == 2
 
 
+def test_file_urls_are_the_disk(tiny_images: Path, tmp_path: Path) -> None:
+    found = entries(f"file://{tiny_images}", f"file://{tiny_images}/*.png")
+    assert [one.key for one in found] == [
+        one.key for one in entries(tiny_images, tiny_images / "*.png")
+    ]
+    (tmp_path / "m.jsonl").write_text(json.dumps({"image": f"file://{tiny_images}/a.png"}))
+    (named,) = entries(f"file://{tmp_path}/m.jsonl")
+    assert named.sample is not None
+    assert open_rgb(named.sample.path).shape == (30, 40, 3)
+
+
 def test_lists_in_a_store_name_images_beside_them_or_anywhere(
     memory: Any, tiny_images: Path, tmp_path: Path
 ) -> None:

@@ -127,6 +127,11 @@ class Inputs:
     skipped: Counter[str] = field(default_factory=Counter)
     _coco: dict[str, SampleSource] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.arguments = [
+            str(place(one)) if one.startswith("file://") else one for one in self.arguments
+        ]
+
     @property
     def repeatable(self) -> bool:
         """Whether it can be iterated more than once."""
@@ -260,9 +265,7 @@ class Inputs:
 
     def _of_url(self, url: str) -> Iterator[_Wish]:
         """As a path, of what lies in a store."""
-        if not isinstance(place(url), RemotePath):
-            yield from self._of_path(str(place(url)))
-        elif is_pattern(url):
+        if is_pattern(url):
             for found in match_urls(url):
                 yield from self._of_object(found)
         else:
@@ -460,7 +463,7 @@ class Inputs:
     def _check(self, argument: str) -> None:
         if "\0" in argument:
             raise UsageError(f"{argument!r} is not a path that a file can have")
-        if is_url(argument) and isinstance(place(argument), RemotePath):
+        if is_url(argument):
             self._check_url(argument)
         elif not os.path.lexists(argument):
             self._check_absent(argument)
