@@ -61,12 +61,17 @@ def use_front_end(name_of: NameOf) -> NameOf:
     return before
 
 
+def parts_of(raw: str) -> list[str]:
+    """Message and fixes out of :attr:`RisamError.raw`."""
+    return raw.split(_NEXT)
+
+
 def told(text: str) -> str:
     """A text with its settings named as the front end in charge names them.
 
     Takes :attr:`RisamError.raw` too.
     """
-    return str(RisamError(*text.split(_NEXT)))
+    return str(RisamError(*parts_of(text)))
 
 
 def _fill(text: str, name_of: NameOf) -> str:

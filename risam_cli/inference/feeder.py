@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from risam_cli.errors import MachineError, told
+from risam_cli.errors import MachineError, parts_of
 from risam_cli.inference.loader import ImageLoader
 from risam_cli.inference.loading import Loaded
 from risam_cli.types import Sample
@@ -62,7 +62,7 @@ class ImageJob(Generic[T]):
         assert self.future is not None, "the job was not taken from a feeder"
         loaded = self.future.result()
         if loaded.by_machine:
-            raise MachineError(told(loaded.error))
+            raise MachineError(*parts_of(loaded.error))
         return loaded
 
 

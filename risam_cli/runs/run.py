@@ -485,7 +485,7 @@ def to_go_on(error: RisamError) -> RisamError:
     if not isinstance(error, (OutputError, MachineError)) or "resume" in error.settings:
         return error
     message, *fixes = error.args
-    fix = f"{' or '.join(fixes)}, then continue with {setting('resume')}"
+    fix = ", then ".join(filter(None, [" or ".join(fixes), f"continue with {setting('resume')}"]))
     return type(error)(f"{message}; what was done is kept", fix)
 
 

@@ -441,4 +441,10 @@ def test_s3_refusals_are_one_line(
         entries(f"s3://{BUCKET}/images/a.png")
     with pytest.raises(MachineError, match="credentials"):
         open_rgb(RemotePath(f"s3://{BUCKET}/images/a.png"))
+    (tmp_path / "m.jsonl").write_text(f'{{"image": "s3://{BUCKET}/images/a.png"}}\n' * 3)
+    capfd.readouterr()
+    assert main(["predict", str(tmp_path / "m.jsonl"), *words[2:], str(tmp_path / "o"), "-q"]) == 1
+    (line,) = capfd.readouterr().err.splitlines()  # and not one for each image
+    assert "missing or refused" in line
+    assert "AWS_PROFILE), then continue with --resume" in line
     fsspec.get_filesystem_class("s3").clear_instance_cache()
