@@ -147,9 +147,8 @@ def _run(args: Sequence[str] | None) -> int:
         sys.stdout.flush()
     except click.ClickException as error:
         _debug_traceback()
-        if isinstance(error, click.NoSuchOption):
-            error = suggest_option(error)
-        error.show(file=sys.stderr)
+        told = suggest_option(error) if isinstance(error, click.NoSuchOption) else error
+        told.show(file=sys.stderr)
         return error.exit_code
     except RisamError as error:
         _debug_traceback()

@@ -437,7 +437,7 @@ def test_an_output_without_a_default_is_required() -> None:
         (["train", "x.yaml", "--epochs", "3"], "'--steps'"),
         (["predict", "x.png", "--weights", "w"], "Did you mean '--model'?"),
         (["predict", "x.png", "--force"], "Did you mean '--overwrite'?"),
-        (["predict", "x.png", "--treshold", "1"], "Did you mean '--threshold'?"),
+        (["predict", "x.png", "--treshold", "1"], "'--threshold'"),
     ],
 )
 def test_an_option_of_other_tools_is_answered_with_ours(

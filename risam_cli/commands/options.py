@@ -112,18 +112,17 @@ _ELSEWHERE: dict[str, tuple[str, ...]] = {
 """An option, and what other tools call the like of it."""
 
 
-def suggest_option(error: click.NoSuchOption) -> click.NoSuchOption:
+def suggest_option(error: click.NoSuchOption) -> click.UsageError:
     """The same error, with the options that the unknown one may stand for in other tools."""
     if error.ctx is None:
         return error
     own = {name for param in error.ctx.command.params for name in param.opts}
     meant = [name for name, others in _ELSEWHERE.items() if error.option_name in others]
-    found = [name for name in meant if name in own]
     message = error.message
     if "--to" in meant and "--to" not in own:
         message += " Other formats are written by `risam export-masks --to FORMAT`."
-    likely = found or error.possibilities
-    return click.NoSuchOption(error.option_name, message, likely, error.ctx)
+    found = " or ".join(repr(name) for name in meant if name in own)
+    return click.UsageError(f"{message} Did you mean {found}?", error.ctx) if found else error
 
 
 def verbosity_options(function: F) -> F:

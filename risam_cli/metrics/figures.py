@@ -178,6 +178,9 @@ def score_masks(
     )
 
 
+DEGENERATE = 0.01
+"""An N-acc or T-acc up to this is that of answers that are all alike."""
+
 PRECISIONS = (0.5, 0.6, 0.7, 0.8, 0.9)
 FIGURES = (
     "oiou",

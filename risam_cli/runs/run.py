@@ -192,6 +192,7 @@ class _Run:
         self.images = 0
         self.done = RunCounts()
         self.failed = 0
+        self.told = ""  # the last failure that was told of
         self.spent = dict.fromkeys(_PARTS, 0.0)
         self.writing = 0.0
         self.page: Path | None = None
@@ -292,7 +293,10 @@ class _Run:
         )
         for failure in tally.failures:
             self.failed += 1
-            _tell_failure(failure, self.failed, self.folder)
+            # An image that cannot be read fails once for each of its expressions.
+            if failure.message != self.told or self.failed > _SHOWN:
+                _tell_failure(failure, self.failed, self.folder)
+            self.told = failure.message
 
     def _too_many_failures(self) -> bool:
         allowed = self.plan.max_failures
@@ -314,7 +318,7 @@ class _Run:
 
     def tell(self) -> int:
         """The last word on stderr; gives the exit code."""
-        records, nothing = count_records(self.folder.predictions)
+        records, nothing, empty = count_records(self.folder.predictions)
         failed = count_lines(self.folder.failures)
         seconds = time.perf_counter() - self.started
         console = get_console()
@@ -322,8 +326,8 @@ class _Run:
             console.info(f"skipped: {number} {reason}")
         rate = f", {self.images / seconds:.3g} images/s" if self.images and seconds else ""
         console.info(
-            f"{records} records in {self.folder.path}: {records - nothing} with a mask, {nothing} "
-            f"where nothing fits{rate}"
+            f"{records} records in {self.folder.path}: {records - nothing - empty} with a mask, "
+            f"{nothing} where nothing fits{f', {empty} with an empty mask' if empty else ''}{rate}"
         )
         self.unknown.tell()
         parts = ", ".join(f"{name} {spent:.2f} s" for name, spent in self._seconds().items())
@@ -332,7 +336,10 @@ class _Run:
             console.info(f"gallery: {self.page}")
         if not failed:
             return EXIT_OK
-        console.warn(f"{failed} items failed: see {self.folder.failures}")
+        console.warn(
+            f"{failed} items failed: see {self.folder.failures}; once that is fixed, "
+            + told(f"{setting('retry_failed', True)} does them again")
+        )
         return EXIT_SOME_FAILED
 
     def report(self, status: str) -> dict[str, Any]:
@@ -515,14 +522,19 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-def count_records(path: Path) -> tuple[int, int]:
-    """Records of a file, and how many say that nothing fits; none where there is no file."""
-    records = nothing = 0
+def count_records(path: Path) -> tuple[int, int, int]:
+    """Records of a file, how many say that nothing fits, and how many others have an empty mask.
+
+    None where there is no file.
+    """
+    records = nothing = empty = 0
     with suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
             records += line.endswith(b"\n")
-            nothing += b'"no_target": true' in line
-    return records, nothing
+            says_so = b'"no_target": true' in line
+            nothing += says_so
+            empty += not says_so and b'"area": 0,' in line
+    return records, nothing, empty
 
 
 def count_lines(path: Path) -> int:

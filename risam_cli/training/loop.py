@@ -21,6 +21,7 @@ from risam_cli.files.folder import OutputFolder
 from risam_cli.files.jsonlines import load_json
 from risam_cli.files.write import write_file, writing
 from risam_cli.interrupts import StopRequest
+from risam_cli.metrics.figures import DEGENERATE
 from risam_cli.settings.load import dump
 from risam_cli.settings.train import TrainSettings
 from risam_cli.training.checkpoint import (
@@ -164,16 +165,17 @@ def _page_at_the_end(
 
 
 def _warn_of_one_answer(settings: TrainSettings, best: Path) -> None:
-    """Says so where the best model answers all expressions of a set alike."""
+    """Says so where the best model answers nearly all expressions of a set alike."""
     try:
         figures = dict(load_json((best / CARD_FILE).read_bytes())["figures"])
     except (OSError, ValueError, KeyError, TypeError):
         return  # changed by someone else since it was written
     for figure, told in [
-        ("t_acc", "'nothing' to every expression that has a target (T-acc 0)"),
-        ("n_acc", "no expression that has none with 'nothing' (N-acc 0)"),
+        ("t_acc", "'nothing' to nearly every expression that has a target (T-acc 0)"),
+        ("n_acc", "hardly any expression that has none with 'nothing' (N-acc 0)"),
     ]:
-        sets = [name for name in settings.val if figures.get(f"{name}.{figure}") == 0.0]
+        values = {name: figures.get(f"{name}.{figure}") for name in settings.val}
+        sets = [name for name, v in values.items() if v is not None and v <= DEGENERATE]
         if sets:
             get_console().warn(
                 f"the best model by {settings.best_by} answers {told} in {', '.join(sets)}; train "

@@ -20,11 +20,10 @@ from risam_cli.drawing.html import page_environment
 from risam_cli.errors import ImageError, setting, told
 from risam_cli.evaluation.report.schema import ChangePart, Figure, Report, SlicePart
 from risam_cli.evaluation.scoring import Case
+from risam_cli.metrics.figures import DEGENERATE
 from risam_cli.metrics.intervals import LEAST_IMAGES
 
 _PLOTTED_CATEGORIES = 20
-_DEGENERATE = 0.01
-"""An N-acc or T-acc up to this is that of answers that are all alike."""
 
 
 def to_json(report: Report) -> str:
@@ -135,12 +134,12 @@ def remarks(report: Report) -> list[str]:
     """What makes figures say less than they seem to: answers all alike, or few images."""
     lines = []
     n_acc, t_acc = (report.figures[name].value for name in ("n_acc", "t_acc"))
-    if t_acc is not None and t_acc <= _DEGENERATE:
+    if t_acc is not None and t_acc <= DEGENERATE:
         lines.append(
             f"Nearly every expression with a target was answered “no target” (T-acc "
             f"{percent(t_acc)}): gIoU and N-acc are no merit here."
         )
-    if n_acc is not None and n_acc <= _DEGENERATE:
+    if n_acc is not None and n_acc <= DEGENERATE:
         lines.append(
             f"Hardly any expression without a target was answered “no target” (N-acc "
             f"{percent(n_acc)}): these answers never say that nothing fits."
