@@ -102,7 +102,7 @@ def load_model(
         image_size=settings.image_encoder.image_size,
         threshold=settings.threshold,
         no_target_threshold=settings.no_target_threshold,
-        name=folder.name,
+        name=_name(folder),
         hash=stored.hash,
         text_config=stored.text_config,
         needs=needs,
@@ -162,3 +162,10 @@ def verify_model_folder(folder: Path) -> list[str]:
         problems.append(str(error))
     # A bit of a value that is still a number is told by its checksum alone.
     return problems or model_folders.damaged_files(folder)
+
+
+def _name(folder: Path) -> str:
+    """A model's name: its folder's, with the run's before it where that says nothing."""
+    whole = folder.resolve()
+    said = whole.name in ("best", "averaged") and whole.parent.name
+    return f"{whole.parent.name}/{whole.name}" if said else folder.name
