@@ -175,7 +175,7 @@ def _warn_of_one_answer(settings: TrainSettings, best: Path) -> None:
         ("n_acc", "hardly any expression that has none with 'nothing' (N-acc 0)"),
     ]:
         values = {name: figures.get(f"{name}.{figure}") for name in settings.val}
-        sets = [name for name, v in values.items() if v is not None and v <= DEGENERATE]
+        sets = [name for name, v in values.items() if isinstance(v, float) and v <= DEGENERATE]
         if sets:
             get_console().warn(
                 f"the best model by {settings.best_by} answers {told} in {', '.join(sets)}; train "
