@@ -243,8 +243,8 @@ def kind_of(url: str) -> str:
     return str(patiently(lambda: fs.info(path)["type"], url))
 
 
-def read_object(path: RemotePath) -> tuple[bytes, ObjectInfo]:
-    """All bytes of an object, and what the store says of it.
+def read_object(path: RemotePath, most: int | None = None) -> tuple[bytes, ObjectInfo]:
+    """All bytes of an object, or the first ``most``, and what the store says of it.
 
     Raises:
         StoreError: it is not there, may not be read, is too large, or did not come whole.
@@ -253,11 +253,13 @@ def read_object(path: RemotePath) -> tuple[bytes, ObjectInfo]:
     def once() -> tuple[bytes, ObjectInfo]:
         fs, inner = file_system(path.url)
         info = _info(path.url)
-        if info.size is not None and info.size > _LARGEST:
-            raise StoreError(f"{path}: {info.size} bytes are too many for one object")
-        data: bytes = fs.cat_file(inner)
-        if info.size is not None and len(data) != info.size:
-            raise ConnectionError(f"{len(data)} of {info.size} bytes came")
+        wanted = info.size if most is None or info.size is None else min(info.size, most)
+        if wanted is not None and wanted > _LARGEST:
+            raise StoreError(f"{path}: {wanted} bytes are too many for one object")
+        part = {} if wanted == info.size else {"start": 0, "end": wanted}
+        data: bytes = fs.cat_file(inner, **part)
+        if wanted is not None and len(data) != wanted:
+            raise ConnectionError(f"{len(data)} of {wanted} bytes came")
         return data, info
 
     return patiently(once, path.url)

@@ -20,7 +20,7 @@ from support.stores import BUCKET, KEYS, FaultyS3, s3_server
 
 from risam_cli.cli import main
 from risam_cli.data.images.files import file_sha256, file_stamp
-from risam_cli.data.images.images import open_rgb
+from risam_cli.data.images.images import image_size, open_rgb
 from risam_cli.data.inputs.inputs import Entry, Inputs
 from risam_cli.errors import DataError, ImageError, MachineError, UsageError
 from risam_cli.files import store
@@ -146,6 +146,30 @@ def test_lists_in_a_store_name_images_beside_them_or_anywhere(
     memory.pipe("/set/out.jsonl", b'{"image": "memory://other/a.png"}\n{"image": "/etc/a.png"}\n')
     for one in entries(f"{MEMORY}/out.jsonl", confine=True):
         assert "to which files are confined" in one.failures[0].message
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "bmp", "gif"])
+def test_a_size_is_read_from_the_head_where_that_suffices(
+    kind: str, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    data = io.BytesIO()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(pixels).save(data, {"jpg": "JPEG", "tif": "TIFF"}.get(kind, kind), exif=turned)
+    assert len(data.getvalue()) > 1 << 16
+    memory.pipe(f"/set/big.{kind}", data.getvalue())
+    read, cat = [], type(memory).cat_file
+
+    def counted(self: Any, *args: Any, **options: Any) -> bytes:
+        read.append(cat(self, *args, **options))
+        return bytes(read[-1])
+
+    monkeypatch.setattr(type(memory), "cat_file", counted)
+    path = RemotePath(f"{MEMORY}/big.{kind}")
+    assert image_size(path) == open_rgb(path).shape[:2]
+    if kind in ("jpg", "bmp", "gif"):  # others are looked at as a whole
+        assert [len(one) for one in read] == [1 << 16, len(data.getvalue())]
 
 
 def test_a_changed_object_has_another_stamp(memory: Any, tiny_images: Path) -> None:

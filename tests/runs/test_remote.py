@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,33 @@ def test_processes_of_torchrun_upload_once(
         monkeypatch.setenv("RANK", rank)
         assert predict("-o", URL) == 0
     assert there(memory) == here(tmp_path / "disk")
+
+
+def test_a_tar_gives_what_its_images_give(
+    predict: Predict, tiny_images: Path, tmp_path: Path
+) -> None:
+    tar = tmp_path / "set.tar"
+    with tarfile.open(tar, "w") as packed:
+        for path in sorted(tiny_images.rglob("*.*")):
+            packed.add(path, path.relative_to(tiny_images).as_posix())
+    named = [tar, tiny_images]
+    for images, folder in zip(named, ("tar", "disk"), strict=True):
+        cut = ["--limit", "2", "-o", tmp_path / folder]
+        assert predict(*cut, images=images) == 0
+        assert predict("-o", tmp_path / folder, "--resume", images=images) == 0
+    rows = [
+        {json.loads(line)["image"].removeprefix(f"{images}/"): [] for line in records.open()}
+        for images, records in zip(
+            named, (tmp_path / f / "predictions.jsonl" for f in ("tar", "disk")), strict=True
+        )
+    ]
+    for found, images, folder in zip(rows, named, ("tar", "disk"), strict=True):
+        for line in (tmp_path / folder / "predictions.jsonl").open():
+            row = json.loads(line)
+            said = [row[key] for key in ("expression", "segmentation", "score", "no_target")]
+            found[row["image"].removeprefix(f"{images}/")].append(said)
+    assert len(rows[0]) == 6
+    assert rows[0] == rows[1]
 
 
 def test_other_commands_say_that_they_write_to_disks(capfd: pytest.CaptureFixture[str]) -> None:

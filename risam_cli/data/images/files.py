@@ -31,6 +31,8 @@ from risam_cli.files.store import (
     read_object,
 )
 
+_HEAD = 1 << 16  # bytes
+
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
@@ -117,11 +119,20 @@ def _stamp_of_member(path: TarPath, tar: FileStamp) -> FileStamp:
     return FileStamp(path.size, tar.mtime_ns, path.start, tar.size)
 
 
-def _fetch(path: RemotePath | TarPath) -> _Fetched:
+def fetch_head(path: RemotePath) -> BinaryIO:
+    """What an object begins with: enough for most images to tell their size.
+
+    Raises:
+        ImageError: it is not there, or may not be read.
+    """
+    return _fetch(path, _HEAD)
+
+
+def _fetch(path: RemotePath | TarPath, most: int | None = None) -> _Fetched:
     """The image's bytes, from a store or a tar. Raises ImageError."""
     try:
         if isinstance(path, RemotePath):
-            data, info = read_object(path)
+            data, info = read_object(path, most)
             stamp = _stamp_of_object(info)
         else:
             data = read_member(path)

@@ -43,6 +43,7 @@ from risam_cli.data.images.bounds import (
 from risam_cli.data.images.depth import scale_to_8_bit
 from risam_cli.data.images.files import (
     FileStamp,
+    fetch_head,
     open_regular,
     stamp_of_file,
 )
@@ -58,6 +59,7 @@ from risam_cli.data.images.tiff import (
 from risam_cli.data.images.transforms import fit_size, resize_for_encoder
 from risam_cli.errors import ImageError, require_machine, setting
 from risam_cli.files.hashing import sha256_of_stream
+from risam_cli.files.store import RemotePath
 
 Rgb = NDArray[np.uint8]
 
@@ -169,12 +171,20 @@ def image_size(
         ImageError: as :func:`open_rgb`, but damage behind the header is not seen (save in a PNG,
             whose EXIF may stand behind its pixels).
     """
+    if isinstance(path, RemotePath):
+        head = fetch_head(path)
+        with suppress(ImageError), head, decoding(path):  # of one that is cut in its header
+            return _size_of(head, path, max_pixels, bands)
     with open_regular(path) as file, decoding(path):
-        tiff = _special_tiff(file, path, max_pixels, bands)
-        if tiff is None:
-            return _upright_size(_open_plain(file, path, max_pixels))
-        require_readable(tiff, str(path), bands if tiff.samples >= 4 else None)
-        return tiff.size
+        return _size_of(file, path, max_pixels, bands)
+
+
+def _size_of(file: BinaryIO, path: Path, max_pixels: int, bands: Bands | None) -> tuple[int, int]:
+    tiff = _special_tiff(file, path, max_pixels, bands)
+    if tiff is None:
+        return _upright_size(_open_plain(file, path, max_pixels))
+    require_readable(tiff, str(path), bands if tiff.samples >= 4 else None)
+    return tiff.size
 
 
 def open_for_encoder(
