@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,7 +100,10 @@ def _decoded(image: Any, name: str) -> Any:
     if isinstance(image, (bytes, bytearray, memoryview)):
         return Image.fromarray(bytes_to_rgb(bytes(image), name, MAX_PIXELS))
     if hasattr(image, "read") and not isinstance(image, Image.Image):
-        return Image.fromarray(bytes_to_rgb(image.read(), name, MAX_PIXELS))
+        data = image.read()
+        if data == b"" and image.seekable() and image.tell():
+            raise ImageError(f"{name}: the file is open at its end", "go back by seek(0)")
+        return Image.fromarray(bytes_to_rgb(data, name, MAX_PIXELS))
     return image
 
 
@@ -115,6 +118,8 @@ def texts_of(expressions: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         UsageError: none at all, an empty one, or one that is no text.
     """
+    if isinstance(expressions, (bytes, bytearray)):
+        raise UsageError("an expression is bytes", "give text")
     texts = (expressions,) if isinstance(expressions, str) else tuple(expressions)
     if not texts:
         raise UsageError("no expression is given")
@@ -135,6 +140,8 @@ def texts_of(expressions: str | Sequence[str]) -> tuple[str, ...]:
 
 def is_one(images: object) -> bool:
     """Whether it is one image rather than several."""
+    if isinstance(images, Mapping):
+        raise UsageError(f"the images are a {type(images).__name__}", "give its values, in a list")
     if isinstance(images, np.ndarray):
         return images.ndim != 4
     kinds = (str, os.PathLike, Image.Image, bytes, bytearray, memoryview)

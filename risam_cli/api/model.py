@@ -314,8 +314,12 @@ class Model:
         self, threshold: float | None = None, no_target_threshold: float | None = None
     ) -> PredictSettings:
         for name, value in (("threshold", threshold), ("no_target_threshold", no_target_threshold)):
-            if value is not None and not (math.isfinite(value) and 0 <= value <= 1):
-                raise UsageError(f"{name} {value} is not in 0..1")
+            try:
+                fits = value is None or (math.isfinite(value) and 0 <= value <= 1)
+            except TypeError:
+                fits = False
+            if not fits:
+                raise UsageError(f"{name} {value!r} is not a number in 0..1")
         return replace(self._settings, threshold=threshold, no_target_threshold=no_target_threshold)
 
     def _session(self, settings: PredictSettings) -> Session:

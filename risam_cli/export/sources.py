@@ -160,6 +160,7 @@ class Source:
                 if isinstance(record, DataError):
                     raise record
                 image = _image(record, self._results.place(number))
+                self._results.note_ids(record, number)
             except DataError as error:
                 self._fail(number, "", None, error)
                 reason = reason or f": {error}"

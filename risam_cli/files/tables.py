@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief, read_lines
@@ -41,6 +41,10 @@ class TableRow:
         return f"{name}, {lines if self.last > self.first else f'line {self.last}'}"
 
 
+Lines = Iterator[tuple[int, bytes | None]]
+"""What :func:`risam_cli.files.jsonlines.read_lines` gives."""
+
+
 class Table:
     """The rows of a table; iterate once.
 
@@ -57,7 +61,7 @@ class Table:
 
     def __init__(
         self,
-        stream: BinaryIO,
+        stream: BinaryIO | Lines,
         name: str,
         known: Collection[str],
         needed: Collection[str] = (),
@@ -118,8 +122,11 @@ class Table:
 class _TextLines:
     """Lines as the csv module wants them; bytes that are not UTF-8 stay as they are in a path."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._lines = read_lines(stream, MAX_LINE)
+    def __init__(self, stream: BinaryIO | Lines) -> None:
+        is_stream = hasattr(stream, "read")
+        self._lines = (
+            read_lines(cast(BinaryIO, stream), MAX_LINE) if is_stream else cast(Lines, stream)
+        )
         self.number = 0
 
     def __iter__(self) -> _TextLines:

@@ -324,6 +324,8 @@ class _Run:
         console = get_console()
         for reason, number in sorted(self.plan.inputs.skipped.items()):
             console.info(f"skipped: {number} {reason}")
+        if self.entries == 0:
+            console.warn("the inputs name no image")
         rate = f", {self.images / seconds:.3g} images/s" if self.images and seconds else ""
         console.info(
             f"{records} records in {self.folder.path}: {records - nothing - empty} with a mask, "

@@ -296,8 +296,11 @@ def test_wrong_usage_is_a_usage_error(model: risam_cli.Model) -> None:
         (image, [], {}, "no expression is given"),
         (image, [1], {}, "an expression is a int"),
         (image, "\ud800", {}, "not Unicode"),
-        (image, "star", {"threshold": 1.5}, "threshold 1.5 is not in 0..1"),
-        (image, "star", {"no_target_threshold": float("nan")}, "is not in 0..1"),
+        (image, "star", {"threshold": 1.5}, "threshold 1.5 is not a number in 0..1"),
+        (image, "star", {"no_target_threshold": float("nan")}, "is not a number in 0..1"),
+        (image, "star", {"threshold": "0.5"}, "threshold '0.5' is not a number in 0..1"),
+        (image, b"star", {}, "an expression is bytes"),
+        ({"a": image}, "star", {}, "the images are a dict"),
         ([image, 7], "star", {}, "image 1 is a int"),
     ]
     for given, expressions, options, says in wrong:
@@ -411,13 +414,40 @@ def test_a_files_bytes_are_what_the_file_is(
 
 
 @pytest.mark.parametrize(
-    "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16"]
+    "mode",
+    [
+        "1",
+        "L",
+        "LA",
+        "P",
+        "PA",
+        "RGB",
+        "RGBA",
+        "RGBX",
+        "RGBa",
+        "La",
+        "CMYK",
+        "YCbCr",
+        "LAB",
+        "HSV",
+        "I",
+        "F",
+        "I;16",
+        "I;16B",
+    ],
 )
 def test_every_mode_of_pillows_is_an_image(model: risam_cli.Model, mode: str) -> None:
     picture = Image.new("RGB", (30, 20), (200, 40, 60))
-    made = Image.new("I;16", (30, 20)) if mode == "I;16" else picture.convert(mode)
+    known = {"I;16", "I;16B", "LAB", "PA", "RGBa", "La"}  # nothing is converted to these at once
+    made = Image.new(mode, (30, 20)) if mode in known else picture.convert(mode)
     (result,) = model.predict(made, TEXTS[:1])
     assert result.mask.shape == (20, 30)
+
+
+def at_end(data: bytes) -> io.BytesIO:
+    file = io.BytesIO(data)
+    file.seek(len(data))
+    return file
 
 
 @pytest.mark.parametrize(
@@ -425,7 +455,8 @@ def test_every_mode_of_pillows_is_an_image(model: risam_cli.Model, mode: str) ->
     [
         (None, UsageError, "image 0 is None"),
         (5, UsageError, "image 0 is a int"),
-        (b"", ImageError, "no bytes of an image"),
+        (b"", ImageError, "the file is empty"),
+        (at_end(b"bytes"), ImageError, "open at its end; go back by seek"),
         (io.StringIO("text"), ImageError, "open the file in binary mode"),
     ],
 )

@@ -187,6 +187,55 @@ def test_base_names_that_stand_twice_are_not_scored_twice(tmp_path: Path, evalua
     assert ious(run) == {"5": 1.0, "6": 0.0}
 
 
+def test_a_name_without_a_suffix_that_two_images_share_is_refused(
+    tmp_path: Path, evaluate: Any
+) -> None:
+    spoken = [(1, "x.jpg", "it", "red"), (2, "x.png", "it", "blue")]
+    args = write_set(tmp_path / "set", spoken)
+    rows = [row("red", image="x", expression="it"), row("blue", image="x", expression="it")]
+    run = evaluate(args, rows)
+    assert run.code == 3
+    assert "'x' may be x.jpg or x.png; name images by their whole paths" in run.err
+    exact = [
+        row("red", image="x.jpg", expression="it"),
+        row("blue", image="x.png", expression="it"),
+    ]
+    assert evaluate(args, exact).code == 0
+
+
+@pytest.mark.parametrize("named", ["000000000007.jpg", "000000000007", 7])
+def test_cocos_images_are_known_by_their_numbers(tmp_path: Path, evaluate: Any, named: Any) -> None:
+    """Of 2014 and of 2017, and by the id where the record's image is a number."""
+    own = "COCO_train2014_000000000007.jpg"
+    images = [{"id": 7, "file_name": own, "height": 40, "width": 60}]
+    said = [(1, own, "it", "red")]
+    args = write_set(tmp_path / "set", said, images=images)
+    content = json.loads((tmp_path / "set" / "instances.json").read_text())
+    for one in (*content["annotations"], *content["expressions"]):
+        one["image_id"] = 7
+    (tmp_path / "set" / "instances.json").write_text(json.dumps(content))
+    run = evaluate(args, [row("red", image=named, expression="it")])
+    assert run.code == 0
+    assert run.report.figures["miou"].value == 1.0
+
+
+def test_of_several_instances_the_union_is_scored(tmp_path: Path, evaluate: Any) -> None:
+    """As `risam predict --instances` writes them."""
+    args = write_set(tmp_path / "set", [(1, "a.png", "both", "red")])
+    content = json.loads((tmp_path / "set" / "instances.json").read_text())
+    second = {**content["annotations"][0], "id": 200, "segmentation": [box(*BOXES["blue"])]}
+    content["annotations"].append(second)
+    content["expressions"][0]["ann_ids"] = [100, 200]
+    (tmp_path / "set" / "instances.json").write_text(json.dumps(content))
+    rows = [
+        row(mask, id=1, image="a.png", expression="both", instance=number)
+        for number, mask in enumerate(("red", "blue"))
+    ]
+    run = evaluate(args, rows)
+    assert run.code == 0
+    assert run.report.figures["miou"].value == 1.0
+
+
 def test_one_sentence_twice_in_an_image_is_answered_in_turn(tmp_path: Path, evaluate: Any) -> None:
     spoken = [(5, "a.png", "the cup", "red"), (6, "a.png", "the cup", "blue")]
     args = write_set(tmp_path / "set", spoken)

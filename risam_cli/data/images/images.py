@@ -516,6 +516,8 @@ def _flatten(image: Image.Image) -> Image.Image:
     if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or (
         image.mode in {"P", "L", "RGB", "1"} and "transparency" in image.info
     ):
+        if image.mode == "La":  # which Pillow turns into LA only
+            image = image.convert("LA")
         layered = image if image.mode == "RGBA" else image.convert("RGBA")
         below = Image.new("RGB", layered.size, (255, 255, 255))
         below.paste(layered, mask=layered.getchannel("A"))

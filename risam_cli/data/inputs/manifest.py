@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from risam_cli.errors import DataError, reason_of
+from risam_cli.errors import DataError, reason_of, setting
 from risam_cli.files.jsonlines import brief, parse_json, read_lines
 from risam_cli.files.store import open_place
-from risam_cli.files.tables import Table
+from risam_cli.files.tables import Lines, Table
 
 MAX_LINE = 16 << 20
 """Bytes of one line over which it is refused."""
@@ -32,6 +34,9 @@ def kind_of(path: str) -> str | None:
     return SUFFIXES.get(os.path.splitext(stem)[1] if suffix == ".gz" else suffix)
 
 
+_IMAGES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"BM", b"\0\0\0")
+"""What files of images begin with."""
+_CELL = re.compile(rb'[,;\t|"\s\xef\xbb\xbf]+')
 _COLUMNS = ("id", "image", "expression")
 
 
@@ -68,14 +73,31 @@ def read_stream(stream: BinaryIO, name: str, *, paths: bool, null: bool) -> Iter
         paths: a line that does not begin with ``{`` is the path of an image.
         null: all are paths, and each ends in NUL.
     """
-    ends = b"\0" if null else b"\n"
-    for number, line in read_lines(stream, MAX_LINE, ends):
+    lines = read_lines(stream, MAX_LINE, b"\0" if null else b"\n")
+    first = next(lines, None)
+    if first is None:
+        return
+    begin = first[1] or b""
+    if begin.startswith(_IMAGES):
+        raise DataError(
+            f"{name} holds an image, not a list of images", "write it to a file, and name that"
+        )
+    lines = chain([first], lines)
+    is_json = begin.lstrip(b"\xef\xbb\xbf \t")[:1] in (b"{", b"[")
+    if not (null or is_json) and {b"image", b"expression"} <= {*_CELL.split(begin.lower())}:
+        yield from _read_rows(_table(lines, name), name)
+        return
+    for number, line in lines:
         where, short = f"{name}, line {number}", f"{os.path.basename(name)}:{number}"
         if line is not None and not line.strip():
             continue
         try:
             if line is None:
                 raise DataError(f"{where}: longer than {MAX_LINE >> 20} MiB", "split it")
+            if paths and not null and b"\0" in line:
+                raise DataError(
+                    f"{where}: paths that end in NUL", f"give {setting('null_separated')}"
+                )
             if null or (paths and line.lstrip(b"\xef\xbb\xbf \t")[:1] not in b"{["):
                 yield Row(where, short, os.fsdecode(line))
             else:
@@ -101,7 +123,11 @@ def read_table(stream: BinaryIO, name: str) -> Iterator[Row]:
     Raises:
         DataError: there is no header, or it lacks ``image``.
     """
-    for row in _table(stream, name):
+    yield from _read_rows(_table(stream, name), name)
+
+
+def _read_rows(table: Table, name: str) -> Iterator[Row]:
+    for row in table:
         where, short = row.where(name), f"{os.path.basename(name)}:{row.first}"
         try:
             if row.error is not None:
@@ -120,7 +146,7 @@ def check_table(stream: BinaryIO, name: str) -> bool:
     return "expression" in _table(stream, name).columns
 
 
-def _table(stream: BinaryIO, name: str) -> Table:
+def _table(stream: BinaryIO | Lines, name: str) -> Table:
     return Table(stream, name, _COLUMNS, ["image"], "image,expression")
 
 
@@ -134,7 +160,10 @@ def row_of_object(obj: Any, where: str, short: str) -> Row:
         DataError: it is no object, or its id is none.
     """
     if not isinstance(obj, Mapping):
-        raise DataError(f"{where}: {brief(obj)} is not an object", 'write {"image": …}')
+        fix = 'write {"image": …}, one object a line'
+        if isinstance(obj, list):
+            fix += "; jq -c '.[]' parts an array"
+        raise DataError(f"{where}: {brief(obj)} is not an object", fix)
     own = _id(obj.get("id"), where)
     image = obj.get("image")
     try:

@@ -39,6 +39,7 @@ from risam_cli.types import Expression, Failure, Rle, Sample
 FILE_NAME = PREDICTIONS
 _COMPARED = 1000  # expressions that are looked at before a file is taken for another data set's
 # REFER's refs name their image with the number of an annotation behind it.
+_COCO_NAME = re.compile(r"COCO_(?:train|val|test)20\d\d_(\d{12})")
 _REFER_NAME = re.compile(r"(.+_\d{12})_\d+")
 
 
@@ -355,12 +356,16 @@ class PredictionIndex:
         if named in others:
             return False
         alike = [key for key in others if is_tail(named, key)]
-        if alike and is_tail(named, own):
+        if not is_tail(named, own):
+            if alike:
+                return False
+            alike = [key for key in others if is_tail(_bare(named), _bare(key))]
+        if alike:
             raise DataError(
                 f"{self.path}: {found.record['image']!r} may be {sample.image} or {alike[0]}",
                 "name images by their whole paths, or give ids",
             )
-        return is_tail(named, own) or not alike
+        return True
 
     def _require_agreement(self, source: SampleSource) -> None:
         """Stop where the records' ids are those of another data set.
@@ -488,10 +493,15 @@ def _bare(key: str) -> str:
 
 
 def _core(key: str) -> str:
-    """What all usual spellings of an image's name share: no folder, no suffix, no REFER number."""
+    """What all usual spellings of an image's name share: no folder, no suffix, no REFER number.
+
+    COCO's images of 2014 are named by their numbers alone since 2017.
+    """
     stem = stem_of(key)
     refer = _REFER_NAME.fullmatch(stem)
-    return refer[1] if refer else stem
+    stem = refer[1] if refer else stem
+    coco = _COCO_NAME.fullmatch(stem)
+    return coco[1] if coco else stem
 
 
 def _by_stem(source: SampleSource | None) -> dict[str, list[str]]:

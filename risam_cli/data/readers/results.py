@@ -125,9 +125,7 @@ class Results:
             try:
                 if line is None:
                     raise DataError(f"{self.place(number)}: longer than {MAX_LINE >> 20} MiB")
-                record = self._record(line, number)
-                self._see_ids(record, number)
-                yield number, offset, record
+                yield number, offset, self._record(line, number)
             except DataError as error:
                 yield number, offset, error
 
@@ -204,21 +202,19 @@ class Results:
         """What the user must know of all that was read, one line a kind, with numbers."""
         return [f"{n} {what} (the first: {self._first[what]})" for what, n in self._notes.items()]
 
-    def _see_ids(self, record: Record, number: int) -> None:
-        """Note where a name had to be made of a COCO id."""
+    def note_ids(self, record: Record, number: int) -> None:
+        """Note where a name has to be made of a COCO id."""
         first = self.place(number)
-        if self.names is None and record.get("image_id") is not None:
-            if record["image"] == id_text(record["image_id"]):
-                self._note(
-                    "results name their image by an id only, which is taken for its name", first
-                )
-        elif self.names is not None:
-            category = id_text(record.get("category_id"))
-            if category is not None and category not in self.names.categories:
-                self._note(
-                    "results have a category_id that the COCO file does not list",
-                    f"{brief(record['category_id'])}, {first}",
-                )
+        category = id_text(record.get("category_id"))
+        if self.names is None:
+            if "image_id" in record and record["image"] == id_text(record["image_id"]):
+                what = "results name their image by an id only, which is taken for its name"
+                self._note(what, first)
+        elif category is not None and category not in self.names.categories:
+            self._note(
+                "results have a category_id that the COCO file does not list",
+                f"{brief(record['category_id'])}, {first}",
+            )
 
     def _leave_out(self, key: str, value: object, wanted: str, number: int) -> None:
         self._note(
@@ -242,6 +238,8 @@ class Results:
             raise DataError(f"{where}: a record is an object, not {brief(found)}")
         if isinstance(found.get(ERROR), str):
             raise DataError(found[ERROR])
+        if type(found.get("image")) is int and "image_id" not in found:
+            found["image_id"] = found.pop("image")
         if self.names is not None or "image_id" in found:
             (self.names or _NONE).complete(found, where)
         if "predicted_iou" in found and not any(key in found for key in IMAGE_KEYS):

@@ -113,6 +113,39 @@ def test_a_path_without_expressions_says_what_would_take_it(monkeypatch: Any) ->
     assert "paths are taken where expressions are given" in message
 
 
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_a_table_comes_on_stdin_too(monkeypatch: Any, mark: str, start: str) -> None:
+    stdin(monkeypatch, f"{start}Image{mark} Expression\na.png{mark}x\nb.png{mark}\n".encode())
+    found = list(Inputs(["-"], ["of all"]))
+    assert [entry.image for entry in found] == ["a.png", "b.png"]
+    assert [e.text for entry in found for e in entry.sample.expressions] == ["x", "of all"]
+
+
+def test_an_image_on_stdin_is_no_list(monkeypatch: Any) -> None:
+    for data in (
+        b"\x89PNG\r\n\x1a\n\0\0",
+        b"\xff\xd8\xff\xe0\0\x10JFIF",
+        b"II*\0\x08\0",
+        b"RIFF\0\0",
+    ):
+        stdin(monkeypatch, data)
+        with pytest.raises(DataError, match="holds an image, not a list of images"):
+            list(Inputs(["-"], ["x"]))
+
+
+def test_paths_that_end_in_nul_without_the_option_say_so(monkeypatch: Any) -> None:
+    stdin(monkeypatch, b"a.png\0b.png\0")
+    (message,) = wrong(list(Inputs(["-"], ["x"])))
+    assert "paths that end in NUL; give null_separated" in message
+
+
+def test_an_array_on_stdin_says_how_to_part_it(monkeypatch: Any) -> None:
+    stdin(monkeypatch, b'[{"image": "a.png", "expression": "x"}]\n')
+    (message,) = wrong(list(Inputs(["-"])))
+    assert "one object a line; jq -c '.[]' parts an array" in message
+
+
 @pytest.mark.parametrize("text", ['{"image": "a.png", "expression": "x"}\n', "a.png\n"])
 def test_a_named_pipe_is_read_as_a_stream(text: str, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
