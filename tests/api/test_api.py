@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -471,3 +472,14 @@ def test_what_cannot_be_an_image_is_a_typed_error(
 def test_a_text_that_is_too_long_is_refused_as_by_the_command(model: risam_cli.Model) -> None:
     with pytest.raises(UsageError, match="10001 characters, more than 10000"):
         model.predict(Image.new("RGB", (30, 20)), "x" * 10_001)
+
+
+def test_an_image_in_a_store_is_named_by_its_url(model: risam_cli.Model, tiny_images: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/api/a.png", (tiny_images / "a.png").read_bytes())
+    found = model.predict("memory://api/a.png", "the star")
+    assert found.image == "memory://api/a.png"
+    assert _same(found, model.predict(tiny_images / "a.png", "the star"))
+    memory.rm("/api", recursive=True)
+    with pytest.raises(ImageError, match=r"memory://api/a\.png: there is no such"):
+        model.predict("memory://api/a.png", "the star")
