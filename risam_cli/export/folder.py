@@ -9,13 +9,14 @@ from json import dumps
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from risam_cli.errors import OutputError, setting
+from risam_cli.errors import DataError, OutputError, reason_of, require_machine, setting
 from risam_cli.files.confine import require_own
 from risam_cli.files.folder import OTHER, OutputFolder, read_summary
 from risam_cli.files.locks import PRIVATE
 from risam_cli.files.write import create, sync_tree, writing
 
 SUMMARY = "export.json"
+_CHUNK = 1 << 20
 EXPLANATION = "explanation"
 """The kind of what ``risam explain`` writes."""
 
@@ -82,13 +83,20 @@ class ExportFolder(OutputFolder):
         """Write one JSON file, indented."""
         self.write(name, dumps(value, indent=1, ensure_ascii=False) + "\n", sync=sync)
 
-    def copy(self, source: Path, name: str) -> None:
-        """Copy a file in, whole or not at all.
+    def copy(self, source: BinaryIO, path: Path, name: str) -> None:
+        """Copy the file at ``path``, which is open, in, whole or not at all.
 
         Raises:
-            OutputError: it cannot be read or written.
+            DataError: it cannot be read to its end.
+            OutputError: it cannot be written.
         """
-        self.write(name, lambda part: shutil.copyfile(source, part))
+
+        def fill(part: Path) -> None:
+            with open(part, "wb") as out:
+                while chunk := _read(source, path):
+                    out.write(chunk)
+
+        self.write(name, fill)
 
     @contextmanager
     def spool(self, name: str) -> Iterator[Spool]:
@@ -156,6 +164,14 @@ class Spool:
         """Close the file. What could not be flushed is lost on purpose: it is never published."""
         with suppress(OSError):
             self._file.close()
+
+
+def _read(source: BinaryIO, path: Path) -> bytes:
+    try:
+        return source.read(_CHUNK)
+    except OSError as error:
+        require_machine(error)
+        raise DataError(f"{path}: {reason_of(error)}", "copy it yourself") from error
 
 
 def _require_free(path: Path, *, overwrite: bool) -> None:

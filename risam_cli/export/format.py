@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from risam_cli.data.images.bounds import metered
 from risam_cli.data.images.files import open_regular
 from risam_cli.drawing.png import check_header
-from risam_cli.errors import DataError, setting
+from risam_cli.errors import DataError, require_machine, setting
 from risam_cli.export.categories import Categories
 from risam_cli.export.folder import ExportFolder
 from risam_cli.masks import rle as masks
@@ -289,7 +290,7 @@ def copy_image(context: Context, image: LabeledImage, folder: str) -> None:
     """
     if not context.copy_images:
         return
-    if not image.path.is_file():
+    if not os.path.isfile(image.path):  # also False for a name that no file can have
         raise DataError(
             f"image {image.path} is not there to be copied",
             f"give {setting('image_root', 'DIR')} where it is",
@@ -297,9 +298,12 @@ def copy_image(context: Context, image: LabeledImage, folder: str) -> None:
     try:
         # Records name what they like: only what is an image leaves its place.
         with open_regular(image.path) as file:
-            check_header(metered(file, str(image.path)))
+            with os.fdopen(os.dup(file.fileno()), "rb") as probe:  # which Pillow may close
+                check_header(metered(probe, str(image.path)))
+            file.seek(0)
+            context.folder.copy(file, image.path, f"{folder}/{image.target}")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        require_machine(error)
         raise DataError(
             f"image {image.path} cannot be copied: {error}", "copy it yourself"
         ) from error
-    context.folder.copy(image.path, f"{folder}/{image.target}")

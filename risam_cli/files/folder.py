@@ -24,6 +24,8 @@ from risam_cli.files.write import make_file, sync_folders, write_file, writing
 OTHER = "choose another output folder"
 
 MADE_BY = "made_by"
+SPLICE = "splice"
+"""Stands in the private folder while a merge, or what was done again, is moved in."""
 _KNOWN_BY = {
     "ledger.jsonl": "predict",
     "run.json": "predict",

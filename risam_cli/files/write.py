@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from risam_cli.errors import OutputError, reason_of, require_machine
+from risam_cli.files.locks import PRIVATE
 
 CHECK = "check disk space and permissions"
 
@@ -38,7 +39,12 @@ def writing(path: Path, fix: str = CHECK, more: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         require_machine(error)
-        raise OutputError(f"cannot write {path}: {reason_of(error)}{more}", fix) from error
+        raise OutputError(f"cannot write {shown(path)}: {reason_of(error)}{more}", fix) from error
+
+
+def shown(path: Path | str) -> str:
+    """A path for a message: of what is in the making, the folder that it is made for."""
+    return os.fspath(path).partition(f"{os.sep}{PRIVATE}{os.sep}")[0]
 
 
 def write_file(

@@ -33,8 +33,10 @@ from numpy.typing import NDArray
 
 from risam_cli.console.console import get_console
 from risam_cli.errors import OutputError, reason_of
+from risam_cli.files.confine import Confined, require_own
 from risam_cli.files.jsonlines import load_json
 from risam_cli.files.sizes import show_size
+from risam_cli.files.write import create
 
 try:
     import fcntl
@@ -106,6 +108,7 @@ class FeatureStore:
         self.own = folder / hashlib.sha256(text.encode()).hexdigest()[:24]
         self._numbers = itertools.count()
         self._lock = threading.Lock()
+        self._confined = Confined(folder)
         self.used, self.held = self._open(text)
 
     def read(self, key: str, allocate: Callable[[int], Bytes] | None = None) -> Entry | None:
@@ -150,12 +153,16 @@ class FeatureStore:
             return
         part = path.with_name(f".{key}-{os.getpid()}-{next(self._numbers)}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._confined.make(path.parent)
             with open(part, "xb") as file:
                 file.write(header)
                 for one in entry.arrays.values():
                     file.write(one.data.data)
             os.replace(part, path)
+        except OutputError as error:  # a link where a folder was
+            self._release(size)
+            self._stop_adding(error.message)
+            return
         except OSError as error:
             with contextlib.suppress(OSError):
                 part.unlink()
@@ -178,12 +185,12 @@ class FeatureStore:
             raise OutputError(
                 f"feature cache {self.folder}: {reason_of(error)}", "choose another folder"
             ) from error
+        require_own(self.folder, [self.own.name, "lock", "used"])
+        if self.own.is_dir():
+            require_own(self.own, os.listdir(self.own))
         try:
             self.own.mkdir(exist_ok=True)
-            place = self.own / _ABOUT
-            part = self.own / f".about-{os.getpid()}.part"
-            part.write_text(about, encoding="utf-8")
-            os.replace(part, place)
+            _replace(self.own / _ABOUT, about)
             with self._counting():
                 used, held = self._scan()
                 self._say_used(used)
@@ -297,7 +304,7 @@ class FeatureStore:
             return self._scan()[0]
 
     def _say_used(self, used: int) -> None:
-        (self.folder / "used").write_text(str(used), encoding="ascii")
+        _replace(self.folder / "used", str(used))
 
 
 def _files(encoder: Path) -> Iterator[tuple[Path, os.stat_result]]:
@@ -333,6 +340,19 @@ def _header(key: str, entry: Entry) -> tuple[bytes, int]:
         crc = zlib.crc32(one.data.data, crc)
     text = text[:_CRC_AT] + b"%08x" % crc + text[_CRC_AT + 8 :]
     return len(text).to_bytes(8, "little") + text, 8 + len(text) + end
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a small file, through no link, within the folder that it is in."""
+    part = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        with create(part) as file:
+            file.write(text.encode())
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
 
 
 def _parse(place: Bytes, key: str) -> Entry:

@@ -23,7 +23,7 @@ from risam_cli.errors import (
     reason_of,
     told,
 )
-from risam_cli.files.write import CHECK
+from risam_cli.files.write import CHECK, shown
 from risam_cli.inference.compute import NetworkAnswer
 from risam_cli.inference.loading import Loaded
 from risam_cli.inference.mask_rules import unpacked
@@ -384,7 +384,8 @@ def _fatal(error: Exception) -> Exception | None:
         # A file of our own that the system refuses: every later one would fail as well.
         if isinstance(error, OutputError):
             return error
-        return OutputError(f"{cause.filename or 'the output folder'}: {reason_of(cause)}", CHECK)
+        where = shown(cause.filename or "the output folder")
+        return OutputError(f"{where}: {reason_of(cause)}", CHECK)
     # An image that is gone by the time that its overlay is drawn costs that overlay alone.
     return None if isinstance(error, (OutputError, ImageError)) else _unexpected(error)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from risam_cli.errors import OutputError, setting
 from risam_cli.files.confine import Confined, require_own
-from risam_cli.files.folder import OTHER, OutputFolder
+from risam_cli.files.folder import OTHER, SPLICE, OutputFolder
 from risam_cli.files.jsonlines import load_json
 from risam_cli.files.write import (
     sync_file,
@@ -188,14 +188,14 @@ class RunFolder(OutputFolder):
         if gone:
             write_file(self._gone, json.dumps(sorted(gone)))
         sync_tree(self.incoming)
-        marker = self.private / "splice"
+        marker = self.private / SPLICE
         marker.touch()
         sync_folder(self.private)
         self.finish_splice()
 
     def finish_splice(self) -> None:
         """Ends a splice that was begun; drops one that was only prepared."""
-        marker = self.private / "splice"
+        marker = self.private / SPLICE
         if marker.exists():
             self._move_in()
             for name in _SPLICED:

@@ -32,7 +32,7 @@ from risam_cli.drawing.png import encode_mask, encode_rgb
 from risam_cli.errors import ImageError, OutputError, machine_error, reason_of, setting
 from risam_cli.files.jsonlines import seal
 from risam_cli.files.patience import within
-from risam_cli.files.write import CHECK, make_file, sync_folder, writing
+from risam_cli.files.write import CHECK, make_file, shown, sync_folder, writing
 from risam_cli.inference.finish import ImageResult
 from risam_cli.inference.loading import TIMEOUT, timed_out
 from risam_cli.masks import rle as masks
@@ -475,5 +475,5 @@ def _as_output_error(error: BaseException, folder: Path) -> BaseException:
     if (machine := machine_error(error)) is not None:
         return machine
     if isinstance(error, OSError):
-        return OutputError(f"{error.filename or folder}: {reason_of(error)}", CHECK)
+        return OutputError(f"{shown(error.filename or folder)}: {reason_of(error)}", CHECK)
     return error

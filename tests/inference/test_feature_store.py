@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -165,10 +166,10 @@ def test_a_folder_that_cannot_be_written_is_read(
 ) -> None:
     open_store(tmp_path).write(KEYS[0], entry())
 
-    def refuse(self: Path, *args: object, **kwargs: object) -> int:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(feature_store, "create", refuse)
     store = open_store(tmp_path)
     assert store.read(KEYS[0]) is not None
     store.write(KEYS[1], entry())
@@ -262,3 +263,42 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("name", ["used", "lock", "own", "about.json"])
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_nothing_is_written_through_a_link(
+    tmp_path: Path, name: str, link: Callable[[Path, Path], None]
+) -> None:
+    theirs, folder, away = tmp_path / "theirs", tmp_path / "cache", tmp_path / "away"
+    theirs.write_text("theirs")
+    away.mkdir()
+    own = open_store(folder).own
+    if name == "own":
+        shutil.rmtree(own)
+        own.symlink_to(away)
+    else:
+        place = (own if name == "about.json" else folder) / name
+        place.unlink()
+        link(theirs, place)
+    if name == "own" or link is os.symlink:
+        with pytest.raises(OutputError, match="is a link to"):
+            open_store(folder)
+    else:
+        open_store(folder).write(KEYS[0], entry())
+        assert len(files(folder)) == 1
+    assert theirs.read_text() == "theirs"
+    assert list(away.iterdir()) == []
+
+
+def test_a_link_that_comes_while_a_cache_is_open_leads_nowhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away = tmp_path / "away"
+    away.mkdir()
+    store = open_store(tmp_path / "cache")
+    (store.own / KEYS[0][:2]).symlink_to(away)
+    store.write(KEYS[0], entry())
+    assert list(away.iterdir()) == []
+    assert not store.adds
+    assert f"leads to {away}" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import sys
 from array import array
 from collections import Counter
@@ -33,8 +34,9 @@ from risam_cli.data.readers.mask_files import read_mask_file
 from risam_cli.data.readers.names import IMAGE_KEYS, TEXT_KEYS, Names, Record, spoken
 from risam_cli.data.readers.shapes import ERROR
 from risam_cli.errors import DataError, reason_of
-from risam_cli.files.folder import makers_of
+from risam_cli.files.folder import SPLICE, makers_of
 from risam_cli.files.jsonlines import brief, load_json, parse_json, read_lines_at
+from risam_cli.files.locks import PRIVATE
 from risam_cli.files.plain import copied, open_plain, spooled
 from risam_cli.files.tables import Table
 from risam_cli.masks import rle as masks
@@ -516,6 +518,12 @@ def _json_files(folder: Path) -> list[Path]:
 
 
 def _find(path: Path) -> Path:
+    folder = path if path.is_dir() else path.parent
+    if str(path) != "-" and os.path.lexists(folder / PRIVATE / SPLICE):
+        raise DataError(
+            f"the results in {folder} are being replaced, or this was interrupted",
+            "run the command that wrote them again, with the options that continue it",
+        )
     if str(path) == "-" or not path.is_dir():
         return path
     names = [PREDICTIONS, *MANIFESTS, "instances.json", "results.json"]

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from jinja2 import Environment
 
+from risam_cli.console.text import sanitize
 from risam_cli.data.images.images import Bands, open_rgb
 from risam_cli.data.readers.refer import SPLIT_BY
 from risam_cli.drawing import svg
@@ -275,7 +276,7 @@ def _hundred(value: float | None) -> float | None:
 
 def _cell(value: object) -> str:
     """Text of others inside a Markdown table: one line, no HTML, no table bars."""
-    line = " ".join(str(value).split())
+    line = sanitize(" ".join(str(value).split()))
     for character in "\\`*_[]|":
         line = line.replace(character, f"\\{character}")
     return html.escape(line, quote=False)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 
+from risam_cli.console.text import sanitize
 from risam_cli.evaluation.report.compare import Row, SideBySide
 from risam_cli.evaluation.report.render import (
     NAMES,
@@ -35,11 +37,11 @@ def to_text(tables: Tables, chosen: Figures = ()) -> str:
     """Aligned columns, a blank line between figures."""
     parts = []
     for table in tables:
-        lines = [_title(table)]
+        lines = [sanitize(_title(table))]
         for heading, rows in _sections(table, chosen):
-            cells = [_cells(row, names) for row, names in rows]
+            cells = [tuple(map(sanitize, _cells(row, names))) for row, names in rows]
             widths = [max(len(row[k]) for row in [_HEAD, *cells]) for k in range(len(_HEAD))]
-            lines += ["", *([heading] if heading else []), _aligned(_HEAD, widths)]
+            lines += ["", *([sanitize(heading)] if heading else []), _aligned(_HEAD, widths)]
             for k, ((row, _), line) in enumerate(zip(rows, cells, strict=True)):
                 if row.change is None and k and len(table.runs) > 1:
                     lines.append("")
@@ -56,7 +58,7 @@ def to_markdown(tables: Tables, chosen: Figures = ()) -> str:
 
     parts = []
     for table in tables:
-        lines = [_title(table)]
+        lines = [_for_markdown(_title(table))]
         for heading, rows in _sections(table, chosen):
             lines += ["", *([f"**{_for_markdown(heading)}**", ""] if heading else [])]
             lines += [line(_HEAD), "| --- | --- | ---: | ---: | --- | ---: |"]
@@ -83,7 +85,10 @@ def to_csv(tables: Tables, chosen: Figures = ()) -> str:
             changes = [None] * 4 if c is None else [c.difference, c.low, c.high, c.p]
             place = [table.dataset, table.split, row.slice, row.level]
             writer.writerow(
-                [*place, row.figure, row.run, row.value, *changes, row.expressions, row.images]
+                map(
+                    _for_table,
+                    [*place, row.figure, row.run, row.value, *changes, row.expressions, row.images],
+                )
             )
     return out.getvalue()
 
@@ -203,11 +208,20 @@ def _notes(table: SideBySide) -> list[str]:
 
 
 def _for_markdown(cell: str) -> str:
-    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+    plain = sanitize(cell).replace("\\", "\\\\").replace("|", "\\|")
+    return html.escape(plain, quote=False)
+
+
+def _for_table(value: object) -> object:
+    """A cell of a CSV file: spreadsheets run text that begins so."""
+    if not isinstance(value, str):
+        return value
+    plain = sanitize(value)
+    return f"'{plain}" if plain.startswith(tuple("=+-@")) else plain
 
 
 def _for_latex(text: str) -> str:
-    return re.sub(r"[\\&%$#_{}~^]", lambda found: _LATEX[found[0]], text)
+    return re.sub(r"[\\&%$#_{}~^]", lambda found: _LATEX[found[0]], sanitize(text))
 
 
 def _latex_change(row: Row | None) -> str:

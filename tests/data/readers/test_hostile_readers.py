@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tracemalloc
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from support import hostile_images
 
 from risam_cli import cli
@@ -17,6 +19,7 @@ from risam_cli.data.readers import jsonstream
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.results import Results
 from risam_cli.errors import DataError
+from risam_cli.export import folder
 from risam_cli.export.targets import target_name
 from risam_cli.files import jsonlines
 from risam_cli.masks import rle as masks
@@ -172,6 +175,45 @@ def test_only_images_are_copied_beside_labels(tmp_path: Path, capsys: Any) -> No
     assert code == 3
     assert "cannot be copied" in failures[0]
     assert not [p for p in (tmp_path / "out").rglob("*") if b"OPENSSH" in _bytes(p)]
+
+
+def test_a_name_that_no_file_can_have_fails_alone(tmp_path: Path, capsys: Any) -> None:
+    picture = Image.new("RGB", (RECORD["width"], RECORD["height"]))
+    picture.save(tmp_path / "good.png")
+    picture.save(tmp_path / "good.tiff", compression="tiff_lzw")
+    names = ["n" * 300 + ".png", "a/" * 3000 + "b.png", "nul\0.png", "good.png", "good.tiff"]
+    record = "\n".join(
+        json.dumps({**RECORD, "id": str(k), "image": name}) for k, name in enumerate(names)
+    )
+    for kind in ("yolo", "labelme", "coco"):
+        root = ["--image-root", str(tmp_path), "--overwrite"]
+        code, _, failures = _export(tmp_path, record, capsys, "--to", kind, "--copy-images", *root)
+        assert code == 3
+        assert len(failures) == 3
+        copies = [one.name for one in (tmp_path / "out").rglob("good*") if one.suffix != ".txt"]
+        assert sum(name.endswith((".png", ".tiff")) for name in copies) == 2
+
+
+def test_an_image_that_cannot_be_read_to_its_end_fails_alone(
+    tmp_path: Path,
+) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    with pytest.raises(DataError, match=r"good\.png: Input/output error"):
+        folder._read(Broken(), tmp_path / "good.png")
+
+
+def test_results_that_are_being_replaced_are_not_read(tmp_path: Path, capsys: Any) -> None:
+    """A merge, or what was done again, that was cut while it was moved in."""
+    (tmp_path / ".risam").mkdir()
+    (tmp_path / ".risam" / "splice").touch()
+    code, err, _ = _export(tmp_path, json.dumps(RECORD), capsys)
+    assert code == 1
+    assert f"the results in {tmp_path} are being replaced, or this was interrupted" in err
+    (tmp_path / ".risam" / "splice").unlink()
+    assert _export(tmp_path, json.dumps(RECORD), capsys)[0] == 0
 
 
 def _bytes(path: Path) -> bytes:

@@ -415,3 +415,19 @@ def test_numbers_as_people_read_them() -> None:
     assert render.signed(0.01) == "+1.00"
     assert render.probability(0.0004) == "< 0.001"
     assert render.probability(None) == "–"
+
+
+def test_no_page_holds_what_a_terminal_obeys(made: Any) -> None:
+    report, pictures = made
+    evil = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202ename.png"
+    report = report.model_copy(
+        update={
+            "dataset": report.dataset.model_copy(update={"name": evil, "split": evil}),
+            "answers": report.answers.model_copy(update={"name": evil}),
+        }
+    )
+    for page in (to_markdown(report), to_html(report, pictures)):
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", page)
+        assert "x1b" in page
+    assert "\u202e" not in to_markdown(report)
+    assert evil in json.loads(to_json(report))["answers"]["name"]

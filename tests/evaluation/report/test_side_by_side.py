@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -268,3 +269,24 @@ def test_what_cannot_be_compared_is_told(reports: list[Path], ask: Ask, tmp_path
         ["eval", "--dataset", "refshapes", "--split", "val", "--limit", "2", "-o", str(tmp_path)]
     ) in (0, 3)
     assert "share no expression" in ask(reports[0], tmp_path, code=1)
+
+
+def test_names_of_others_are_shown_and_not_obeyed(
+    reports: list[Path], ask: Ask, tmp_path: Path
+) -> None:
+    evil = "=cmd|' /C calc'!A0 \x1b[2J<img src=x>"
+    folder = tmp_path / "evil"
+    shutil.copytree(reports[1], folder)
+    report = json.loads((folder / "report.json").read_text())
+    report["answers"]["name"] = evil
+    (folder / "report.json").write_text(json.dumps(report))
+    for kind in ("csv", "md", "latex"):
+        page = ask(reports[0], folder, "--to", kind)
+        assert "\x1b" not in page
+        assert "x1b" in page
+    assert "\x1b" not in ask(reports[0], folder)
+    assert "<img" not in ask(reports[0], folder, "--to", "md")
+    runs = {
+        row["run"] for row in csv.DictReader(io.StringIO(ask(reports[0], folder, "--to", "csv")))
+    }
+    assert not any(run.startswith(("=", "+", "-", "@")) for run in runs)
