@@ -451,7 +451,10 @@ def _files(options: _Options, inputs: Inputs, folder: RunFolder) -> Names:
 
     before = read_header(folder.ledger)
     if options.names is None and before is not None:
-        return Names.from_json(before.get("files"))
+        names = Names.from_json(before.get("files"))
+        if names.base:  # the inputs may have changed since
+            inputs.require_own_names()
+        return names
     if options.names == "base":
         inputs.require_own_names()
         return Names(base=True)

@@ -18,6 +18,7 @@ from risam_cli.files.jsonlines import seal, unseal
 from risam_cli.outputs.naming import (
     GALLERY,
     OVERLAYS,
+    Names,
     gallery_name,
     mask_name,
     overlay_name,
@@ -28,6 +29,7 @@ from risam_cli.runs.ledger import (
     LedgerLine,
     Redone,
     Span,
+    read_header,
     read_lines,
     read_redone,
     read_span,
@@ -61,6 +63,7 @@ class Splice:
             journal = folder.redo if folder.redo.exists() else os.devnull
             self._journal = stack.enter_context(open(journal, "rb"))
             self._header = self._new[2].write(self._ledger.readline())
+            self._names = Names.from_json((read_header(folder.ledger) or {}).get("files"))
             self._files = stack.pop_all()
         return self
 
@@ -138,13 +141,15 @@ class Splice:
             raise ValueError(entry)
         by_id = dict(zip(dict.fromkeys(row["id"] for row in rows), sample.expressions, strict=True))
         first = sample.expressions[0].number
-        names = {OVERLAYS: overlay_name(sample.image, first)}
-        names[GALLERY] = gallery_name(sample.image, first)
+        names = {OVERLAYS: overlay_name(sample.image, first, self._names)}
+        names[GALLERY] = gallery_name(sample.image, first, self._names)
         for row in rows:
             one = by_id[row["id"]]
             row["id"] = one.id
             if row["mask"] is not None:
-                name = mask_name(sample.image, one.number, one.text, row.get("instance"))
+                name = mask_name(
+                    sample.image, one.number, one.text, row.get("instance"), self._names
+                )
                 names[row["mask"]] = row["mask"] = name
         files = []
         for mark in line.files:

@@ -20,6 +20,7 @@ from support.predict_runs import Killed, Run, contents, draw, draw_pictures, kil
 
 from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.errors import OutputError
+from risam_cli.outputs.naming import Names
 from risam_cli.runs.merge import find_parts, merge_parts
 from risam_cli.runs.shard import Shard
 from risam_cli.runs.writer import Saving
@@ -98,20 +99,22 @@ def test_a_folder_of_images_that_changed(tmp_path: Path, capfd: Any) -> None:
     assert contents(out) == contents(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("base", [False, True])
 def test_results_follow_their_lines_to_other_ids_and_names(
-    pictures: Path, tmp_path: Path, capfd: Any
+    pictures: Path, tmp_path: Path, capfd: Any, base: bool
 ) -> None:
     """Lines of one image are numbered, in ids and in the names of masks."""
+    saving = replace(ALL, files=Names(base=base))
     texts = ["bright", "the thing", "dark", "x", "bright"]
     rows = [{"image": str(pictures / "1.png"), "expression": text} for text in texts]
     manifest, out = tmp_path / "m.jsonl", tmp_path / "out"
     own = [{**row, "id": f"own {number}"} for number, row in enumerate(rows)]
     for number, asked in enumerate((rows, rows[1:], rows[:2] + rows[3:], rows[::-1], own[1:])):
         manifest.write_text("".join(json.dumps(row) + "\n" for row in asked))
-        run = Run([manifest], out, saving=ALL)
+        run = Run([manifest], out, saving=saving)
         run.go()
         assert run.encoded == [1, 0, 1, 1, 0][number]
-        Run([manifest], tmp_path / "fresh", saving=ALL, overwrite=True).go()
+        Run([manifest], tmp_path / "fresh", saving=saving, overwrite=True).go()
         assert contents(out) == contents(tmp_path / "fresh")
     assert "4 kept, 0 new, 1 gone" in capfd.readouterr().err
 
