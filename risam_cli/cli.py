@@ -81,7 +81,7 @@ class LazyGroup(click.Group):
             os.getcwd()
         except FileNotFoundError:
             raise OutputError(
-                "the working folder does not exist any more", "change to another (cd)"
+                "the working folder no longer exists", "change to another (cd)"
             ) from None
         try:
             return super().invoke(ctx)

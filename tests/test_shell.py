@@ -98,7 +98,7 @@ def test_a_deleted_working_folder_is_named(tmp_path: Path) -> None:
     line = f"mkdir gone; cd gone; rmdir ../gone; PYTHONPATH={os.getcwd()} risam predict a.png -e x"
     done = bash(line, tmp_path)
     assert done.returncode == 1
-    assert "the working folder does not exist any more" in done.stderr
+    assert "the working folder no longer exists" in done.stderr
 
 
 def test_an_early_interrupt_prints_no_traceback(tmp_path: Path) -> None:

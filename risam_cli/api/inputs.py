@@ -131,7 +131,7 @@ def texts_of(expressions: str | Sequence[str]) -> tuple[str, ...]:
         if len(text) > MAX_CHARACTERS:
             raise UsageError(
                 f"an expression has {len(text)} characters, more than {MAX_CHARACTERS}",
-                "say it in fewer words",
+                "shorten it",
             )
         if any("\ud800" <= char <= "\udfff" for char in text):
             raise UsageError(f"the expression {text!r} is not Unicode text")

@@ -120,7 +120,7 @@ def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None)
     help="Also figures by this: length (words) or size (% of the image) in bins, such as "
     "length:1-3,4-7, or a column of the data, such as weather or weather:sun,rain. Repeatable.",
 )
-@click.option("--skip-missing", is_flag=True, help="Missing images do not make the exit code 3.")
+@click.option("--skip-missing", is_flag=True, help="Missing images are no reason to exit with 3.")
 @click.option(
     "--threshold",
     type=float,

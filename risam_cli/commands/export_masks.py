@@ -151,7 +151,7 @@ def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
     type=choice(["binary", "indexed", "semantic"]),
     default="binary",
     show_default=True,
-    help="png: one file a mask, or one an image with the masks' or the categories' numbers.",
+    help="png: one file per mask, or one per image with the numbers of masks or categories.",
 )
 @click.option(
     "--padding",

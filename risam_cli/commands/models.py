@@ -212,7 +212,7 @@ def fetch(model: str) -> None:
 
     named = parse_model(model)
     if named.kind == "risam":
-        raise UsageError(f"{model} is on this machine already", "name a published model")
+        raise UsageError(f"{model} is already on this machine", "name a published model")
     _, folders = find_folders(named)
     for folder in folders:
         click.echo(str(folder))

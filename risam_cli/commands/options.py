@@ -214,7 +214,7 @@ def batch_options(function: F) -> F:
             type=click.IntRange(min=0, max=256),
             metavar="N",
             default=None,
-            help="Loader processes; 0 reads in the main process.  [default: by the cores]",
+            help="Loader processes; 0 reads in the main process.  [default: by core count]",
         ),
     )(function)
 
@@ -305,12 +305,12 @@ def threshold_options(function: F) -> F:
     return _stack(
         click.option(
             "--threshold",
-            help="A pixel is in the mask from this probability on.  [default: the model's]",
+            help="Least probability of a pixel in the mask.  [default: the model's]",
             **unit,
         ),
         click.option(
             "--no-target-threshold",
-            help="From this probability of `nothing fits` on, the mask is empty.  "
+            help="The mask is empty where `nothing fits` is at least this probable.  "
             "[default: the model's]",
             **unit,
         ),
@@ -336,7 +336,7 @@ def instance_options(function: F) -> F:
             metavar="P",
             default=None,
             callback=_check_unit,
-            help="An instance counts from this score on.  [default: the model's]",
+            help="Least score of an instance.  [default: the model's]",
         ),
     )(function)
 

@@ -78,14 +78,14 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
     "given",
     multiple=True,
     metavar="TEXT",
-    help="Ask this of every image that brings no expression. May be given several times.",
+    help="Ask this of every image that has no expression of its own. May be given several times.",
 )
 @click.option(
     "--expressions",
     "expressions_file",
     type=Place(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="As -e, one expression a line.",
+    help="Like -e: one expression per line.",
 )
 @click.option(
     "--image-root",
@@ -126,7 +126,7 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
 )
 @names_option
 @run_mode_options
-@click.option("--retry-failed", is_flag=True, help="As --resume, and retry what failed before.")
+@click.option("--retry-failed", is_flag=True, help="Like --resume, and also retry what failed.")
 @click.option(
     "--max-failures",
     type=click.IntRange(min=0),

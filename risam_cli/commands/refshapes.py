@@ -74,7 +74,7 @@ def _check_splits(ctx: click.Context, param: click.Parameter, value: str) -> tup
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Another one draws other scenes.",
+    help="Random seed; another one draws other scenes.",
 )
 @click.option(
     "--format",

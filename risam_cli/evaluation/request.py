@@ -181,7 +181,7 @@ class EvalRequest:
         cut_off = self.resume and any(path.exists() for path in left)
         if (self.output / "report.json").exists() and not (self.overwrite or cut_off):
             raise OutputError(
-                f"{self.output} holds a report already",
+                f"{self.output} already holds a report",
                 f"choose another {setting('output')} or give {setting('overwrite')}",
             )
 

@@ -527,7 +527,7 @@ def images_nowhere(source: SampleSource, absent: int, looked: set[Path]) -> Data
     first = source.groups[0].image
     places = ", ".join(str(place) for place in sorted(looked)[:4])
     return DataError(
-        f"none of the {absent} images of {source.dataset} {source.split} is there; looked for "
+        f"none of the {absent} images of {source.dataset} {source.split} was found; looked for "
         f"{first} and the others in {places}",
         f"give {setting('image_root', 'DIR')}, the folder in which these names start",
     )

@@ -218,7 +218,7 @@ def read_map(path: Path) -> ByMap:
                 "give one whole number from 0 for each category",
             )
     if len(set(numbers.values())) < len(numbers):
-        raise DataError(f"category map {path}: two categories have one number", "let them differ")
+        raise DataError(f"category map {path}: two categories have one number", "number them apart")
     return ByMap(names, path, numbers)
 
 

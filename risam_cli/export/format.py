@@ -292,7 +292,7 @@ def copy_image(context: Context, image: LabeledImage, folder: str) -> None:
         return
     if not os.path.isfile(image.path):  # also False for a name that no file can have
         raise DataError(
-            f"image {image.path} is not there to be copied",
+            f"image {image.path} does not exist, so it cannot be copied",
             f"give {setting('image_root', 'DIR')} where it is",
         )
     try:

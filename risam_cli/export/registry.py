@@ -75,13 +75,13 @@ def check_options(
         if name not in info.options and getattr(settings, name) != getattr(usual, name):
             users = [other for other, one in formats().items() if name in one.options]
             raise UsageError(
-                f"{setting(name)} means nothing to {setting('to', kind)}",
+                f"{setting(name)} does not apply to {setting('to', kind)}",
                 f"it goes with {', '.join(users)}",
             )
     if copy_images and not info.copies:
         users = [other for other, one in formats().items() if one.copies]
         raise UsageError(
-            f"{setting('copy_images')} means nothing to {setting('to', kind)}",
+            f"{setting('copy_images')} does not apply to {setting('to', kind)}",
             f"it goes with {', '.join(users)}",
         )
     if settings.shapes == "mask" and (settings.simplify or settings.vertices):

@@ -180,7 +180,7 @@ class Source:
             raise DataError(
                 f"{self.path} holds no record"
                 + (f" that can be read{reason}" if self.broken else ""),
-                "give records with image, expression and segmentation, one JSON object a line",
+                "give records with image, expression and segmentation, one JSON object per line",
             )
         own = np.frombuffer(ids, np.int64)
         self._keeps_ids = (

@@ -88,7 +88,7 @@ class FolderLock:
             time.sleep(0.05)
         raise OutputError(
             f"{self.folder} was taken over by another run, deleted or replaced during the run",
-            "see that one run at a time writes to it",
+            "make sure that only one run at a time writes to it",
         )
 
     def _acquire(self) -> None:

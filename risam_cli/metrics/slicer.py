@@ -213,7 +213,7 @@ def _bin(text: str, written: str) -> Bin:
     low = float(found[1])
     high = float(found[3]) if found[3] else math.inf if found[2] else low
     if high < low:
-        raise UsageError(f"{written}: the bin {text} ends before it begins", "turn it round")
+        raise UsageError(f"{written}: the bin {text} ends before it begins", "swap the two numbers")
     return Bin(f"{found[1]} or more" if math.isinf(high) else text, low, high)
 
 

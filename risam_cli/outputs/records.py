@@ -74,7 +74,7 @@ def from_json(obj: Mapping[str, Any], where: str) -> Prediction:
         DataError: a value is missing or wrong.
     """
     if not isinstance(obj, Mapping):
-        raise DataError(f"{where}: a record is an object, not {brief(obj)}")
+        raise DataError(f"{where}: a record must be an object, not {brief(obj)}")
     if "segmentation" not in obj:
         raise DataError(f"{where}: 'segmentation' is missing", "give an RLE as COCO has it")
     rle = masks.parse_rle(obj["segmentation"], size=_stated_size(obj, where), where=where)

@@ -124,7 +124,7 @@ class RunFolder(OutputFolder):
         if self.holds_run() and not self.ledger.exists():
             found = ", ".join(name for name in _OWN if (self.path / name).exists())
             raise OutputError(
-                f"{self.path} holds {found} but no {LEDGER}, so it is not known what else is its",
+                f"{self.path} holds {found} but no {LEDGER} that says what else belongs to it",
                 f"delete the folder yourself, or choose another {setting('output')}",
             )
 

@@ -93,7 +93,7 @@ def _start(folder: RunFolder, identity: Mapping[str, Any]) -> Kept:
     held += [name for name in (RUN, LEDGER) if _size(folder.path / name)]
     if held:
         raise OutputError(
-            f"{folder.path} holds {', '.join(held)} but no whole {LEDGER} of how they came to be",
+            f"{folder.path} holds {', '.join(held)} but no complete {LEDGER} that says how",
             START_ANEW,
         )
     for name in (PREDICTIONS, FAILURES):

@@ -155,7 +155,7 @@ def _page_at_the_end(
         outcome = "Interrupted."
         raise
     except RisamError as error:
-        outcome = f"Ended before its end: {error}"
+        outcome = f"Stopped early: {error}"
         raise
     finally:
         if run.processes.leads and run.place == Place():

@@ -90,7 +90,7 @@ def test_another_data_sets_predictions_are_refused(tmp_path: Path, evaluate: Any
     strange = [row("third", id=n, image="x/a.png", expression=f"a dog {n}") for n in (5, 6)]
     run = evaluate(args, strange)
     assert run.code == 1
-    assert "is of another data set or split: 2 of 2 records" in run.err
+    assert "belongs to another data set or split: 2 of 2 records" in run.err
     assert "'the red one'" in run.err
     assert "'a dog 5'" in run.err
     assert not (run.folder / "report.json").exists()

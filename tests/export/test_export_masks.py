@@ -192,10 +192,10 @@ def test_losses_are_told(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["coco", "--simplify", "1"], "--simplify means nothing to --to coco"),
-        (["yolo", "--shapes", "mask"], "--shapes means nothing to --to yolo"),
-        (["labelme", "--parts", "join"], "--parts means nothing to --to labelme"),
-        (["png", "--copy-images"], "--copy-images means nothing to --to png"),
+        (["coco", "--simplify", "1"], "--simplify does not apply to --to coco"),
+        (["yolo", "--shapes", "mask"], "--shapes does not apply to --to yolo"),
+        (["labelme", "--parts", "join"], "--parts does not apply to --to labelme"),
+        (["png", "--copy-images"], "--copy-images does not apply to --to png"),
         (["cvat", "--shapes", "mask", "--simplify", "1"], "--shapes mask is exact"),
         (["coco", "--one-class", "a", "--category-map", "b"], "contradict"),
         (["coco", "--min-score", "nan"], "0 to 1"),

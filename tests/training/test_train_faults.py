@@ -98,7 +98,7 @@ def test_a_loss_that_is_nan_names_its_images_and_keeps_the_last_good_checkpoint(
     assert last.endswith(f"the last good checkpoint is {jobs.folder}/nan/checkpoints/last.pt")
     assert all(torch.isfinite(value).all() for value in last_weights(jobs.folder / "nan").values())
     page = (jobs.folder / "nan" / "training.html").read_text()
-    assert "Ended before its end: loss is nan" in page
+    assert "Stopped early: loss is nan" in page
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(

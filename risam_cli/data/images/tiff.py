@@ -255,7 +255,7 @@ def _block(
     wide = columns * beside * dtype.itemsize
     raw = _unpacked(data, tiff.compression, rows, wide)
     if raw.size < rows * wide:
-        raise ImageError(f"{name}: the file is cut short within its pixels", "copy it again")
+        raise ImageError(f"{name}: the file is truncated within its pixels", "copy it again")
     cells = raw.reshape(rows, wide)
     predictor = int(tiff.tags.get(_PREDICTOR, 1))
     if predictor == 3 and dtype.kind == "f":

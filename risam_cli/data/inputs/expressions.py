@@ -29,5 +29,5 @@ def read_expressions(path: Path) -> list[str]:
         raise DataError(f"{setting('expressions', path)}: {error}", "split it") from None
     found = [line.strip() for line in lines if line.strip()]
     if not found:
-        raise UsageError(f"{setting('expressions', path)}: holds no expression", "write one a line")
+        raise UsageError(f"{setting('expressions', path)}: holds no expression", "one per line")
     return found

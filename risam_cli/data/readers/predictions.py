@@ -243,7 +243,7 @@ class PredictionIndex:
             if isinstance(record, dict) and not _has_name(record):
                 record = DataError(
                     f"{self._results.place(number)}: neither id nor image and expression",
-                    "say whose answer it is",
+                    "name the expression that it answers",
                 )
             if isinstance(record, DataError):
                 self.broken += 1
@@ -259,7 +259,7 @@ class PredictionIndex:
             raise DataError(
                 f"{self.path} holds no prediction"
                 + (f" that can be read{first}" if self.broken else ""),
-                "one JSON object a line, with id (or image and expression) and segmentation",
+                "one JSON object per line, with id (or image and expression) and segmentation",
             )
         self._offsets = np.array(offsets, np.int64)
         self._numbers = np.array(numbers, np.int64)
@@ -392,9 +392,9 @@ class PredictionIndex:
                 break
         if 2 * differing > compared:
             raise DataError(
-                f"{self.path} is of another data set or split: {differing} of {compared} records "
-                f"with an id of {source.dataset} {source.split} name another image or expression; "
-                f"{first}",
+                f"{self.path} belongs to another data set or split: {differing} of {compared} "
+                f"records with an id of {source.dataset} {source.split} name another image or "
+                f"expression; {first}",
                 "give the predictions of this split, or leave their ids out to match them by image "
                 "and expression",
             )

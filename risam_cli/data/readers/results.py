@@ -237,7 +237,7 @@ class Results:
                 raise
             raise DataError(f"{error.message} (the file ends in the middle of it)") from None
         if not isinstance(found, dict):
-            raise DataError(f"{where}: a record is an object, not {brief(found)}")
+            raise DataError(f"{where}: a record must be an object, not {brief(found)}")
         if isinstance(found.get(ERROR), str):
             raise DataError(found[ERROR])
         if type(found.get("image")) is int and "image_id" not in found:

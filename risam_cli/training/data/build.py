@@ -232,7 +232,7 @@ class DataBuilder:
         both = image_keys(open_source("train", data)) & self._validation_keys()
         if both:
             self.console.warn(
-                f"{len(both)} images are in train and in val, so the figures on val will flatter; "
+                f"{len(both)} images are in train and in val, so figures on val are inflated; "
                 "dataset: mixed leaves them out of training"
             )
 
