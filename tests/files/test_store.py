@@ -21,6 +21,7 @@ from support.stores import BUCKET, KEYS, FaultyS3, s3_server
 from risam_cli.cli import main
 from risam_cli.data.images.files import file_sha256, file_stamp
 from risam_cli.data.images.images import image_size, open_rgb
+from risam_cli.data.inputs import tars
 from risam_cli.data.inputs.inputs import Entry, Inputs
 from risam_cli.errors import DataError, ImageError, MachineError, UsageError
 from risam_cli.files import store
@@ -229,6 +230,27 @@ def test_tars_are_read_as_webdataset_groups_them(
     assert {f"x/{k}" for k in (1, 2, 3, 4)} <= grouped
 
 
+def test_a_tar_in_a_store_is_gone_through_once(
+    memory: Any, tiny_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.pipe("/set/t.tar", tar_of(members(tiny_images)))
+    opened, open_place = list[Path](), tars.open_place
+
+    def counted(path: Path) -> Any:
+        opened.append(path)
+        return open_place(path)
+
+    monkeypatch.setattr(tars, "open_place", counted)
+    inputs = Inputs([f"{MEMORY}/t.tar"], ["it"])
+    first, second = list(inputs), list(inputs)
+    assert [one.key for one in first] == [one.key for one in second]
+    assert len(opened) == 1
+    monkeypatch.setattr(tars, "MOST_KEPT", 1)  # too many to be kept
+    inputs = Inputs([f"{MEMORY}/t.tar"], ["it"])
+    assert [one.key for one in list(inputs)] == [one.key for one in list(inputs)]
+    assert len(opened) == 3
+
+
 def test_a_tar_that_is_cut_gives_what_is_whole_and_one_line(
     memory: Any, tiny_images: Path, tmp_path: Path
 ) -> None:
@@ -244,7 +266,7 @@ def test_a_tar_that_is_cut_gives_what_is_whole_and_one_line(
     (tmp_path / "t.tar").write_bytes(b"no tar at all" * 100)
     assert "at its beginning" in entries(tmp_path / "t.tar")[0].failures[0].message
     with pytest.raises(DataError, match=r"packed tar .* unpack it"):
-        list(Inputs([str(tmp_path / "t.tar.gz")], ["it"])._of_tar(str(tmp_path / "t.tar.gz")))
+        list(tars.read_tar(tmp_path / "t.tar.gz"))
 
 
 # --- faults ---------------------------------------------------------------------------------------

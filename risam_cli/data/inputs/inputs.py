@@ -23,7 +23,7 @@ from risam_cli.data.identity import existing, image_key
 from risam_cli.data.images.files import require_inside
 from risam_cli.data.inputs import manifest
 from risam_cli.data.inputs.counting import NameCounts
-from risam_cli.data.inputs.tars import is_tar, read_tar
+from risam_cli.data.inputs.tars import TarIndex, is_tar
 from risam_cli.data.inputs.walk import (
     Unreadable,
     is_image_name,
@@ -126,6 +126,7 @@ class Inputs:
     null_separated: bool = False
     skipped: Counter[str] = field(default_factory=Counter)
     _coco: dict[str, SampleSource] = field(default_factory=dict)
+    _tars: TarIndex = field(default_factory=TarIndex)
 
     def __post_init__(self) -> None:
         self.arguments = [
@@ -288,7 +289,7 @@ class Inputs:
             yield self._of_image(url)
 
     def _of_tar(self, path: str) -> Iterator[_Wish]:
-        for sample in read_tar(place(path)):
+        for sample in self._tars.samples(path):
             where = f"{path}: {sample.key}"
             wish = _Wish(f"{path}/{sample.key}", None, (), where, where)
             try:

@@ -16,7 +16,10 @@ from typing import Any
 from risam_cli.data.inputs.walk import is_image_name
 from risam_cli.errors import DataError, reason_of
 from risam_cli.files.jsonlines import parse_json
-from risam_cli.files.store import RemotePath, TarPath, open_place, size_of
+from risam_cli.files.store import RemotePath, TarPath, open_place, place, size_of
+
+MOST_KEPT = 200_000
+"""Samples of tars in stores whose places are remembered, some 600 bytes each."""
 
 _LONGEST = 16 << 20  # bytes of a member that holds text
 
@@ -44,6 +47,29 @@ class TarSample:
     def images(self) -> list[TarPath]:
         """Its images; a sample should have one."""
         return self.plain or self.others
+
+
+class TarIndex:
+    """Where samples lie; those of tars in stores are remembered, up to a number of them."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, list[TarSample]] = {}
+        self._left = MOST_KEPT
+
+    def samples(self, tar: str) -> Iterator[TarSample]:
+        """As :func:`read_tar`; a tar in a store is not fetched anew by each look at the inputs."""
+        path = place(tar)
+        if tar in self._known or not isinstance(path, RemotePath):
+            yield from self._known[tar] if tar in self._known else read_tar(path)
+            return
+        found: list[TarSample] = []
+        for sample in read_tar(path):
+            if len(found) <= self._left:
+                found.append(sample)
+            yield sample
+        if len(found) <= self._left:
+            self._known[tar] = found
+            self._left -= len(found)
 
 
 def is_tar(name: str) -> bool:
