@@ -30,7 +30,6 @@ from risam_cli.export.targets import target_name
 from risam_cli.files.jsonlines import parse_json, seal
 from risam_cli.masks import rle as masks
 from risam_cli.outputs.naming import mask_name
-from risam_cli.outputs.records import from_json
 from risam_cli.runs.ledger import read_header, read_lines
 from risam_cli.settings.train import load_settings
 from risam_cli.types import Expression, Sample
@@ -162,12 +161,6 @@ def _polygons(path: Path) -> None:
     assert masks.decode(rle).shape == SIZE
 
 
-def _record(path: Path) -> None:
-    record = from_json(parse_json(path.read_bytes(), "x"), "x")
-    assert 0 <= record.score <= 1
-    assert record.area == masks.area(record.segmentation)
-
-
 def _ledger(path: Path) -> None:
     read_header(path)
     sealed = []
@@ -244,7 +237,7 @@ TARGETS: dict[str, Target] = {
     "manifest-jsonl": Target([_LINES + b"\n" + _LINES], _rows("jsonl"), as_json=True),
     "manifest-csv": Target([b'image,expression,id\na.png,"x, ""y""",1\nb.png,z,2\n'], _rows("csv")),
     "predictions": Target(_json(RECORD), _predictions, as_json=True),
-    "record": Target(_json(RECORD), _record, as_json=True),
+    "record": Target(_json(RECORD), _results, as_json=True),
     "rle": Target(
         _json(
             {"size": [4, 5], "counts": [3, 4, 13]},
