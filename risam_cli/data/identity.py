@@ -15,13 +15,23 @@ from __future__ import annotations
 import os
 import unicodedata
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
+
+_LONGEST = 1 << 14  # characters
+
+
+def normalized(form: Literal["NFC", "NFD", "NFKC"], text: str) -> str:
+    """A text in one of Unicode's forms; one longer than names and expressions are stays as it is.
+
+    Marks that combine are put in order in the square of their number.
+    """
+    return unicodedata.normalize(form, text) if len(text) <= _LONGEST else text
 
 
 def image_key(name: str) -> str:
     """What two names of one image have in common."""
     parts: list[str] = []
-    for part in unicodedata.normalize("NFC", name).replace("\\", "/").split("/"):
+    for part in normalized("NFC", name).replace("\\", "/").split("/"):
         if part == ".." and parts and parts[-1] != "..":
             parts.pop()
         elif part not in ("", "."):
@@ -58,7 +68,7 @@ def id_text(value: Any) -> str | None:
 
 def expression_key(text: str) -> str:
     """What two spellings of one expression have in common."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
+    plain = normalized("NFKC", text).casefold()
     words = "".join(c if c.isalnum() else " " for c in plain).split()
     return " ".join(words) or plain.strip()
 
@@ -72,7 +82,7 @@ def existing(path: str) -> str:
         forms.append(path.replace("\\", "/"))
     for form in forms:
         for kind in ("NFC", "NFD"):
-            found = unicodedata.normalize(kind, form)
+            found = normalized(kind, form)
             if os.path.lexists(found):
                 return found
         if os.path.lexists(form):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from array import array
 from collections.abc import Container
 from itertools import takewhile
@@ -18,7 +17,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from risam_cli.data.identity import image_key
+from risam_cli.data.identity import image_key, normalized
 from risam_cli.errors import UsageError, setting
 
 RELATIVE, BASE, ABSOLUTE = "relative", "base", "absolute"
@@ -177,7 +176,7 @@ def meeting_key(image: str) -> int:
     """64 bits that are equal for images whose labels would have one name on some file system."""
     path = PurePosixPath(_safe(image))
     stem = str(path)[: len(str(path)) - len(path.suffix)]
-    folded = unicodedata.normalize("NFC", stem).casefold()
+    folded = normalized("NFC", stem).casefold()
     digest = hashlib.blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 

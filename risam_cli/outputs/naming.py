@@ -21,6 +21,8 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
+from risam_cli.data.identity import normalized
+
 MASKS = "masks"
 OVERLAYS = "overlays"
 GALLERY = "gallery"
@@ -153,6 +155,6 @@ def _part(part: str) -> str:
     """One part of a path as every file system takes it. Different parts may become the same."""
     if part == "..":
         return "_up"
-    safe = _UNSAFE.sub("_", unicodedata.normalize("NFC", part))
+    safe = _UNSAFE.sub("_", normalized("NFC", part))
     safe = safe.encode()[:_PART].decode(errors="ignore").rstrip(". ") or "_"
     return f"_{safe}" if safe.partition(".")[0].lower() in _RESERVED else safe

@@ -56,6 +56,8 @@ _PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _LONGEST_SINGLE = 1 << 23  # bytes of a file that is one record
 _LISTS = ("", "annotations", "predictions", "results")
 
+_LONGEST_LITERAL = 1 << 20  # characters; its parser takes a thousandfold in bytes
+
 
 class Results:
     """Records of one source. Use as a context manager.
@@ -487,6 +489,8 @@ def _cell(key: str, text: str) -> Any:
         try:
             return load_json(text)
         except ValueError:
+            if len(text) > _LONGEST_LITERAL:
+                return text
             try:
                 return ast.literal_eval(text)  # values only; nothing is run
             except (ValueError, SyntaxError, RecursionError, MemoryError):

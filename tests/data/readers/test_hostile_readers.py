@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 from support import hostile_images
 
 from risam_cli import cli
+from risam_cli.data.identity import expression_key, image_key
 from risam_cli.data.readers import jsonstream
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.results import Results
@@ -214,6 +216,22 @@ def test_results_that_are_being_replaced_are_not_read(tmp_path: Path, capsys: An
     assert f"the results in {tmp_path} are being replaced, or this was interrupted" in err
     (tmp_path / ".risam" / "splice").unlink()
     assert _export(tmp_path, json.dumps(RECORD), capsys)[0] == 0
+
+
+def test_names_and_cells_cost_no_more_than_their_length(tmp_path: Path, capsys: Any) -> None:
+    """Unicode orders combining marks in the square of their number."""
+    marks = "a" + "\u0301\u0316" * 200_000
+    started = time.process_time()
+    assert image_key(marks) == image_key(f"./{marks}")
+    assert expression_key(marks)
+    record = json.dumps({**RECORD, "image": marks, "expression": marks})
+    assert _export(tmp_path, record, capsys)[0] in (0, 3)
+    rows = b"image,expression,segmentation\na.png,x," + b"(" * 3_000_000 + b"\n"
+    (tmp_path / "p.csv").write_bytes(rows)
+    given = ["export-masks", str(tmp_path / "p.csv"), "--to", "coco", "-o", str(tmp_path / "b")]
+    assert cli.main(given) in (1, 3)
+    assert time.process_time() - started < 20
+    assert image_key("e\u0301.png") == image_key("\u00e9.png")
 
 
 def _bytes(path: Path) -> bytes:
