@@ -290,3 +290,17 @@ def test_names_of_others_are_shown_and_not_obeyed(
         row["run"] for row in csv.DictReader(io.StringIO(ask(reports[0], folder, "--to", "csv")))
     }
     assert not any(run.startswith(("=", "+", "-", "@")) for run in runs)
+
+
+def test_damaged_levels_are_told(reports: list[Path], ask: Ask, tmp_path: Path) -> None:
+    for name in ("report.json", "per_expression.jsonl"):
+        (tmp_path / name).write_bytes((reports[0] / name).read_bytes())
+    rows_file = tmp_path / "per_expression.jsonl"
+    first, *others = rows_file.read_text().splitlines()
+    broken = json.dumps(json.loads(first) | {"slices": ["length"]})
+    rows_file.write_text("\n".join([broken, *others]) + "\n")
+    assert "row 1 is damaged" in ask(reports[1], tmp_path, code=1)
+    # Rows of an earlier version know no levels.
+    plain = [{k: v for k, v in json.loads(line).items() if k != "slices"} for line in others]
+    rows_file.write_text("".join(json.dumps(row) + "\n" for row in plain))
+    assert "mIoU" in ask(tmp_path, reports[1], "--slices")
