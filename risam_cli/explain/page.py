@@ -94,7 +94,7 @@ class Card:
     lines: tuple[str, ...]
 
     @classmethod
-    def of(cls, explanation: Explanation, page: str) -> Card:
+    def of(cls, explanation: Explanation, name: str, page: str) -> Card:
         """That of an explanation whose page lies at ``page``."""
         lines = []
         for one in explanation.expressions:
@@ -102,7 +102,7 @@ class Card:
             found = "nothing fits" if p.no_target else f"score {p.score:.2f}"
             lines.append(f"{one.attention.expression}: {found}")
         picture = webp_uri(no_larger(explanation.rgb, _CARD), _QUALITY)
-        return cls(explanation.image, quote(page), picture, tuple(lines))
+        return cls(name, quote(page), picture, tuple(lines))
 
 
 def index_html(cards: Sequence[Card], model: str) -> str:

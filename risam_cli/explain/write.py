@@ -100,7 +100,7 @@ def write_explanations(
             else:
                 place = f"images/{replace_suffix(placement.target(image), '')}"
                 _write(folder, f"{place}/", found, with_json=with_json)
-                cards.append(Card.of(found, f"{place}/{PAGE}"))
+                cards.append(Card.of(found, placement.name(image), f"{place}/{PAGE}"))
                 model = found.model
             progress.advance(1, failures=failed.count)
         folder.write(INDEX, index_html(cards, model).encode("utf-8", "backslashreplace"))

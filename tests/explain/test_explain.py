@@ -471,6 +471,7 @@ def test_several_images_have_a_page_each_and_one_that_leads_to_them(
     index = (out / "index.html").read_text(encoding="utf-8")
     for place in ("images/a", "images/sub/a"):
         assert f'href="{place}/explain.html"' in index
+        assert f">{place.removeprefix('images/')}.png<" in index  # from the common folder
         made = {path.name for path in (out / place).iterdir() if path.is_file()}
         assert made == {"0-the-star.png", "explain.html"}
     (failure,) = [json.loads(line) for line in (out / "failures.jsonl").open()]
