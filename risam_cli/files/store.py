@@ -16,9 +16,10 @@ import shutil
 import sys
 import uuid
 import zlib
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
@@ -95,6 +96,16 @@ class RemotePath(_Base):
     def is_dir(self, **_: Any) -> bool:
         """Whether there are objects below it. Raises StoreError where that is not told."""
         return self._kind() == "directory"
+
+    def glob(self, pattern: str, **_: Any) -> Generator[Any, None, None]:
+        """What lies directly in it and has a name of this pattern; nothing where it is no folder.
+
+        Raises:
+            StoreError: it cannot be listed.
+        """
+        for url, _is_folder in list_folder(self.url) if self.is_dir() else ():
+            if fnmatchcase(url.rpartition("/")[2], pattern):
+                yield RemotePath(url)
 
     def open(self, mode: str = "rb", *_: Any, encoding: str | None = None, **__: Any) -> Any:
         """The object, for reading in order; what reads all of a path goes through here."""
