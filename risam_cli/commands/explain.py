@@ -203,7 +203,11 @@ def _explainer(
     from risam_cli.explain.explanation import Shown
     from risam_cli.inference.device import choose_device, choose_precision
     from risam_cli.inference.pipeline import PredictSettings, Session, compute_settings
-    from risam_cli.segmenters.resolve import load_segmenter, require_risam
+    from risam_cli.segmenters.resolve import (
+        load_segmenter,
+        require_risam,
+        require_risam_name,
+    )
 
     chosen = choose_device(device)
     settings = PredictSettings(
@@ -214,6 +218,7 @@ def _explainer(
     )
     if first is not None:
         open_rgb(Path(first), bands=bands)
+    require_risam_name(model, "risam explain")
     segmenter = require_risam(
         load_segmenter(model, device=chosen, precision=settings.precision), "risam explain"
     )

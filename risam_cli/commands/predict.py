@@ -244,6 +244,8 @@ def _predict(options: _Options) -> int:
     from risam_cli.runs.ranks import ranks_of_environment
     from risam_cli.runs.shard import Shard, parse_shard
 
+    if options.instances and options.select == "best":
+        raise UsageError("--instances and --select best contradict each other", "give one of them")
     if options.retry_failed and options.overwrite:
         raise UsageError("--retry-failed and --overwrite contradict each other", "give one of them")
     ranks = None if options.shard is not None else ranks_of_environment()
@@ -390,8 +392,10 @@ def _run(
     from risam_cli.inference.pipeline import PredictSettings
     from risam_cli.runs.run import RunPlan, run_predict
     from risam_cli.runs.writer import Saving
-    from risam_cli.segmenters.resolve import load_segmenter
+    from risam_cli.segmenters.resolve import load_segmenter, require_risam_name
 
+    if options.feature_cache is not None:
+        require_risam_name(options.model, "a feature cache")
     device = choose_device(options.device)
     settings = PredictSettings(
         device=device,

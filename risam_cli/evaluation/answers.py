@@ -46,7 +46,7 @@ from risam_cli.metrics.protocols import Protocol
 from risam_cli.runs.ranks import Ranks
 from risam_cli.runs.run import versions
 from risam_cli.runs.shard import Dealer, cost_of
-from risam_cli.segmenters.resolve import load_segmenter
+from risam_cli.segmenters.resolve import load_segmenter, parse_model, require_risam_name
 from risam_cli.segmenters.segmenter import Segmenter
 from risam_cli.types import Expression, Failure, Prediction, Sample
 from risam_cli.version import __version__
@@ -319,16 +319,15 @@ def answer_part(
 
 def _load(asked: EvalRequest, device: torch.device, precision: torch.dtype) -> Segmenter:
     """The model; refuses what would write into a folder that is not the user's own."""
-    segmenter = load_segmenter(
-        asked.model, device=device, precision=precision, compiled=asked.compiled
-    )
-    if asked.fit_no_target and not segmenter.capabilities.trainable:
+    if asked.feature_cache is not None:
+        require_risam_name(asked.model, "a feature cache")
+    if asked.fit_no_target and parse_model(asked.model).kind != "risam":
         raise UsageError(
-            f"{setting('fit_no_target')} would write into the folder of {segmenter.name}, a "
-            f"published {segmenter.kind}",
+            f"{setting('fit_no_target')} would write into the folder of {asked.model}, a "
+            "published model",
             f"give the threshold by {setting('no_target_threshold')}",
         )
-    return segmenter
+    return load_segmenter(asked.model, device=device, precision=precision, compiled=asked.compiled)
 
 
 def _settings(

@@ -142,6 +142,22 @@ def _folder(part: str, download: bool) -> Path:
     raise ModelError(f"no folder {part!r}", "give a folder, or a name such as facebook/sam3")
 
 
+def require_risam_name(source: str | Path | None, what: str) -> None:
+    """Refuses the name of a published model, before anything of it is downloaded or loaded.
+
+    Args:
+        what: is wanted, in words that begin a sentence.
+
+    Raises:
+        ModelError: it is one, or names no model.
+    """
+    if parse_model(source).kind != "risam":
+        raise ModelError(
+            f"{what} needs a RISAM model, and {source} is a published one",
+            "name a folder written by risam train, or a bundled model",
+        )
+
+
 def require_risam(segmenter: Segmenter, what: str) -> RisamSegmenter:
     """The segmenter, where what is wanted of it takes RISAM.
 

@@ -56,7 +56,6 @@ class Capabilities:
         features: its image features may be kept on disk and used again.
         refuses: it can say that nothing fits.
         instances: it tells instances from each other.
-        trainable: training may start from it.
         any_threads: its encoder gives the same bits on a CPU with any number of threads.
     """
 
@@ -64,7 +63,6 @@ class Capabilities:
     features: bool = False
     refuses: bool = True
     instances: bool = False
-    trainable: bool = False
     any_threads: bool = False
 
 

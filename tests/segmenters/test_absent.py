@@ -79,6 +79,32 @@ def test_every_name_says_in_one_line_how_its_files_are_to_be_had(
         assert capsys.readouterr().err == f"{line}\n"
 
 
+@pytest.mark.usefixtures("reason")
+def test_what_published_models_cannot_do_is_said_before_anything_is_fetched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    picture, output = str(tmp_path / "a.png"), ["-o", str(tmp_path / "out")]
+    cache = ["--feature-cache", str(tmp_path / "kept")]
+    shapes = ["--dataset", "refshapes", "--split", "val", "--limit", "2"]
+    for arguments in (
+        ["explain", picture, "-e", "the dog", *output],
+        ["predict", picture, "-e", "the dog", *cache, *output],
+        ["eval", *shapes, *cache, *output],
+        ["eval", *shapes, "--fit-no-target", *output],
+    ):
+        for model in ("sam3", "me/mine"):
+            assert main([*arguments, "--model", model]) in (1, 2)
+            told = capsys.readouterr().err
+            assert "published" in told, arguments
+            assert "is not in the cache" not in told
+            assert "Traceback" not in told
+            assert not (tmp_path / "kept").exists()
+    both = ["predict", picture, "-e", "the dog", "--instances", "--select", "best", *output]
+    assert main(both) == 2
+    assert "contradict" in capsys.readouterr().err
+
+
 # Files of a folder by kind, and what is said where one is gone.
 LACKING = [
     ("clipseg", "config.json", "config.json"),
