@@ -108,7 +108,7 @@ class Florence2(Published):
             {"model": folder},
             (read_frame(folder, "stretch"),),
             THRESHOLDS,
-            Capabilities(refuses=False, instances=True),
+            Capabilities(instances=True),
             room,
             device,
             precision,

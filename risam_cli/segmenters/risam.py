@@ -33,7 +33,7 @@ class RisamSegmenter:
     """
 
     kind = "risam"
-    capabilities = Capabilities(attention=True, features=True, any_threads=True)
+    capabilities = Capabilities(any_threads=True)
 
     def __init__(self, loaded: LoadedModel, device: torch.device, precision: torch.dtype) -> None:
         self.loaded = loaded

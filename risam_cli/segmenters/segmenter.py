@@ -52,16 +52,10 @@ class Capabilities:
     """What a segmenter can do beside masks.
 
     Attributes:
-        attention: shows where it looked (``risam explain``).
-        features: its image features may be kept on disk and used again.
-        refuses: it can say that nothing fits.
         instances: it tells instances from each other.
         any_threads: its encoder gives the same bits on a CPU with any number of threads.
     """
 
-    attention: bool = False
-    features: bool = False
-    refuses: bool = True
     instances: bool = False
     any_threads: bool = False
 
