@@ -246,6 +246,10 @@ def _predict(options: _Options) -> int:
 
     if options.instances and options.select == "best":
         raise UsageError("--instances and --select best contradict each other", "give one of them")
+    if options.feature_cache is not None:
+        from risam_cli.segmenters.resolve import require_risam_name
+
+        require_risam_name(options.model, "a feature cache")
     if options.retry_failed and options.overwrite:
         raise UsageError("--retry-failed and --overwrite contradict each other", "give one of them")
     ranks = None if options.shard is not None else ranks_of_environment()
@@ -392,10 +396,8 @@ def _run(
     from risam_cli.inference.pipeline import PredictSettings
     from risam_cli.runs.run import RunPlan, run_predict
     from risam_cli.runs.writer import Saving
-    from risam_cli.segmenters.resolve import load_segmenter, require_risam_name
+    from risam_cli.segmenters.resolve import load_segmenter
 
-    if options.feature_cache is not None:
-        require_risam_name(options.model, "a feature cache")
     device = choose_device(options.device)
     settings = PredictSettings(
         device=device,
