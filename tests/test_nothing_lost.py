@@ -16,10 +16,13 @@ import torch
 from PIL import Image
 from support.paths import REPO
 from support.predict_runs import CPU, Run, contents, draw_pictures
+from support.training_runs import RAW
+from support.training_runs import run as training_run
 
 from risam_cli.cli import main
 from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.errors import ModelError, OutputError
+from risam_cli.files import folder as files_folder
 from risam_cli.files.folder import OutputFolder
 from risam_cli.files.jsonlines import seal, unseal
 from risam_cli.files.write import own_file, write_file
@@ -281,6 +284,18 @@ def test_masks_that_become_a_link_during_a_run_lead_nowhere(
     assert list(away.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_begun_is_told_of_and_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *more: Any, **by: Any) -> None:
+        raise OutputError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr(files_folder, "write_file", full)
+    with pytest.raises(OutputError, match=r"made_by: No space"):
+        RunFolder(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # --- checksums ------------------------------------------------------------------------------------
 
 
@@ -337,6 +352,36 @@ def test_a_lost_checkpoint_is_told_of_and_an_earlier_one_taken(
         path.unlink()
     with pytest.raises(ModelError, match="no earlier checkpoint"):
         checkpoints.to_resume()
+
+
+def test_a_save_that_is_cut_behind_its_checkpoint_is_ended_by_the_run_that_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {
+        "keep_last": 2, "averaging": {"count": 2, "of": "last"}, "validate_every": 1,
+        "checkpoint_every": 1, "stages": [{**RAW["stages"][1], "steps": 3, "warmup": 1}],
+    }  # fmt: skip
+    training_run(tmp_path / "whole", **changes)
+    out = tmp_path / "cut"
+    follow = Checkpoints.follow
+
+    def cut(self: Checkpoints, place: Place) -> None:
+        if place.averaged:  # the last one of the run
+            raise Cut
+        follow(self, place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "follow", cut)
+        with pytest.raises(Cut):
+            training_run(out, **changes)
+    assert training_run(out, resume=True, **changes) == out / "best"
+    names = [
+        sorted(path.relative_to(one).as_posix() for path in (one / "checkpoints").rglob("*"))
+        for one in (out, tmp_path / "whole")
+    ]
+    assert names[0] == names[1]
+    progress = "checkpoints/progress.json"
+    assert (out / progress).read_text() == (tmp_path / "whole" / progress).read_text()
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

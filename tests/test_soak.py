@@ -1,4 +1,4 @@
-"""The two long runs against faults, made short; ``benchmarks/`` has them at full length."""
+"""The long runs against faults, made short; ``benchmarks/`` has them at full length."""
 
 from __future__ import annotations
 
@@ -39,3 +39,13 @@ def test_kills_of_every_command_leave_what_an_unbroken_run_leaves(repo: Path) ->
     done = run(repo, "kills.py", "--kills", "24", "--seed", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 of them wrong" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs fork and /proc")
+@pytest.mark.parametrize("fault", ["kill", "full", "once"])
+def test_a_fault_at_any_change_of_a_folder_costs_nothing(repo: Path, fault: str) -> None:
+    commands = ("predict*", "merge*", "export*", "eval*")
+    done = run(repo, "kill_points.py", "--every", "23", "--fault", fault, "--only", *commands)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " points, 0 of them wrong" in done.stdout

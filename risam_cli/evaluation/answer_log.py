@@ -110,15 +110,20 @@ class AnswerLog:
 
         Args:
             image: SHA-256 of the image file.
+
+        Raises:
+            OutputError: they cannot be written.
         """
-        for expression, answer in zip(answered.sample.expressions, answered.answers, strict=True):
-            if answer is not None and image is not None:
-                row = _row(answered.sample, expression, answer, image)
-                self._stream.write(seal(row))
-        self._stream.flush()
-        if time.monotonic() - self._synced > SYNCED:
-            os.fsync(self._stream.fileno())
-            self._synced = time.monotonic()
+        pairs = zip(answered.sample.expressions, answered.answers, strict=True)
+        with writing(self.path):
+            for expression, answer in pairs:
+                if answer is not None and image is not None:
+                    row = _row(answered.sample, expression, answer, image)
+                    self._stream.write(seal(row))
+            self._stream.flush()
+            if time.monotonic() - self._synced > SYNCED:
+                os.fsync(self._stream.fileno())
+                self._synced = time.monotonic()
 
     def tell_changes(self, source: SampleSource) -> None:
         """Say how a data set that changed differs from what the interrupted run answered."""

@@ -13,6 +13,7 @@ from risam_cli.errors import OutputError, setting
 from risam_cli.files.confine import Confined, require_own
 from risam_cli.files.folder import OTHER, SPLICE, OutputFolder
 from risam_cli.files.jsonlines import load_json
+from risam_cli.files.locks import PRIVATE
 from risam_cli.files.write import (
     sync_file,
     sync_folder,
@@ -45,10 +46,11 @@ class RunFolder(OutputFolder):
 
     def __init__(self, path: Path) -> None:
         pictures = (MASKS, OVERLAYS, GALLERY)
+        # Before the base, which closes where it fails.
+        self.incoming = path / PRIVATE / "incoming"
+        self._retry = path / PRIVATE / "retry"
+        self._gone = path / PRIVATE / "gone"
         super().__init__(path, "predict", (*_OWN, *pictures), shared=pictures)
-        self.incoming = self.private / "incoming"
-        self._retry = self.private / "retry"
-        self._gone = self.private / "gone"
         try:
             with writing(path, OTHER):
                 self.finish_splice()
@@ -65,9 +67,10 @@ class RunFolder(OutputFolder):
             with suppress(OSError, OutputError):
                 self.finish_splice()
         else:
-            shutil.rmtree(self.private / "incoming", ignore_errors=True)
+            shutil.rmtree(self.incoming, ignore_errors=True)
             for path in (self.redo, self._retry, self._gone, *map(self.spliced, _SPLICED)):
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()
         super().close()
 
     @property

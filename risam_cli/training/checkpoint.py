@@ -223,6 +223,14 @@ class Checkpoints:
                 "lower the learning rate" + self.kept(),
             )
         write_file(self.last, lambda temporary: _write(state, temporary))
+        self.follow(place)
+
+    def follow(self, place: Place) -> None:
+        """Brings the files beside ``last.pt`` to its place, also where a kill fell between them.
+
+        Raises:
+            OutputError: where they cannot be written.
+        """
         # That there was one: a run without any may begin anew, one that lost its own may not.
         write_file(self.progress, json.dumps({"stage": place.stage + 1, "step": place.step}) + "\n")
         if self.keep > 1:

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.console.console import Console
-from risam_cli.errors import OutputError, reason_of
+from risam_cli.errors import reason_of
 from risam_cli.files.jsonlines import load_json
-from risam_cli.files.write import sync_file, sync_folder, write_file
+from risam_cli.files.write import sync_file, sync_folder, write_file, writing
 from risam_cli.training.checkpoint import Place
 
 METRICS = "metrics.jsonl"
@@ -59,9 +59,14 @@ class TrainingLog:
         self._board: Any = None
 
     def sync(self) -> None:
-        """Has the system write the rows so far to the disk."""
+        """Has the system write the rows so far to the disk.
+
+        Raises:
+            OutputError: it cannot.
+        """
         if self.path.exists():
-            sync_file(self.path)
+            with writing(self.path):
+                sync_file(self.path)
             sync_folder(self.folder)
 
     def __enter__(self) -> TrainingLog:
@@ -92,13 +97,8 @@ class TrainingLog:
             "expressions": place.expressions,
             **{key: None if math.isnan(v) else round(v, 6) for key, v in figures.items()},
         }
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {self.path}: {reason_of(error)}", "check disk space and permissions"
-            ) from error
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
         for key, value in figures.items():
             self._tell_board("add_scalar", f"{name}/{kind}/{key}", value, place.step)
 
@@ -111,10 +111,8 @@ class TrainingLog:
         if self.silent or not examples:
             return
         folder = self.folder / PICTURES
-        try:
+        with writing(folder):
             folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot make {folder}: {reason_of(error)}", "see rights") from error
         for example in examples:
             _write(folder / f"{example.key}-truth.webp", example.truth)
             step = f"stage{place.stage + 1}-step{place.step:08d}"

@@ -258,6 +258,9 @@ class TrainingRun:
         self.state = self.processes.first(self._read)
         if self.state is not None:
             self.place = Place(**self.state["place"])
+            if self.processes.leads and self.checkpoints.last.is_file():
+                self.checkpoints.follow(self.place)
+                self._prune()
             self.console.info(f"resuming at stage {self.place.stage + 1}, step {self.place.step}")
         self.log.drop_rows_after(self.place)
 
@@ -550,6 +553,10 @@ class TrainingRun:
             stepper.scaler if stepper else None,
             average,
         )
+        self._prune()
+
+    def _prune(self) -> None:
+        """Removes the kept weights that the checkpoint just written names no more."""
         if self.kept is not None:
             self.kept.prune(self.place)
 
