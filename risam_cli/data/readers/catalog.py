@@ -112,9 +112,11 @@ def _coco_file(root: Path, split: str | None) -> tuple[Path, str]:
 
 def _only_coco_file(root: Path) -> str:
     """The split of a folder with one file only; ``all`` where that is ``instances.json``."""
-    folders = (root, root / "annotations")
+    folders = [folder for folder in (root, root / "annotations") if folder.is_dir()]
+    if any((folder / "instances.json").is_file() for folder in folders):
+        return ALL
     names = {path.stem for folder in folders for path in folder.glob("*.json")}
-    if "instances" in names or not names:
+    if not names:
         return ALL
     return only_split(str(root), (name.removeprefix("instances_") for name in names))
 
