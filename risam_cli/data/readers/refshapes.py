@@ -110,11 +110,10 @@ def _only_file(root: Path, family: str) -> str:
     """The split of files that hold one each, where there is one only."""
     from risam_cli.data.refshapes.dataset import SPLIT_SCENES
 
-    names = [
-        path.stem for folder in (root / family / "coco", root) for path in folder.glob("*.json")
-    ]
-    phrases = (root / family / "phrasecut", root)
-    names += [path.stem[6:] for folder in phrases for path in folder.glob("refer_*.json")]
+    folders = (root, root / family / "coco", root / family / "phrasecut")
+    there = (folder for folder in folders if folder.is_dir())
+    stems = [path.stem for folder in there for path in folder.glob("*.json")]
+    names = [stem.removeprefix("refer_") for stem in stems]
     return only_split(str(root), (name for name in names if name in SPLIT_SCENES))
 
 
