@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -248,8 +249,8 @@ def _lighten_training(path: Path) -> None:
     path.write_text(json.dumps(settings))
 
 
-def cases(folder: Path) -> list[Case]:
-    """All commands from all states; what they need lies in the folder."""
+def _commands(folder: Path) -> SimpleNamespace:
+    """The commands by name, and what begins a run of one; what they need lies in the folder."""
     images, log = folder / "images", folder / "log"
     asked = ["-e", "the red circle", "-e", "the small blue square on the left"]
     small = ["--model", str(small_model(folder / "model")), "--device", "cpu"]
@@ -285,46 +286,78 @@ def cases(folder: Path) -> list[Case]:
     one = str(images / "0.png")
     explain = ["-q", "explain", one, *asked[:2], *small, "--json"]
     side = ["-q", "compare-models", one, *asked[:2], *small[:2], *small]
+    return SimpleNamespace(
+        predict=predict, page=page, lists=lists, o=o, resume=resume, over=over, begun=begun,
+        merge=merge, model=model, scored=scored, png=png, yolo=yolo, coco=coco,
+        train=train, at=at, again=again, pages=pages, explain=explain, side=side, images=images,
+    )  # fmt: skip
+
+
+def cases(folder: Path) -> list[Case]:
+    """All commands from all states; what they need lies in the folder."""
+    c = _commands(folder)
     return [
-        Case("predict", predict + o, predict + resume, (3,)),
-        Case("predict, with a gallery", page + o, page + resume, (3,)),
+        *_predict_cases(c),
+        Case("merge", c.merge + c.o, c.merge + c.over),
         Case(
-            "predict --resume", predict + resume, predict + resume, (3,),
-            begun([*predict, *o], 60), predict + o,
+            "merge --overwrite", c.merge + c.over, c.merge + c.over,
+            (0,), c.begun([*c.merge, *c.o]),
+        ),
+        Case("eval of a model", c.model + c.o, c.model + c.resume),
+        Case(
+            "eval --resume", c.model + c.resume, c.model + c.resume, (0,),
+            c.begun([*c.model, *c.o], 40), c.model + c.o,
         ),
         Case(
-            "predict --resume, other limits", predict + resume, predict + resume, (3,),
-            begun([*predict, *_TINY, *o]), predict + o,
+            "eval --overwrite", c.model + c.over, c.model + c.over,
+            (0,), c.begun([*c.model, *c.o]),
         ),
+        Case("eval of predictions", c.scored + c.o, c.scored + c.over),
+        Case("export-masks --to png", c.png + c.o, c.png + c.over),
+        Case("export-masks --to coco", c.coco + c.o, c.coco + c.over),
         Case(
-            "predict --retry-failed", [*predict, "--retry-failed", *o], predict + resume, (3,),
-            begun([*predict, *_TINY, *o]), predict + o,
+            "export-masks --overwrite", c.yolo + c.over, c.yolo + c.over,
+            (0,), c.begun(c.yolo + c.o),
         ),
+        Case("explain", c.explain + c.o, c.explain + c.over),
+        Case("compare-models", c.side + c.o, c.side + c.over),
+        Case("train", [*c.train, *c.at], c.again, optional=c.pages),
         Case(
-            "predict --resume, other inputs", lists[1] + resume, lists[1] + resume, (0,),
-            begun([*lists[0], *o]), lists[1] + o,
+            "train --resume", c.again, c.again,
+            (0,), c.begun([*c.train, *c.at], 90), [*c.train, *c.at], c.pages,
         ),
-        Case("predict --overwrite", predict + over, predict + over, (3,), begun([*predict, *o])),
-        Case("merge", merge + o, merge + over),
-        Case("merge --overwrite", merge + over, merge + over, (0,), begun([*merge, *o])),
-        Case("eval of a model", model + o, model + resume),
-        Case(
-            "eval --resume", model + resume, model + resume, (0,),
-            begun([*model, *o], 40), model + o,
-        ),
-        Case("eval --overwrite", model + over, model + over, (0,), begun([*model, *o])),
-        Case("eval of predictions", scored + o, scored + over),
-        Case("export-masks --to png", png + o, png + over),
-        Case("export-masks --to coco", coco + o, coco + over),
-        Case("export-masks --overwrite", yolo + over, yolo + over, (0,), begun(yolo + o)),
-        Case("explain", explain + o, explain + over),
-        Case("compare-models", side + o, side + over),
-        Case("train", [*train, *at], again, optional=pages),
-        Case("train --resume", again, again, (0,), begun([*train, *at], 90), [*train, *at], pages),
         # The last of predict: it changes the images.
         Case(
-            "predict --resume, changed images", predict + resume, predict + resume, (3,),
-            begun([*predict, *o], 0, partial(_change, images)), predict + o,
+            "predict --resume, changed images", c.predict + c.resume, c.predict + c.resume, (3,),
+            c.begun([*c.predict, *c.o], 0, partial(_change, c.images)), c.predict + c.o,
+        ),
+    ]  # fmt: skip
+
+
+def _predict_cases(c: SimpleNamespace) -> list[Case]:
+    return [
+        Case("predict", c.predict + c.o, c.predict + c.resume, (3,)),
+        Case("predict, with a gallery", c.page + c.o, c.page + c.resume, (3,)),
+        Case(
+            "predict --resume", c.predict + c.resume, c.predict + c.resume, (3,),
+            c.begun([*c.predict, *c.o], 60), c.predict + c.o,
+        ),
+        Case(
+            "predict --resume, other limits", c.predict + c.resume, c.predict + c.resume, (3,),
+            c.begun([*c.predict, *_TINY, *c.o]), c.predict + c.o,
+        ),
+        Case(
+            "predict --retry-failed", [*c.predict, "--retry-failed", *c.o],
+            c.predict + c.resume, (3,),
+            c.begun([*c.predict, *_TINY, *c.o]), c.predict + c.o,
+        ),
+        Case(
+            "predict --resume, other inputs", c.lists[1] + c.resume, c.lists[1] + c.resume, (0,),
+            c.begun([*c.lists[0], *c.o]), c.lists[1] + c.o,
+        ),
+        Case(
+            "predict --overwrite", c.predict + c.over, c.predict + c.over,
+            (3,), c.begun([*c.predict, *c.o]),
         ),
     ]  # fmt: skip
 

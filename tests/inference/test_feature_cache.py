@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from support.carried import in_order, numbered
+from support.encodes import count_encodes
 from support.networks import WITH_STEM, small_model, small_settings
 
 from risam_cli.cli import main
@@ -104,17 +105,7 @@ def said(results: Sequence[ImageResult]) -> list[Any]:
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the batches that go through any image encoder."""
-    from risam_cli.model.image_encoder import ImageEncoder
-
-    seen: list[int] = []
-    forward = ImageEncoder.forward
-
-    def counted(self: ImageEncoder, pixels: torch.Tensor) -> EncoderFeatures:
-        seen.append(len(pixels))
-        return forward(self, pixels)
-
-    monkeypatch.setattr(ImageEncoder, "forward", counted)
-    return seen
+    return count_encodes(monkeypatch)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

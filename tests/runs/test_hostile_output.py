@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,9 @@ def test_a_link_among_the_masks_is_refused_before_anything_is_made_through_it(
 ) -> None:
     masks = tmp_path / "out" / "masks"
     masks.mkdir(parents=True)
-    # Masks keep their image's path: they would go to <the path's folders>.
-    (masks / str(images).strip("/").split("/")[0]).symlink_to(victim)
+    # Masks keep their image's path below the inputs' common folder: one would go to <street>.
+    (masks / "street").symlink_to(victim)
+    shutil.copy(images / "street/a.png", images / "b.png")
     common = ["-o", str(tmp_path / "out"), "--model", str(model_folder)]
     code = cli.main(["predict", str(images), "-e", "x", *common])
     assert code == 1

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from support.encodes import count_encodes
 from support.training_runs import RAW, last_weights, rows, run, settings, write_coco
 
 from risam_cli.cli import main
 from risam_cli.errors import ConfigError
-from risam_cli.model.image_encoder import EncoderFeatures, ImageEncoder
 
 # The data set is gone through several times, and the encoder trained before.
 STAGES = [RAW["stages"][0], {**RAW["stages"][1], "steps": 18}]
@@ -26,16 +26,7 @@ def cached(folder: Path, **changes: Any) -> dict[str, Any]:
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the batches that go through the encoder without gradients."""
-    seen: list[int] = []
-    forward = ImageEncoder.forward
-
-    def counted(self: ImageEncoder, pixels: torch.Tensor) -> EncoderFeatures:
-        if not torch.is_grad_enabled():
-            seen.append(len(pixels))
-        return forward(self, pixels)
-
-    monkeypatch.setattr(ImageEncoder, "forward", counted)
-    return seen
+    return count_encodes(monkeypatch, lambda: not torch.is_grad_enabled())
 
 
 @pytest.fixture(scope="module")
