@@ -148,13 +148,13 @@ def test_an_interrupted_retry_is_gone_on_with(
     before = (out / "failures.jsonl").read_bytes().count(b"\n")
     stopped = Run([pictures], out, settings=wide, plan={"retry_failed": explicit})
     with pytest.MonkeyPatch.context() as patched:
-        write = RunWriter._write_again
+        write = RunWriter._write_inside
 
         def counted(self: RunWriter, done: Any) -> None:
             write(self, done)
             raise OutputError("the disk is full") from OSError(28, "No space left on device")
 
-        patched.setattr(RunWriter, "_write_again", counted)
+        patched.setattr(RunWriter, "_write_inside", counted)
         patched.setattr(writer, "_AT_ONCE", 1)
         with pytest.raises(OutputError, match="continue with resume"):
             stopped.go()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from risam_cli.files.jsonlines import brief
 
@@ -23,11 +24,16 @@ class Settings(BaseModel):
         for key, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(str(key))
             if isinstance(value, bool) and field and str(field.annotation).find("bool") < 0:
-                raise ValueError(f"{key} = {value}: it takes no truth value")
+                raise _odd(key, value, "it takes no truth value")
             items = value if isinstance(value, list | tuple) else [value]
             if any(type(item) is int and not -_MOST <= item < _MOST for item in items):
-                raise ValueError(f"{key} = {brief(value)}: the number is beyond 63 bits")
+                raise _odd(key, value, "the number is beyond 63 bits")
         return values
+
+
+def _odd(key: str, value: object, why: str) -> PydanticCustomError:
+    """An error of one key, which a check of all keys cannot raise at its place itself."""
+    return PydanticCustomError("odd_number", why, {"key": key, "value": brief(value)})  # type: ignore[arg-type]
 
 
 Positive = Field(gt=0)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from risam_cli.settings.base import Settings
 
@@ -168,10 +168,3 @@ class AugmentSettings(Settings):
         return self.changes and not (
             self.flip == self.crop == self.jitter == 0.0 and self.shrink == 1.0
         )
-
-    @field_validator("flip", "crop", "crop_least", "shrink", "jitter", mode="before")
-    @classmethod
-    def _no_switches(cls, value: object) -> object:
-        if isinstance(value, bool):
-            raise ValueError("give a number from 0 to 1, not a switch")
-        return value

@@ -101,6 +101,9 @@ def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[
     # A misspelt key is also one that is missing under its right name: the former tells more.
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path = [str(part) for part in first["loc"]]
+    odd = first["ctx"] if first["type"] == "odd_number" else None
+    if odd is not None:
+        path.append(str(odd["key"]))
     key = ".".join(_as_written(kind, path))
     if first["type"] == "extra_forbidden":
         known = _fields_at(kind, path[:-1])
@@ -113,8 +116,9 @@ def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[
         message, hint = f"{where}: key {key!r} is missing", "add it"
     else:
         text = first["msg"].removeprefix("Value error, ")
+        value = brief(first["input"]) if odd is None else odd["value"]
         # What concerns several keys names them itself.
-        message = f"{where}: {key} = {brief(first['input'])}: {text}" if key else f"{where}: {text}"
+        message = f"{where}: {key} = {value}: {text}" if key else f"{where}: {text}"
         hint = f"see risam train, {setting('print_config')}, for the keys and their values"
     more = len(problems) - 1
     return message + (f" (and {more} more)" if more else ""), hint

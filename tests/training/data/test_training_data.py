@@ -422,7 +422,7 @@ def test_a_missing_folder_is_named_before_anything_is_built(
     ("augment", "message"),
     [
         ({"flip": 1.5}, r"augment\.flip = 1\.5: .*less than or equal to 1"),
-        ({"flip": True}, r"augment\.flip = True: give a number from 0 to 1"),
+        ({"flip": True}, r"augment\.flip = True: it takes no truth value"),
         ({"flp": 0.5}, r"unknown key 'augment\.flp'"),
         ({"shrink": 0}, r"augment\.shrink = 0: .*greater than 0"),
     ],
