@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, LiteralString
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -31,9 +31,9 @@ class Settings(BaseModel):
         return values
 
 
-def _odd(key: str, value: object, why: str) -> PydanticCustomError:
+def _odd(key: str, value: object, why: LiteralString) -> PydanticCustomError:
     """An error of one key, which a check of all keys cannot raise at its place itself."""
-    return PydanticCustomError("odd_number", why, {"key": key, "value": brief(value)})  # type: ignore[arg-type]
+    return PydanticCustomError("odd_number", why, {"key": key, "value": brief(value)})
 
 
 Positive = Field(gt=0)
