@@ -421,3 +421,22 @@ def test_a_command_is_cut_where_the_switch_says(tmp_path: Path, pictures: Path) 
         assert cut.returncode == -9
     assert subprocess.run([*predict, out], env={**told, "RISAM_KILL": "0"}).returncode == 3
     assert contents(out) == contents(whole)
+
+
+def test_a_run_that_was_ended_before_it_had_a_ledger_is_started_over(
+    pictures: Path, tmp_path: Path
+) -> None:
+    """Its files are empty; records without a ledger are somebody's, and are left alone."""
+    out = tmp_path / "out"
+    run = Run([pictures], out, overwrite=True)
+    run.go()
+    whole = contents(out)
+    for name in ("failures.jsonl", "run.json", "ledger.jsonl"):
+        (out / name).unlink()
+    records = (out / "predictions.jsonl").read_bytes()
+    with pytest.raises(OutputError, match=r"no ledger\.jsonl that says what else"):
+        run.go()
+    assert (out / "predictions.jsonl").read_bytes() == records
+    (out / "predictions.jsonl").write_bytes(b"")
+    run.go()
+    assert contents(out) == whole

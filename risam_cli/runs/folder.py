@@ -121,13 +121,16 @@ class RunFolder(OutputFolder):
     def require_known(self) -> None:
         """Makes sure that it is known what an earlier run wrote here.
 
+        Empty files are those of a run that was ended before it had a ledger: nothing else is its.
+
         Raises:
             OutputError: the folder holds records but no ledger that says what belongs to them.
         """
-        if self.holds_run() and not self.ledger.exists():
-            found = ", ".join(name for name in _OWN if (self.path / name).exists())
+        held = [name for name in _OWN if (self.path / name).exists()]
+        if any((self.path / name).stat().st_size for name in held) and LEDGER not in held:
             raise OutputError(
-                f"{self.path} holds {found} but no {LEDGER} that says what else belongs to it",
+                f"{self.path} holds {', '.join(held)} but no {LEDGER} that says what else "
+                "belongs to it",
                 f"delete the folder yourself, or choose another {setting('output')}",
             )
 

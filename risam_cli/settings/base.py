@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, LiteralString
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from risam_cli.files.jsonlines import brief
 
 _MOST = 1 << 63
+
+
+class OddNumber(ValueError):
+    """What is wrong with the number of one key, of which the check of all keys tells."""
+
+    def __init__(self, key: str, value: object, why: str) -> None:
+        self.key = key
+        self.value = brief(value)
+        super().__init__(why)
 
 
 class Settings(BaseModel):
@@ -24,16 +32,11 @@ class Settings(BaseModel):
         for key, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(str(key))
             if isinstance(value, bool) and field and str(field.annotation).find("bool") < 0:
-                raise _odd(key, value, "it takes no truth value")
+                raise OddNumber(key, value, "it takes no truth value")
             items = value if isinstance(value, list | tuple) else [value]
             if any(type(item) is int and not -_MOST <= item < _MOST for item in items):
-                raise _odd(key, value, "the number is beyond 63 bits")
+                raise OddNumber(key, value, "the number is beyond 63 bits")
         return values
-
-
-def _odd(key: str, value: object, why: LiteralString) -> PydanticCustomError:
-    """An error of one key, which a check of all keys cannot raise at its place itself."""
-    return PydanticCustomError("odd_number", why, {"key": key, "value": brief(value)})
 
 
 Positive = Field(gt=0)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from risam_cli.errors import ConfigError, DataError, reason_of, setting
 from risam_cli.files.jsonlines import brief, read_text
 from risam_cli.files.safe_yaml import load_yaml
-from risam_cli.settings.base import Settings
+from risam_cli.settings.base import OddNumber, Settings
 
 EXTENDS = "extends"
 _LONGEST = 16 << 20  # bytes
@@ -101,9 +101,9 @@ def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[
     # A misspelt key is also one that is missing under its right name: the former tells more.
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path = [str(part) for part in first["loc"]]
-    odd = first["ctx"] if first["type"] == "odd_number" else None
-    if odd is not None:
-        path.append(str(odd["key"]))
+    odd = first.get("ctx", {}).get("error")
+    if isinstance(odd, OddNumber):
+        path.append(odd.key)
     key = ".".join(_as_written(kind, path))
     if first["type"] == "extra_forbidden":
         known = _fields_at(kind, path[:-1])
@@ -116,7 +116,7 @@ def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[
         message, hint = f"{where}: key {key!r} is missing", "add it"
     else:
         text = first["msg"].removeprefix("Value error, ")
-        value = brief(first["input"]) if odd is None else odd["value"]
+        value = odd.value if isinstance(odd, OddNumber) else brief(first["input"])
         # What concerns several keys names them itself.
         message = f"{where}: {key} = {value}: {text}" if key else f"{where}: {text}"
         hint = f"see risam train, {setting('print_config')}, for the keys and their values"
