@@ -15,7 +15,7 @@ from support.paths import REPO
 from support.settings_files import complete, load_settings
 from support.text_folders import make_bert
 
-from risam_cli.commands.refshapes import command as refshapes
+from risam_cli.cli import root
 from risam_cli.data.refshapes.vocabulary import VOCABULARY
 from risam_cli.settings.load import check, merge, read_settings_file
 from risam_cli.settings.model import ModelSettings
@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = ["--splits", "train,val", "--scenes", "4", "--expressions", "3", "--size", "128"]
     for more in ([], ["--family", "refshapes", "--format", "coco"]):
         own = ["-o", str(folder / "data"), *asked, *more]
-        done = CliRunner().invoke(refshapes, own, standalone_mode=False)
+        done = CliRunner().invoke(root, ["refshapes", *own], standalone_mode=False)
         assert done.exception is None, done.exception
     sam_file(folder / "sam.pth")
     make_bert(folder / "bert", VOCABULARY)
