@@ -280,7 +280,7 @@ def _tell(outcome: Outcome, output: Path, kind: str) -> None:
     """The account, on stderr: what was written, and what was lost."""
     console, tally = get_console(), outcome.tally
     parts = [f"{tally.masks} masks of {tally.images} images as {kind} in {output}"]
-    parts.append(f"{outcome.categories} categories")
+    parts.append(f"{outcome.categories} {'category' if outcome.categories == 1 else 'categories'}")
     if tally.empty:
         parts.append(f"{tally.empty} records with an empty mask")
     if tally.filtered:

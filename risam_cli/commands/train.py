@@ -65,6 +65,8 @@ def command(
 
     if resume and overwrite:
         raise UsageError("--resume and --overwrite contradict each other", "give one of them")
+    if resume and not config.suffix and not config.exists():
+        raise UsageError(f"{config}: no such file or folder", "give the output folder of a run")
     if config.is_dir():
         config, overrides = _run_of(config, overrides, resume)
     if steps is not None:

@@ -94,6 +94,11 @@ class Yolo:
         if self.context.settings.split:
             places = {name: f"images/{name}" for name in places}
             self.context.tally.split_images = dict(self._parts)
+            if not self.context.copy_images:
+                self.context.tally.remarks.append(
+                    "labels only: data.yaml names images/train and images/val, where the images "
+                    + told(f"are to be put; {setting('copy_images')} copies them there")
+                )
         head = {**places, "nc": len(names), "names": names}
         text = yaml.safe_dump(head, allow_unicode=True, sort_keys=False, width=1 << 20)
         self.context.folder.write("data.yaml", text.encode("utf-8", "backslashreplace"))

@@ -262,6 +262,8 @@ class TrainingRun:
                 self.checkpoints.follow(self.place)
                 self._prune()
             self.console.info(f"resuming at stage {self.place.stage + 1}, step {self.place.step}")
+        else:
+            self.console.info(f"nothing to resume in {self.folder}: starting at the first step")
         self.log.drop_rows_after(self.place)
 
     def _read(self) -> dict[str, Any] | None:

@@ -98,6 +98,15 @@ def _split(tmp_path: Path, names: list[str], out: str) -> dict[str, str]:
     return {row["image"]: row["split"] for row in rows}
 
 
+def test_a_split_of_labels_alone_says_where_the_images_belong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _split(tmp_path, ["a.png", "b.png"], "out")
+    told = capsys.readouterr().err
+    assert "labels only: data.yaml names images/train and images/val" in told
+    assert "--copy-images" in told
+
+
 def test_yolo_is_split_by_image_and_more_images_move_none(tmp_path: Path) -> None:
     names = [f"d/{number}.png" for number in range(120)]
     found = _split(tmp_path, names, "out")

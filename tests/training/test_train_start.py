@@ -123,6 +123,15 @@ def test_what_was_trained_is_kept_resumed_or_overwritten(tmp_path: Path) -> None
     assert len(list((tmp_path / "run/tensorboard").iterdir())) == 1
 
 
+def test_where_nothing_is_to_resume_it_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "run", resume=True, **QUICK)
+    assert f"nothing to resume in {tmp_path / 'run'}: starting" in capsys.readouterr().err
+    run(tmp_path / "run", resume=True, **QUICK)
+    assert "nothing to resume" not in capsys.readouterr().err
+
+
 def test_settings_that_fail_overwrite_nothing(tmp_path: Path) -> None:
     run(tmp_path / "run", **QUICK)
     before = (tmp_path / "run/checkpoints/last.pt").read_bytes()
@@ -172,6 +181,7 @@ def test_a_run_is_resumed_by_its_folder_wherever_that_lies(
     [
         (["{run}"], "is a folder; give a YAML file, or --resume"),
         (["--resume", "{empty}"], "holds no training run"),
+        (["--resume", "{empty}/nope"], "no such file or folder; give the output folder of a run"),
         (["--resume", "--overwrite", "{run}"], "contradict each other"),
     ],
 )
