@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
+import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
@@ -178,6 +180,10 @@ def test_a_hundredth_of_a_million_names_is_measured(benchmarks: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_million_names_are_planned_within_a_minute_and_500_mb(benchmarks: Any) -> None:
-    rows = benchmarks("scale").measure(benchmarks("common").Options())
-    assert [row.name for row in rows if row.meets() is False] == []
+def test_a_million_names_are_planned_within_a_minute_and_500_mb(repo: Path) -> None:
+    """In a process of its own, whose peak memory is theirs alone."""
+    code = "import common, scale; rows = scale.measure(common.Options()); "
+    code += "print([row.name for row in rows if row.meets() is False])"
+    place = {"cwd": repo / "benchmarks", "env": {**os.environ, "PYTHONPATH": str(repo)}}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **place)
+    assert done.stdout == "[]\n", done.stderr
