@@ -243,7 +243,11 @@ def _network(source: str | None, device_name: str, precision: str) -> Facts:
 
 
 def _calibrated(encoder: ImageEncoder) -> Facts:
-    """What the processor does best with; kept for the commands that compute."""
+    """What the processor does best with; kept for the commands that compute.
+
+    Args:
+        encoder: in float32, prepared for the CPU.
+    """
     import copy
 
     import torch
@@ -252,12 +256,9 @@ def _calibrated(encoder: ImageEncoder) -> Facts:
     from risam_cli.model.fast.encoder import HostImageEncoder
     from risam_cli.model.fast.prepare import prepare_for_inference
 
-    held = []
-    for precision in (torch.float32, torch.bfloat16):
-        one = copy.deepcopy(encoder)
-        prepare_for_inference(one, torch.device("cpu"), precision)
-        held.append(cast(HostImageEncoder, one))
-    found = calibrate(held, _cores())
+    lower = copy.deepcopy(encoder)
+    prepare_for_inference(lower, torch.device("cpu"), torch.bfloat16)
+    found = calibrate([cast(HostImageEncoder, one) for one in (encoder, lower)], _cores())
     try:
         keep(encoder.image_size, found)
     except OutputError as error:

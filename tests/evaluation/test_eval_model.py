@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support.carried import numbered
+from support.encodes import count_encodes
 from support.eval_files import Run, box, image_file, write_records
 
 from risam_cli.cli import main
@@ -130,14 +131,7 @@ def test_a_model_scores_as_its_own_records_do(
 def test_an_image_is_encoded_once_for_all_its_sentences(
     evaluate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[int] = []
-    encode = Risam.encode_image
-
-    def counted(self: Risam, pixels: torch.Tensor) -> Any:
-        seen.append(len(pixels))
-        return encode(self, pixels)
-
-    monkeypatch.setattr(Risam, "encode_image", counted)
+    seen = count_encodes(monkeypatch)
     for protocol in ("native", "lavt"):
         seen.clear()
         assert evaluate("--protocol", protocol).code == 0
@@ -396,14 +390,7 @@ def test_processes_of_torchrun_score_as_one(
     alone = evaluate("--limit", "10")
     assert alone.code == 3
     out = tmp_path / "many"
-    seen: list[int] = []
-    encode = Risam.encode_image
-
-    def counted(self: Risam, pixels: torch.Tensor) -> Any:
-        seen.append(len(pixels))
-        return encode(self, pixels)
-
-    monkeypatch.setattr(Risam, "encode_image", counted)
+    seen = count_encodes(monkeypatch)
 
     def as_rank(rank: int, *args: str) -> Run:
         with monkeypatch.context() as patch:
