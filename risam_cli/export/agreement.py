@@ -13,7 +13,6 @@ from risam_cli.data.readers.predictions import PredictionIndex
 from risam_cli.errors import DataError
 from risam_cli.export.sources import Given, ImageGroup, OnFailure, Source
 from risam_cli.masks import rle as masks
-from risam_cli.types import Rle
 
 
 class Agreement:
@@ -69,12 +68,7 @@ class Agreement:
         told_apart = all(instance is not None for instance, _ in theirs)
         if not told_apart or any(given.prediction.instance is None for given in ours):
             rles, others = [masks.union(rles, group.size)], [masks.union(others, group.size)]
-        agree = [max(_iou(one, other) for other in others) >= self._min_iou for one in rles]
+        agree = [max(masks.iou(one, other) for other in others) >= self._min_iou for one in rles]
         agree *= len(ours) // len(agree)
         differ = f"masks differ from those in {self._index.path}; left out"
         return ["" if one else differ for one in agree]
-
-
-def _iou(one: Rle, other: Rle) -> float:
-    shared, either = masks.intersection_union(one, other)
-    return shared / either if either else 1.0

@@ -100,8 +100,7 @@ class ExportCounts:
 
     def measure(self, name: str, source: Rle, back: Rle, traced: Outlines) -> None:
         """Count one mask that was written as polygons and reads back as ``back``."""
-        shared, either = masks.intersection_union(source, back)
-        iou = shared / either if either else 1.0
+        iou = masks.iou(source, back)
         self.measured += 1
         self.iou_sum += iou
         if iou < self.iou_worst or not self.worst:

@@ -119,6 +119,16 @@ def intersection_union(a: Rle, b: Rle) -> tuple[int, int]:
     return intersection, total - intersection
 
 
+def iou(a: Rle, b: Rle) -> float:
+    """Intersection over union, 0..1, of two masks; two empty ones are alike, 1.
+
+    Raises:
+        DataError: the masks differ in size.
+    """
+    shared, either = intersection_union(a, b)
+    return shared / either if either else 1.0
+
+
 def parse_rle(obj: object, *, size: Size | None, where: str) -> Rle:
     """Check an RLE from outside and give it in canonical, compressed form.
 

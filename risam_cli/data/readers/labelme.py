@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -20,7 +19,7 @@ from risam_cli.data.images.bounds import allow_pixels, metered
 from risam_cli.data.readers.shapes import ERROR, Shape, ellipse, placed, records_of, rectangle
 from risam_cli.drawing.png import check_header
 from risam_cli.errors import DataError, ImageError, reason_of
-from risam_cli.files.jsonlines import brief, read_text
+from risam_cli.files.jsonlines import brief, load_json, read_text
 
 FOLDER = "labelme"
 _LOOKED_AT = 100  # files, before a folder is taken for another kind
@@ -84,8 +83,8 @@ def labelme_records(
 def _read(file: Path) -> Mapping[str, Any] | None:
     """A file's contents; None where it is another kind of JSON."""
     try:
-        found = json.loads(read_text(file, _LONGEST))
-    except (ValueError, RecursionError) as error:
+        found = load_json(read_text(file, _LONGEST))
+    except ValueError as error:
         raise DataError(f"{file} is not JSON: {error}", "save it again") from None
     except OSError as error:
         raise DataError(f"{file} cannot be read: {reason_of(error)}") from None
