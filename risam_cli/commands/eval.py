@@ -104,6 +104,18 @@ def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None)
     help="Choose the model's no-target threshold on this split and store it in its folder.",
 )
 @click.option(
+    "--only-every",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Of N images score the first alone: what training has held out with only_every: N.",
+)
+@click.option(
+    "--leave-out-every",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Of N images score all but the first.",
+)
+@click.option(
     "--limit", type=click.IntRange(min=1), metavar="N", help="Score at most N expressions."
 )
 @click.option(
@@ -159,6 +171,7 @@ def command(**options: Any) -> int:
     Examples:
       risam eval --dataset refshapes --split val -o report
       risam eval --dataset refcoco --root data --split testA --model runs/mine/best -o report
+      risam eval --dataset coco --root my.json --only-every 5 --model runs/mine/best -o report
       risam eval --dataset grefcoco --root data --split val --predictions out --protocol gres
     """
     from risam_cli.evaluation.flow import evaluate

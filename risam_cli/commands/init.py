@@ -15,6 +15,8 @@ _USAGE = """\
 #   risam train --resume {output}     # continues where it was cut
 #   risam predict IMAGES -e "..." --model {output}/best -o masks
 #
+# Training ends with the command that scores the model on the images of `val`.
+#
 # Paths are relative to the folder that the command runs in. --print-config prints every setting
 # with its default.
 """

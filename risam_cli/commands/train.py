@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING
 
 import click
 
 from risam_cli.commands.options import verbosity_options
 from risam_cli.console.console import get_console
 from risam_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from risam_cli.settings.data import DataSettings
+    from risam_cli.settings.train import TrainSettings
 
 
 @click.command(name="train")
@@ -86,16 +94,19 @@ def command(
     try:
         with joined() as processes:
             typed = ["risam", *sys.argv[1:]]
+            settings = settings or read()
             best = train(
-                settings or read(),
+                settings,
                 resume=resume,
                 overwrite=overwrite,
                 processes=processes,
                 command=typed,
             )
             if best.is_dir():
-                how = f'risam predict IMAGES -e "EXPRESSION" --model {best} -o masks'
+                how = f'risam predict IMAGES -e "EXPRESSION" --model {quote(str(best))} -o masks'
                 get_console().info(f"use it: {how}")
+                for line in scoring_commands(settings, best):
+                    get_console().info(f"score it: {line}")
     except Told as told:
         return told.exit_code
     return None
@@ -111,6 +122,39 @@ def _run_of(folder: Path, overrides: tuple[str, ...], resume: bool) -> tuple[Pat
     if not stored.is_file():
         raise UsageError(f"{folder} holds no training run", "give the output folder of one")
     return stored, (f"output={json.dumps(str(folder))}", *overrides)
+
+
+def scoring_commands(settings: TrainSettings, model: Path) -> Iterator[str]:
+    """The calls of ``risam eval`` that score a model on what its training validated on.
+
+    There is none for scenes of a kind that eval does not draw.
+    """
+    for name, data in settings.val.items():
+        if (asked := _evaluated(data)) is None:
+            continue
+        own = re.sub(r"[^\w.-]+", "_", f"-{name}") if len(settings.val) > 1 else ""
+        report = f"{Path(settings.output)}-eval{own}"
+        typed = ["risam", "eval", *asked, "--model", str(model), "-o", report]
+        yield " ".join(map(quote, typed))
+
+
+def _evaluated(data: DataSettings) -> list[str] | None:
+    """The options of ``risam eval`` that open the same data."""
+    if data.dataset == "mixed":
+        return None
+    if data.dataset == "refshapes":
+        if data.family == "mixed" or (data.variety == "wide" and data.split != "testC"):
+            return None
+        return ["--dataset", "refshapes", "--family", data.family, "--split", data.split]
+    given = data.model_dump(exclude_none=True)
+    asked = ["--dataset", data.dataset, "--root", given.get("annotations") or given["root"]]
+    if (given["dataset"], given["split"]) == ("coco", "all"):
+        del given["split"]
+    if "bands" in given:
+        given["bands"] = ",".join(map(str, given["bands"]))
+    for key in ("split", "split_by", "images", "bands", "only_every", "leave_out_every"):
+        asked += [f"--{key.replace('_', '-')}", str(given[key])] if key in given else []
+    return asked
 
 
 def _is_one_of_several() -> bool:

@@ -27,6 +27,7 @@ from risam_cli.evaluation.scoring import (
     drop_missing_images,
     run_evaluation,
 )
+from risam_cli.evaluation.seen import Seen, seen_in_training
 from risam_cli.files.folder import OutputFolder
 from risam_cli.files.jsonlines import load_json
 from risam_cli.inference.device import (
@@ -180,6 +181,7 @@ def answer_and_score(
         done = run_evaluation(source, answers, protocol, folder, get_console(), asked.custom)
     segmenter, settings = asking.segmenter, asking.settings
     threshold = asking.no_target_threshold
+    seen = seen_in_training(asked, source) if segmenter.kind == "risam" else Seen()
     return Done(
         done,
         AnswersPart(
@@ -189,6 +191,8 @@ def answer_and_score(
             no_target_threshold=threshold,
             device=describe_device(settings.device),
             precision=precision_name(settings.precision),
+            images_in_training=seen.images,
+            remarks=list(seen.remarks),
         ),
         count(done, failed=len(failures) - skipped, skipped=skipped, images_missing=absent),
         _timing(seconds, done),
@@ -384,6 +388,7 @@ def _identity(
         "threshold": settings.threshold,
         "no-target threshold": settings.no_target_threshold,
         "precision": precision_name(settings.precision),
+        **({"part": list(asked.part)} if asked.part else {}),
         "shuffle": asked.shuffle,
         "full decode": asked.full_decode,
         "features": "float32" if asked.feature_cache is None else "half (feature cache)",

@@ -177,7 +177,7 @@ def _from_predictions(
         run = run_evaluation(source, answers, protocol, folder, console, asked.custom)
         for line in index.notes():
             console.warn(line)
-        surplus = _tell_surplus(index, source, asked.output)
+        surplus = _tell_surplus(index, source, asked)
         answered = AnswersPart(
             kind="predictions",
             name=_predictions_name(asked.predictions),
@@ -214,18 +214,19 @@ def _from_model(
     return answer_and_score(asked, source, protocol, folder, failures)
 
 
-def _tell_surplus(index: PredictionIndex, source: SampleSource, folder: Path) -> int:
+def _tell_surplus(index: PredictionIndex, source: SampleSource, asked: EvalRequest) -> int:
     """Count records that no expression asked for, and name them in ``surplus.jsonl``.
 
     They are no failures: a file may hold predictions of several splits.
     """
-    path = folder / SURPLUS_FILE
+    path = asked.output / SURPLUS_FILE
     path.unlink(missing_ok=True)
     if not index.unused:
         return 0
-    if source.limit is not None:
-        limited = setting("limit", source.limit)
-        get_console().info(told(f"{index.unused} predictions were not looked at ({limited})"))
+    taken = [("limit", asked.limit)] if asked.limit is not None else []
+    if taken := [*taken, *filter(None, [asked.part])]:
+        why = ", ".join(setting(key, value) for key, value in taken)
+        get_console().info(told(f"{index.unused} predictions were not looked at ({why})"))
         return 0
     first = ""
     with TextIOWrapper(create(path), "utf-8", "backslashreplace") as stream:
@@ -251,9 +252,11 @@ def _report(
 ) -> Report:
     data = dataset_part(
         source,
-        count_differences(source, asked.split_by),
+        count_differences(source, asked.split_by) if asked.part is None else [],
         split_by=asked.split_by or SPLIT_BY.get(asked.dataset, (None,))[0],
         family=(asked.family or DEFAULT_FAMILY) if asked.dataset == "refshapes" else None,
+        only_every=asked.only_every,
+        leave_out_every=asked.leave_out_every,
         limit=asked.limit,
         shuffle=asked.shuffle,
     )

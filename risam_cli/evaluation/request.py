@@ -26,6 +26,7 @@ from risam_cli.evaluation.scoring import (
 )
 from risam_cli.files.locks import PRIVATE
 from risam_cli.metrics.slicer import COLUMNS, CustomSlice, parse_slices
+from risam_cli.settings.data import PartOfFile
 
 if TYPE_CHECKING:
     from risam_cli.inference.compute import Select
@@ -64,6 +65,8 @@ class EvalRequest:
     output: Path
     compare: Path | None
     fit_no_target: bool
+    only_every: int | None
+    leave_out_every: int | None
     limit: int | None
     shuffle: int | None
     slices: tuple[str, ...]
@@ -115,6 +118,18 @@ class EvalRequest:
                 )
         elif self.split_by is not None:
             raise UsageError(f"{setting('split_by')} is not for refshapes", "leave it out")
+        if self.only_every and self.leave_out_every:
+            raise UsageError(
+                f"{setting('only_every', self.only_every)} and "
+                f"{setting('leave_out_every', self.leave_out_every)} contradict each other",
+                "give one of them",
+            )
+        if self.root is None and self.part is not None:
+            key, every = self.part
+            raise UsageError(
+                f"{setting(key, every)} takes a part of files, and these scenes are drawn",
+                f"take fewer of them by {setting('limit')}",
+            )
         if self.split is None and self.root is None:
             raise UsageError(
                 f"{setting('dataset', self.dataset)} needs {setting('split')}",
@@ -126,6 +141,13 @@ class EvalRequest:
     def custom(self) -> tuple[CustomSlice, ...]:
         """The slices that the user defines. Raises UsageError where one is malformed."""
         return parse_slices(self.slices)
+
+    @property
+    def part(self) -> tuple[str, int] | None:
+        """The setting that takes a part of the images, and its value."""
+        if self.only_every is not None:
+            return "only_every", self.only_every
+        return None if self.leave_out_every is None else ("leave_out_every", self.leave_out_every)
 
     def kept_features(self) -> CacheSettings | None:
         """Where the image encoder's features are kept, if they are."""
@@ -159,6 +181,14 @@ class EvalRequest:
         _require_columns(source, columns)
         for line in (*count_differences(source, self.split_by), *source.notes):
             console.warn(line)
+        if self.part is not None:
+            part = PartOfFile(only_every=self.only_every, leave_out_every=self.leave_out_every)
+            source = source.part(part.chosen(len(source.groups)))
+            if not source.order:
+                raise DataError(
+                    f"{setting(*self.part)} leaves no image of {source.dataset} {source.split}",
+                    f"it has {len(source.groups)}",
+                )
         return source.limited(self.limit, self.shuffle)
 
     def open_other(self) -> Other | None:

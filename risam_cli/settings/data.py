@@ -60,6 +60,10 @@ class PartOfFile(Settings):
             return number % self.only_every == 0
         return self.leave_out_every is None or number % self.leave_out_every > 0
 
+    def chosen(self, count: int) -> list[int]:
+        """The numbers of the part's images, of ``count`` in all."""
+        return [number for number in range(count) if self.takes(number)][: self.limit]
+
 
 class CocoData(PartOfFile):
     """COCO-style JSON of image/expression pairs."""

@@ -46,6 +46,7 @@ from risam_cli.weights.export import NEEDS_TITLE
 from risam_cli.weights.plausible import require_affordable
 from risam_cli.weights.start import start_model, train_text_encoder
 from risam_cli.weights.tokenizer import TextTokenizer
+from risam_cli.weights.trained_on import KEY, entries_of, inherited, to_card
 
 _READERS = 8  # threads that read cached features
 
@@ -130,6 +131,8 @@ class TrainingBuilder:
         self.dtype = training_precision(settings.precision, self.device)
         self.data = DataBuilder(settings, console)
         self.model, self.text, self.needs = start_model(settings, console, self.data.texts)
+        # What it starts from has seen is seen by this model too.
+        self.inherited = inherited(settings.init_from or settings.init_encoder_from)
         self.model.to(self.device)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.size = settings.model.image_encoder.image_size
@@ -264,7 +267,8 @@ class TrainingBuilder:
         Args:
             averaged: the steps whose weights are averaged in it, if they are.
         """
-        self.write_model(folder, card_of(self.settings, stage, figures, place, averaged))
+        card = card_of(self.settings, stage, figures, place, averaged)
+        self.write_model(folder, {**card, KEY: to_card([*self.data.trained_on, *self.inherited])})
 
     def write_model(self, folder: Path, card: dict[str, Any]) -> None:
         """Writes the model as it is to a folder that can be loaded, frozen files left out."""
@@ -336,7 +340,8 @@ def stage_hashes(settings: TrainSettings, tokenizer: str = "") -> list[str]:
 def model_readme(card: Mapping[str, Any], needs: Sequence[frozen.Needed] = ()) -> str:
     """A model folder's README.md out of its card and the frozen parts that it leaves out."""
     lines = [f"# {card['name']}", "", "Written by `risam train`.", ""]
-    lines += [f"- {key}: {value}" for key, value in card.items() if key != "figures"]
+    lines += [f"- {key}: {value}" for key, value in card.items() if key not in ("figures", KEY)]
+    lines += [f"- trained on: {one.told()}" for one in entries_of(card)]
     lines += ["", "| figure on held-out data while training | value |", "| --- | --- |"]
     lines += [f"| {name} | {value:.4f} |" for name, value in card["figures"].items()]
     if needs:

@@ -157,6 +157,16 @@ def stored_settings(source: str | Path) -> Mapping[str, Any]:
     return read_model_folder(find_model(source)).settings
 
 
+def read_card(folder: Path) -> dict[str, Any]:
+    """How a model was made, as its folder says; nothing where it does not.
+
+    Raises:
+        ModelError: the card cannot be read.
+    """
+    card = _read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
+    return card if isinstance(card, dict) else {}
+
+
 def _read_json(path: Path) -> Any:
     """A value that is neither long nor deep: what shows it must not be brought down by it.
 
@@ -190,8 +200,7 @@ def hash_folder(folder: Path) -> str:
 
 def damaged_files(folder: Path) -> list[str]:
     """Which files are not those that ``card.json`` says were written, one line each."""
-    said = _read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
-    sums = said.get("sha256") if isinstance(said, dict) else None
+    sums = read_card(folder).get("sha256")
     problems = []
     for name, one in sums.items() if isinstance(sums, dict) else ():
         wanted = one if isinstance(one, list) else [one]
@@ -360,7 +369,6 @@ def inspect_model_folder(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder / WEIGHTS_FILE} is damaged: {error}", "download it again"
         ) from error
-    card = _read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else {}
     return {
         "path": str(folder),
         "hash": stored.hash,
@@ -369,7 +377,7 @@ def inspect_model_folder(folder: Path) -> dict[str, Any]:
         "parameters_by_part": parts,
         "needs": list(stored.needs),
         "settings": stored.settings,
-        "card": card,
+        "card": read_card(folder),
     }
 
 

@@ -170,10 +170,14 @@ def test_a_run_is_resumed_by_its_folder_wherever_that_lies(
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     # The last lines say where things are and what to do with them.
     best = tmp_path / "moved/best"
-    lines = told.splitlines()[-3:]
+    lines = told.splitlines()[-4:]
     assert re.fullmatch(rf"done: best miou 0\.\d{{4}}; the model is in {best}", lines[0])
     assert str(tmp_path / "moved/training.html") in lines[1]
     assert f"--model {best}" in lines[2]
+    assert lines[3] == (
+        "score it: risam eval --dataset refshapes --family grefshapes --split val "
+        f"--model {best} -o {tmp_path / 'moved'}-eval"
+    )
 
 
 @pytest.mark.parametrize(

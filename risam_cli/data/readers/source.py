@@ -156,6 +156,13 @@ class SampleSource:
                 left -= len(group.phrases)
             yield group
 
+    def part(self, numbers: Sequence[int]) -> SampleSource:
+        """The same split with only these images of it, by their index in ``groups``; its counts
+        are those of these images.
+        """
+        counts = _count(self.groups[number] for number in numbers)
+        return replace(self, order=tuple(numbers), counts=counts)
+
     def redrawn(self, truth: Truth, side: int = 0) -> SampleSource:
         """The same split, its truths drawn a second time, as ``Expression.redrawn``.
 
@@ -169,7 +176,7 @@ class SampleSource:
         """The same split, its images in the order that the seed ``shuffle`` gives, cut short."""
         order = self.order
         if shuffle is not None:
-            mixed = list(range(len(self.groups)))
+            mixed = list(range(len(self.groups)) if order is None else order)
             random.Random(shuffle).shuffle(mixed)
             order = tuple(mixed)
         return replace(self, limit=limit, order=order)
@@ -192,17 +199,23 @@ def make_source(
     seen: dict[str, int] = {}
     unique = [_number_doubles(group, seen) for group in groups]
     doubled = sum(seen.values())
-    referents = [_referents(phrase) for group in unique for phrase in group.phrases]
-    total = {
-        "images": len(unique),
+    if doubled:
+        notes = [*notes, f"{doubled} expressions shared an id with an earlier one (now id#k)"]
+    total = {**(counts or {}), **_count(unique)}
+    return SampleSource(dataset, split, files, unique, total, tuple(notes))
+
+
+def _count(groups: Iterable[Group]) -> dict[str, int]:
+    """How many images and expressions, and of these with how many referents."""
+    each = [[_referents(phrase) for phrase in group.phrases] for group in groups]
+    referents = [number for numbers in each for number in numbers]
+    return {
+        "images": len(each),
         "expressions": len(referents),
         "no_target": referents.count(0),
         "single_target": referents.count(1),
         "multi_target": sum(number > 1 for number in referents),
     }
-    if doubled:
-        notes = [*notes, f"{doubled} expressions shared an id with an earlier one (now id#k)"]
-    return SampleSource(dataset, split, files, unique, {**(counts or {}), **total}, tuple(notes))
 
 
 def _referents(phrase: Phrase) -> int:

@@ -133,7 +133,7 @@ def cautions(report: Report) -> list[str]:
 
 def remarks(report: Report) -> list[str]:
     """What makes figures say less than they seem to: answers all alike, or few images."""
-    lines = []
+    lines = list(report.answers.remarks)
     n_acc, t_acc = (report.figures[name].value for name in ("n_acc", "t_acc"))
     if t_acc is not None and t_acc <= DEGENERATE:
         lines.append(
@@ -373,7 +373,12 @@ def title(report: Report) -> str:
     data = report.dataset
     several = len(SPLIT_BY.get(data.name, ())) > 1
     by = f" ({data.split_by})" if several and data.split_by else ""
-    return f"{report.answers.name} on {data.name} {data.split}{by}"
+    part = ""
+    if data.only_every is not None:
+        part = f", only one image in {data.only_every}"
+    elif data.leave_out_every is not None:
+        part = f", all but one image in {data.leave_out_every}"
+    return f"{report.answers.name} on {data.name} {data.split}{by}{part}"
 
 
 def console_table(report: Report) -> str:

@@ -50,12 +50,18 @@ class FileNote(_Part):
 
 
 class DatasetPart(_Part):
-    """What was scored against."""
+    """What was scored against.
+
+    ``only_every`` and ``leave_out_every`` say which of every so many images were taken, as the
+    settings of these names in training; ``counts`` are those of the part.
+    """
 
     name: str
     split: str
     split_by: str | None = None
     family: str | None = None
+    only_every: int | None = None
+    leave_out_every: int | None = None
     files: list[FileNote] = []
     counts: dict[str, int] = {}
     count_differences: list[str] = []
@@ -80,7 +86,11 @@ class ProtocolPart(_Part):
 
 
 class AnswersPart(_Part):
-    """Whose masks were scored."""
+    """Whose masks were scored.
+
+    ``images_in_training`` is how many of the images were in the model's training, by its card; null
+    where that does not tell. ``remarks`` say what follows.
+    """
 
     kind: Literal["model", "predictions"]
     name: str
@@ -89,6 +99,8 @@ class AnswersPart(_Part):
     device: str | None = None
     precision: str | None = None
     records: int | None = None
+    images_in_training: int | None = None
+    remarks: list[str] = []
 
 
 class CountsPart(_Part):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from risam_cli.console.console import Console
@@ -31,6 +30,7 @@ from risam_cli.training.data.dataset import (
 )
 from risam_cli.training.data.mixed import MixedExamples, image_key, image_keys, without_images
 from risam_cli.weights.tokenizer import KnownWords, TextTokenizer
+from risam_cli.weights.trained_on import TrainedOn, files_trained_on, scenes_trained_on
 
 
 class DataBuilder:
@@ -38,6 +38,9 @@ class DataBuilder:
 
     Args:
         settings: checked; console: is told what was opened and what was left out.
+
+    Attributes:
+        trained_on: what the training data are, once they are open.
 
     Raises:
         RisamError: files that are missing, damaged or hold nothing.
@@ -48,6 +51,7 @@ class DataBuilder:
         self.console = console
         self.size = settings.model.image_encoder.image_size
         self.target_size = settings.loss.target_size
+        self.trained_on: list[TrainedOn] = []
         self._train: Examples | None = None
         self._held_out: dict[str, Examples] | None = None
 
@@ -131,6 +135,8 @@ class DataBuilder:
 
     def _examples(self, key: str, data: OneData, augment: Augmentation | None) -> Examples:
         if isinstance(data, RefShapesData):
+            if key.startswith("train"):
+                self.trained_on.append(scenes_trained_on(data))
             return ReferringScenes(
                 self.scenes(data), self.size, self.target_size, data.unknown_word_rate, augment
             )
@@ -157,6 +163,10 @@ class DataBuilder:
             + (f", {samples.pseudo} of them pseudo-labels" if samples.pseudo else "")
             + "".join(f"; {note}" for note in source.notes)
         )
+        if key.startswith("train"):
+            count = len(source.groups)
+            numbers = range(count) if source.order is None else source.order
+            self.trained_on.append(files_trained_on(data, source.files, count, numbers))
         own = (data.pseudo_weight, data.bands) if isinstance(data, CocoData) else (1.0, None)
         return ReferringSamples(samples, self.size, self.target_size, augment, *own)
 
@@ -269,8 +279,7 @@ def open_source(key: str, data: CocoData | BenchmarkData) -> SampleSource:
             keys["root"] = "annotations"
         message, fix = error.named(lambda name, _: f"{key}.{keys.get(name, name)}")
         raise DataError(f"{key}: {message}", fix) from error
-    order = [number for number in range(len(source.groups)) if data.takes(number)]
-    return replace(source, order=tuple(order[: data.limit]))
+    return source.part(data.chosen(len(source.groups)))
 
 
 def _named(data: OneData) -> str:
