@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -285,12 +285,15 @@ def _write(state: dict[str, Any], path: Path) -> None:
     seal_file(path)
 
 
-def read_state(path: Path, hashes: Sequence[str]) -> dict[str, Any]:
+def read_state(
+    path: Path, hashes: Sequence[str], differences: Callable[[int], str] = lambda stage: ""
+) -> dict[str, Any]:
     """Reads a checkpoint of the same settings; runs no code that it may hold.
 
     Args:
         hashes: of the settings up to and with each stage. Stages that had not begun may have
             changed since, or been added.
+        differences: which settings up to and with a stage are others than the run's; for a message.
 
     Raises:
         ModelError: a damaged file, or one of other settings.
@@ -314,7 +317,8 @@ def read_state(path: Path, hashes: Sequence[str]) -> dict[str, Any]:
         raise ModelError(f"checkpoint {path} is damaged: {reason}", _way_out(path)) from error
     if not belongs:
         raise ModelError(
-            f"checkpoint {path} belongs to other settings",
+            f"checkpoint {path} belongs to other settings"
+            + (f": {told}" if (told := differences(stage_of_weights(place))) else ""),
             "resume with the settings it was started with (config.resolved.yaml), or choose "
             "another output folder",
         )

@@ -22,7 +22,7 @@ from risam_cli.files.jsonlines import load_json
 from risam_cli.files.write import write_file, writing
 from risam_cli.interrupts import StopRequest
 from risam_cli.metrics.figures import DEGENERATE
-from risam_cli.settings.load import dump
+from risam_cli.settings.load import check, dump, read_settings_file
 from risam_cli.settings.train import TrainSettings
 from risam_cli.training.checkpoint import (
     LAST,
@@ -38,10 +38,11 @@ from risam_cli.training.checkpoint import (
 )
 from risam_cli.training.data.collate import DealtBatches, PlannedBatches, begin_worker
 from risam_cli.training.distributed import Processes
+from risam_cli.training.identity import settings_that_differ, stage_hashes
 from risam_cli.training.log import METRICS, PICTURES, TrainingLog
 from risam_cli.training.optimize import NotFinite, Stepper, autocast, rate_factor
 from risam_cli.training.page import PAGE, write_page
-from risam_cli.training.stage import Stage, TrainingBuilder, check_paths, stage_hashes
+from risam_cli.training.stage import Stage, TrainingBuilder, check_paths
 from risam_cli.training.text_source import with_text_source
 from risam_cli.weights.folder import CARD_FILE
 
@@ -268,7 +269,18 @@ class TrainingRun:
 
     def _read(self) -> dict[str, Any] | None:
         path = self.checkpoints.to_resume()
-        return None if path is None else read_state(path, self.hashes)
+        return None if path is None else read_state(path, self.hashes, self._differences)
+
+    def _differences(self, stage: int) -> str:
+        """Which settings are others than those that the run was started with."""
+        try:
+            was = check(TrainSettings, read_settings_file(self.folder / RESOLVED), RESOLVED)
+        except ConfigError:
+            return ""  # removed, or of another version
+        if told := settings_that_differ(was, self.settings, stage):
+            return told
+        learned = self.settings.model.text_encoder.learns_words
+        return "the words of the training expressions are others" if learned else ""
 
     def run(self) -> None:
         """Runs all stages that are not yet done; each is built when its turn comes."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -285,58 +284,6 @@ class TrainingBuilder:
         )
 
 
-_OPERATIONAL = {
-    "averaging",
-    "best_by",
-    "checkpoint_every",
-    "device",
-    "gradient_checkpointing",
-    "keep_last",
-    "log_every",
-    "output",
-    "pictures",
-    "val",
-    "validate_every",
-    "workers",
-}
-_STOPPING = {"best_by", "val", "validate_every"}  # these decide when a stage stops early
-_EXPRESSIONS_ONLY = {"expressions_per_scene", "unknown_word_rate"}
-
-
-def stage_hashes(settings: TrainSettings, tokenizer: str = "") -> list[str]:
-    """For each stage, a hash of all settings that bear on the weights at its end.
-
-    Later stages may be edited, and a run moved, without losing what is done. Settings at their
-    defaults are left out, so that a version with more of them goes on with older checkpoints.
-
-    Args:
-        tokenizer: its JSON, which bears on the weights where it is learned from the data.
-    """
-    without = _OPERATIONAL - (_STOPPING if settings.early_stopping is not None else set())
-    if settings.train.dataset == "mixed":
-        without = without - {"val"}  # a mixture leaves out what this run validates on
-    values = settings.model_dump(mode="json", exclude_defaults=True, exclude={*without, "stages"})
-    # Dense stages know nothing of expressions.
-    train = {k: v for k, v in values["train"].items() if k not in _EXPRESSIONS_ONLY}
-    dense = {**values, "train": train, "loss": None}
-    if "feature_cache" in values:
-        values["feature_cache"] = "half precision"  # wherever it is
-    for unknown in ("augment", "feature_cache"):
-        dense.pop(unknown, None)
-    if settings.model.text_encoder.learns_words:
-        values["tokenizer"] = hash_settings(tokenizer)
-    hashes = []
-    for number in range(len(settings.stages)):
-        stages = settings.stages[: number + 1]
-        only_dense = all(stage.kind == "dense" for stage in stages)
-        done = [
-            stage.model_dump(mode="json", exclude_defaults=True, exclude={"accumulate"})
-            for stage in stages
-        ]
-        hashes.append(hash_settings([dense if only_dense else values, done]))
-    return hashes
-
-
 def model_readme(card: Mapping[str, Any], needs: Sequence[frozen.Needed] = ()) -> str:
     """A model folder's README.md out of its card and the frozen parts that it leaves out."""
     lines = [f"# {card['name']}", "", "Written by `risam train`.", ""]
@@ -370,11 +317,6 @@ def card_of(
     if averaged:
         card["averaged"] = list(averaged)
     return {**card, "figures": {k: v for k, v in figures.items() if v == v}}
-
-
-def hash_settings(values: Any) -> str:
-    """SHA-256 of plain settings values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class CachedEncoder:

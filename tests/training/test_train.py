@@ -190,10 +190,22 @@ def test_other_settings_are_refused_and_leave_the_run_as_it_was(
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
     files = {p: p.read_bytes() for p in tmp_path.rglob("*.*") if "tensorboard" not in p.parts}
-    with pytest.raises(ModelError, match="belongs to other settings"):
-        run(tmp_path, resume=True, optimizer={"weight_decay": 0.5})
-    with pytest.raises(ModelError, match="belongs to other settings"):
-        run(tmp_path, resume=True, stages=[{**RAW["stages"][0], "steps": 9}, RAW["stages"][1]])
+    nine = [{**RAW["stages"][0], "steps": 9}, RAW["stages"][1]]
+    data = {**RAW["train"], "scenes": 13}
+    for changes, told in (
+        ({"optimizer": {"weight_decay": 0.5}}, "optimizer.weight_decay was 0.02 and is 0.5"),
+        ({"stages": nine}, "stages.0.steps was 6 and is 9"),
+        ({"seed": 4, "train": data}, "seed was 3 and is 4, train.scenes was 12 and is 13"),
+        (
+            {"early_stopping": {"patience": 2}, "validate_every": 3},
+            "validate_every was 7 and is 3, early_stopping.patience was not set and is 2",
+        ),
+    ):
+        # What bears on no weight, or on a later stage only, is not what differs.
+        others = {"log_every": 3, "loss": {"dice": 3.0}, **changes}
+        with pytest.raises(ModelError) as raised:
+            run(tmp_path, resume=True, **others)
+        assert raised.value.message.endswith(f"belongs to other settings: {told}")
     assert {p: p.read_bytes() for p in files} == files
     # A stage that has not begun may be edited, and so may what bears on no weight.
     later = [RAW["stages"][0], {**RAW["stages"][1], "steps": 1}]
@@ -209,9 +221,12 @@ def test_a_stage_may_be_added_to_a_finished_run_and_a_begun_one_may_not_change(
     output = shutil.copytree(unbroken, tmp_path / "copy")
     more = {**RAW["stages"][1], "name": "joint", "train_encoder": "yes", "steps": 2}
     changed = {**RAW["stages"][1], "learning_rate": 1e-5}
-    with pytest.raises(ModelError, match="belongs to other settings"):
+    told = "other settings: stages.1.learning_rate was 0.002 and is 1e-05; resume"
+    with pytest.raises(ModelError, match=told):
         run(output, resume=True, stages=[RAW["stages"][0], changed, more])
-    with pytest.raises(ModelError, match="belongs to other settings"):
+    with pytest.raises(
+        ModelError, match="other settings: stages were 2 at least and are 1; resume"
+    ):
         run(output, resume=True, stages=RAW["stages"][:1])
     run(output, resume=True, stages=[*RAW["stages"], more])
     log = rows(output)

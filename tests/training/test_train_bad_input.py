@@ -178,7 +178,9 @@ def test_a_checkpoint_of_other_settings_is_refused(
     before = (tmp_path / "run/checkpoints/last.pt").read_bytes()
     raw["augment"] = {"flip": 0.5}
     assert _train(raw, tmp_path, "--resume") == 1
-    assert "belongs to other settings" in _one_line(capsys.readouterr().err)
+    assert "other settings: augment.flip was 0.0 and is 0.5; resume" in _one_line(
+        capsys.readouterr().err
+    )
     assert (tmp_path / "run/checkpoints/last.pt").read_bytes() == before
 
 

@@ -317,7 +317,8 @@ def test_other_texts_are_other_settings_where_words_are_learned(tmp_path: Path) 
     run(tmp_path / "run", **changes, **_mine(tmp_path / "mine", **STRANGE))
     data = _mine(tmp_path / "mine2", green_star="a cat")
     Path(tmp_path / "mine/pairs.json").write_text((tmp_path / "mine2/pairs.json").read_text())
-    with pytest.raises(Exception, match="belongs to other settings"):
+    told = "belongs to other settings: the words of the training expressions are others; resume"
+    with pytest.raises(ModelError, match=told):
         run(tmp_path / "run", resume=True, **changes, **_same(data, tmp_path))
 
 

@@ -24,8 +24,9 @@ from risam_cli.errors import ConfigError, ModelError
 from risam_cli.model.risam import Risam
 from risam_cli.model.rivals.sam import SamMaskDecoder
 from risam_cli.settings.train import OptimizerSettings
+from risam_cli.training.identity import stage_hashes
 from risam_cli.training.optimize import parameter_groups
-from risam_cli.training.stage import TrainingBuilder, stage_hashes
+from risam_cli.training.stage import TrainingBuilder
 from risam_cli.weights.build import build_model, new_text_parts
 from risam_cli.weights.folder import hash_folder
 from risam_cli.weights.load import load_model
