@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from risam_cli.commands.options import choice, verbosity_options
-from risam_cli.errors import UsageError
 
 FORMATS = ("text", "md", "csv", "latex")
 
@@ -54,20 +53,20 @@ def command(reports: tuple[str, ...], form: str, chosen: frozenset[str], slices:
     REPORT is a report.json of `risam eval`, or its folder; NAME is what its run is called in the
     table. Each run is held against the first one of its split: the difference of every figure, its
     95 % interval by a bootstrap that is paired by image, and its p-value. Reports of several splits
-    give a table each, in LaTeX one with the splits beside each other. Figures are per cent; in CSV
+    give a table each, in LaTeX one with the splits beside each other. One report alone gives its
+    figures with their own intervals. Figures are per cent; in CSV
     they are fractions in 0..1.
 
     \b
     Examples:
       risam compare runs/mine/report runs/florence2/report
+      risam compare ours=ours/val --to latex --figures oiou,miou
       risam compare base=base/val base=base/testA ours=ours/val ours=ours/testA --to latex
       risam compare base with --slices --figures miou
     """
     from risam_cli.evaluation.report.compare import read_other, side_by_side
     from risam_cli.evaluation.report.side_by_side import WRITERS
 
-    if len(reports) < 2:
-        raise UsageError("one report alone has nothing beside it", "name two or more")
     named = [_named(report) for report in reports]
     tables = side_by_side([(name, read_other(path)) for name, path in named], with_slices=slices)
     click.echo(WRITERS[form](tables, chosen), nl=False)

@@ -27,7 +27,7 @@ from risam_cli.evaluation.report.schema import (
 from risam_cli.evaluation.scoring import ROWS_FILE
 from risam_cli.files.jsonlines import brief, parse_json, read_lines
 from risam_cli.metrics.figures import ExpressionScore, ScoreTable, Tally, Terms, outcome, terms
-from risam_cli.metrics.intervals import Change, compare, masked
+from risam_cli.metrics.intervals import Change, compare, intervals, masked
 from risam_cli.metrics.protocols import Protocol, get_protocol
 from risam_cli.metrics.slices import SLICE_FIGURES
 
@@ -144,6 +144,7 @@ class Row:
         change: against the first run; None for the first itself.
         expressions, images: how many it is taken from.
         slice, level: which part of the expressions; empty for all.
+        low, high: the value's own 95 % interval, of all expressions only; None where there is none.
     """
 
     figure: str
@@ -154,6 +155,8 @@ class Row:
     images: int
     slice: str = ""
     level: str = ""
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +207,7 @@ def side_by_side(
         key = (data.name, data.family, data.split, data.split_by)
         groups.setdefault(key, []).append((name, other))
     runs = {name or other.report.answers.name for name, other in others}
-    if len(groups) == len(others) == len(runs):
+    if 1 < len(groups) == len(others) == len(runs):
         raise DataError(
             f"the {len(others)} reports share no expression",
             "compare runs on the same data set and split, or one run on several splits",
@@ -228,6 +231,7 @@ def _one_split(named: Sequence[tuple[str, Other]], *, with_slices: bool) -> Side
     figures = [terms(table, protocol) for table in tables]
     changes = [compare(figures[0], one, tables[0].cluster, seed=SEED) for one in figures]
     images = int(tables[0].cluster.max()) + 1
+    own = [intervals(one.values(), tables[0].cluster, seed=SEED) for one in figures]
     rows = [
         Row(
             name,
@@ -236,8 +240,10 @@ def _one_split(named: Sequence[tuple[str, Other]], *, with_slices: bool) -> Side
             _change(found[name]) if k else None,
             len(shared),
             images,
+            low=value(float(own[k][place, 0])),
+            high=value(float(own[k][place, 1])),
         )
-        for name in figures[0]
+        for place, name in enumerate(figures[0])
         for k, (label, found) in enumerate(zip(labels, changes, strict=True))
     ]
     slices: list[Row] = []
@@ -248,8 +254,8 @@ def _one_split(named: Sequence[tuple[str, Other]], *, with_slices: bool) -> Side
         ]
         slices = _slice_rows(labels, parts)
     remarks = []
-    for other, label, own, table in zip(others, labels, read, tables, strict=True):
-        left = len(own.places) - len(shared)
+    for other, label, one, table in zip(others, labels, read, tables, strict=True):
+        left = len(one.places) - len(shared)
         if left:
             remarks.append(f"{label}: {left} of its expressions are not in every report.")
         for remark in _remarks(other.report, tables[0], table, protocol):

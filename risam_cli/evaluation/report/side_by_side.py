@@ -14,21 +14,28 @@ from risam_cli.evaluation.report.render import (
     NAMES,
     change_interval,
     figure_labels,
+    interval,
     percent,
     probability,
     signed,
 )
+from risam_cli.evaluation.report.schema import Figure
+from risam_cli.metrics.intervals import LEAST_IMAGES, REPLICATES
 
 Tables = Sequence[SideBySide]
 Figures = Collection[str]
 
 _HEAD = ("figure", "run", "%", "change", "95 % interval", "p")
+_NUMBERS = ("%", "change", "p")
 _CSV = ("dataset", "split", "slice", "level", "figure", "run", "value")
-_CSV_CHANGE = ("difference", "low", "high", "p", "expressions", "images")
+_CSV_CHANGE = ("difference", "low", "high", "p", "expressions", "images", "own_low", "own_high")
 _LATEX = {
     "\\": r"\textbackslash{}",
     **{char: f"\\{char}" for char in "&%$#_{}"},
     "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
     "^": r"\textasciicircum{}",
 }
 
@@ -39,9 +46,10 @@ def to_text(tables: Tables, chosen: Figures = ()) -> str:
     for table in tables:
         lines = [sanitize(_title(table))]
         for heading, rows in _sections(table, chosen):
-            cells = [tuple(map(sanitize, _cells(row, names))) for row, names in rows]
-            widths = [max(len(row[k]) for row in [_HEAD, *cells]) for k in range(len(_HEAD))]
-            lines += ["", *([sanitize(heading)] if heading else []), _aligned(_HEAD, widths)]
+            head = _head(table)
+            cells = [tuple(map(sanitize, _cells(row, names, table))) for row, names in rows]
+            widths = [max(len(row[k]) for row in [head, *cells]) for k in range(len(head))]
+            lines += ["", *([sanitize(heading)] if heading else []), _aligned(head, widths)]
             for k, ((row, _), line) in enumerate(zip(rows, cells, strict=True)):
                 if row.change is None and k and len(table.runs) > 1:
                     lines.append("")
@@ -61,8 +69,10 @@ def to_markdown(tables: Tables, chosen: Figures = ()) -> str:
         lines = [_for_markdown(_title(table))]
         for heading, rows in _sections(table, chosen):
             lines += ["", *([f"**{_for_markdown(heading)}**", ""] if heading else [])]
-            lines += [line(_HEAD), "| --- | --- | ---: | ---: | --- | ---: |"]
-            lines += [line(_cells(row, names)) for row, names in rows]
+            head = _head(table)
+            marks = ["---:" if name in _NUMBERS else "---" for name in head]
+            lines += [line(head), f"| {' | '.join(marks)} |"]
+            lines += [line(_cells(row, names, table)) for row, names in rows]
         parts.append("\n".join([*lines, *_notes(table)]))
     return "\n\n".join(parts) + "\n"
 
@@ -71,7 +81,8 @@ def to_csv(tables: Tables, chosen: Figures = ()) -> str:
     """One row a figure and run; fractions in 0..1, empty where undefined.
 
     ``ciou`` and ``giou``, which repeat ``oiou`` and ``miou`` where every expression has a target,
-    are left out there.
+    are left out there. ``low`` and ``high`` are of the difference, ``own_low`` and ``own_high`` of
+    the value.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -87,25 +98,32 @@ def to_csv(tables: Tables, chosen: Figures = ()) -> str:
             writer.writerow(
                 map(
                     _for_table,
-                    [*place, row.figure, row.run, row.value, *changes, row.expressions, row.images],
+                    [
+                        *(*place, row.figure, row.run, row.value, *changes),
+                        *(row.expressions, row.images, row.low, row.high),
+                    ],
                 )
             )
     return out.getvalue()
 
 
 def to_latex(tables: Tables, chosen: Figures = ()) -> str:
-    """A ``tabular`` for booktabs: a run a row, changes and their intervals below the values.
+    """A ``table`` for booktabs: a run a row, below it the values' own intervals, and the changes.
 
-    Several splits stand beside each other, each under its name. Slices are left out.
+    Several splits stand beside each other, each under its name. Slices are left out. The caption
+    says what was scored, by which protocol, and what the intervals are.
     """
-    columns = [(table, _figures(table, table.rows, chosen)) for table in tables]
-    several = len(tables) > 1
+    columns = [(table, _defined(table, _figures(table, table.rows, chosen))) for table in tables]
     lines = [f"% {_title(table)}".replace("\n", " ") for table in tables]
     lines += [
+        r"% needs \usepackage{booktabs}",
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{_caption(tables)}}}",
         r"\begin{tabular}{l" + "r" * sum(len(names) for _, names in columns) + "}",
         r"\toprule",
     ]
-    if several:
+    if len(tables) > 1:
         heads = [
             rf"\multicolumn{{{len(names)}}}{{c}}{{{_for_latex(_data(table))}}}"
             for table, names in columns
@@ -118,20 +136,54 @@ def to_latex(tables: Tables, chosen: Figures = ()) -> str:
         for label in names.values()
     ]
     lines += [" & ".join(["", *head]) + r" \\", r"\midrule"]
-    runs = dict.fromkeys(run for table in tables for run in table.runs)
-    for run in runs:
+    for run in dict.fromkeys(run for table in tables for run in table.runs):
         rows = [
             next((row for row in table.rows if (row.figure, row.run) == (name, run)), None)
             for table, names in columns
             for name in names
         ]
         values = (percent(row.value if row else None).replace("–", "--") for row in rows)
-        lines.append(" & ".join([_for_latex(run), *values]) + r" \\")
-        if any(row is not None and row.change is not None for row in rows):
-            lines.append(" & ".join(["", *map(_latex_change, rows)]) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}"]
+        # A bracket or an asterisk at a row's start would belong to the end of the one before.
+        label = "{}" * run.startswith(("[", "*")) + _for_latex(run)
+        lines.append(" & ".join([label, *values]) + r" \\")
+        for what, cell in ((r"95\,\% interval", _latex_interval), ("change", _latex_change)):
+            cells = [cell(row) for row in rows]
+            if any(cells):
+                lines.append(" & ".join(_small(one) for one in (what, *cells)) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
     lines += [f"% {remark}" for table in tables for remark in table.remarks]
     return "\n".join(lines) + "\n"
+
+
+def _defined(table: SideBySide, names: dict[str, str]) -> dict[str, str]:
+    """The figures without those that no run has, such as N-acc where everything has a target."""
+    has = {row.figure for row in table.rows if row.value is not None}
+    return {name: label for name, label in names.items() if name in has} or names
+
+
+def _caption(tables: Tables) -> str:
+    """What was scored and how, and what stands in brackets, as LaTeX."""
+    scored = "; ".join(
+        f"{_data(table)}, protocol {table.protocol} ({table.shared} expressions of {table.images} "
+        "images)"
+        for table in tables
+    )
+    parts = [f"{_for_latex(scored)}. Per cent."]
+    rows = [row for table in tables for row in table.rows]
+    changes = [row.change for row in rows if row.change is not None]
+    if any(one.low is not None for one in (*rows, *changes)):
+        parts.append(
+            rf"In brackets 95\,\% intervals by a bootstrap over images ({REPLICATES} draws)."
+        )
+    if any(table.images < LEAST_IMAGES for table in tables):
+        parts.append(f"Fewer than {LEAST_IMAGES} images give no interval.")
+    firsts = list(dict.fromkeys(table.runs[0] for table in tables if len(table.runs) > 1))
+    if firsts:
+        paired = ", paired by image; $p$ is of the same draws" * any(
+            one.p is not None for one in changes
+        )
+        parts.append(rf"Changes are against \emph{{{_for_latex(', '.join(firsts))}}}{paired}.")
+    return " ".join(parts)
 
 
 WRITERS: dict[str, Callable[[Tables, Figures], str]] = {
@@ -183,7 +235,16 @@ def _title(table: SideBySide) -> str:
     )
 
 
-def _cells(row: Row, names: dict[str, str]) -> tuple[str, ...]:
+def _head(table: SideBySide) -> Sequence[str]:
+    """One run has no changes: its intervals are those of its own figures."""
+    return _HEAD if len(table.runs) > 1 else ("figure", "run", "%", "95 % interval")
+
+
+def _cells(row: Row, names: dict[str, str], table: SideBySide) -> tuple[str, ...]:
+    if len(table.runs) == 1:
+        own = Figure(value=row.value, low=row.low, high=row.high)
+        bounds = "" if row.slice else interval(own)
+        return (names[row.figure], row.run, percent(row.value), bounds)
     if row.change is None:
         return (names[row.figure], row.run, percent(row.value), "", "", "")
     return (
@@ -198,7 +259,7 @@ def _cells(row: Row, names: dict[str, str]) -> tuple[str, ...]:
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(
-        cell.rjust(width) if k in (2, 3) else cell.ljust(width)
+        cell.rjust(width) if k == 2 or (k == 3 and len(cells) > 4) else cell.ljust(width)
         for k, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ).rstrip()
 
@@ -221,13 +282,37 @@ def _for_table(value: object) -> object:
 
 
 def _for_latex(text: str) -> str:
-    return re.sub(r"[\\&%$#_{}~^]", lambda found: _LATEX[found[0]], sanitize(text))
+    return re.sub(r"[\\&%$#_{}~^<>|]", lambda found: _LATEX[found[0]], sanitize(text))
+
+
+def _small(cell: str) -> str:
+    return rf"{{\scriptsize {cell}}}" if cell else ""
+
+
+def _latex_number(value: float | None, *, sign: bool) -> str:
+    """Per cent, or points with a sign; a minus, not a hyphen, in any font and mode."""
+    text = signed(value) if sign else percent(value)
+    return text.replace("-", "$-$").replace("+", "$+$")
+
+
+def _latex_bounds(low: float | None, high: float | None, *, sign: bool) -> str:
+    if low is None or high is None:
+        return ""
+    return f"[{_latex_number(low, sign=sign)}, {_latex_number(high, sign=sign)}]"
+
+
+def _latex_interval(row: Row | None) -> str:
+    return "" if row is None else _latex_bounds(row.low, row.high, sign=False)
 
 
 def _latex_change(row: Row | None) -> str:
-    if row is None or row.change is None:
+    if row is None or row.change is None or row.change.difference is None:
         return ""
-    bounds = f" [{change_interval(row.change)}]" if row.change.low is not None else ""
-    change = f"{signed(row.change.difference)}{bounds}"
-    plain = change.replace("…", r"\,\ldots\,").replace("–", "--")
-    return rf"{{\scriptsize {plain}}}"
+    change = row.change
+    parts = [_latex_number(change.difference, sign=True)]
+    if change.low is not None:
+        parts.append(_latex_bounds(change.low, change.high, sign=True))
+    if change.p is not None:
+        text = probability(change.p)
+        parts.append(f"$p {text}$" if text.startswith("<") else f"$p = {text}$")
+    return " ".join(parts)
