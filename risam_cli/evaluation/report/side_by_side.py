@@ -171,7 +171,8 @@ def _caption(tables: Tables) -> str:
     parts = [f"{_for_latex(scored)}. Per cent."]
     rows = [row for table in tables for row in table.rows]
     changes = [row.change for row in rows if row.change is not None]
-    if any(one.low is not None for one in (*rows, *changes)):
+    lows = [*(row.low for row in rows), *(change.low for change in changes)]
+    if any(low is not None for low in lows):
         parts.append(
             rf"In brackets 95\,\% intervals by a bootstrap over images ({REPLICATES} draws)."
         )
