@@ -180,6 +180,9 @@ def score_masks(
 
 DEGENERATE = 0.01
 """An N-acc or T-acc up to this is that of answers that are all alike."""
+MOSTLY_NOTHING = 0.5
+"""Below this T-acc, "nothing fits" is the answer to most expressions that have a target: what is
+gained by it where nothing does fit, in gIoU and mIoU, is bought with those."""
 
 PRECISIONS = (0.5, 0.6, 0.7, 0.8, 0.9)
 FIGURES = (

@@ -18,10 +18,8 @@ from risam_cli.console.console import Progress, get_console
 from risam_cli.errors import ConfigError, Interrupted, OutputError, RisamError, setting
 from risam_cli.files.confine import require_own_tree
 from risam_cli.files.folder import OutputFolder
-from risam_cli.files.jsonlines import load_json
 from risam_cli.files.write import write_file, writing
 from risam_cli.interrupts import StopRequest
-from risam_cli.metrics.figures import DEGENERATE
 from risam_cli.settings.load import check, dump, read_settings_file
 from risam_cli.settings.train import TrainSettings
 from risam_cli.training.checkpoint import (
@@ -41,10 +39,10 @@ from risam_cli.training.distributed import Processes
 from risam_cli.training.identity import settings_that_differ, stage_hashes
 from risam_cli.training.log import METRICS, PICTURES, TrainingLog
 from risam_cli.training.optimize import NotFinite, Stepper, autocast, rate_factor
+from risam_cli.training.outcome import figures_of, shown, warnings_of
 from risam_cli.training.page import PAGE, write_page
 from risam_cli.training.stage import Stage, TrainingBuilder, check_paths
 from risam_cli.training.text_source import with_text_source
-from risam_cli.weights.folder import CARD_FILE
 
 RESOLVED = "config.resolved.yaml"
 _WRITTEN = (
@@ -131,8 +129,13 @@ def _train(
     if not best.is_dir():  # Only dense stages: there is nothing yet that answers expressions.
         console.info(f"done: the encoder is in {run.checkpoints.last}, curves in {folder / PAGE}")
         return best
-    _warn_of_one_answer(settings, best)
-    console.info(f"done: best {settings.best_by} {run.place.best:.4f}; the model is in {best}")
+    figures = figures_of(best)
+    for line in warnings_of(settings, figures):
+        console.warn(line)
+    console.info(
+        f"done: best {settings.best_by} {run.place.best:.4f}{shown(settings, figures)}; the model "
+        f"is in {best}"
+    )
     console.info(f"curves and pictures: {folder / PAGE}")
     return best
 
@@ -163,26 +166,6 @@ def _page_at_the_end(
             _remove_run(run.folder, kept)
         else:
             run.write_page(outcome)
-
-
-def _warn_of_one_answer(settings: TrainSettings, best: Path) -> None:
-    """Says so where the best model answers nearly all expressions of a set alike."""
-    try:
-        figures = dict(load_json((best / CARD_FILE).read_bytes())["figures"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # changed by someone else since it was written
-    for figure, told in [
-        ("t_acc", "'nothing' to nearly every expression that has a target (T-acc 0)"),
-        ("n_acc", "hardly any expression that has none with 'nothing' (N-acc 0)"),
-    ]:
-        values = {name: figures.get(f"{name}.{figure}") for name in settings.val}
-        sets = [name for name, v in values.items() if isinstance(v, float) and v <= DEGENERATE]
-        if sets:
-            get_console().warn(
-                f"the best model by {settings.best_by} answers {told} in {', '.join(sets)}; train "
-                f"longer, or set best_by to another figure, such as "
-                f"{'oiou' if figure == 't_acc' else 'n_acc'}"
-            )
 
 
 def holds_weights(folder: Path) -> bool:

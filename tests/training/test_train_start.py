@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from support.training_runs import RAW, last_weights, run, settings, write_coco
 from risam_cli.cli import main
 from risam_cli.console.console import Console
 from risam_cli.errors import ConfigError, DataError, ModelError, OutputError
-from risam_cli.training import loop, text_source
+from risam_cli.training import loop, outcome, text_source
 from risam_cli.training.losses import ReferringTask
 from risam_cli.training.stage import TrainingBuilder
 from risam_cli.weights.load import load_model
@@ -171,7 +170,10 @@ def test_a_run_is_resumed_by_its_folder_wherever_that_lies(
     # The last lines say where things are and what to do with them.
     best = tmp_path / "moved/best"
     lines = told.splitlines()[-4:]
-    assert re.fullmatch(rf"done: best miou 0\.\d{{4}}; the model is in {best}", lines[0])
+    shown = json.loads((best / "card.json").read_text())["figures"]
+    names = {"miou": "mIoU", "oiou": "oIoU", "n_acc": "N-acc", "t_acc": "T-acc"}
+    figures = ", ".join(f"{told} {shown[f'held out.{name}']:.3f}" for name, told in names.items())
+    assert lines[0] == f"done: best miou {shown['best']:.4f} ({figures}); the model is in {best}"
     assert str(tmp_path / "moved/training.html") in lines[1]
     assert f"--model {best}" in lines[2]
     assert lines[3] == (
@@ -254,6 +256,47 @@ def test_a_best_model_that_answers_all_alike_is_warned_about(
     assert len(told) == 1
     assert "by miou" in told[0]
     assert figure in told[0]
+
+
+@pytest.mark.parametrize(
+    ("figures", "best_by", "told"),
+    [
+        ({"a.t_acc": 0.5, "a.n_acc": 0.02}, "miou", []),
+        # No expression without a target, or with one: the figure is not there.
+        ({"a.t_acc": 0.9}, "miou", []),
+        (
+            {"a.t_acc": 0.31, "a.n_acc": 1.0, "b.t_acc": 0.9}, "miou",
+            ["the best model by miou answers 'nothing' to most expressions that have a target in a "
+             "(T-acc 0.310); mIoU counts a right 'nothing' as 1: train longer, or set best_by to "
+             "oiou"],
+        ),
+        (
+            {"a.t_acc": 0.0, "b.t_acc": 0.01}, "a.oiou",
+            ["the best model by a.oiou answers 'nothing' to nearly all expressions that have a "
+             "target in a (T-acc 0.000), b (T-acc 0.010): train longer"],
+        ),
+        (
+            {"a.t_acc": 1.0, "a.n_acc": 0.0}, "oiou",
+            ["the best model by oiou answers hardly any expression that has no target with "
+             "'nothing' in a (N-acc 0.000): train longer, or set best_by to n_acc"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_best_model_that_says_nothing_to_most_targets_is_warned_about(
+    figures: dict[str, float], best_by: str, told: list[str]
+) -> None:
+    chosen = settings(Path("run"), val={"a": RAW["train"], "b": RAW["train"]}, best_by=best_by)
+    assert list(outcome.warnings_of(chosen, figures)) == told
+
+
+def test_the_last_line_shows_the_foremost_figures_as_means_over_the_sets() -> None:
+    figures = {"a.miou": 0.5, "b.miou": 0.7, "a.oiou": 0.25, "b.oiou": 0.75, "a.t_acc": 0.125}
+    both = settings(Path("run"), val={"a": RAW["train"], "b": RAW["train"]})
+    told = " (mIoU 0.600, oIoU 0.500, T-acc 0.125, means of 2 sets)"
+    assert outcome.shown(both, figures) == told
+    one = settings(Path("run"), val={"a": RAW["train"]})
+    assert outcome.shown(one, figures) == " (mIoU 0.500, oIoU 0.250, T-acc 0.125)"
+    assert outcome.shown(one, {}) == ""
 
 
 # --- words ----------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from risam_cli.drawing.html import page_environment
 from risam_cli.errors import ImageError, setting, told
 from risam_cli.evaluation.report.schema import ChangePart, Figure, Report, SlicePart
 from risam_cli.evaluation.scoring import Case
-from risam_cli.metrics.figures import DEGENERATE
+from risam_cli.metrics.figures import DEGENERATE, MOSTLY_NOTHING
 from risam_cli.metrics.intervals import LEAST_IMAGES
 
 _PLOTTED_CATEGORIES = 20
@@ -135,10 +135,13 @@ def remarks(report: Report) -> list[str]:
     """What makes figures say less than they seem to: answers all alike, or few images."""
     lines = list(report.answers.remarks)
     n_acc, t_acc = (report.figures[name].value for name in ("n_acc", "t_acc"))
-    if t_acc is not None and t_acc <= DEGENERATE:
+    if t_acc is not None and t_acc < MOSTLY_NOTHING:
         lines.append(
             f"Nearly every expression with a target was answered “no target” (T-acc "
             f"{percent(t_acc)}): gIoU and N-acc are no merit here."
+            if t_acc <= DEGENERATE
+            else f"Most expressions with a target were answered “no target” (T-acc "
+            f"{percent(t_acc)}): what gIoU and N-acc gain by that is lost there."
         )
     if n_acc is not None and n_acc <= DEGENERATE:
         lines.append(

@@ -27,6 +27,7 @@ from risam_cli.evaluation.report.render import (
     ANSWER,
     TRUTH,
     draw_cases,
+    remarks,
     to_html,
     to_json,
     to_markdown,
@@ -38,6 +39,7 @@ from risam_cli.evaluation.report.schema import (
     ComparisonPart,
     CountsPart,
     DatasetPart,
+    Figure,
     NoTargetFitPart,
     Report,
     TimingPart,
@@ -431,3 +433,23 @@ def test_no_page_holds_what_a_terminal_obeys(made: Any) -> None:
         assert "x1b" in page
     assert "\u202e" not in to_markdown(report)
     assert evil in json.loads(to_json(report))["answers"]["name"]
+
+
+@pytest.mark.parametrize(
+    ("t_acc", "n_acc", "told"),
+    [
+        (0.5, 0.02, []),
+        (None, 0.5, []),
+        (0.0, 1.0, ["Nearly every expression with a target was answered “no target” (T-acc 0.00)"]),
+        (0.31, 1.0, ["Most expressions with a target were answered “no target” (T-acc 31.00)"]),
+        (1.0, 0.0, ["Hardly any expression without a target was answered “no target”"]),
+    ],
+)
+def test_answers_that_are_mostly_nothing_or_never_are_told(
+    made: Any, t_acc: float | None, n_acc: float, told: list[str]
+) -> None:
+    changed = {"t_acc": Figure(value=t_acc), "n_acc": Figure(value=n_acc)}
+    report = made[0].model_copy(update={"figures": {**made[0].figures, **changed}})
+    lines = remarks(report)
+    assert len(lines) == len(told)
+    assert all(line.startswith(start) for line, start in zip(lines, told, strict=True))
