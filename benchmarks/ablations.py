@@ -1,7 +1,7 @@
 """The ablations of docs/ablations.md: forms of the block, its parts, and RISAM's rivals.
 
     risam train configs/ablations/encoder.yaml
-    python benchmarks/ablations.py -o runs/ablations [--steps N] [--only A,B] [--until N]
+    python benchmarks/ablations.py -o runs/ablations [--only A,B] [--jobs N] [--until N]
 
 Trains each variant under the same budget, data and seeds from one image encoder, evaluates each on
 scenes that training never drew, writes what was found to ``--results`` and prints the tables. What
@@ -28,8 +28,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from plot import charts
 
 from risam_cli.data.refshapes.dataset import FAMILIES
+from risam_cli.drawing import svg
 from risam_cli.metrics.figures import Terms
 from risam_cli.metrics.intervals import Change, compare, intervals
 
@@ -51,8 +53,6 @@ class Variant:
     changes: tuple[str, ...] = ()
 
 
-_TEXT = ("model.fusion.identity_start=language", "model.fusion.vision_guided_reads=text")
-_BOTH = ("model.fusion.identity_start=language", "model.fusion.vision_guided_reads=both")
 VARIANTS = {
     "risam": Variant("RISAM", "risam"),
     "no_vision_guided": Variant("without Vision-Guided Attention", "no_vision_guided"),
@@ -60,44 +60,41 @@ VARIANTS = {
     "no_query_token": Variant("without the multi-modal query token", "no_query_token"),
     "no_feature_enhancement": Variant("without Feature Enhancement", "no_feature_enhancement"),
     "no_adapters": Variant("without adapters", "no_adapters"),
+    "plain": Variant(
+        "block in its plain form",
+        "risam",
+        ("model.fusion.identity_start=none", "model.fusion.vision_guided_reads=words"),
+    ),
     "sam": Variant("SAM directly", "sam"),
     "cris": Variant("CRIS", "cris"),
     "rela": Variant("ReLA", "rela"),
-    "identity": Variant(
-        "Language-Guided branch starts as an identity",
-        "risam",
-        ("model.fusion.identity_start=language",),
+    "words": Variant(
+        "regions read the words alone", "risam", ("model.fusion.vision_guided_reads=words",)
     ),
-    "identity_both": Variant(
-        "both branches start as an identity", "risam", ("model.fusion.identity_start=both",)
+    "text": Variant(
+        "regions read the text alone", "risam", ("model.fusion.vision_guided_reads=text",)
+    ),
+    "no_identity": Variant(
+        "no branch starts as an identity", "risam", ("model.fusion.identity_start=none",)
+    ),
+    "decoder_both": Variant(
+        "the decoder reads both too", "risam", ("model.fusion.decoder_reads=both",)
+    ),
+    "temperature": Variant(
+        "Language-Guided Attention has its own temperature",
+        "risam",
+        ("model.fusion.own_temperature=true",),
     ),
     "last": Variant(
         "Language-Guided Attention in the last block alone",
         "risam",
         ("model.fusion.language_blocks=last",),
     ),
-    "text": Variant("identity, regions read the text", "risam", _TEXT),
-    "both": Variant("identity, regions read the text and what words have seen", "risam", _BOTH),
-    "text_decoder_both": Variant(
-        "identity, regions read the text, the decoder both",
-        "risam",
-        (*_TEXT, "model.fusion.decoder_reads=both"),
-    ),
-    "both_decoder_both": Variant(
-        "identity, regions and decoder read both",
-        "risam",
-        (*_BOTH, "model.fusion.decoder_reads=both"),
-    ),
-    "both_temperature": Variant(
-        "identity, regions read both, own temperature",
-        "risam",
-        (*_BOTH, "model.fusion.own_temperature=true"),
-    ),
 }
 """The paper's parts and the rivals first, then forms of the block."""
-PARTS = tuple(VARIANTS)[:9]
+PARTS = tuple(VARIANTS)[:10]
 REPEATED = ("risam", "sam", "cris", "rela")
-FROZEN = ("model.image_encoder.adapter_dim=0", 'stages.0.train_encoder="no"')
+FORMS = ("words", "text", "no_identity")
 
 
 @dataclass(frozen=True)
@@ -105,22 +102,25 @@ class Budget:
     """How long and on what every run trains.
 
     Attributes:
-        steps: of 8 scenes and 64 expressions; frozen: without adapters, whatever the variant.
+        steps: of the schedule; images: of a step, with eight expressions each.
         until: the step at which a run is cut, to go on another time; None runs to its end.
         encoder: the model folder or checkpoint that the image encoder starts from.
         limit: expressions of each family that a finished run is scored on.
+        precision: of the training; machine: that does it, in words.
     """
 
     steps: int
-    frozen: bool
+    images: int
     until: int | None
     encoder: str
     limit: int
+    precision: str
+    machine: str
 
     @property
     def name(self) -> str:
         """Of the folder of this budget's runs."""
-        return f"{self.steps}{'-frozen' if self.frozen else ''}"
+        return f"{self.steps}x{self.images}"
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,9 @@ def main() -> None:
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--encoder", help="model folder or checkpoint of the image encoder")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--frozen", action="store_true", help="no variant has adapters")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=16, help="of a step")
+    parser.add_argument("--precision", default="bf16", help="of the training: fp32 or bf16")
     parser.add_argument("--until", type=int, help="cut each run at this step")
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", type=int, default=3, help="of RISAM and its rivals")
@@ -155,13 +156,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each")
     parser.add_argument("--limit", type=int, default=240, help="expressions of a family")
     parser.add_argument("--table", action="store_true", help="train nothing")
+    here = f"{platform.machine()}, {os.cpu_count()} CPU cores"
+    parser.add_argument("--machine", default=here, help="that the runs were made on")
     parser.add_argument("--results", type=Path, default=REPO / "benchmarks/results/ablations.json")
     options = parser.parse_args()
     names = options.only.split(",")
     if unknown := sorted(set(names) - set(VARIANTS)):
         parser.error(f"--only {unknown[0]}: use some of {', '.join(VARIANTS)}")
     encoder = options.encoder or str(options.output / "encoder" / "checkpoints" / "last.pt")
-    budget = Budget(options.steps, options.frozen, options.until, encoder, options.limit)
+    o = options
+    budget = Budget(o.steps, o.images, o.until, encoder, o.limit, o.precision, o.machine)
     runs = options.output / budget.name
 
     def one(planned: tuple[str, int]) -> None:
@@ -172,6 +176,8 @@ def main() -> None:
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(one, planned(names, options.seeds, options.all_seeds)))
     keep(options.results, runs, budget)
+    drawn = draw(json.loads(options.results.read_text("utf-8")), budget)
+    options.results.with_suffix(".svg").write_text(drawn, encoding="utf-8")
     print(table(runs), "", curves(json.loads(options.results.read_text("utf-8"))), sep="\n")
 
 
@@ -186,24 +192,23 @@ def planned(names: Sequence[str], seeds: int, all_seeds: bool) -> list[tuple[str
 def run(name: str, seed: int, output: Path, budget: Budget) -> None:
     """Trains one variant with one seed, and evaluates it on every family when it is done."""
     folder, variant = output / f"{name}-{seed}", VARIANTS[name]
-    every = max(1, budget.steps // 20)
+    every = max(1, budget.steps // 8)
     changes = [
-        *(FROZEN if budget.frozen else ()),
         *variant.changes,
         f"seed={seed}",
         f"output={folder}",
         f"init_encoder_from={budget.encoder}",
+        f"precision={budget.precision}",
         "threads=1",
         "workers=0",
         "pictures=0",
         f"stages.0.steps={budget.steps}",
+        f"stages.0.images_per_step={budget.images}",
         f"stages.0.warmup={budget.steps // 10}",
         f"validate_every={every}",
         f"checkpoint_every={every}",
     ]
-    without = budget.frozen and variant.config == "risam"
-    config = CONFIGS / f"{'no_adapters' if without else variant.config}.yaml"
-    train = ["train", str(config), "--resume"]
+    train = ["train", str(CONFIGS / f"{variant.config}.yaml"), "--resume"]
     for change in changes:
         train += ["--set", change]
     until = budget.until or budget.steps
@@ -298,12 +303,13 @@ def summary(
         "label": VARIANTS[name].label if name in VARIANTS else name,
         "seed": seed,
         "steps": budget.steps,
-        "frozen": budget.frozen,
+        "images": budget.images,
+        "precision": budget.precision,
         "encoder": Path(budget.encoder).name,
         "done": last["step"],
         "expressions": last["expressions"],
         "seconds": last["seconds"],
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, one thread a run",
+        "machine": budget.machine,
         "curve": [
             {
                 "step": row["step"],
@@ -328,12 +334,12 @@ def scores(folder: Path) -> dict[str, float] | None:
 def curves(results: Mapping[str, Any]) -> str:
     """Markdown: mean mIoU of the families' val (refshapesg's), at ten steps or fewer."""
     lines = []
-    budgets = sorted({(row["steps"], row["frozen"]) for row in results["runs"]})
-    for steps, frozen in budgets:
-        rows = [r for r in results["runs"] if (r["steps"], r["frozen"]) == (steps, frozen)]
+    budgets = sorted({(row["steps"], row["images"]) for row in results["runs"]})
+    for steps, images in budgets:
+        rows = [r for r in results["runs"] if (r["steps"], r["images"]) == (steps, images)]
         every = sorted({point["step"] for row in rows for point in row["curve"]})
         at = every[:: -(-len(every) // 10)]
-        title = f"{steps} steps{', frozen encoder' if frozen else ''}"
+        title = f"{steps} steps of {images} images"
         lines += ["", f"| {title} | seed | " + " | ".join(f"step {s}" for s in at) + " |"]
         lines.append("|---" * (len(at) + 2) + "|")
         order = list(VARIANTS)
@@ -345,6 +351,34 @@ def curves(results: Mapping[str, Any]) -> str:
             ]
             lines.append(f"| {row['label']} | {row['seed']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def draw(results: Mapping[str, Any], budget: Budget) -> str:
+    """The learning curves of a budget's runs, one for each seed, as SVG."""
+    rows = [r for r in results["runs"] if r["run"].startswith(f"{budget.name}/")]
+
+    def series(names: Sequence[str], figure: str) -> list[svg.Line]:
+        return [
+            svg.Line(
+                VARIANTS[row["variant"]].label,
+                [point["step"] for point in row["curve"]],
+                [point[figure] for point in row["curve"]],
+            )
+            for name in names
+            for row in rows
+            if row["variant"] == name
+        ]
+
+    parts = ("risam", *(name for name in PARTS if name.startswith("no_")))
+    panels = {
+        "RISAM and its rivals, all families": series(REPEATED, "miou"),
+        "Relations (refshapesg)": series(REPEATED, "refshapesg"),
+        "Without each part, all families": series(parts, "miou"),
+        "Forms of the block, refshapesg": series(
+            ("risam", "plain", "no_language_guided", *FORMS), "refshapesg"
+        ),
+    }
+    return charts(panels, "step", "mIoU while training")
 
 
 def read(folder: Path) -> Expressions:

@@ -1,11 +1,14 @@
-"""Figures as bars: one SVG, one panel for each benchmark and unit."""
+"""Figures as bars or curves: one SVG that needs nothing else."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
 from common import Row, short
+
+from risam_cli.drawing import svg
 
 _WIDTH, _LEFT, _RIGHT, _PITCH = 920, 430, 120, 20
 _STYLE = """
@@ -33,6 +36,42 @@ def bars(results: Mapping[str, Sequence[Row]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y}" '
         f'width="{_WIDTH}" height="{y}" role="img" aria-label="Benchmark figures">'
         f'<style>{_STYLE}</style><rect width="{_WIDTH}" height="{y}" fill="#ffffff"/>'
+    )
+    return "\n".join([head, *parts, "</svg>\n"])
+
+
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_CHART_STYLE = (
+    ".grid { stroke: #d8dee4; } .tick { font-size: 11px; fill: #57606a; } "
+    ".curve { fill: none; stroke-width: 2; } "
+    + " ".join(
+        f".line{k} {{ stroke: {color}; }} .key{k} {{ fill: {color}; font-weight: 600; }}"
+        for k, color in enumerate(_COLORS)
+    )
+)
+
+
+def charts(panels: Mapping[str, Sequence[svg.Line]], x_axis: str, y_axis: str) -> str:
+    """Curves in panels, two a row; lines of one label share a colour and a line of the key."""
+    width, height = 480, 430
+    parts = []
+    for number, (title, series) in enumerate(panels.items()):
+        left, top = 10 + width * (number % 2), height * (number // 2)
+        labels = list(dict.fromkeys(line.label for line in series))
+        parts.append(_text(left, top + 24, title, "title"))
+        for k, label in enumerate(labels):
+            parts.append(_text(left, top + 42 + 15 * k, label, f"key{k % len(_COLORS)}"))
+        colors = iter([labels.index(line.label) % len(_COLORS) for line in series])
+        drawn = str(svg.lines(series, x_axis, y_axis, y_high=1.0))
+        drawn = re.sub(r"curve line\d", lambda _: f"curve line{next(colors)}", drawn)  # noqa: B023
+        place = f'<svg x="{left}" y="{top + 125}" width="460" height="300" '
+        parts.append(drawn.replace("<svg ", place, 1))
+    across, down = 2 * width + 20, height * -(-len(panels) // 2)
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {across} {down}" '
+        f'width="{across}" height="{down}" role="img" '
+        f'aria-label="{escape(y_axis)} against {escape(x_axis)}"><style>{_STYLE}{_CHART_STYLE}'
+        f'</style><rect width="100%" height="100%" fill="#ffffff"/>'
     )
     return "\n".join([head, *parts, "</svg>\n"])
 

@@ -26,7 +26,7 @@ from risam_cli.settings.load import apply_override, check, read_settings_file
 from risam_cli.settings.model import ModelSettings
 from risam_cli.weights.build import build_model, new_text_parts
 
-NETWORKS = ("risam", "no_language_guided", "both", "both_decoder_both", "sam", "cris", "rela")
+NETWORKS = ("risam", "no_language_guided", "plain", "sam", "cris", "rela")
 EXPRESSIONS, WORDS = 6, 9
 CPU = torch.device("cpu")
 

@@ -1,6 +1,6 @@
 """How much of a word's text can still be read after each block of Mutual-Aware Attention.
 
-    python benchmarks/word_probe.py refshapes-tiny runs/ablations/1300-frozen/*/best
+    python benchmarks/word_probe.py refshapes-tiny runs/ablations/2000x16/*/best
 
 Linear probes (multinomial logistic regression) guess from a word's vector which word of the
 vocabulary it is, and whether it stands before the first noun, at it or behind it, which

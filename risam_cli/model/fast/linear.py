@@ -104,7 +104,7 @@ def _onednn() -> _Product | None:
 
 def _is_right(product: _Product) -> bool:
     """Tries the product, an operator that PyTorch does not document, on a small case."""
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         x = torch.linspace(-2, 2, 48).view(6, 8)
         weight, bias = torch.linspace(1, -1, 40).view(5, 8), torch.linspace(-1, 1, 5)
         try:
