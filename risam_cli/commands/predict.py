@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 SAVE = ("png", "overlay", "html")
 MAX_PIXELS = 178_956_970  # said here again, and held to risam_cli.data.images.images by a test
+_NAMED = 4  # expressions that a line names
 TIMEOUT = 120.0  # likewise, to risam_cli.inference.loading
 
 
@@ -289,6 +290,8 @@ def _predict_alone(
     started = time.perf_counter()
     if "-" in options.inputs:
         require_open("stdin")
+    if options.resume or options.retry_failed:
+        options = _asking_again(options, output)
     inputs = _inputs(options, output)
     inputs.check()
     if options.dry_run:
@@ -338,12 +341,9 @@ def _predict_together(options: _Options, ranks: Ranks) -> int:
 
 
 def _inputs(options: _Options, output: Path) -> Inputs:
-    from risam_cli.data.inputs.expressions import read_expressions
     from risam_cli.data.inputs.inputs import Inputs
 
-    expressions = list(options.given)
-    if options.expressions_file is not None:
-        expressions += read_expressions(options.expressions_file)
+    expressions = _expressions(options)
     for argument in options.inputs:
         if os.path.isdir(argument) and os.path.realpath(argument) == os.path.realpath(output):
             raise UsageError(
@@ -359,6 +359,43 @@ def _inputs(options: _Options, output: Path) -> Inputs:
         confine=options.confine,
         null_separated=options.null_separated,
     )
+
+
+def _expressions(options: _Options) -> list[str]:
+    from risam_cli.data.inputs.expressions import read_expressions
+
+    file = options.expressions_file
+    return [*options.given, *([] if file is None else read_expressions(file))]
+
+
+def _asking_again(options: _Options, output: Path) -> _Options:
+    """The options of a run that goes on; where no expression is given, with those asked before.
+
+    Raises:
+        UsageError: what failed is to be tried again, but others are given than were asked.
+    """
+    from risam_cli.console.console import get_console
+    from risam_cli.runs.folder import asked_before
+
+    before, expressions = asked_before(output), _expressions(options)
+    if not before or tuple(expressions) == before:
+        return options
+    if not expressions:
+        named = ", ".join(repr(text) for text in before[:_NAMED])
+        more = f" and {len(before) - _NAMED} more" if len(before) > _NAMED else ""
+        get_console().info(f"asking again what {output} asked: {named}{more}")
+    elif not options.retry_failed:
+        return options  # the inputs of a run may change
+    elif sorted(expressions) != sorted(before):
+        missing = [repr(text) for text in before if text not in expressions]
+        surplus = [repr(text) for text in expressions if text not in before]
+        told = [f"does not ask {', '.join(missing)}"] if missing else []
+        told += [f"asks {', '.join(surplus)} too"] if surplus else []
+        raise UsageError(
+            f"--retry-failed {' and '.join(told)}, other than the run in {output}",
+            "leave out -e and --expressions: the same is asked again",
+        )
+    return replace(options, given=before, expressions_file=None)
 
 
 def _settle(folder: RunFolder, options: _Options) -> None:
@@ -469,29 +506,37 @@ def _files(options: _Options, inputs: Inputs, folder: RunFolder) -> Names:
 
 def _dry_run(options: _Options, inputs: Inputs, shard: Shard, output: Path) -> int:
     """Says what would be done, on stdout; on stderr where stdout is promised to records."""
-    from risam_cli.runs.dry_run import DryRun, look_through
+    from risam_cli.files.store import RemotePath
+    from risam_cli.runs.dry_run import DryRun, EarlierRun, look_through
     from risam_cli.runs.ledger import LEDGER
 
     def say(text: str) -> None:
         click.echo(text, err=options.stream)
 
     found = DryRun()
+    earlier = None
+    if (options.resume or options.retry_failed) and not isinstance(output, RemotePath):
+        earlier = EarlierRun(output, retry=options.retry_failed)
     entries = (entry for entry in inputs if options.limit is None or entry.run < options.limit)
-    for problem in look_through(shard.own(entries), found, options.max_pixels, options.bands):
+    own = shard.own(entries)
+    for problem in look_through(own, found, options.max_pixels, options.bands, earlier):
         say(f"problem: {problem}")
     for line in found.first:
         say(line)
-    if found.entries > len(found.first):
+    if found.entries - found.covered > len(found.first):
         say("...")
     for reason, number in sorted(inputs.skipped.items()):
         say(f"skipped: {number} {reason}")
+    before = f", {found.done} done already" if found.done else ""
+    before += f", {found.failed} that failed before and are not tried again" * bool(found.failed)
+    holds = " (holds a run already)" if earlier is None and (output / LEDGER).exists() else ""
     say(
-        f"{found.images} images, {found.records} records to make, {found.bad} that would fail; "
-        f"output: {output}{' (holds a run already)' if (output / LEDGER).exists() else ''}"
+        f"{found.images} images, {found.records} records to make, {found.bad} that would fail"
+        f"{before}; output: {output}{holds}"
     )
     if not found.entries:
         raise DataError("the inputs name no image", "check the paths")
-    return EXIT_SOME_FAILED if found.bad else EXIT_OK
+    return EXIT_SOME_FAILED if found.bad or found.failed else EXIT_OK
 
 
 @contextmanager

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from risam_cli.console.text import sanitize
 from risam_cli.data.images.images import Bands, image_size
 from risam_cli.data.inputs.inputs import Entry
 from risam_cli.errors import ImageError
+from risam_cli.runs.folder import redo_of
+from risam_cli.runs.ledger import LEDGER, read_lines, read_redone
+from risam_cli.runs.resume import content_of
 
 _FIRST = 5  # entries that are listed
 
@@ -22,6 +27,9 @@ class DryRun:
         images: stretches of entries with one image.
         records: expressions that could be predicted.
         bad: expressions and lines that would fail.
+        covered: entries that are not to be done any more, and what came of them:
+        done: expressions that an earlier run has answered.
+        failed: expressions and lines that failed in it and are not tried again.
         first: the first few entries, one line each.
     """
 
@@ -29,16 +37,59 @@ class DryRun:
     images: int = 0
     records: int = 0
     bad: int = 0
+    covered: int = 0
+    done: int = 0
+    failed: int = 0
     first: list[str] = field(default_factory=list)
 
 
+class EarlierRun:
+    """What a run left in its folder, by its ledger: looked at, not checked, nothing changed.
+
+    Args:
+        retry: what failed is to be done again.
+    """
+
+    def __init__(self, folder: Path, *, retry: bool) -> None:
+        self.retry = retry
+        lines = {}
+        with suppress(OSError):
+            lines = {line.entry: line for line, _ in read_lines(folder / LEDGER)}
+        lines |= {one.line.entry: one.line for one, _ in read_redone(redo_of(folder))}
+        self._failed: dict[str, list[bool]] = {}
+        for _, line in sorted(lines.items()):
+            self._failed.setdefault(content_of(line.key), []).append(line.failures.length > 0)
+
+    def covers(self, entry: Entry, found: DryRun) -> bool:
+        """Whether an entry is not to be done any more; it is counted then."""
+        failed = self._failed.get(content_of(entry.key))
+        if not failed or (failed[0] and self.retry):
+            return False
+        found.covered += 1
+        if failed.pop(0):
+            found.failed += entry.size
+        else:
+            found.done += entry.size
+        return True
+
+
 def look_through(
-    entries: Iterable[Entry], found: DryRun, max_pixels: int, bands: Bands | None = None
+    entries: Iterable[Entry],
+    found: DryRun,
+    max_pixels: int,
+    bands: Bands | None = None,
+    earlier: EarlierRun | None = None,
 ) -> Iterator[str]:
-    """Reads every entry and its image's header; gives a line for each problem as it is met."""
+    """Reads every entry and its image's header; gives a line for each problem as it is met.
+
+    Args:
+        earlier: the run that is gone on with; what it has done is counted and not read again.
+    """
     run, size, problem = -1, (0, 0), ""
     for entry in entries:
         found.entries += 1
+        if earlier is not None and earlier.covers(entry, found):
+            continue
         for failure in entry.failures:
             found.bad += 1
             yield sanitize(failure.message)

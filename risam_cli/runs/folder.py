@@ -91,7 +91,7 @@ class RunFolder(OutputFolder):
     @property
     def redo(self) -> Path:
         """Entries that were computed again and are not yet in their places."""
-        return self.private / "redo.jsonl"
+        return redo_of(self.path)
 
     def holds_run(self) -> bool:
         """Whether there is anything of a run in it."""
@@ -236,8 +236,24 @@ class RunFolder(OutputFolder):
             self.place([(Path(folder, name), f"{target}{name}") for name in names])
 
 
+def redo_of(folder: Path) -> Path:
+    """The journal of an output folder's run."""
+    return folder / PRIVATE / "redo.jsonl"
+
+
 def remove_empty_folders(root: Path) -> None:
     """Removes a folder and those under it as far as they hold no file."""
     for folder, _, _ in os.walk(root, topdown=False):
         with suppress(OSError):
             os.rmdir(folder)
+
+
+def asked_before(folder: Path) -> tuple[str, ...]:
+    """What the run in a folder asked of every image that had no expression of its own; nothing
+    where there is no run, or its ``run.json`` is damaged.
+    """
+    try:
+        asked = load_json((folder / RUN).read_bytes())["inputs"]["expressions"]
+        return tuple(asked) if all(isinstance(text, str) for text in asked) else ()
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()

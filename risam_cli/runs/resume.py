@@ -229,9 +229,9 @@ def follow_inputs(
     with writing(folder.path), Splice(folder) as splice:
         places: dict[str, list[At]] = {}
         for line, at in splice.newest():
-            places.setdefault(_content(line.key), []).append(at)
+            places.setdefault(content_of(line.key), []).append(at)
         for entry in entries():
-            found, mine = places.get(_content(entry.key)), has(entry)
+            found, mine = places.get(content_of(entry.key)), has(entry)
             if not found:
                 new += mine
                 continue
@@ -266,7 +266,7 @@ def follow_inputs(
     return Kept(count, count)
 
 
-def _content(key: str) -> str:
+def content_of(key: str) -> str:
     """What of an entry's key says whose results it has, whatever these are called."""
     return key.partition("-")[0]
 

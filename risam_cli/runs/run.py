@@ -192,7 +192,8 @@ class _Run:
         self.images = 0
         self.done = RunCounts()
         self.failed = 0
-        self.told = ""  # the last failure that was told of
+        self.told = ""  # the last failure's message
+        self.kinds = 0  # of failures, those with one message after another being one
         self.spent = dict.fromkeys(_PARTS, 0.0)
         self.writing = 0.0
         self.page: Path | None = None
@@ -294,8 +295,9 @@ class _Run:
         for failure in tally.failures:
             self.failed += 1
             # An image that cannot be read fails once for each of its expressions.
-            if failure.message != self.told or self.failed > _SHOWN:
-                _tell_failure(failure, self.failed, self.folder)
+            if failure.message != self.told:
+                self.kinds += 1
+                _tell_failure(failure, self.kinds, self.folder)
             self.told = failure.message
 
     def _too_many_failures(self) -> bool:

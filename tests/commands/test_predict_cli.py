@@ -175,6 +175,62 @@ def test_what_failed_is_tried_again_on_demand(predict: Call, tiny_images: Path) 
     assert contents(Path("out")) == contents(Path("fresh"))
 
 
+def test_what_was_asked_need_not_be_typed_again(
+    predict: Call, tiny_images: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = (tiny_images / "b.jpg").read_bytes()
+    (tiny_images / "b.jpg").write_bytes(whole[:200])
+    Path("asked.txt").write_text("the star\n")
+    asked = ("-e", "the ring", "--expressions", "asked.txt")
+    assert predict(tiny_images, *asked) == 3
+    before = contents(Path("out"))
+    (tiny_images / "b.jpg").write_bytes(whole)
+    capfd.readouterr()
+    # Others than were asked would throw everything away: one line says which, and how.
+    for given, told in (
+        (["the ring"], "does not ask 'the star'"),
+        (["the star", "the ring", "a cup"], "asks 'a cup' too"),
+        (["a cup"], "does not ask 'the ring', 'the star' and asks 'a cup' too"),
+    ):
+        code = predict(tiny_images, *(f"-e{text}" for text in given), "--retry-failed")
+        said = capfd.readouterr().err
+        assert code == 2
+        assert f"--retry-failed {told}, other than the run in out; leave out -e" in said
+    assert contents(Path("out")) == before
+    assert predict(tiny_images, "--retry-failed") == 0
+    assert "asking again what out asked: 'the ring', 'the star'\n" in capfd.readouterr().err
+    assert predict(tiny_images, *asked, "-o", "fresh") == 0
+    assert contents(Path("out")) == contents(Path("fresh"))
+    # In another order, and where --resume leaves them out.
+    assert predict(tiny_images, "-ethe star", "-ethe ring", "--retry-failed") == 0
+    assert predict(tiny_images, "--resume") == 0
+    assert contents(Path("out")) == contents(Path("fresh"))
+    # What run.json does not tell has to be typed.
+    Path("out/run.json").write_text('{"inputs": {"expressions": [1]}}')
+    assert predict(tiny_images, "--retry-failed") == 2
+    assert "no expression is given" in capfd.readouterr().err
+
+
+def test_failures_are_told_once_and_more_only_where_there_are_more(
+    predict: Call, tiny_images: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("b.jpg", "c.png"):
+        (tiny_images / name).write_bytes(b"")
+    phrases = [f"-e{number}" for number in range(7)]
+    assert predict(tiny_images, *phrases) == 3
+    said = capfd.readouterr().err
+    warned = [line for line in said.splitlines() if "0 bytes" in line]
+    assert [sum(name in line for line in warned) for name in ("b.jpg", "c.png")] == [1, 1]
+    assert "more items failed" not in said
+    assert "14 items failed: see out/failures.jsonl" in said
+    for number in range(4):
+        (tiny_images / f"{number}.png").write_bytes(b"")
+    assert predict(tiny_images, *phrases, "-o", "more") == 3
+    said = capfd.readouterr().err
+    assert sum("0 bytes" in line for line in said.splitlines()) == 5
+    assert said.count("more items failed; all are in more/failures.jsonl") == 1
+
+
 def test_failures_over_the_limit_stop_the_run(
     predict: Call, tiny_images: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -419,6 +475,44 @@ def test_a_dry_run_reads_everything_and_writes_nothing(
         assert (text in out) is (name != "bad_cut.jpg")
     assert "3 images" not in out
     assert "9 images, 3 records to make, 6 that would fail" in out
+
+
+def test_a_dry_run_counts_what_is_done(
+    predict: Call, tiny_images: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tiny_images / "b.jpg").write_bytes(b"")
+    phrases = ("-e", "x", "-e", "y")
+
+    def told(*more: str) -> str:
+        capfd.readouterr()
+        assert predict(tiny_images, *phrases, "--dry-run", *more) == 3
+        return capfd.readouterr().out.splitlines()[-1]
+
+    plain = "6 images, 10 records to make, 2 that would fail; output: out"
+    assert told("--resume") == plain
+    assert predict(tiny_images, *phrases, "--limit", "3") == 3
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    left = "3 images, 6 records to make, 0 that would fail, 4 done already"
+    assert told("--resume") == (
+        f"{left}, 2 that failed before and are not tried again; output: out"
+    )
+    assert told("--retry-failed") == (
+        "4 images, 6 records to make, 2 that would fail, 4 done already; output: out"
+    )
+    assert told() == f"{plain} (holds a run already)"
+    # An image that was added in front moves the others.
+    (tiny_images / "0.png").write_bytes((tiny_images / "a.png").read_bytes())
+    assert "4 images, 8 records to make, 0 that would fail, 4 done" in told("--resume")
+    assert {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()} == before
+    (tiny_images / "b.jpg").unlink()
+    assert predict(tiny_images, *phrases, "--resume") == 0
+    capfd.readouterr()
+    assert predict(tiny_images, "--dry-run", "--resume") == 0
+    said = capfd.readouterr()
+    assert (
+        said.out == "0 images, 0 records to make, 0 that would fail, 12 done already; output: out\n"
+    )
+    assert "asking again what out asked: 'x', 'y'" in said.err
 
 
 def test_a_dry_run_keeps_stdout_for_records(
