@@ -86,13 +86,20 @@ class FeatureCache:
         self.device = device
         self._pool = ThreadPoolExecutor(_WRITERS, "risam-features")
         self._room = threading.BoundedSemaphore(_WAITING)
+        self._waiting: dict[str, HalfFeatures] = {}  # to be written
 
     def close(self) -> None:
         """Waits until all that was computed is written."""
         self._pool.shutdown(wait=True)
 
     def find(self, key: str) -> HalfFeatures | None:
-        """What is kept of an image, on the host (for a GPU, pinned); None where nothing is."""
+        """What is kept of an image, or waits to be; None where nothing is.
+
+        On the host (for a GPU, pinned), but for what waits.
+        """
+        waits = self._waiting.get(key)
+        if waits is not None:
+            return waits
         entry = self.store.read(key, _pinned if self.device.type == "cuda" else None)
         return None if entry is None else _from_entry(entry)
 
@@ -137,8 +144,10 @@ class FeatureCache:
         if not self.store.adds:
             return
         self._room.acquire()
+        self._waiting[key] = half
 
         def release(done: Future[None]) -> None:
+            self._waiting.pop(key, None)
             self._room.release()
 
         self._pool.submit(self._write, key, half).add_done_callback(release)

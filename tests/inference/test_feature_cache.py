@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -237,6 +238,32 @@ def test_values_too_large_for_half_precision_keep_their_size(tmp_path: Path) -> 
         assert getattr(made, name).dtype == torch.float32
     torch.testing.assert_close(made.shallow, large, rtol=4e-3, atol=0)
     assert torch.equal(made.middle, given.middle)
+
+
+def test_features_that_wait_for_the_disk_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, given = "ef" * 16, EncoderFeatures(*[torch.ones(1, 2, 2, 2)] * 3, None)
+    turn = threading.Event()
+    with open_feature_cache(
+        CacheSettings(tmp_path),
+        torch.nn.Identity(),
+        small_settings().image_encoder,
+        device=CPU,
+        precision=torch.float32,
+        images=None,
+    ) as cache:
+        write = cache.store.write
+        monkeypatch.setattr(cache.store, "write", lambda *entry: turn.wait(30) and write(*entry))
+        cache.features([key], [None], lambda rows: given)
+        try:
+            assert not list(tmp_path.rglob("*.safetensors"))
+            found = cache.find(key)
+        finally:
+            turn.set()
+    assert found is not None
+    assert torch.equal(found.tensors["deep"], torch.ones(2, 2, 2).half())
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
 def test_features_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
