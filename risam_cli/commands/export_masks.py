@@ -137,7 +137,7 @@ def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
     metavar="SHARE",
     callback=_share,
     help="yolo: this share of the images for training, the others for validation, such as 0.8; by "
-    "their names, so that more images move none.  [default: no split]",
+    "their names, the same in every run.  [default: no split]",
 )
 @click.option(
     "--shapes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -117,6 +118,8 @@ class Categories:
         mask_values: by place: the number that was given, else the next free one from 1.
         coco_ids: by place: the COCO file's id or the given number, else the next free one from 1.
         unnamed: expressions without a word so far.
+        found: places of categories that have a mask; asked: of those that a record without one is
+            of.
     """
 
     def __init__(self, naming: Naming, given: Mapping[str, tuple[Any, str]] | None = None) -> None:
@@ -128,6 +131,8 @@ class Categories:
         self.mask_values: list[int] = []
         self.coco_ids: list[Any] = []
         self.unnamed = 0
+        self.found: set[int] = set()
+        self.asked: set[int] = set()
         entries = tuple(naming.entries())
         rows = given if given and isinstance(naming, ByExpression) else {}
         numbers = {entry.number for entry in entries}
@@ -162,6 +167,23 @@ class Categories:
         Raises:
             DataError: the naming has none for it.
         """
+        place, name = self._index_of(expression, category)
+        self.found.add(place)
+        return place, name
+
+    def reserve(self, expression: str, category: str | None = None) -> None:
+        """Gives the category of a record without a mask its place, so that the classes are those of
+        all that was asked and not of what happened to be found.
+        """
+        if expression.strip() or category in self._given:
+            with suppress(DataError):  # a map that does not name it
+                self.asked.add(self._index_of(expression, category)[0])
+
+    def without_mask(self) -> list[str]:
+        """Names of the categories that something was asked of and nothing was found for."""
+        return [self.names[place] for place in sorted(self.asked - self.found)]
+
+    def _index_of(self, expression: str, category: str | None) -> tuple[int, str]:
         if category in self._given:
             place = self._given[category or ""]
             return place, self.names[place]

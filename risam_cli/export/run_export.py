@@ -30,6 +30,8 @@ from risam_cli.export.targets import RELATIVE, Placement
 from risam_cli.outputs.records import FAILURES, failure_to_json
 from risam_cli.types import Failure, Prediction
 
+_NAMED = 5  # categories that a remark names
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -180,12 +182,13 @@ def _add(
         objection = objections[number] if objections is not None else ""
         if isinstance(objection, DataError):
             fail(_failure(group, p, objection))
-        elif objection:
+        elif objection or low or 0 < p.area < request.min_area:
+            context.categories.reserve(p.expression, given.category)
             tally.filtered += 1
-            tally.note(objection)
-        elif low or 0 < p.area < request.min_area:
-            tally.filtered += 1
+            if objection:
+                tally.note(objection)
         elif p.area == 0:
+            context.categories.reserve(p.expression, given.category)
             empty.append((number, p))
         else:
             try:
@@ -264,6 +267,10 @@ def _note(
     tally.root = placement.folder
     if categories.unnamed:
         tally.note(f"records have no expression; their class is {UNNAMED!r}", categories.unnamed)
+    if unfound := categories.without_mask():
+        named = ", ".join(repr(name) for name in unfound[:_NAMED])
+        more = f" and {len(unfound) - _NAMED} more" if len(unfound) > _NAMED else ""
+        tally.remarks.append(f"categories without a mask, which keep their class: {named}{more}")
     tally.remarks += source.notes()
 
 

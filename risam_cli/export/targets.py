@@ -48,7 +48,8 @@ class Placement:
         self._without = without
         self._names = names
         self._absolute = True
-        self._first, self._last = 1.0, 0.0  # of the images' places, see split_place
+        self._places = array("Q")  # pairs of an image's place in a split and its hash
+        self._split: tuple[float, tuple[int, int]] | None = None
         self._bases: dict[str, str] = {}
         self._keys = array("Q")  # pairs of a target's key and its image's
         self._meeting: frozenset[int] | None = None
@@ -71,8 +72,7 @@ class Placement:
                     f"{setting('names', BASE)}: {other} and {key} have the same name",
                     f"give {setting('names', RELATIVE)}",
                 )
-        place = split_place(image)
-        self._first, self._last = min(self._first, place), max(self._last, place)
+        self._places.extend(_split_place(image))
         if self._without is not None:
             self._all &= self._without in image_key(image).split("/")[:-1]
 
@@ -104,18 +104,21 @@ class Placement:
         return "/".join(parts[len(self._shared or []) :])
 
     def is_train(self, image: str, share: float) -> bool:
-        """Whether an image is for training, where a ``share`` of all is.
+        """Whether an image is for training, where a ``share`` of all is, to the nearest image.
 
-        It hangs on its name alone, so that images to come move none; but neither part of several
-        images stays empty.
+        Images are in an order that hangs on their names alone, and the first ones are for training:
+        the same ones in every run, and other images that come or go move few. Neither part of
+        several images stays empty.
         """
-        place = split_place(image)
-        if self._first != self._last:
-            if place == self._first:
-                return True
-            if place == self._last:
-                return False
-        return place < share
+        if self._split is None or self._split[0] != share:
+            places = np.unique(np.frombuffer(self._places, np.uint64).reshape(-1, 2), axis=0)
+            count = round(share * len(places))
+            if len(places) > 1:
+                count = min(max(count, 1), len(places) - 1)
+            # What is behind all of them, where all are for training.
+            first, second = places[count].tolist() if count < len(places) else (1 << 64, 0)
+            self._split = share, (first, second)
+        return _split_place(image) < self._split[1]
 
     @property
     def folder(self) -> str | None:
@@ -147,11 +150,13 @@ def _in_common(before: list[str] | None, folders: list[str]) -> list[str]:
     return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], shared)]
 
 
-def split_place(image: str) -> float:
-    """Where an image falls between 0 and 1: by its folder and name, wherever these lie."""
+def _split_place(image: str) -> tuple[int, int]:
+    """Where an image stands in a split: by its folder and name, wherever these lie, and among
+    equals by its whole path.
+    """
     tail = "/".join(image_key(image).split("/")[-2:])
     data = hashlib.blake2b(tail.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(data, "big") / (1 << 64)
+    return int.from_bytes(data, "big"), _image_hash(image)
 
 
 def target_name(image: str, meeting: Container[int] = (), *, exact: str | None = None) -> str:

@@ -166,7 +166,8 @@ def test_filters_count_what_they_leave_out(tmp_path, capsys):
     source = write_jsonl(tmp_path / "p.jsonl", rows)
     options = ["--min-score", "0.5", "--min-area", "2", "--json"]
     assert export(source, "--to", "coco", "-o", tmp_path / "out", *options) == 0
-    summary = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    summary = json.loads(told.out)
     assert (summary["masks"], summary["filtered"], summary["empty"]) == (1, 2, 1)
     found = instances(tmp_path / "out")
     assert [a["expression"] for a in found["annotations"]] == ["kept"]
@@ -174,7 +175,57 @@ def test_filters_count_what_they_leave_out(tmp_path, capsys):
         ("none", []),
         ("kept", [1]),
     ]
-    assert [c["name"] for c in found["categories"]] == ["kept"]
+    # What was asked decides the classes, not what was found or is left of it.
+    assert [c["name"] for c in found["categories"]] == ["low", "small", "none", "kept"]
+    line = "categories without a mask, which keep their class: 'low', 'small', 'none'"
+    assert line in told.err
+    assert summary["remarks"] == [line]
+
+
+@pytest.mark.parametrize("kind", ["yolo", "coco", "png"])
+def test_classes_are_those_of_all_phrases_in_the_order_asked(tmp_path, capsys, kind):
+    """So that class numbers do not hang on what a model happens to find on the first images."""
+
+    def classes(name: str, found: set[tuple[str, str]]) -> list[str]:
+        rows = [
+            record(image, text, BLOCK if (image, text) in found else EMPTY)
+            for image in ("a.jpg", "b.jpg")
+            for text in ("the cat", "the dog", "the ox")
+        ]
+        source = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        style = ["--style", "semantic"] if kind == "png" else []
+        assert export(source, "--to", kind, "-o", tmp_path / name, *style) == 0
+        if kind == "yolo":
+            names = yaml.safe_load((tmp_path / name / "data.yaml").read_text())["names"]
+            return [names[number] for number in sorted(names)]
+        if kind == "coco":
+            return [c["name"] for c in instances(tmp_path / name)["categories"]]
+        known = json.loads((tmp_path / name / "categories.json").read_text())
+        return [one["name"] for one in known[1:]]  # after the background
+
+    asked = ["the cat", "the dog", "the ox"]
+    assert classes("some", {("a.jpg", "the ox"), ("b.jpg", "the cat")}) == asked
+    assert "categories without a mask, which keep their class: 'the dog'" in capsys.readouterr().err
+    assert classes("others", {("b.jpg", "the dog")}) == asked
+    capsys.readouterr()
+    assert (
+        classes("all", {(image, text) for image in ("a.jpg", "b.jpg") for text in asked}) == asked
+    )
+    assert "without a mask" not in capsys.readouterr().err
+
+
+def test_a_map_names_what_it_names_and_no_more(tmp_path, capsys):
+    """A phrase that the map does not know is no class for having found nothing, and no failure."""
+    rows = [record("a.jpg", "the dog", EMPTY), record("a.jpg", "the ox", EMPTY)]
+    rows += [record("a.jpg", "the cat", BLOCK), record("b.jpg", "", EMPTY)]
+    source = write_jsonl(tmp_path / "p.jsonl", rows)
+    (tmp_path / "map.json").write_text(json.dumps({"the cat": "cat", "the dog": "dog", "x": "y"}))
+    options = ["--category-map", tmp_path / "map.json"]
+    assert export(source, "--to", "coco", "-o", tmp_path / "out", *options) == 0
+    assert [c["name"] for c in instances(tmp_path / "out")["categories"]] == ["cat", "dog", "y"]
+    told = capsys.readouterr().err
+    assert "categories without a mask, which keep their class: 'dog'\n" in told
+    assert "no expression" not in told
 
 
 def test_losses_are_told(tmp_path, capsys):

@@ -64,7 +64,7 @@ def test_pycocotools_reads_coco_exactly(case, tmp_path, kind):
     assert found.keys() == SHAPES.keys()
     for name, mask in SHAPES.items():
         assert np.array_equal(found[name], mask), name
-    assert {c["name"] for c in coco.cats.values()} == set(SHAPES)
+    assert {c["name"] for c in coco.cats.values()} == {*SHAPES, "nothing"}
     for annotation in coco.anns.values():
         assert annotation["area"] == SHAPES[annotation["expression"]].sum()
 
@@ -113,7 +113,7 @@ def test_supervision_reads_yolo_exactly(case, tmp_path):
 
 
 def check_supervision(data: sv.DetectionDataset) -> None:
-    assert sorted(data.classes) == sorted(SHAPES)
+    assert sorted(data.classes) == sorted([*SHAPES, "nothing"])
     seen = set()
     for path, _, detections in data:
         found: dict[str, Mask] = defaultdict(lambda: np.zeros(SIZE, np.bool_))
@@ -201,7 +201,7 @@ def test_cvat_is_exact_as_its_format_says(case, tmp_path, shape):
     for name, mask in SHAPES.items():
         assert np.array_equal(found[name], mask), name
     labels = ET.parse(tmp_path / "annotations.xml").getroot().iter("label")
-    assert {label.find("name").text for label in labels} == set(SHAPES)
+    assert {label.find("name").text for label in labels} == {*SHAPES, "nothing"}
 
 
 @pytest.mark.parametrize("shape", ["polygon", "mask"])
