@@ -396,7 +396,7 @@ def read(folder: Path) -> Expressions:
         clusters,
         np.array(families, np.int64),
         np.array([row["gt_no_target"] for row in rows], bool),
-        np.array([row["pred_no_target"] for row in rows], bool),
+        np.array([row["answered_none"] for row in rows], bool),
     )
 
 
