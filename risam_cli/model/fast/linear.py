@@ -20,8 +20,12 @@ from torch.nn import functional as F
 
 from risam_cli.model.fast.tuning import in_use
 
-SMALL = 1 << 20
-"""Multiplications below which oneDNN's call costs more than its product gains, in float32."""
+SMALL = 8 << 20
+"""Multiplications below which MKL takes a product in float32.
+
+oneDNN's call costs more, and it makes a kernel for each new number of rows, in half a millisecond;
+expressions have any number of words.
+"""
 
 _Product = Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
 
@@ -38,7 +42,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     if not autocast or weight.dtype != torch.float32:
-        x = x.to(weight.dtype)
+        if x.dtype != weight.dtype:
+            x = x.to(weight.dtype)
         if _fits(x, weight, bias):
             product = _onednn()
             if product is not None:
@@ -67,15 +72,15 @@ def has_fast_products() -> bool:
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN's product, which knows no gradients, may take these."""
-    if x.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+    if weight.dtype == torch.float32 and x.numel() * weight.shape[0] < SMALL:
+        return False
+    if not x.is_cpu or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
     if torch.compiler.is_compiling():  # the compiler chooses, and fuses more
         return False
     if not x.numel() or not weight.is_contiguous():
         return False
     if in_use().product(weight.dtype) != "onednn":
-        return False
-    if weight.dtype == torch.float32 and x.numel() * len(weight) < SMALL:
         return False
     return not torch.is_grad_enabled() or not (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

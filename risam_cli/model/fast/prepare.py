@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,8 @@ def prepare_for_inference(
     """Gives a network, or an image encoder, its fastest forms; gradients are not to be asked for.
 
     Args:
-        module: is changed in place; its state dict keeps its names.
+        module: is changed in place; its state dict keeps its names. Where its weights change later,
+            it is to be prepared again.
         device: that it runs on.
         precision: in which image encoders hold the weights of their blocks' and neck's products.
             Norms, position tables, the first convolutions and the stream between the blocks stay
@@ -77,6 +79,7 @@ def prepare_for_inference(
     for part in list(module.modules()):
         if isinstance(part, Risam) and _decodes_fast(part, device):
             part.__class__ = FastRisam
+            cast(FastRisam, part).keep_weights()
         if isinstance(part, ImageEncoder):
             on_host = {ImageEncoder: HostImageEncoder} if device.type == "cpu" else {}
             _change(part, _INFERENCE | on_host)

@@ -132,9 +132,26 @@ def _cut(text: TextFeatures, rows: slice, length: int) -> TextFeatures:
     return TextFeatures(words, text.valid[rows, :length], text.sentence[rows].float())
 
 
+def test_prepared_again_it_has_the_weights_of_then() -> None:
+    model = prepared(in_double(small_model(**WITH_STEM)[0]))
+    image, text = features(model, (4, 4), 1, [3, 2])
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.1  # other memory, as an optimizer or a cast has it
+    assert_equal(*both(model, image, text, [0, 0]))
+
+
+def test_one_grid_after_another() -> None:
+    model = prepared(in_double(small_model()[0]))
+    for grid in ((4, 4), (3, 5), (4, 4)):
+        image, text = features(model, grid, 1, [2])
+        with torch.inference_mode():
+            found = model.decode(image, text, torch.tensor([0]))
+        fresh, _ = both(in_double(small_model()[0]), image, text, [0])
+        assert torch.equal(found.mask_logits, fresh.mask_logits)
+
+
 def test_features_of_the_image_are_left_as_they_are() -> None:
-    model = prepared(small_model(**WITH_STEM)[0])
-    in_double(model)
+    model = in_double(prepared(small_model(**WITH_STEM)[0]))
     image, text = features(model, (4, 4), 1, [3, 3])
     assert image.fine is not None
     visual, fine = image.visual.clone(), image.fine.clone()
@@ -145,10 +162,9 @@ def test_features_of_the_image_are_left_as_they_are() -> None:
 
 
 def test_no_expression_at_all() -> None:
-    model = prepared(small_model()[0])
+    model = prepared(in_double(small_model()[0]))
     image, text = features(model, (4, 4), 1, [1])
     none = TextFeatures(text.words[:0], text.valid[:0], text.sentence[:0])
-    in_double(model)
     with torch.inference_mode():
         found = model.decode(image, none, torch.tensor([], dtype=torch.long))
     assert found.mask_logits.shape == (0, 16, 16)
