@@ -84,8 +84,8 @@ def curve(
     """One curve over 0..1, with labelled points on it."""
     out = [_open(_WIDTH, _HEIGHT, f"{y_axis} against {x_axis}")]
     out += _frame(x_axis, y_axis, y_high)
-    points = " ".join(f"{_x(a):.1f},{_y(b / y_high):.1f}" for a, b in zip(xs, ys, strict=True))
-    out.append(f'<polyline points="{points}" class="curve"/>')
+    points = [(_x(a), _y(b / y_high)) for a, b in zip(xs, ys, strict=True)]
+    out.append(_series(points, "curve"))
     placed: list[float] = []
     for mark in marks:
         cx, cy = _x(mark.x), _y(mark.y / y_high)
@@ -150,13 +150,8 @@ def lines(
     shown = [one for one in series if not one.faint]
     for one in series:
         number = (series if one.faint else shown).index(one) % LINE_COLORS
-        points = " ".join("{:.1f},{:.1f}".format(*at(*p)) for p in zip(one.xs, one.ys, strict=True))
-        name = f"curve line{number}" + " faint" * one.faint
-        if len(one.xs) == 1:
-            cx, cy = at(one.xs[0], one.ys[0])
-            out.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="2.5" class="{name}"/>')
-        else:
-            out.append(f'<polyline points="{points}" class="{name}"/>')
+        points = [at(*point) for point in zip(one.xs, one.ys, strict=True)]
+        out.append(_series(points, f"curve line{number}" + " faint" * one.faint))
     for mark in marks:
         cx, cy = at(mark.x, mark.y)
         out.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" class="mark"/>')
@@ -214,6 +209,15 @@ def _frame(x_axis: str, y_axis: str, y_high: float) -> list[str]:
         f'transform="rotate(-90 13 {middle:.1f})">{escape(y_axis)}</text>'
     )
     return out
+
+
+def _series(points: Sequence[tuple[float, float]], name: str) -> str:
+    """A line through points; one alone, through which none goes, is a dot."""
+    if len(points) == 1:
+        [(x, y)] = points
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="{name} alone"/>'
+    text = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{text}" class="{name}"/>'
 
 
 def _x(share: float) -> float:

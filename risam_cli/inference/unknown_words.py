@@ -21,26 +21,29 @@ class UnknownWords:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._words: set[str] = set()
+        self._words: dict[str, None] = {}
         self._records = 0
         self._affected = 0
+
+    def note(self, words: Iterable[str]) -> list[str]:
+        """Counts one record with the words of it that are not known; gives those that are new."""
+        new = [word for word in dict.fromkeys(words) if word not in self._words]
+        self._records += 1
+        self._affected += bool(words)
+        self._words |= dict.fromkeys(new)
+        return new
 
     def see(self, predictions: Iterable[Prediction]) -> None:
         """Takes note of records; tells of each new word, of the first few one by one."""
         for one in predictions:
-            self._records += 1
-            self._affected += bool(one.unknown_words)
-            for word in one.unknown_words:
-                if word in self._words:
-                    continue
-                self._words.add(word)
-                if len(self._words) <= _SHOWN:
-                    get_console().warn(f"the model {self._name} does not know the word {word!r}")
+            before = len(self._words)
+            for word in self.note(one.unknown_words)[: max(0, _SHOWN - before)]:
+                get_console().warn(f"the model {self._name} does not know the word {word!r}")
 
-    def tell(self) -> None:
-        """Sums up, at the end; nothing where every word was known."""
+    def summary(self) -> str:
+        """What they come to, in a line; empty where every word was known."""
         if not self._affected:
-            return
+            return ""
         words = f"{len(self._words)} word{'' if len(self._words) == 1 else 's'}"
         text = f"{self._affected} of {self._records} expressions have words unknown to {self._name}"
         if 2 * self._affected >= self._records:
@@ -48,4 +51,14 @@ class UnknownWords:
                 f"; their masks mean little: for photos name a model that knows such words, such "
                 f"as {FOR_PHOTOS}"
             )
-        get_console().warn(f"{text} ({words} in all)")
+        return f"{text} ({words} in all)"
+
+    def named(self) -> str:
+        """The first few of them."""
+        some = ", ".join(repr(word) for word in list(self._words)[:_SHOWN])
+        return some + (", …" if len(self._words) > _SHOWN else "")
+
+    def tell(self) -> None:
+        """Sums up, at the end; nothing where every word was known."""
+        if text := self.summary():
+            get_console().warn(text)

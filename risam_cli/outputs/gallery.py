@@ -98,6 +98,8 @@ class Gallery:
         about: short facts for the foot of the page, name to value.
         maker: the command that writes it, for its title.
         write: writes a file of the folder, given its name and text.
+        model: the name of the one that answered, where that is known.
+        warning: what must be known before the masks are believed; may be set until the end.
 
     Raises:
         OutputError: a link in the folder leads out of it.
@@ -107,6 +109,8 @@ class Gallery:
     about: Mapping[str, str]
     write: Callable[[str, str], None]
     maker: str = "predict"
+    model: str = ""
+    warning: str = ""
     counts: Counts = field(default_factory=Counts)
     _waiting: list[dict[str, Any]] = field(default_factory=list)
     _written: int = 0
@@ -141,6 +145,8 @@ class Gallery:
             "counts": counts,
             "files": self._written,
             "about": dict(self.about),
+            "model": self.model,
+            "warning": self.warning,
             "colors": ["#{:02x}{:02x}{:02x}".format(*color(index)) for index in range(_COLORS)],
         }
         self.write(PAGE, _page(head, self.maker))
@@ -245,7 +251,10 @@ def _answer(record: Mapping[str, Any]) -> list[Any]:
         1 if record["no_target"] else 2 if record["area"] == 0 else 0,
         record["mask"] or "",
     ]
-    return [*answer, record["notes"]] if record.get("notes") else answer
+    notes = list(record.get("notes", ()))
+    if unknown := record.get("unknown_words"):
+        notes.append(f"unknown words: {', '.join(unknown)}")
+    return [*answer, notes] if notes else answer
 
 
 def _script_json(value: object) -> str:

@@ -9,13 +9,14 @@ from typing import Any, BinaryIO
 
 from risam_cli.errors import OutputError, reason_of, setting
 from risam_cli.files.jsonlines import load_json
+from risam_cli.inference.unknown_words import UnknownWords
 from risam_cli.outputs.gallery import Gallery, Row, about
 from risam_cli.outputs.naming import GALLERY, OVERLAYS
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
 from risam_cli.runs.ledger import LEDGER, LedgerLine, Span, read_header, read_lines, read_span
 
 
-def write_gallery(folder: Path, write: Callable[[str, str], None]) -> Path | None:
+def write_gallery(folder: Path, write: Callable[[str, str], None], model: str = "") -> Path | None:
     """Write the page of what is done in an output folder; gives the page's path.
 
     Follows from the folder's content alone: a run that was cut off and went on, or that was put
@@ -24,6 +25,7 @@ def write_gallery(folder: Path, write: Callable[[str, str], None]) -> Path | Non
 
     Args:
         write: writes a file of the folder, given its name and text.
+        model: the name of the one that answered.
 
     Raises:
         OutputError: the folder cannot be read or written, or was changed by someone else.
@@ -31,9 +33,14 @@ def write_gallery(folder: Path, write: Callable[[str, str], None]) -> Path | Non
     identity = read_header(folder / LEDGER)
     if identity is None or "html" not in identity.get("save", ()):
         return None
-    gallery = Gallery(folder, about(identity), write)
+    gallery = Gallery(folder, about(identity), write, model=model)
+    unknown = UnknownWords(model or "the model")
     for row in _rows(folder):
+        for record in row.records:
+            unknown.note(record.get("unknown_words", ()))
         gallery.add(row)
+    if text := unknown.summary():
+        gallery.warning = f"{text}: {unknown.named()}"
     return gallery.finish()
 
 

@@ -143,7 +143,7 @@ def merge_parts(
             if overwrite:  # not before all that takes its place is there
                 folder.start_anew()
             folder.splice()
-            write_gallery(folder.path, folder.write)
+            write_gallery(folder.path, folder.write, _model(parts))
             return merged
     except OSError as error:
         raise OutputError(
@@ -359,6 +359,12 @@ def _changed(path: Path) -> DataError:
 def _identity(parts: Sequence[Part]) -> dict[str, Any]:
     """That of a run without shards."""
     return {**parts[0].identity, "shard": [0, 1]}
+
+
+def _model(parts: Sequence[Part]) -> str:
+    """The name of the one that answered; empty where run.json does not say."""
+    told = parts[0].run.get("model")
+    return str(told.get("name", "")) if isinstance(told, dict) else ""
 
 
 def _run_json(parts: Sequence[Part], merged: Merged) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def run_predict(
             plan.ranks.require_alike(RUN, noted, folder.path.parent)
         with get_console().progress("predict", total, "inputs", done=kept.entries) as progress:
             run.go(progress, stream, left)
-        run.page = write_gallery(folder.path, folder.write)
+        run.page = write_gallery(folder.path, folder.write, segmenter.name)
         status = "complete"
     except Exception as caught:
         error = caught if isinstance(caught, RisamError) else machine_error(caught)
@@ -139,7 +139,7 @@ def run_predict(
             raise
         status = "interrupted" if isinstance(error, Interrupted) else status
         with suppress(OutputError):  # of what was done, to be looked at meanwhile
-            write_gallery(folder.path, folder.write)
+            write_gallery(folder.path, folder.write, segmenter.name)
         raise to_go_on(error) from caught
     finally:
         # A disk too full for this is told of by the error that is on its way.

@@ -80,7 +80,7 @@ def to_html(folder: Path, command: Sequence[str], outcome: str) -> str:
     rows = [row for _, row in read_rows(folder / METRICS)]
     resolved = (folder / "config.resolved.yaml").read_text(encoding="utf-8")
     settings = load_yaml(resolved)
-    best = _best(rows)
+    best, names = _best(rows), _names(rows)
     environment = page_environment("risam_cli.training")
     environment.filters["percent"] = lambda v: "–" if v is None else f"{100 * v:.2f}"
     page = environment.get_template("training.html.j2").render(
@@ -93,10 +93,10 @@ def to_html(folder: Path, command: Sequence[str], outcome: str) -> str:
         duration=_duration(rows[-1]["seconds"]) if rows else "",
         best=best,
         cards=_cards(rows, best),
-        table=_table(best),
-        names=_NAMES,
+        table=_table(best, names),
+        names=names,
         stages=[
-            _stage(number, stage, rows, best, settings.get("best_by", "miou"))
+            _stage(number, stage, rows, best, settings.get("best_by", "miou"), names)
             for number, stage in enumerate(settings["stages"])
         ],
         sights=_sights(folder / PICTURES, best),
@@ -109,6 +109,17 @@ def _best(rows: Sequence[Row]) -> Row | None:
     """The validation that ``best/`` is from: the first of the highest."""
     scored = [r for r in rows if r["kind"] in ("val", "average") and r.get("best", -1) >= 0]
     return max(scored, key=lambda r: r["best"], default=None)
+
+
+def _names(rows: Sequence[Row]) -> Mapping[str, str]:
+    """The figures to show, with their names: without gIoU where it never differs from mIoU."""
+    pairs = (
+        (row[key], row.get(f"{key.removesuffix('giou')}miou"))
+        for row in rows
+        for key in row
+        if key.endswith(".giou")
+    )
+    return {k: name for k, name in _NAMES.items() if k != "giou" or any(a != b for a, b in pairs)}
 
 
 def _cards(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str, str]]:
@@ -128,16 +139,21 @@ def _cards(rows: Sequence[Row], best: Row | None) -> list[tuple[str, str, str]]:
     return cards
 
 
-def _table(best: Row | None) -> list[tuple[str, list[float | None]]]:
-    """Figures of each validation set at the best validation, in the order of ``_NAMES``."""
+def _table(best: Row | None, names: Mapping[str, str]) -> list[tuple[str, list[float | None]]]:
+    """Figures of each validation set at the best validation, in the order of ``names``."""
     if best is None:
         return []
     sets = list(dict.fromkeys(key[: -len(".miou")] for key in best if key.endswith(".miou")))
-    return [(name, [best.get(f"{name}.{figure}") for figure in _NAMES]) for name in sets]
+    return [(name, [best.get(f"{name}.{figure}") for figure in names]) for name in sets]
 
 
 def _stage(
-    number: int, settings: Mapping[str, Any], rows: Sequence[Row], best: Row | None, best_by: str
+    number: int,
+    settings: Mapping[str, Any],
+    rows: Sequence[Row],
+    best: Row | None,
+    best_by: str,
+    names: Mapping[str, str],
 ) -> StageView:
     own = [r for r in rows if r["stage"] == number]
     train = [r for r in own if r["kind"] == "train"]
@@ -151,7 +167,7 @@ def _stage(
         facts.append(f"image encoder trained: {settings['train_encoder']}")
     steps = max((r["step"] for r in own), default=0)
     ended = f"ended early, after step {stopped[-1]['step']:,}" if stopped else ""
-    charts = [*_train_charts(train), *_validation_charts(held_out, number, best, best_by)]
+    charts = [*_train_charts(train), *_validation_charts(held_out, number, best, best_by, names)]
     return StageView(
         settings["name"],
         settings["kind"],
@@ -184,7 +200,7 @@ def _train_charts(rows: Sequence[Row]) -> list[tuple[str, Markup, list[str]]]:
 
 
 def _validation_charts(
-    rows: Sequence[Row], stage: int, best: Row | None, best_by: str
+    rows: Sequence[Row], stage: int, best: Row | None, best_by: str, names: Mapping[str, str]
 ) -> list[tuple[str, Markup, list[str]]]:
     if not rows:
         return []
@@ -205,7 +221,7 @@ def _validation_charts(
             [],
         )
     ]
-    for figure, name in _NAMES.items():
+    for figure, name in names.items():
         keys = [k for k in rows[0] if k.endswith(f".{figure}")]
         series = [_over(rows, steps, k, k.removesuffix(f".{figure}")) for k in keys]
         series = [one for one in series if one.xs]

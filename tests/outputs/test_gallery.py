@@ -88,6 +88,31 @@ def test_every_record_and_failure_is_on_the_page(pictures: Path, tmp_path: Path)
                 assert bool(path) == (answer[3] == 0)
 
 
+def test_the_page_names_the_model_and_the_words_that_it_does_not_know(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run([pictures], tmp_path / "known", saving=HTML)
+    run.go()
+    head = head_of(tmp_path / "known")
+    assert head["model"] == run.model.name != ""
+    assert head["warning"] == ""
+    asked = ("bright", "an unheard-of one")
+    capsys.readouterr()
+    Run([pictures], tmp_path / "whole", e=asked, saving=HTML).go()
+    [told] = [line for line in capsys.readouterr().err.splitlines() if "expressions have" in line]
+    head = head_of(tmp_path / "whole")
+    assert head["warning"] == f"{told.removeprefix('warning: ')}: 'unheard-of'"
+    assert "their masks mean little" in head["warning"]
+    answers = [answer for row in rows_of(tmp_path / "whole") for answer in row.get("e", ())]
+    marked = {answer[1] for answer in answers if answer[5:] == [["unknown words: unheard-of"]]}
+    assert marked == {"an unheard-of one"}
+    folders = [tmp_path / f"part{index}" for index in range(2)]
+    for index, folder in enumerate(folders):
+        Run([pictures], folder, e=asked, saving=HTML, plan={"shard": Shard(index, 2)}).go()
+    merge_parts(find_parts(folders), tmp_path / "merged")
+    assert contents(tmp_path / "merged") == contents(tmp_path / "whole")
+
+
 def test_a_run_that_was_cut_off_gives_the_same_gallery(pictures: Path, tmp_path: Path) -> None:
     Run([pictures], tmp_path / "whole", saving=HTML).go()
     cut = Run([pictures], tmp_path / "cut", saving=HTML)
@@ -285,7 +310,7 @@ def test_ten_thousand_images_in_a_browser(browser: str, profile: Path, tmp_path:
 
 
 def test_filters_and_hostile_text_in_a_browser(browser: str, profile: Path, tmp_path: Path) -> None:
-    gallery = Gallery(tmp_path, {}, into(tmp_path))
+    gallery = Gallery(tmp_path, {}, into(tmp_path), model=HOSTILE, warning=f"{HOSTILE} warns")
     item = encode_item(np.full((30, 40, 3), 90, np.uint8), (30, 40), ["M2,2 20,2 20,20Z"])
     for name in ("a", "b"):
         place = tmp_path / f"gallery/items/{name} #1%.js"
@@ -308,6 +333,10 @@ def test_filters_and_hostile_text_in_a_browser(browser: str, profile: Path, tmp_
     )
     assert console == ""
     assert "1–1 of 1 images" in dom
+    assert "By the model &lt;/script&gt;&lt;script&gt;alert(1)" in dom
+    warning = re.search(r'<p id="warning" class="notice" role="note">(.*?)</p>', dom, re.S)
+    assert warning is not None
+    assert warning[1].endswith("&lt;!-- warns")
     assert "&lt;img src=x onerror=alert(2)&gt;" in dom
     assert re.search(r'<path class="mask" d="M2,2 20,2 20,20Z">', dom)
     assert "data:image/jpeg;base64" in dom
@@ -322,6 +351,7 @@ def test_the_run_of_a_fake_network_in_a_browser(
     assert console == ""
     assert dom.count("<article") == 1
     assert "not an image" in dom
+    assert re.search(r'<p id="warning"[^>]* hidden', dom)
 
 
 def test_masks_of_an_earlier_run_become_a_gallery(pictures: Path, tmp_path: Path) -> None:

@@ -324,6 +324,29 @@ def test_the_page_is_whole_and_obeys_no_text_in_it(tmp_path: Path) -> None:
     assert "6" in shown
 
 
+@pytest.mark.parametrize(("giou", "shown"), [(0.5, False), (0.25, True)])
+def test_the_page_of_one_validation_shows_points_and_no_figure_twice(
+    tmp_path: Path, giou: float, shown: bool
+) -> None:
+    stage = {"name": "s", "kind": "referring", "steps": 2, "images_per_step": 2}
+    settings = {"name": "x", "stages": [{**stage, "learning_rate": 0.1, "train_encoder": "no"}]}
+    (tmp_path / "config.resolved.yaml").write_text(json.dumps(settings))
+    log = TrainingLog(tmp_path, Console(quiet=True))
+    place = Place(step=2, seconds=2.0, expressions=8)
+    log.row(place, "s", {"loss": 0.5, "lr": 0.1}, "train")
+    log.row(place, "s", {"a.miou": 0.5, "a.oiou": 0.5, "a.giou": giou, "best": 0.5}, "val")
+    page = to_html(tmp_path, ["risam"], "Finished.")
+    assert ('<th class="n">gIoU</th>' in page) is shown
+    assert ("<figcaption>gIoU</figcaption>" in page) is shown
+    assert ("gIoU counts a right “nothing” as 1" in page) is shown
+    charts = re.findall(r"<svg.*?</svg>", page, re.S)
+    assert len(charts) == 5 + shown  # loss, rate, best, mIoU, oIoU
+    for chart in charts:
+        assert "polyline" not in chart
+        assert re.search(r'<circle [^>]*class="curve line0 (?:faint )?alone"', chart)
+    assert "svg .line0.alone { fill:" in page
+
+
 def test_a_log_that_a_cut_run_wrote_ahead_is_cut_back(tmp_path: Path) -> None:
     log = TrainingLog(tmp_path, Console(quiet=True))
     for stage, step, kind in [

@@ -317,7 +317,8 @@ const risam = (() => {
   const usual = {};
   function counted() {
     const c = head.counts, part = (count, one, many) => `${number.format(count)} ${count === 1 ? one : many}`;
-    return `${part(c.images, "image", "images")}, ${part(c.expressions, "expression", "expressions")}: ` +
+    const by = head.model ? `By the model ${head.model}: ` : "";
+    return `${by}${part(c.images, "image", "images")}, ${part(c.expressions, "expression", "expressions")}: ` +
       `${part(c.masks, "mask", "masks")}, ${number.format(c.no_target)} with no target, ` +
       (c.empty ? `${number.format(c.empty)} with an empty mask, ` : "") + `${number.format(c.failures)} failed.`;
   }
@@ -347,6 +348,8 @@ const risam = (() => {
     for (const id of FIELDS) usual[id] = find(id).value;
     recall();
     find("counts").textContent = counted();
+    find("warning").textContent = head.warning;
+    find("warning").hidden = !head.warning;
     for (const [name, value] of Object.entries(head.about)) find("about").append(` · ${name} ${value}`);
     const controls = find("controls");
     controls.addEventListener("submit", (event) => event.preventDefault());
