@@ -219,10 +219,11 @@ class ReferringLoss(nn.Module):
         if counts is None:
             counts = referring_counts(no_target, weights)
         expressions, targets = counts.clamp(min=_LEAST).unbind()
-        logits = decoded.mask_logits.float()[:, None]
-        logits = F.interpolate(
-            logits, size=target.shape[-2:], mode="bilinear", align_corners=False
-        )[:, 0]
+        logits = decoded.mask_logits.float()
+        if logits.shape != target.shape:
+            logits = F.interpolate(
+                logits[:, None], size=target.shape[-2:], mode="bilinear", align_corners=False
+            )[:, 0]
         area = valid.sum(dim=(1, 2)).clamp(min=1)
         has_target = (1 - no_target) * weights
 
