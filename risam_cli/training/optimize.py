@@ -79,7 +79,9 @@ class Stepper:
         self.dtype = dtype
         self.processes = processes
         self.settings = settings
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, settings.beta2))
+        # On a CPU it otherwise takes one parameter after the other.
+        fused = True if device.type == "cpu" else None
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, settings.beta2), fused=fused)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.overflows = 0
         self.network: nn.Module = _Loss(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -121,7 +122,8 @@ def test_a_dense_batch_in_parts_is_the_whole_batch() -> None:
 def test_checkpointed_blocks_give_the_same_gradients_to_the_bit() -> None:
     plain = referring_task()
     saving = referring_task()
-    prepare_for_training(saving.model, recompute_blocks=True)
+    prepare_for_training(plain.model, CPU)
+    prepare_for_training(saving.model, CPU, recompute_blocks=True)
     _, expected = gradients(plain, [batch([0, 1])])
     _, found = gradients(saving, [batch([0, 1])])
     assert any("image_encoder.blocks.0" in name for name in expected)
@@ -133,6 +135,31 @@ def test_clipping_bounds_the_norm_of_the_whole_step() -> None:
     stepper(task, clip=0.01)([batch([3]), batch([0])], 1.0, 7)
     norm = torch.stack([p.grad.norm() for p in task.module.parameters() if p.grad is not None])
     assert float(norm.norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_an_optimizer_of_an_earlier_checkpoint_is_taken_up() -> None:
+    """One that takes parameter after parameter: the same steps, and the same state."""
+    tasks = [referring_task(), referring_task()]
+    earlier, now = (stepper(task) for task in tasks)
+    groups = [
+        {key: group[key] for key in ("params", "lr", "base_lr", "weight_decay")}
+        for group in earlier.optimizer.param_groups
+    ]
+    earlier.optimizer = torch.optim.AdamW(
+        groups, betas=(0.9, OptimizerSettings().beta2), foreach=False, fused=False
+    )
+    for step in (earlier, now):
+        step([batch([0, 1])], 1.0, 3)
+    for a, b in zip(tasks[0].module.parameters(), tasks[1].module.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-7)
+    later = referring_task()
+    taken = stepper(later)
+    later.module.load_state_dict(tasks[0].module.state_dict())
+    taken.optimizer.load_state_dict(copy.deepcopy(earlier.optimizer.state_dict()))
+    for step in (earlier, taken):
+        step([batch([2, 3])], 1.0, 4)
+    for a, b in zip(tasks[0].module.parameters(), later.module.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
