@@ -289,16 +289,21 @@ def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Te
     Returns:
         (B, heads, h*w, d).
     """
-    batch, heads, _, dim = q.shape
-    height, width = rel_h.shape[0], rel_w.shape[0]
-    bias_h, bias_w = relative_bias(q, rel_h, rel_w)
-    code = _one_hot_code(height, width, q.device, q.dtype).expand(batch, heads, -1, -1)
-    query = torch.cat([q * dim**-0.5, bias_h, bias_w], dim=-1)
-    key = torch.cat([k, code], dim=-1)
+    dim = q.shape[-1]
+    query, key = with_positions(q, k, rel_h, rel_w)
     if dim < FUSED_FROM:
         return F.scaled_dot_product_attention(query, key, v, scale=1.0)
-    v = F.pad(v, (0, height + width))
+    v = F.pad(v, (0, query.shape[-1] - dim))
     return F.scaled_dot_product_attention(query, key, v, scale=1.0)[..., :dim]
+
+
+def with_positions(q: Tensor, k: Tensor, rel_h: Tensor, rel_w: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys (B, heads, h*w, d + h + w) whose products are the biased logits."""
+    batch, heads, _, dim = q.shape
+    bias_h, bias_w = relative_bias(q, rel_h, rel_w)
+    code = _one_hot_code(rel_h.shape[0], rel_w.shape[0], q.device, q.dtype)
+    query = torch.cat([q * dim**-0.5, bias_h, bias_w], dim=-1)
+    return query, torch.cat([k, code.expand(batch, heads, -1, -1)], dim=-1)
 
 
 def relative_bias(q: Tensor, rel_h: Tensor, rel_w: Tensor) -> tuple[Tensor, Tensor]:

@@ -165,7 +165,8 @@ class TrainingBuilder:
             encoder.stem[1] if encoder.stem else 0,
             (len(SHAPES), len(COLORS), len(SIZES)),
         ).to(self.device)
-        prepare_for_training(self.model)
+        for part in (self.model, head):
+            prepare_for_training(part, self.device)
         self.model.requires_grad_(False)
         self.model.image_encoder.requires_grad_(True)
         task = DenseTask(self.model.image_encoder, head, settings.background_weight)
@@ -190,7 +191,7 @@ class TrainingBuilder:
         encoder_parts = self._encoder_parts(settings)
         loss = ReferringLoss(**s.loss.model_dump(exclude={"target_size"}))
         frozen_encoder = not encoder_parts
-        prepare_for_training(model, recompute_blocks=s.gradient_checkpointing)
+        prepare_for_training(model, self.device, recompute_blocks=s.gradient_checkpointing)
         if frozen_encoder:
             prepare_for_inference(model.image_encoder, self.device)
         self.cached = self._cached_encoder() if frozen_encoder else None

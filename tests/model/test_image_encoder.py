@@ -125,7 +125,7 @@ def test_gradient_checkpointing_changes_no_value_and_no_gradient() -> None:
     pixels = noise(1, 3, 160, 160)
     results = []
     for recompute in (False, True):
-        prepare_for_training(ours, recompute_blocks=recompute)
+        prepare_for_training(ours, torch.device("cpu"), recompute_blocks=recompute)
         ours.zero_grad()
         found = ours(pixels)
         (found.shallow.mean() + found.middle.square().mean() + found.deep.square().sum()).backward()

@@ -24,9 +24,18 @@ from risam_cli.model.fast.encoder import (
     HostImageEncoder,
 )
 from risam_cli.model.fast.linear import FastLinear
+from risam_cli.model.fast.training import (
+    TrainedAttention,
+    TrainedLayerNorm,
+    TrainedLayerNorm2d,
+    TrainedRisam,
+    TrainedTextEncoder,
+)
 from risam_cli.model.image_encoder import Adapter, Attention, Block, ImageEncoder, MLPBlock
+from risam_cli.model.layers import LayerNorm2d
 from risam_cli.model.mask_decoder import MutualAwareMaskDecoder
 from risam_cli.model.risam import Risam
+from risam_cli.model.text_encoder import TextEncoder
 
 _Forms = dict[type[nn.Module], type[nn.Module]]
 _TRAINING: _Forms = {  # these know gradients
@@ -34,6 +43,12 @@ _TRAINING: _Forms = {  # these know gradients
     MLPBlock: FastMLPBlock,
     Adapter: FastAdapter,
     nn.Linear: FastLinear,
+}
+_TRAINING_ON_CPU: _Forms = {
+    Attention: TrainedAttention,
+    LayerNorm2d: TrainedLayerNorm2d,
+    TextEncoder: TrainedTextEncoder,
+    nn.LayerNorm: TrainedLayerNorm,
 }
 _INFERENCE: _Forms = {**_TRAINING, Attention: FastAttention}
 
@@ -48,10 +63,11 @@ class RecomputedBlock(Block):
 
 
 _PLAIN: _Forms = {
-    **{fast: plain for plain, fast in _INFERENCE.items()},
+    **{fast: plain for plain, fast in (*_INFERENCE.items(), *_TRAINING_ON_CPU.items())},
     HostImageEncoder: ImageEncoder,
     RecomputedBlock: Block,
     FastRisam: Risam,
+    TrainedRisam: Risam,
 }
 
 
@@ -76,8 +92,9 @@ def prepare_for_inference(
             Blocks of a kind share what is compiled, and it is kept on disk for later processes, in
             the folder that ``TORCHINDUCTOR_CACHE_DIR`` names.
     """
+    take_plain_forms(module)
     for part in list(module.modules()):
-        if isinstance(part, Risam) and _decodes_fast(part, device):
+        if _decodes_fast(part, device):
             part.__class__ = FastRisam
             cast(FastRisam, part).keep_weights()
         if isinstance(part, ImageEncoder):
@@ -89,16 +106,23 @@ def prepare_for_inference(
                 block.compile()
 
 
-def prepare_for_training(module: nn.Module, *, recompute_blocks: bool = False) -> None:
+def prepare_for_training(
+    module: nn.Module, device: torch.device, *, recompute_blocks: bool = False
+) -> None:
     """Gives a network, or an image encoder, the forms that know gradients.
 
     Args:
+        device: that it runs on.
         recompute_blocks: let the image encoder's blocks recompute what their gradients need.
     """
     take_plain_forms(module)
     for part in list(module.modules()):
         if isinstance(part, ImageEncoder):
             _change(part, _TRAINING | ({Block: RecomputedBlock} if recompute_blocks else {}))
+        if device.type == "cpu":
+            part.__class__ = _TRAINING_ON_CPU.get(type(part), type(part))
+        if _decodes_fast(part, device):
+            part.__class__ = TrainedRisam
 
 
 def take_plain_forms(module: nn.Module) -> None:
@@ -111,7 +135,6 @@ def take_plain_forms(module: nn.Module) -> None:
 def inference_forms(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Within it a network that is being trained runs as :func:`prepare_for_inference` has it."""
     before = [(part, type(part)) for part in module.modules()]
-    take_plain_forms(module)
     prepare_for_inference(module, device)
     try:
         yield
@@ -120,8 +143,9 @@ def inference_forms(module: nn.Module, device: torch.device) -> Iterator[None]:
             part.__class__ = form
 
 
-def _decodes_fast(model: Risam, device: torch.device) -> bool:
-    return device.type == "cpu" and isinstance(model.mask_decoder, MutualAwareMaskDecoder)
+def _decodes_fast(model: nn.Module, device: torch.device) -> bool:
+    on_host = device.type == "cpu" and isinstance(model, Risam)
+    return on_host and isinstance(model.mask_decoder, MutualAwareMaskDecoder)
 
 
 def _change(encoder: ImageEncoder, forms: _Forms) -> None:

@@ -189,7 +189,7 @@ def test_the_fast_forms_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("before", ["plain", "recomputed", "prepared"])
 def test_forms_are_lent_for_a_while(before: str) -> None:
     ours = encoder(adapter_dim=4)
-    prepare_for_training(ours, recompute_blocks=before == "recomputed")
+    prepare_for_training(ours, torch.device("cpu"), recompute_blocks=before == "recomputed")
     if before == "prepared":
         prepared(ours)
     kinds = [type(part) for part in ours.modules()]
