@@ -376,8 +376,12 @@ def _asking_again(options: _Options, output: Path) -> _Options:
     """
     from risam_cli.console.console import get_console
     from risam_cli.runs.folder import asked_before
+    from risam_cli.runs.ranks import part_folders
 
-    before, expressions = asked_before(output), _expressions(options)
+    whole = options.output
+    folders = [output, whole, *([] if "://" in str(whole) else part_folders(whole))]
+    before = next(filter(None, map(asked_before, folders)), ())
+    expressions = _expressions(options)
     if not before or tuple(expressions) == before:
         return options
     if not expressions:
@@ -509,6 +513,7 @@ def _dry_run(options: _Options, inputs: Inputs, shard: Shard, output: Path) -> i
     from risam_cli.files.store import RemotePath
     from risam_cli.runs.dry_run import DryRun, EarlierRun, look_through
     from risam_cli.runs.ledger import LEDGER
+    from risam_cli.runs.ranks import part_folders
 
     def say(text: str) -> None:
         click.echo(text, err=options.stream)
@@ -516,7 +521,8 @@ def _dry_run(options: _Options, inputs: Inputs, shard: Shard, output: Path) -> i
     found = DryRun()
     earlier = None
     if (options.resume or options.retry_failed) and not isinstance(output, RemotePath):
-        earlier = EarlierRun(output, retry=options.retry_failed)
+        folders = (output, *part_folders(output))
+        earlier = EarlierRun(folders, retry=options.retry_failed)
     entries = (entry for entry in inputs if options.limit is None or entry.run < options.limit)
     own = shard.own(entries)
     for problem in look_through(own, found, options.max_pixels, options.bands, earlier):

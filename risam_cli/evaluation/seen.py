@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from risam_cli.data.readers.catalog import open_dataset
+from risam_cli.data.readers.refer import SPLIT_BY
 from risam_cli.data.readers.source import Group, SampleSource
 from risam_cli.errors import RisamError, setting, told
 from risam_cli.evaluation.request import EvalRequest
@@ -79,9 +80,14 @@ def _seen_files(entries: Sequence[TrainedOn], asked: EvalRequest, source: Sample
 
 
 def _groups(entry: TrainedOn, asked: EvalRequest, source: SampleSource) -> Sequence[Group]:
-    """All images of the split that was trained on."""
+    """All images of the split that was trained on; none where this file does not hold it.
+
+    A card is a file's word: nothing is opened but what the evaluation has opened itself.
+    """
     if entry.split == source.split:
         return source.groups
+    if entry.dataset not in ("coco", *SPLIT_BY):
+        return ()
     path = source.files[0]
     return open_dataset(
         entry.dataset,

@@ -12,7 +12,7 @@ from risam_cli.data.images.images import Bands, image_size
 from risam_cli.data.inputs.inputs import Entry
 from risam_cli.errors import ImageError
 from risam_cli.runs.folder import redo_of
-from risam_cli.runs.ledger import LEDGER, read_lines, read_redone
+from risam_cli.runs.ledger import LEDGER, LedgerLine, read_lines, read_redone
 from risam_cli.runs.resume import content_of
 
 _FIRST = 5  # entries that are listed
@@ -47,15 +47,17 @@ class EarlierRun:
     """What a run left in its folder, by its ledger: looked at, not checked, nothing changed.
 
     Args:
+        folders: its own, and those of the parts that are not put together yet.
         retry: what failed is to be done again.
     """
 
-    def __init__(self, folder: Path, *, retry: bool) -> None:
+    def __init__(self, folders: Iterable[Path], *, retry: bool) -> None:
         self.retry = retry
-        lines = {}
-        with suppress(OSError):
-            lines = {line.entry: line for line, _ in read_lines(folder / LEDGER)}
-        lines |= {one.line.entry: one.line for one, _ in read_redone(redo_of(folder))}
+        lines: dict[int, LedgerLine] = {}
+        for folder in folders:
+            with suppress(OSError):
+                lines |= {line.entry: line for line, _ in read_lines(folder / LEDGER)}
+            lines |= {one.line.entry: one.line for one, _ in read_redone(redo_of(folder))}
         self._failed: dict[str, list[bool]] = {}
         for _, line in sorted(lines.items()):
             self._failed.setdefault(content_of(line.key), []).append(line.failures.length > 0)

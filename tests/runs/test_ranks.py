@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -179,6 +180,23 @@ def test_what_one_process_alone_can_read_is_refused(
     assert rank(0, tiny_images, *ASK, "-o", out, "--dry-run") == 0
     assert "6 images, 12 records to make" in capfd.readouterr().out
     assert not out.exists()
+
+
+def test_parts_that_go_on_need_no_expressions_and_are_counted(
+    rank: Rank, tiny_images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    for number in range(2):
+        assert rank(number, tiny_images, *ASK, "-o", whole) == 0
+    assert rank(0, tiny_images, *ASK, "-o", out) == 0
+    capfd.readouterr()
+    assert rank(0, tiny_images, "-o", out, "--resume", "--dry-run", port=2) == 0
+    done = int(re.findall(r"(\d+) done already", capfd.readouterr().out)[0])
+    assert 0 < done < 12
+    for number in range(2):
+        assert rank(number, tiny_images, "-o", out, "--resume", port=3) == 0
+    names = ("predictions.jsonl", "failures.jsonl", "ledger.jsonl")
+    assert all((out / name).read_bytes() == (whole / name).read_bytes() for name in names)
 
 
 # --- real processes -------------------------------------------------------------------------------
