@@ -380,7 +380,8 @@ class FastRisam(Risam):
 
     def keep_weights(self) -> None:
         """To be called once the weights are final, when a plain network has become one of these."""
-        self.fast = FastDecoder.of(self)
+        with torch.autocast("cpu", enabled=False):  # In the weights' own format.
+            self.fast = FastDecoder.of(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastRisam:
         """What ``to`` and ``double`` go through."""
