@@ -16,7 +16,7 @@ from support.networks import TEXTS, noise, relative_error
 from support.training_runs import run, settings
 from torch import Tensor
 
-from risam_cli.commands.models import command as models
+from risam_cli.cli import root
 from risam_cli.console.console import Console
 from risam_cli.errors import ConfigError, ModelError, OutputError
 from risam_cli.training.stage import TrainingBuilder
@@ -246,16 +246,16 @@ def test_a_plain_export_is_the_same_folder(made: Path, tmp_path: Path) -> None:
 
 def test_the_commands_know_both_kinds(made: Path, tmp_path: Path) -> None:
     out, runner = tmp_path / "whole", CliRunner()
-    export = ["export", str(made / "runs/best"), "--merged", "-o", str(out)]
-    assert runner.invoke(models, export, standalone_mode=False).exception is None
-    thin = runner.invoke(models, ["inspect", str(made / "runs/best")]).output
+    export = ["models", "export", str(made / "runs/best"), "--merged", "-o", str(out)]
+    assert runner.invoke(root, export, standalone_mode=False).exception is None
+    thin = runner.invoke(root, ["models", "inspect", str(made / "runs/best")]).output
     assert "needs       sam.pth, " in thin
     assert _sha256(made / "sam.pth") in thin
-    facts = json.loads(runner.invoke(models, ["inspect", str(out), "--json"]).output)
+    facts = json.loads(runner.invoke(root, ["models", "inspect", str(out), "--json"]).output)
     assert facts["needs"] == []
     assert facts["parameters_by_part"]["image_encoder"] > 30_000
     for folder in (made / "runs/best", out):
-        found = runner.invoke(models, ["verify", str(folder)], standalone_mode=False)
+        found = runner.invoke(root, ["models", "verify", str(folder)], standalone_mode=False)
         assert found.return_value == 0
 
 
