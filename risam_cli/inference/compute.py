@@ -36,6 +36,7 @@ from risam_cli.inference.device import (
     Room,
     is_device_lost,
     is_out_of_memory,
+    keep_freed_memory,
     release_memory,
 )
 from risam_cli.inference.feature_cache import FeatureCache, HalfFeatures, image_key
@@ -307,6 +308,7 @@ class Compute:
         self.clock = Clock()
         self.alone = 0
         use(settings.tuning)
+        keep_freed_memory()
         self._by_sample = settings.device.type == "cpu"
         self.images_at_once = 1 if self._by_sample else max(1, settings.images)
         # Hundreds of instances of several expressions would add up, and are decoded one by one.

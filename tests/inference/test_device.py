@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -67,3 +70,26 @@ def test_threads_are_as_before_afterwards_in_new_threads_too() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+_AGAIN = """
+import resource, torch
+from risam_cli.inference.device import keep_freed_memory
+keep_freed_memory()
+def again():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        held = [torch.ones(1 << 20) for _ in range(4)]
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+again()
+print(again())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another library gives out memory")
+def test_memory_that_tensors_gave_back_is_not_asked_of_the_system_again() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _AGAIN], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 1000  # pages; all of them are 40,000
