@@ -22,6 +22,7 @@ from risam_cli.data.images.transforms import (
     logits_to_size,
     normalize,
     resize_for_encoder,
+    resize_maps,
 )
 
 if TYPE_CHECKING:
@@ -106,14 +107,9 @@ class Frame:
         Returns:
             (I, *out) float32.
         """
-        from torch.nn import functional as F
-
         if self.fit == "pad":
             return logits_to_size(maps, fit_size(*size, self.height), self.height, out)
-        if len(maps) == 0:
-            return maps.new_zeros((0, *out)).float()
-        values = maps.float()[:, None]
-        return F.interpolate(values, size=out, mode="bilinear", align_corners=False)[:, 0]
+        return resize_maps(maps.float(), out)
 
     def boxes_to_frame(self, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         """Corners (x0, y0, x1, y1) in 0..1 of a picture of (H, W) to pixels of the input."""

@@ -104,12 +104,16 @@ def logits_to_size(
     import torch
     from torch.nn import functional as F
 
-    if len(logits) == 0:
-        return logits.new_zeros((0, *out), dtype=torch.float32)
+    logits = logits.detach().float()
     if fitted == (size, size):
-        return F.interpolate(
-            logits.float()[:, None], size=out, mode="bilinear", align_corners=False
-        )[:, 0]
+        return resize_maps(logits, out)
+    if logits.device.type == "cpu":
+        for axis, (pixels, inside) in enumerate(zip(out, fitted, strict=True), start=1):
+            if inside != size:
+                logits = _sample(logits, axis, pixels, inside / size)
+        return resize_maps(logits, out)
+    if len(logits) == 0:
+        return logits.new_zeros((0, *out))
     ways = []
     for pixels, inside in zip(out, fitted, strict=True):
         centre = (torch.arange(pixels, device=logits.device, dtype=torch.float32) + 0.5) / pixels
@@ -117,10 +121,38 @@ def logits_to_size(
     y, x = torch.meshgrid(ways[0], ways[1], indexing="ij")
     # One image whose channels are the expressions, so that the grid is not repeated for them.
     sampled = F.grid_sample(
-        logits.float()[None],
+        logits[None],
         torch.stack([x, y], dim=-1)[None],
         mode="bilinear",
         padding_mode="border",
         align_corners=False,
     )
     return sampled[0]
+
+
+def resize_maps(maps: Tensor, out: tuple[int, int]) -> Tensor:
+    """Brings (I, h, w) float32 to (I, *out), bilinear; on a CPU by OpenCV, four times as fast."""
+    import torch
+    from torch.nn import functional as F
+
+    if len(maps) == 0:
+        return maps.new_zeros((0, *out))
+    if maps.device.type != "cpu":
+        return F.interpolate(maps[:, None], size=out, mode="bilinear", align_corners=False)[:, 0]
+    found = np.empty((len(maps), *out), np.float32)
+    for one, to in zip(maps.detach().contiguous().numpy(), found, strict=True):
+        cv2.resize(one, out[::-1], dst=to, interpolation=cv2.INTER_LINEAR)
+    return torch.from_numpy(found)
+
+
+def _sample(maps: Tensor, axis: int, pixels: int, share: float) -> Tensor:
+    """Pixels over the first ``share`` of an axis, bilinear; the border goes on outside."""
+    import torch
+
+    last = maps.shape[axis] - 1
+    place = (torch.arange(pixels, dtype=torch.float32) + 0.5) * (share * (last + 1) / pixels) - 0.5
+    place = place.clamp(0, last)
+    low = place.long().clamp(max=max(0, last - 1))
+    part = (place - low).view(-1, *[1] * (maps.ndim - 1 - axis))
+    high = (low + 1).clamp(max=last)
+    return maps.index_select(axis, low) * (1 - part) + maps.index_select(axis, high) * part

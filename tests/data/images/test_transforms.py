@@ -145,6 +145,25 @@ def test_a_ramp_over_the_square_stays_the_ramp_of_the_picture(
         assert torch.allclose(found, expected.expand(out), atol=1e-3)
 
 
+@given(
+    grid=st.integers(1, 9),
+    out=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    fitted=st.tuples(st.integers(1, 36), st.integers(1, 36)),
+)
+def test_a_cpu_samples_as_a_gpu_does(
+    grid: int, out: tuple[int, int], fitted: tuple[int, int]
+) -> None:
+    logits = noise(2, grid, grid)
+    ways = [
+        (torch.arange(pixels) + 0.5) / pixels * (2 * inside / 36) - 1
+        for pixels, inside in zip(out, fitted, strict=True)
+    ]
+    y, x = torch.meshgrid(*ways, indexing="ij")
+    places = torch.stack([x, y], dim=-1)[None]
+    expected = F.grid_sample(logits[None], places, padding_mode="border", align_corners=False)[0]
+    assert torch.allclose(logits_to_size(logits, fitted, 36, out), expected, atol=1e-4)
+
+
 def test_square_and_padded_pictures_are_sampled_alike() -> None:
     """A square picture goes another way through the code; half a pixel would show."""
     logits = noise(2, 16, 16)
