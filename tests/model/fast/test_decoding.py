@@ -39,6 +39,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 SAM: dict[str, Any] = {"kind": "sam"}
 DIM, MASK_DIM = 16, 8
+OWNERS = torch.tensor([0, 0])
 
 
 def features(
@@ -138,6 +139,17 @@ def test_prepared_again_it_has_the_weights_of_then() -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data * 1.1  # other memory, as an optimizer or a cast has it
     assert_equal(*both(model, image, text, [0, 0]))
+
+
+def test_prepared_under_autocast_it_has_its_weights_in_their_own_format() -> None:
+    image, text = features(small_model()[0], (4, 4), 1, [3, 2])
+    whole, found = _cut(text, slice(0, 2), 3), []
+    for lower in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower), torch.inference_mode():
+            model = prepared(small_model()[0])
+            decoded = model.decode(ImageFeatures(image.visual.float(), None), whole, OWNERS)
+        found.append(decoded.mask_logits)
+    assert torch.equal(*found)
 
 
 def test_one_grid_after_another() -> None:
