@@ -1,4 +1,4 @@
-"""TODO: says what this file is."""
+"""A network with its weights, ready to answer: from a model folder or one that comes along."""
 
 from __future__ import annotations
 
