@@ -98,7 +98,13 @@ def test_a_full_size_file_trains_once_it_is_made_small(
 
 @pytest.mark.parametrize(
     "name",
-    ["refshapes_tiny", "refshapes_tiny_more"],
+    [
+        "refshapes_tiny",
+        "refshapes_tiny_more",
+        "refshapes_tiny_wide",
+        "refshapes_wide",
+        "refshapes_wide_more",
+    ],
 )
 def test_the_small_models_files_train(name: str, made: Path, tmp_path: Path) -> None:
     raw = _small(REPO / f"configs/{name}.yaml", made, tmp_path / "run")
