@@ -391,7 +391,7 @@ def test_models_verify_notices_a_flipped_bit(tmp_path: Path, name: str, capsys: 
     data = bytearray((folder / name).read_bytes())
     # A digit that becomes another; a weight that remains a number.
     value = data.find(b'"no_target_threshold": 0.')
-    data[value + 26 if value >= 0 else -9] ^= 1
+    data[value + 25 if value >= 0 else -9] ^= 1
     (folder / name).write_bytes(data)
     assert main(["models", "verify", str(folder)]) == 1
     assert f"{name} is damaged or was changed" in capsys.readouterr().err

@@ -373,6 +373,9 @@ def _parse(place: Bytes, key: str) -> Entry:
     notes = described.pop("__metadata__")
     if notes["key"] != key:
         raise ValueError("it is of another picture")
+    # The length before the header has no checksum: another one would move where data begin.
+    if max(one["data_offsets"][1] for one in described.values()) != len(data):
+        raise ValueError("its header has another length")
     arrays = {
         name: Stored(one["dtype"], tuple(one["shape"]), data[slice(*one["data_offsets"])])
         for name, one in described.items()
