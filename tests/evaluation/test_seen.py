@@ -105,9 +105,7 @@ def test_what_training_prints_scores_the_images_that_it_held_out(
         assert "1 of 2 images were in this model" in Path("whole", name).read_text()
     card = json.loads(Path("runs/mine/best/card.json").read_text())
     entry, start = card["trained_on"]
-    assert (
-        start["dataset"] == "refshapes"
-    )  # by the model it started from
+    assert start["dataset"] == "refshapes"  # by the model it started from
     assert entry["files"][0]["name"] == "pairs.json"
     assert (entry["leave_out_every"], entry["images"]) == (2, 1)
     assert (
