@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 
 from common import Row, short
@@ -61,9 +61,8 @@ def charts(panels: Mapping[str, Sequence[svg.Line]], x_axis: str, y_axis: str) -
         parts.append(_text(left, top + 24, title, "title"))
         for k, label in enumerate(labels):
             parts.append(_text(left, top + 42 + 15 * k, label, f"key{k % len(_COLORS)}"))
-        colors = iter([labels.index(line.label) % len(_COLORS) for line in series])
+        series = [replace(line, color=labels.index(line.label)) for line in series]
         drawn = str(svg.lines(series, x_axis, y_axis, y_high=1.0))
-        drawn = re.sub(r"curve line\d", lambda _: f"curve line{next(colors)}", drawn)  # noqa: B023
         place = f'<svg x="{left}" y="{top + 125}" width="460" height="300" '
         parts.append(drawn.replace("<svg ", place, 1))
     across, down = 2 * width + 20, height * -(-len(panels) // 2)

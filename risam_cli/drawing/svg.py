@@ -103,12 +103,16 @@ def curve(
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A series of points, in the order of x; ``faint`` is drawn thin behind the others."""
+    """A series of points, in the order of x; ``faint`` is drawn thin behind the others.
+
+    ``color`` is its number among the colours; None takes its place among the series.
+    """
 
     label: str
     xs: Sequence[float]
     ys: Sequence[float]
     faint: bool = False
+    color: int | None = None
 
 
 def lines(
@@ -149,7 +153,8 @@ def lines(
     out.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, x_axis, "axis", "middle"))
     shown = [one for one in series if not one.faint]
     for one in series:
-        number = (series if one.faint else shown).index(one) % LINE_COLORS
+        place = (series if one.faint else shown).index(one) if one.color is None else one.color
+        number = place % LINE_COLORS
         points = [at(*point) for point in zip(one.xs, one.ys, strict=True)]
         out.append(_series(points, f"curve line{number}" + " faint" * one.faint))
     for mark in marks:
