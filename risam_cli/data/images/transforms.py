@@ -101,33 +101,11 @@ def logits_to_size(
     Returns:
         (E, H, W) float32.
     """
-    import torch
-    from torch.nn import functional as F
-
     logits = logits.detach().float()
-    if fitted == (size, size):
-        return resize_maps(logits, out)
-    if logits.device.type == "cpu":
-        for axis, (pixels, inside) in enumerate(zip(out, fitted, strict=True), start=1):
-            if inside != size:
-                logits = _sample(logits, axis, pixels, inside / size)
-        return resize_maps(logits, out)
-    if len(logits) == 0:
-        return logits.new_zeros((0, *out))
-    ways = []
-    for pixels, inside in zip(out, fitted, strict=True):
-        centre = (torch.arange(pixels, device=logits.device, dtype=torch.float32) + 0.5) / pixels
-        ways.append(centre * (2 * inside / size) - 1)  # grid_sample's -1..1 over the square
-    y, x = torch.meshgrid(ways[0], ways[1], indexing="ij")
-    # One image whose channels are the expressions, so that the grid is not repeated for them.
-    sampled = F.grid_sample(
-        logits[None],
-        torch.stack([x, y], dim=-1)[None],
-        mode="bilinear",
-        padding_mode="border",
-        align_corners=False,
-    )
-    return sampled[0]
+    for axis, (pixels, inside) in enumerate(zip(out, fitted, strict=True), start=1):
+        if inside != size:
+            logits = _sample(logits, axis, pixels, inside / size)
+    return resize_maps(logits, out)
 
 
 def resize_maps(maps: Tensor, out: tuple[int, int]) -> Tensor:
@@ -150,8 +128,8 @@ def _sample(maps: Tensor, axis: int, pixels: int, share: float) -> Tensor:
     import torch
 
     last = maps.shape[axis] - 1
-    place = (torch.arange(pixels, dtype=torch.float32) + 0.5) * (share * (last + 1) / pixels) - 0.5
-    place = place.clamp(0, last)
+    centre = torch.arange(pixels, device=maps.device, dtype=torch.float32) + 0.5
+    place = (centre * (share * (last + 1) / pixels) - 0.5).clamp(0, last)
     low = place.long().clamp(max=max(0, last - 1))
     part = (place - low).view(-1, *[1] * (maps.ndim - 1 - axis))
     high = (low + 1).clamp(max=last)

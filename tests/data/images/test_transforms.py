@@ -150,7 +150,7 @@ def test_a_ramp_over_the_square_stays_the_ramp_of_the_picture(
     out=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     fitted=st.tuples(st.integers(1, 36), st.integers(1, 36)),
 )
-def test_a_cpu_samples_as_a_gpu_does(
+def test_sampling_is_that_of_grid_sample(
     grid: int, out: tuple[int, int], fitted: tuple[int, int]
 ) -> None:
     logits = noise(2, grid, grid)
