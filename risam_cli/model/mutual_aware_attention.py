@@ -162,7 +162,11 @@ class Branch(nn.Module):
 
     def forward(self, stream: Tensor, change: Tensor) -> Tensor:
         """Maps a stream (E, n, C) and what attention gathered for it to the same shape."""
-        stream = self.norm1(stream + self.output(change))
+        return self.finish(stream + self.output(change))
+
+    def finish(self, stream: Tensor) -> Tensor:
+        """Norm and FFN of a stream (E, n, C) that has its change added."""
+        stream = self.norm1(stream)
         return self.norm2(stream + self.ffn(stream))
 
 

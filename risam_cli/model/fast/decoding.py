@@ -17,7 +17,7 @@ from itertools import accumulate, chain
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from risam_cli.model.fast.folding import (
@@ -28,6 +28,7 @@ from risam_cli.model.fast.folding import (
     FoldedScatter,
     Layout,
     Norm,
+    as_linear,
 )
 from risam_cli.model.fast.linear import linear
 from risam_cli.model.layers import sine_positions_1d
@@ -301,7 +302,7 @@ class FastUpsampling:
     def of(cls, decoder: MutualAwareMaskDecoder) -> FastUpsampling:
         """That of a decoder."""
         sharpen = None if decoder.sharpen is None else Affine.of(decoder.sharpen)
-        up1, up2 = _as_linear(decoder.up1), _as_linear(decoder.up2)
+        up1, up2 = (Affine(*as_linear(up)) for up in (decoder.up1, decoder.up2))
         return cls(up1, Norm.of(decoder.up1_norm), up2, sharpen)
 
     def __call__(
@@ -527,9 +528,3 @@ def _groups(numbers: list[int], limit: int) -> Iterator[list[int] | slice]:
 @lru_cache(maxsize=64)
 def _word_sines(length: int, dim: int) -> Tensor:
     return sine_positions_1d(length, dim)
-
-
-def _as_linear(up: nn.ConvTranspose2d) -> Affine:
-    """(4 * out, in), a transposed convolution of size and stride 2."""
-    weight = up.weight.permute(2, 3, 1, 0).reshape(-1, up.in_channels)
-    return Affine(weight, cast(Tensor, up.bias).repeat(4))

@@ -108,8 +108,7 @@ class FoldedLogits:
     def of_cross(cls, cross: CrossAttention, *, tokens_are_keys: bool = False) -> FoldedLogits:
         """Folds an attention between the two."""
         layers = (cross.key, cross.query) if tokens_are_keys else (cross.query, cross.key)
-        scale = float((cross.query.out_features // cross.heads) ** -0.5)
-        return cls.of(*layers, cross.heads, scale)
+        return cls.of(*layers, cross.heads, scale_of(cross))
 
     @property
     def heads(self) -> int:
@@ -221,6 +220,20 @@ class Layout:
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """(heads * T, …) to the rows of each expression."""
         return x.split_with_sizes(self.sizes)
+
+
+def scale_of(cross: CrossAttention) -> float:
+    """By which the logits of an attention are multiplied."""
+    return float((cross.query.out_features // cross.heads) ** -0.5)
+
+
+def as_linear(up: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:
+    """Weight (4 * out, in) and bias (4 * out,) of a transposed convolution of size and stride 2.
+
+    One whose stride is its size is a linear layer of each cell.
+    """
+    weight = up.weight.permute(2, 3, 1, 0).reshape(-1, up.in_channels)
+    return weight, cast(Tensor, up.bias).repeat(4)
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

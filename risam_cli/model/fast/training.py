@@ -1,10 +1,8 @@
 """The network's modules for training on a CPU: same weights and, up to rounding, results (ours).
 
 What PyTorch does for gradients is slow here, or wrong: each class says what. Fusion and decoding
-follow :mod:`.decoding`: an expression has few words and an image many regions, so every projection
-between the two is folded into the side of the words. Where q = W x and the product q·k is wanted
-for all regions x, (Wᵀ k)·x is the same for heads * words rows instead of all channels, and what
-lies between is never made, kept or given a gradient.
+are folded into the side of the words as in :mod:`.folding`, so that what lies between is never
+made, kept or given a gradient; weights are folded anew at every step.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from risam_cli.model.fast.folding import as_linear, scale_of
 from risam_cli.model.image_encoder import FUSED_FROM, Attention, relative_table, with_positions
 from risam_cli.model.layers import LayerNorm2d
 from risam_cli.model.mask_decoder import (
@@ -25,7 +24,7 @@ from risam_cli.model.mask_decoder import (
     DecoderLayer,
     MutualAwareMaskDecoder,
 )
-from risam_cli.model.mutual_aware_attention import Branch, MutualAwareAttention
+from risam_cli.model.mutual_aware_attention import MutualAwareAttention
 from risam_cli.model.risam import ImageFeatures, Risam
 from risam_cli.model.streams import LinguisticStream
 from risam_cli.model.text_encoder import TextEncoder, TextFeatures
@@ -168,7 +167,7 @@ def _attend(
         branch = block.language_guided
         weights = block.warmed(affinity.transpose(1, 2)).transpose(1, 2).softmax(dim=-1)
         change = branch.output(_own_heads(branch.value, weights, placed))
-        seen = language.with_vision(_finish(branch, language.words + change))
+        seen = language.with_vision(branch.finish(language.words + change))
     if block.vision_guided is not None:
         branch = block.vision_guided
         value = branch.value(read)
@@ -176,7 +175,7 @@ def _attend(
             value = value + block.value_seen(language.words)
         bias = _own_bias(block.affinity_vision, key, block.heads, language.valid)
         change = _folded_out(branch.output, value, block.heads)
-        regions = _finish(branch, _spread(affinity + bias, change, regions))
+        regions = branch.finish(_spread(affinity + bias, change, regions))
     return regions, seen
 
 
@@ -190,22 +189,16 @@ def _exchange(
     tokens = layer.norm2(tokens + _gather(layer.tokens_to_pixels, tokens, placed, regions))
     tokens = layer.norm3(tokens + layer.mlp(tokens))
     cross = layer.pixels_to_tokens
-    key = cross.key(tokens) * _scale(cross)
+    key = cross.key(tokens) * scale_of(cross)
     logits = _logits(cross.query, key, cross.heads, placed)
     bias = _own_bias(cross.query, key, cross.heads, valid)
     change = _folded_out(cross.output, cross.value(tokens), cross.heads)
     return tokens, layer.norm4(_spread(logits + bias, change, regions))
 
 
-def _finish(branch: Branch, stream: Tensor) -> Tensor:
-    """Norm, FFN and norm of a stream that has its change added."""
-    x = branch.norm1(stream)
-    return branch.norm2(x + branch.ffn(x))
-
-
 def _gather(cross: CrossAttention, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Tokens (E, m, C) attend regions, (E, N, C) both."""
-    query = cross.query(tokens) * _scale(cross)
+    query = cross.query(tokens) * scale_of(cross)
     weights = _logits(cross.key, query, cross.heads, keys).softmax(dim=-1)
     return cross.output(_own_heads(cross.value, weights, values))
 
@@ -230,26 +223,18 @@ def _mask(
 ) -> Tensor:
     """Upsamples the regions (E, N, C) and takes their product with head (E, mask_dim).
 
-    A transposed convolution whose stride is its size is a linear layer of each cell.
-
     Returns:
         (E, 4h, 4w) logits.
     """
     norm, channels = decoder.up1_norm, decoder.up2.out_channels
-    x = F.linear(regions, *_as_linear(decoder.up1)).view(-1, decoder.up1.out_channels)
+    x = F.linear(regions, *as_linear(decoder.up1)).view(-1, decoder.up1.out_channels)
     x = F.gelu(layer_norm(x, norm.weight, norm.bias, norm.eps))  # (E * N * 4, C / 2)
-    x = F.linear(x, *_as_linear(decoder.up2)).view(len(head), -1, channels)  # (E, N * 16, c)
+    x = F.linear(x, *as_linear(decoder.up2)).view(len(head), -1, channels)  # (E, N * 16, c)
     if image.fine is None or decoder.sharpen is None:
         return _to_pixels((F.gelu(x) @ head[:, :, None]).transpose(1, 2), grid)[:, 0]
     fine = image.fine.index_select(0, image_index)  # (E, c, 4h, 4w)
     pixels = F.gelu(_to_pixels(x.transpose(1, 2), grid) + fine)
     return torch.einsum("ec,echw->ehw", head, pixels + decoder.sharpen(pixels))
-
-
-def _as_linear(up: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:
-    """Weight (4 * out, in) and bias of a transposed convolution of size and stride 2."""
-    weight = up.weight.permute(2, 3, 1, 0).reshape(-1, up.in_channels)
-    return weight, cast(Tensor, up.bias).repeat(4)
 
 
 def _to_pixels(x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -343,7 +328,3 @@ def _each_head(x: Tensor, weight: Tensor, *, back: bool = False) -> Tensor:
     rows = weight.unflatten(0, (x.shape[2], -1))  # (heads, inner / heads, C)
     product = torch.bmm(x.flatten(0, 1).transpose(0, 1), rows.transpose(1, 2) if back else rows)
     return product.transpose(0, 1).unflatten(0, x.shape[:2])
-
-
-def _scale(cross: CrossAttention) -> float:
-    return float((cross.query.out_features // cross.heads) ** -0.5)
