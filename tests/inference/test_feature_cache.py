@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -216,18 +217,23 @@ def test_the_announced_size_is_the_size(
     assert "limit 50 GB" in told
 
 
-def test_values_too_large_for_half_precision_keep_their_size(tmp_path: Path) -> None:
-    large = torch.full((1, 4, 2, 2), 1e6)
-    given = EncoderFeatures(large, torch.ones(1, 4, 2, 2), torch.zeros(1, 3, 2, 2), None)
-    shape = small_settings().image_encoder
-    with open_feature_cache(
-        CacheSettings(tmp_path),
+def opened(folder: Path) -> AbstractContextManager[FeatureCache]:
+    """The cache of an encoder that nobody runs."""
+    shape, precision = small_settings().image_encoder, torch.float32
+    return open_feature_cache(
+        CacheSettings(folder),
         torch.nn.Identity(),
         shape,
         device=CPU,
-        precision=torch.float32,
+        precision=precision,
         images=None,
-    ) as cache:
+    )
+
+
+def test_values_too_large_for_half_precision_keep_their_size(tmp_path: Path) -> None:
+    large = torch.full((1, 4, 2, 2), 1e6)
+    given = EncoderFeatures(large, torch.ones(1, 4, 2, 2), torch.zeros(1, 3, 2, 2), None)
+    with opened(tmp_path) as cache:
         made = cache.features(["ab" * 16], [None], lambda rows: given)
         cache.close()
         found = cache.find("ab" * 16)
@@ -245,14 +251,7 @@ def test_features_that_wait_for_the_disk_are_found(
 ) -> None:
     key, given = "ef" * 16, EncoderFeatures(*[torch.ones(1, 2, 2, 2)] * 3, None)
     turn = threading.Event()
-    with open_feature_cache(
-        CacheSettings(tmp_path),
-        torch.nn.Identity(),
-        small_settings().image_encoder,
-        device=CPU,
-        precision=torch.float32,
-        images=None,
-    ) as cache:
+    with opened(tmp_path) as cache:
         write = cache.store.write
         monkeypatch.setattr(cache.store, "write", lambda *entry: turn.wait(30) and write(*entry))
         cache.features([key], [None], lambda rows: given)
@@ -268,14 +267,7 @@ def test_features_that_wait_for_the_disk_are_found(
 
 def test_features_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
     bad = EncoderFeatures(*[torch.full((1, 2, 2, 2), torch.nan)] * 3, None)
-    with open_feature_cache(
-        CacheSettings(tmp_path),
-        torch.nn.Identity(),
-        small_settings().image_encoder,
-        device=CPU,
-        precision=torch.float32,
-        images=None,
-    ) as cache:
+    with opened(tmp_path) as cache:
         made = cache.features(["cd" * 16], [None], lambda rows: bad)
     assert made.deep.isnan().all()
     assert list(tmp_path.rglob("*.safetensors")) == []

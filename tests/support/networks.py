@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from risam_cli.model.fast.prepare import prepare_for_inference
 from risam_cli.model.image_encoder import ImageEncoder
-from risam_cli.model.risam import Risam
+from risam_cli.model.risam import ImageFeatures, Risam
 from risam_cli.model.rivals.sam import segment_anything_modeling
 from risam_cli.model.streams import LinguisticStream, VisualStream
+from risam_cli.model.text_encoder import TextFeatures
 from risam_cli.settings.load import check, merge
 from risam_cli.settings.model import ModelSettings
 from risam_cli.weights.build import build_model, new_text_parts
@@ -61,6 +62,18 @@ BLOCK_FORMS: dict[str, dict[str, Any]] = {
     "own temperature": {"fusion": {"own_temperature": True}},
 }
 """The forms of the Mutual-Aware Attention block that the settings offer."""
+SWITCHES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "stem": WITH_STEM,
+    "evidence": {"decoder": {"no_target_evidence": True}},
+    "no Vision-Guided Attention": {"fusion": {"vision_guided": False}},
+    "no Language-Guided Attention": {"fusion": {"language_guided": False}},
+    "neither": {"fusion": {"vision_guided": False, "language_guided": False}},
+    "no query token": {"decoder": {"query_token": False}},
+    "one layer": {"decoder": {"layers": 1}},
+    **BLOCK_FORMS,
+}
+"""Parts switched off or on, and the forms of the block."""
 
 
 def small_settings(**changes: Any) -> ModelSettings:
@@ -216,3 +229,19 @@ def in_double(model: Risam) -> Risam:
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest difference over the largest expected value."""
     return float(((found - expected).abs().max() / expected.abs().max()).detach())
+
+
+def features(
+    model: Risam, grid: tuple[int, int], images: int, lengths: list[int]
+) -> tuple[ImageFeatures, TextFeatures]:
+    """Random ones in double precision; what stands at padded words must not matter."""
+    height, width = grid
+    dim, mask_dim = SMALL["fusion"]["dim"], SMALL["decoder"]["mask_dim"]
+    fine = None
+    if model.mask_decoder.fine is not None:
+        fine = noise(images, mask_dim, 4 * height, 4 * width, seed=4).double()
+    longest = max(lengths)
+    valid = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    words = noise(len(lengths), longest, dim, seed=2).double()
+    text = TextFeatures(words, valid, noise(len(lengths), dim, seed=3).double())
+    return ImageFeatures(noise(images, dim, height, width, seed=1).double(), fine), text

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.networks import (
-    BLOCK_FORMS,
+    SWITCHES,
     WITH_STEM,
+    features,
     in_double,
-    noise,
     prepared,
     relative_error,
     small_model,
@@ -26,35 +26,8 @@ from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.risam import ImageFeatures, Risam
 from risam_cli.model.text_encoder import TextFeatures
 
-SWITCHES: dict[str, dict[str, Any]] = {
-    "full": {},
-    "stem": WITH_STEM,
-    "evidence": {"decoder": {"no_target_evidence": True}},
-    "no Vision-Guided Attention": {"fusion": {"vision_guided": False}},
-    "no Language-Guided Attention": {"fusion": {"language_guided": False}},
-    "neither": {"fusion": {"vision_guided": False, "language_guided": False}},
-    "no query token": {"decoder": {"query_token": False}},
-    "one layer": {"decoder": {"layers": 1}},
-    **BLOCK_FORMS,
-}
 SAM: dict[str, Any] = {"kind": "sam"}
-DIM, MASK_DIM = 16, 8
 OWNERS = torch.tensor([0, 0])
-
-
-def features(
-    model: Risam, grid: tuple[int, int], images: int, lengths: list[int]
-) -> tuple[ImageFeatures, TextFeatures]:
-    """Random ones in double precision; what stands at padded words must not matter."""
-    height, width = grid
-    fine = None
-    if model.mask_decoder.fine is not None:
-        fine = noise(images, MASK_DIM, 4 * height, 4 * width, seed=4).double()
-    longest = max(lengths)
-    valid = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    words = noise(len(lengths), longest, DIM, seed=2).double()
-    text = TextFeatures(words, valid, noise(len(lengths), DIM, seed=3).double())
-    return ImageFeatures(noise(images, DIM, height, width, seed=1).double(), fine), text
 
 
 def both(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from support.networks import (
-    BLOCK_FORMS,
+    SWITCHES,
     WITH_STEM,
+    features,
     in_double,
     noise,
     relative_error,
@@ -24,33 +23,6 @@ from risam_cli.model.risam import ImageFeatures, Risam
 from risam_cli.model.text_encoder import TextFeatures
 
 ON_CPU = torch.device("cpu")
-SWITCHES: dict[str, dict[str, Any]] = {
-    "full": {},
-    "stem": WITH_STEM,
-    "evidence": {"decoder": {"no_target_evidence": True}},
-    "no Vision-Guided Attention": {"fusion": {"vision_guided": False}},
-    "no Language-Guided Attention": {"fusion": {"language_guided": False}},
-    "neither": {"fusion": {"vision_guided": False, "language_guided": False}},
-    "no query token": {"decoder": {"query_token": False}},
-    "one layer": {"decoder": {"layers": 1}},
-    **BLOCK_FORMS,
-}
-DIM, MASK_DIM = 16, 8
-
-
-def features(
-    model: Risam, grid: tuple[int, int], images: int, lengths: list[int]
-) -> tuple[ImageFeatures, TextFeatures]:
-    """Random ones in double precision; what stands at padded words must not matter."""
-    height, width = grid
-    fine = None
-    if model.mask_decoder.fine is not None:
-        fine = noise(images, MASK_DIM, 4 * height, 4 * width, seed=4).double()
-    longest = max(lengths)
-    valid = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    words = noise(len(lengths), longest, DIM, seed=2).double()
-    text = TextFeatures(words, valid, noise(len(lengths), DIM, seed=3).double())
-    return ImageFeatures(noise(images, DIM, height, width, seed=1).double(), fine), text
 
 
 @pytest.mark.parametrize("stem", [False, True])
