@@ -45,6 +45,7 @@ except ImportError:  # Windows
 
 Bytes = NDArray[np.uint8]
 
+_WRITING = "writing"  # a lock: held by each entry that has its room and is not whole
 _ABOUT = "about.json"
 _ENDING = ".safetensors"
 _FORMAT = 1
@@ -148,7 +149,13 @@ class FeatureStore:
         path = self._path(key)
         if not self.adds or path.exists():
             return
-        header, size = _header(key, entry)
+        try:
+            with self._locked(_WRITING, alone=False):
+                self._write(path, *_header(key, entry), key, entry)
+        except OSError as error:
+            self._stop_adding(reason_of(error))
+
+    def _write(self, path: Path, header: bytes, size: int, key: str, entry: Entry) -> None:
         if not self._reserve(size):
             return
         part = path.with_name(f".{key}-{os.getpid()}-{next(self._numbers)}.part")
@@ -185,14 +192,16 @@ class FeatureStore:
             raise OutputError(
                 f"feature cache {self.folder}: {reason_of(error)}", "choose another folder"
             ) from error
-        require_own(self.folder, [self.own.name, "lock", "used"])
+        require_own(self.folder, [self.own.name, "lock", "used", _WRITING])
         if self.own.is_dir():
             require_own(self.own, os.listdir(self.own))
         try:
             self.own.mkdir(exist_ok=True)
             _replace(self.own / _ABOUT, about)
-            with self._counting():
+            with self._counting(), self._locked(_WRITING, alone=True, wait=False) as alone:
                 used, held = self._scan()
+                if not alone:  # an entry that is being written has its room, and is not found yet
+                    used = self._used()
                 self._say_used(used)
         except OSError as error:
             used, held = self._scan()
@@ -288,14 +297,27 @@ class FeatureStore:
                         freed += status.st_size
         return freed
 
-    @contextlib.contextmanager
-    def _counting(self) -> Iterator[None]:
+    def _counting(self) -> contextlib.AbstractContextManager[bool]:
         """One process at a time; without locks on the drive, the sum may drift until next open."""
-        with open(self.folder / "lock", "ab") as file:
+        return self._locked("lock", alone=True)
+
+    @contextlib.contextmanager
+    def _locked(self, name: str, *, alone: bool, wait: bool = True) -> Iterator[bool]:
+        """Holds a lock of the folder, alone or beside others; gives whether it is had.
+
+        It is where locks are not to be had at all, since then nobody holds one.
+        """
+        with open(self.folder / name, "ab") as file:
+            had = True
             if fcntl is not None:
-                with contextlib.suppress(OSError):
-                    fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+                how = (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(file, how)
+                except BlockingIOError:
+                    had = False
+                except OSError:
+                    pass
+            yield had
 
     def _used(self) -> int:
         try:

@@ -226,6 +226,24 @@ assert store.counts.damaged == 0
 """
 
 
+def test_who_opens_the_folder_meanwhile_leaves_an_entry_its_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, replace = open_store(tmp_path), os.replace
+    told: list[int] = []
+
+    def meanwhile(part: Path, path: Path) -> None:
+        if path.name.endswith(".safetensors"):
+            monkeypatch.setattr(os, "replace", replace)
+            told.append(open_store(tmp_path).used)
+        replace(part, path)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    store.write(KEYS[0], entry())
+    assert told == [size_of(tmp_path)]
+    assert used(tmp_path) == size_of(tmp_path)
+
+
 @pytest.mark.parametrize("room", [100, 20])
 def test_processes_share_a_folder(tmp_path: Path, room: int) -> None:
     each = len(entry().arrays["deep"].data) + 200
@@ -265,7 +283,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         parse_size(text)
 
 
-@pytest.mark.parametrize("name", ["used", "lock", "own", "about.json"])
+@pytest.mark.parametrize("name", ["used", "lock", "writing", "own", "about.json"])
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 def test_nothing_is_written_through_a_link(
     tmp_path: Path, name: str, link: Callable[[Path, Path], None]
