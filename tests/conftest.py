@@ -11,9 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test reads or writes what this user's own commands keep.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="risam-tests-cache-")
 
+import itertools
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from risam_cli.errors import keyword, use_front_end
 settings.register_profile("risam", deadline=None, max_examples=60)
 settings.load_profile("risam")
 
+_NUMBERS = itertools.count()
+
 
 @pytest.fixture(autouse=True)
 def console_of_its_own() -> None:
@@ -42,6 +45,15 @@ def console_of_its_own() -> None:
 def settings_by_their_keys() -> None:
     """Messages name settings by key, whichever front end was imported or ran before."""
     use_front_end(keyword)
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own() -> Iterator[None]:
+    """What ``risam doctor`` keeps in one test must not choose threads in the next."""
+    shared = os.environ["XDG_CACHE_HOME"]
+    os.environ["XDG_CACHE_HOME"] = os.path.join(shared, str(next(_NUMBERS)))
+    yield
+    os.environ["XDG_CACHE_HOME"] = shared
 
 
 @pytest.fixture(scope="session")
