@@ -262,14 +262,15 @@ def machine(device: str = "cpu") -> dict[str, str]:
 
 def _processor() -> str:
     """The processor's name, and what it has that matters here."""
+    from risam_cli.inference.calibration import processor
+
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return platform.processor() or "unknown"
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        return processor()
     flags = set(re.search(r"^flags\s*:\s*(.+)$|\Z", text, re.MULTILINE)[0].split())  # type: ignore[index]
     has = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return ", ".join([name[1].strip() if name else "unknown", *has])
+    return ", ".join([processor(), *has])
 
 
 def _load() -> str:

@@ -28,6 +28,7 @@ from plot import bars
 
 PARTS = {
     "encoder": "ViT-B's image encoder against segment_anything's and transformers'",
+    "alone": "one image through `risam predict`, by threads, and beside a busy process",
     "attention": "the ways of attention with relative positions, one against the other",
     "footprint": "peak memory of a process with ViT-B's encoder, against the peers'",
     "parity": "the fast path's masks against the plain float32 path's, on real photos",

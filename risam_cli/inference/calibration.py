@@ -80,13 +80,17 @@ def path_of_calibration() -> Path:
 
 
 def processor() -> str:
-    """The name of this machine's processor."""
+    """The name and generation of this machine's processor."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
     named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return named[1].strip() if named else platform.processor() or platform.machine()
+    if named is None:
+        return platform.processor() or platform.machine()
+    # Clouds give generations of very different speed one name.
+    numbers = re.findall(r"^(cpu family|model)\s*:\s*(\d+)$", text, re.MULTILINE)[:2]
+    return ", ".join([named[1].strip(), *(f"{what} {number}" for what, number in numbers)])
 
 
 @cache

@@ -106,6 +106,7 @@ class ImageEncoder(nn.Module):
             the ends of thirds). The deep features pass the neck, so every SAM weight is used.
         adapter_dim: width of the adapters, 0 for none.
         stem: channels of a convolutional stem at stride 2, 4 and 8, or None for SAM's patches.
+        stem_in_deep: add the stem's stride-4 features to the deep ones, see :class:`StemInDeep`.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class ImageEncoder(nn.Module):
         taps: tuple[int, int, int],
         adapter_dim: int,
         stem: Sequence[int] | None,
+        stem_in_deep: bool = False,
     ) -> None:
         super().__init__()
         if image_size % patch_size:
@@ -133,6 +135,8 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"taps {taps} must rise and end at the last block, {depth - 1}")
         if stem is not None and patch_size != 16:
             raise ValueError("a convolutional stem has stride 16, so patch_size must be 16")
+        if stem_in_deep and stem is None:
+            raise ValueError("stem_in_deep needs a stem")
         self.image_size = image_size
         self.patch_size = patch_size
         self.taps = taps
@@ -156,6 +160,7 @@ class ImageEncoder(nn.Module):
             nn.Conv2d(out_dim, out_dim, kernel_size=3, padding=1, bias=False),
             LayerNorm2d(out_dim),
         )
+        self.stem_in_deep = StemInDeep(stem[1], out_dim) if stem and stem_in_deep else None
 
     def forward(self, pixels: Tensor) -> EncoderFeatures:
         """Encodes images.
@@ -172,7 +177,7 @@ class ImageEncoder(nn.Module):
             x = block(x)
             if index in self.taps[:2]:
                 tapped.append(x.permute(0, 3, 1, 2))
-        return EncoderFeatures(tapped[0], tapped[1], self.to_deep(x), fine)
+        return EncoderFeatures(tapped[0], tapped[1], self.add_stem(self.to_deep(x), fine), fine)
 
     def position(self, height: int, width: int) -> Tensor:
         """The position embeddings of a grid, (1, h, w, D)."""
@@ -184,6 +189,35 @@ class ImageEncoder(nn.Module):
         narrow, norm, spread, last_norm = neck
         y = F.linear(x, narrow.weight.flatten(1)).permute(0, 3, 1, 2)  # (B, C, h, w)
         return last_norm(spread(norm(y)))
+
+    def add_stem(self, deep: Tensor, fine: Tensor | None) -> Tensor:
+        """The deep features (B, C, h, w) with the stem's (B, F, 4h, 4w), where asked for."""
+        if self.stem_in_deep is None or fine is None:
+            return deep
+        return deep + self.stem_in_deep(fine).to(deep.dtype)
+
+
+class StemInDeep(nn.Module):
+    """The stem's features on the encoder's grid, to be added to the deep ones (ours).
+
+    A small ViT trained beside a stem leaves to it what the stem knows already: its deep features
+    then hold no colours, and a phrase's second object cannot be told by its colour. The projection
+    starts at zero, so that where it is new it changes nothing.
+
+    Args:
+        fine_dim: channels F of the stem at stride 4; out_dim: channels C of the deep features.
+    """
+
+    def __init__(self, fine_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm2d(fine_dim)
+        self.proj = nn.Conv2d(fine_dim, out_dim, kernel_size=1, bias=False)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, fine: Tensor) -> Tensor:
+        """Maps (B, F, 4h, 4w) to (B, C, h, w)."""
+        projected: Tensor = self.proj(self.norm(F.avg_pool2d(fine, kernel_size=4)))
+        return projected
 
 
 class Block(nn.Module):

@@ -27,6 +27,9 @@ class ImageEncoderSettings(Settings):
     taps: tuple[int, int, int]
     adapter_dim: int = Field(ge=0, description="width of the adapters, 0 for none")
     stem: tuple[int, int, int] | None = None
+    stem_in_deep: bool = Field(
+        False, description="add the stem's stride-4 features, pooled, to the deep ones"
+    )
     checkpoint: str | None = Field(
         None, description="SAM .pth file or Hugging Face SAM folder that the weights start from"
     )
@@ -44,6 +47,8 @@ class ImageEncoderSettings(Settings):
             raise ValueError(f"global_blocks {self.global_blocks} must be within 0..{last}")
         if self.stem is not None and (self.patch_size != 16 or any(w % 4 for w in self.stem)):
             raise ValueError(f"stem {self.stem} needs widths divisible by 4, and patch_size 16")
+        if self.stem_in_deep and self.stem is None:
+            raise ValueError("stem_in_deep needs a stem, which is null")
         return self
 
 

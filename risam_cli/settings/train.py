@@ -29,6 +29,9 @@ class DenseStage(Settings):
     )
     learning_rate: float = Positive
     background_weight: float = Field(0.08, ge=0, le=1)
+    reads_stem: bool = Field(
+        True, description="whether pixels are told by the stem too, or by the deeper features alone"
+    )
     warmup: int = Field(200, ge=0)
 
 

@@ -162,7 +162,7 @@ class TrainingBuilder:
         head = DenseHead(
             encoder.dim,
             encoder.out_dim,
-            encoder.stem[1] if encoder.stem else 0,
+            encoder.stem[1] if encoder.stem and settings.reads_stem else 0,
             (len(SHAPES), len(COLORS), len(SIZES)),
         ).to(self.device)
         for part in (self.model, head):
@@ -244,7 +244,9 @@ class TrainingBuilder:
         encoder = self.model.image_encoder
         rate = settings.encoder_learning_rate or settings.learning_rate
         if settings.train_encoder == "yes":
-            return [(encoder, rate)]
+            # What starts at zero has as far to go as the rest of the network.
+            new = [] if encoder.stem_in_deep is None else [encoder.stem_in_deep]
+            return [*((part, settings.learning_rate) for part in new), (encoder, rate)]
         encoder.requires_grad_(False)
         if settings.train_encoder == "no":
             return []

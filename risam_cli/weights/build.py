@@ -50,6 +50,7 @@ def build_image_encoder(settings: ImageEncoderSettings) -> ImageEncoder:
         taps=settings.taps,
         adapter_dim=settings.adapter_dim,
         stem=settings.stem,
+        stem_in_deep=settings.stem_in_deep,
     )
 
 

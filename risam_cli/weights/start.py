@@ -109,7 +109,7 @@ def _from_model_folder(
     run: TrainSettings, console: Console, texts: Callable[[], Iterable[str]]
 ) -> tuple[Risam, TextParts, tuple[frozen.Needed, ...]]:
     """The network of the settings with all weights of a model folder; only parts that start
-    at zero may be new (adapters, no-target evidence, LoRA).
+    at zero may be new (adapters, the stem's way to the deep features, no-target evidence, LoRA).
     """
     settings, source = run.model, str(run.init_from)
     ours = settings.text_encoder.lora
@@ -147,7 +147,7 @@ def _require_same(settings: ModelSettings, loaded: LoadedModel, source: str) -> 
         for key, value in ours[section].items():
             held = theirs[section][key]
             # Parts that start at zero change nothing where they are new.
-            new = key in ("adapter_dim", "no_target_evidence") and not held
+            new = key in ("adapter_dim", "stem_in_deep", "no_target_evidence") and not held
             if value != held and key != "checkpoint" and not new:
                 raise ConfigError(
                     f"model.{section}.{key} is {value!r}, init_from {source} has {held!r}",
@@ -161,7 +161,7 @@ _PREFIX = "image_encoder."
 
 
 def start_encoder(encoder: ImageEncoder, source: str) -> None:
-    """Fills an image encoder with the weights of an earlier one; adapters may be new.
+    """Fills an image encoder with the weights of an earlier one; parts that start at zero may be new.
 
     Args:
         encoder: of the earlier one's sizes.
@@ -179,7 +179,7 @@ def start_encoder(encoder: ImageEncoder, source: str) -> None:
     own = encoder.state_dict()
     for name, tensor in own.items():
         if name not in weights:
-            if ".adapter." in name:
+            if ".adapter." in name or name.startswith("stem_in_deep."):
                 continue
             raise ModelError(
                 f"init_encoder_from {source} has no image encoder weight {name}",

@@ -77,6 +77,19 @@ def test_what_is_kept_is_gone_by_for_its_size_alone() -> None:
     assert calibration().of(512) == Choice()
 
 
+def test_generations_of_one_name_are_different_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "processor\t: 0\ncpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD EPYC\n\n"
+    found = set()
+    for family, model in ((25, 17), (26, 2), (25, 1)):
+        shown = text.format(family, model) * 2
+        monkeypatch.setattr(Path, "read_text", lambda *_a, shown=shown, **_k: shown)
+        found.add(under_test.processor())
+    assert found == {
+        f"AMD EPYC, cpu family {family}, model {model}"
+        for family, model in ((25, 17), (26, 2), (25, 1))
+    }
+
+
 def test_of_another_machine_or_torch_it_is_not_gone_by() -> None:
     keep(256, Choice(tile=1024))
     for key in ("processor", "torch"):

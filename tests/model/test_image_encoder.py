@@ -10,7 +10,7 @@ import torch
 from support.networks import encoder, noise, randomize, reference_encoder, relative_error, save_pth
 from torch import Tensor, nn
 
-from risam_cli.model.fast.prepare import prepare_for_training
+from risam_cli.model.fast.prepare import prepare_for_inference, prepare_for_training
 from risam_cli.model.image_encoder import (
     ConvStem,
     ImageEncoder,
@@ -226,9 +226,38 @@ def test_a_stem_gives_stride_4_features_on_the_same_grid() -> None:
     assert found.deep.shape == (2, 16, 4, 6)
 
 
+def test_the_stem_in_the_deep_features_changes_nothing_until_it_is_trained() -> None:
+    plain = randomize(ImageEncoder(**_values(stem=(4, 8, 12)))).eval()
+    ours = ImageEncoder(**_values(stem=(4, 8, 12), stem_in_deep=True)).eval()
+    new = ours.load_state_dict(plain.state_dict(), strict=False)
+    names = ("norm.weight", "norm.bias", "proj.weight")
+    assert set(new.missing_keys) == {f"stem_in_deep.{name}" for name in names}
+    pixels = noise(2, 3, 64, 96)
+    assert torch.equal(ours(pixels).deep, plain(pixels).deep)
+    ours(pixels).deep.square().sum().backward()
+    assert ours.stem_in_deep is not None
+    assert ours.stem_in_deep.proj.weight.grad is not None
+    assert (ours.stem_in_deep.proj.weight.grad != 0).all()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_stem_in_the_deep_features_is_in_the_fast_forms_too(precision: torch.dtype) -> None:
+    ours = randomize(ImageEncoder(**_values(stem=(4, 8, 12), stem_in_deep=True))).eval()
+    without = ImageEncoder(**_values(stem=(4, 8, 12))).eval()
+    without.load_state_dict(ours.state_dict(), strict=False)
+    pixels = noise(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = ours(pixels).deep
+        prepare_for_inference(ours, torch.device("cpu"), precision)
+        found = ours(pixels).deep
+        assert relative_error(without(pixels).deep, expected) > 0.1
+    assert relative_error(found, expected) < (WITHIN if precision == torch.float32 else 0.02)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"stem_in_deep": True}, "stem_in_deep needs a stem"),
         ({"image_size": 70}, "image_size 70 is not a multiple of patch_size 16"),
         ({"taps": (0, 1, 1)}, "must rise and end at the last block, 2"),
         ({"taps": (1, 0, 2)}, "must rise"),

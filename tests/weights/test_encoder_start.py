@@ -47,6 +47,14 @@ def test_every_weight_is_taken_and_adapters_may_be_new(tmp_path: Path) -> None:
     torch.testing.assert_close(first(pixels).deep, second(pixels).deep)
 
 
+def test_the_stem_in_the_deep_features_may_be_new(tmp_path: Path) -> None:
+    first = encoder(stem=(4, 8, 12))
+    second = encoder(stem=(4, 8, 12), stem_in_deep=True)
+    start_encoder(second, write(tmp_path / "last.pt", first))
+    pixels = torch.randn(1, 3, 64, 64)
+    assert torch.equal(first(pixels).deep, second(pixels).deep)
+
+
 def test_the_bundled_model_is_a_source() -> None:
     bundled = {
         "image_size": 256,

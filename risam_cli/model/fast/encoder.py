@@ -93,7 +93,7 @@ class HostImageEncoder(FastImageEncoder):
             for chain in self._chains():
                 self._through(chain, x, tapped, threads)
         shallow, middle = (tapped[tap].permute(0, 3, 1, 2) for tap in self.taps[:2])
-        return EncoderFeatures(shallow, middle, self.to_deep(x), fine)
+        return EncoderFeatures(shallow, middle, self.add_stem(self.to_deep(x), fine), fine)
 
     def through_some(self, x: Tensor) -> None:
         """Takes x (B, h, w, D) through the longest chain of blocks, for a measurement."""
