@@ -161,7 +161,7 @@ _PREFIX = "image_encoder."
 
 
 def start_encoder(encoder: ImageEncoder, source: str) -> None:
-    """Fills an image encoder with the weights of an earlier one; parts that start at zero may be new.
+    """Fills an image encoder with an earlier one's weights; parts that start at zero may be new.
 
     Args:
         encoder: of the earlier one's sizes.
