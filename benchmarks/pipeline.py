@@ -26,7 +26,7 @@ import json, sys, threading, time
 import torch
 from pathlib import Path
 from risam_cli.data.images.frames import sam_frame
-from risam_cli.weights.build import load_model
+from risam_cli.weights.load import load_model
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.inference.device import share_cores
 from risam_cli.data.images.transforms import to_pixels
