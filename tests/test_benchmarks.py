@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-import importlib
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.paths import REPO
 
 
 @pytest.fixture
@@ -187,3 +191,27 @@ def test_a_million_names_are_planned_within_a_minute_and_500_mb(repo: Path) -> N
     place = {"cwd": repo / "benchmarks", "env": {**os.environ, "PYTHONPATH": str(repo)}}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **place)
     assert done.stdout == "[]\n", done.stderr
+
+
+def _scripts(tree: ast.Module) -> Iterator[ast.Module]:
+    """A file and what it hands to other processes as text."""
+    yield tree
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.search(r"^from risam_cli\S* import \w", node.value, re.MULTILINE):
+                with suppress(SyntaxError):  # prose
+                    yield ast.parse(node.value)
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "benchmarks").rglob("*.py")), ids=lambda p: p.name)
+def test_what_a_benchmark_imports_of_the_package_is_there(path: Path) -> None:
+    """No type checker looks into a script that is a text."""
+    for script in _scripts(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(script):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("risam_cli"):
+                module = importlib.import_module(str(node.module))
+                for alias in node.names:
+                    found = hasattr(module, alias.name) or importlib.util.find_spec(
+                        f"{node.module}.{alias.name}"
+                    )
+                    assert found, f"{node.module} has no {alias.name}"
