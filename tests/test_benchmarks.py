@@ -197,10 +197,10 @@ def _scripts(tree: ast.Module) -> Iterator[ast.Module]:
     """A file and what it hands to other processes as text."""
     yield tree
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if re.search(r"^from risam_cli\S* import \w", node.value, re.MULTILINE):
-                with suppress(SyntaxError):  # prose
-                    yield ast.parse(node.value)
+        text = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and re.search(r"^from risam_cli\S* import \w", text, re.MULTILINE):
+            with suppress(SyntaxError):  # prose
+                yield ast.parse(text)
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "benchmarks").rglob("*.py")), ids=lambda p: p.name)
