@@ -3,8 +3,8 @@
 ViT-B with random weights at 1024x1024, one expression, fp32 and bf16. The seconds are those of the
 command by the clock, without start-up, the import of torch and the loading of the model. The busy
 process has the same priority, one thread that never waits, and is of the same session: a Linux that
-shares out cores by sessions would give it one for itself. Nobody watches the memory meanwhile, which
-costs a seventh of the time.
+shares out cores by sessions would give it one for itself. Nobody watches the memory meanwhile,
+which costs a seventh of the time.
 """
 
 from __future__ import annotations
