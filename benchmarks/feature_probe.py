@@ -26,6 +26,7 @@ from risam_cli.data.refshapes.vocabulary import COLORS, SHAPES, SIZES
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.settings.train import load_settings
 from risam_cli.weights.build import build_image_encoder
+from risam_cli.weights.folder import stored_settings
 from risam_cli.weights.load import load_model
 from risam_cli.weights.start import start_encoder
 
@@ -61,7 +62,9 @@ def open_encoder(source: str) -> ImageEncoder:
     """The encoder of a model folder or of a checkpoint, in evaluation mode."""
     if not Path(source).is_file():
         return load_model(source, device=torch.device("cpu")).model.image_encoder
-    encoder = build_image_encoder(load_settings(CONFIG, []).model.image_encoder)
+    encoder = build_image_encoder(
+        load_settings(CONFIG, [], stored=stored_settings).model.image_encoder
+    )
     start_encoder(encoder, source)
     return encoder.eval()
 
@@ -74,7 +77,7 @@ def read(encoder: ImageEncoder, scenes: Sequence[int]) -> tuple[dict[str, Tensor
     words: list[list[int]] = [[] for _ in ASKED]
     for number in scenes:
         scene = data[number]
-        pixels = torch.from_numpy(scene.image).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(scene.image)[None]
         found = encoder(normalize(pixels, [list(scene.image.shape[:2])]))
         depths = torch.cat([found.shallow, found.middle, found.deep], dim=1)
         masks = torch.from_numpy(

@@ -197,6 +197,9 @@ class ImageEncoder(nn.Module):
         return deep + self.stem_in_deep(fine).to(deep.dtype)
 
 
+_GAIN = 8.0
+
+
 class StemInDeep(nn.Module):
     """The stem's features on the encoder's grid, to be added to the deep ones (ours).
 
@@ -211,6 +214,9 @@ class StemInDeep(nn.Module):
     def __init__(self, fine_dim: int, out_dim: int) -> None:
         super().__init__()
         self.norm = LayerNorm2d(fine_dim)
+        # AdamW moves a weight by its learning rate at most: from zero, what is added would stay a
+        # twentieth of the deep features for a thousand steps.
+        nn.init.constant_(self.norm.weight, _GAIN)
         self.proj = nn.Conv2d(fine_dim, out_dim, kernel_size=1, bias=False)
         nn.init.zeros_(self.proj.weight)
 
