@@ -29,9 +29,6 @@ class DenseStage(Settings):
     )
     learning_rate: float = Positive
     background_weight: float = Field(0.08, ge=0, le=1)
-    reads_stem: bool = Field(
-        True, description="whether pixels are told by the stem too, or by the deeper features alone"
-    )
     warmup: int = Field(200, ge=0)
 
 
@@ -134,7 +131,7 @@ class TrainSettings(Settings):
     init_encoder_from: str | None = Field(
         None,
         description="model folder, or checkpoints/last.pt of a training run, that the image "
-        "encoder's weights start from; only adapters may be new",
+        "encoder's weights start from; only what starts at zero may be new",
     )
     train: DataSettings
     val: dict[str, DataSettings] = Field(min_length=1)
@@ -186,7 +183,8 @@ class TrainSettings(Settings):
             if stage.kind == "dense" and not isinstance(self.train, RefShapesData):
                 raise ValueError(f"stage {stage.name!r}: dense training needs RefShapes scenes")
             tunes = stage.kind == "referring" and stage.train_encoder == "adapters"
-            if tunes and self.model.image_encoder.adapter_dim == 0:
+            encoder = self.model.image_encoder
+            if tunes and encoder.adapter_dim == 0 and not encoder.stem_in_deep:
                 raise ValueError(f"stage {stage.name!r} trains adapters, but adapter_dim is 0")
         return self
 

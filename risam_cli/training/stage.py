@@ -162,7 +162,7 @@ class TrainingBuilder:
         head = DenseHead(
             encoder.dim,
             encoder.out_dim,
-            encoder.stem[1] if encoder.stem and settings.reads_stem else 0,
+            encoder.stem[1] if encoder.stem else 0,
             (len(SHAPES), len(COLORS), len(SIZES)),
         ).to(self.device)
         for part in (self.model, head):
@@ -243,18 +243,17 @@ class TrainingBuilder:
     def _encoder_parts(self, settings: ReferringStage) -> list[tuple[nn.Module, float]]:
         encoder = self.model.image_encoder
         rate = settings.encoder_learning_rate or settings.learning_rate
+        # What starts at zero beside SAM's own blocks: adapters, and the stem in the deep features.
+        deep = [] if encoder.stem_in_deep is None else [encoder.stem_in_deep]
         if settings.train_encoder == "yes":
-            # What starts at zero has as far to go as the rest of the network.
-            new = [] if encoder.stem_in_deep is None else [encoder.stem_in_deep]
-            return [*((part, settings.learning_rate) for part in new), (encoder, rate)]
+            # The latter has as far to go as the rest of the network.
+            return [(nn.ModuleList(deep), settings.learning_rate), (encoder, rate)]
         encoder.requires_grad_(False)
         if settings.train_encoder == "no":
             return []
         blocks: Any = encoder.blocks
         adapters = [block.adapter for block in blocks if block.adapter is not None]
-        for adapter in adapters:
-            adapter.requires_grad_(True)
-        return [(nn.ModuleList(adapters), rate)]
+        return [(nn.ModuleList([*adapters, *deep]).requires_grad_(True), rate)]
 
     def save_model(
         self,
