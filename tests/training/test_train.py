@@ -364,6 +364,17 @@ def test_own_photos_with_adapters_and_a_frozen_text_encoder(tmp_path: Path) -> N
     assert any(n.startswith("mask_decoder") for n in moved)
 
 
+def test_adapters_are_all_that_starts_at_zero_in_the_encoder(tmp_path: Path) -> None:
+    stage = {**RAW["stages"][1], "steps": 3, "train_encoder": "adapters"}
+    shared = {"model": {"image_encoder": {"stem_in_deep": True}}}
+    run(tmp_path / "none", stages=[{**stage, "steps": 1, "learning_rate": 1e-30}], **shared)
+    run(tmp_path / "some", stages=[stage], **shared, optimizer={"ema_decay": 0.0})
+    before, after = last_weights(tmp_path / "none"), last_weights(tmp_path / "some")
+    moved = {n for n in before if not torch.allclose(before[n], after[n], rtol=0, atol=1e-7)}
+    assert "image_encoder.stem_in_deep.proj.weight" in moved
+    assert not {n for n in moved if n.startswith("image_encoder") and ".stem_in_deep." not in n}
+
+
 # --- parts ----------------------------------------------------------------------------------------
 
 
