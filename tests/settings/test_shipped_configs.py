@@ -102,6 +102,7 @@ def test_a_full_size_file_trains_once_it_is_made_small(
         "refshapes_tiny",
         "refshapes_tiny_more",
         "refshapes_tiny_wide",
+        "refshapes_tiny_deep",
         "refshapes_wide",
         "refshapes_wide_more",
     ],
@@ -113,7 +114,7 @@ def test_the_small_models_files_train(name: str, made: Path, tmp_path: Path) -> 
         # The first half's best is not shipped, its heir is, whose block has another form.
         raw["init_from"] = "refshapes-tiny"
         form = {"vision_guided_reads": "words", "identity_start": "none"}
-        model = merge(model, {"fusion": form})
+        model = merge(model, {"fusion": form, "image_encoder": {"stem_in_deep": True}})
     else:
         model = merge(model, {"fusion": {"blocks": 1}, "image_encoder": {"image_size": 128}})
     settings = check(TrainSettings, complete({**raw, "model": model}), name)
