@@ -114,17 +114,17 @@ RISAM's network at small size, trained on RefShapes scenes alone. It knows RefSh
 and colours; it has never seen a photo, and its masks on photos mean nothing.
 
 - made by: `risam train` with `configs/refshapes_tiny.yaml`, `refshapes_tiny_more.yaml`,
-  `refshapes_tiny_wide.yaml` and `refshapes_tiny_deep.yaml`, each from the best of the one before. Of
-  the last there was a first try, cut at step 900, in which what the stem adds to the deep features
-  grew too slowly; it went on from its average, with that made eight times as quick
+  `refshapes_tiny_wide.yaml` and `refshapes_tiny_deep.yaml`, each from the best of the one before.
+  Of the last there was a first try, cut at step 900, in which what the stem adds to the deep
+  features grew too slowly; it went on from its average, with that made eight times as quick
 - machine: two CPU cores, shared with other work; {(sum(seconds) + card["seconds"]) / 60:.0f}
   minutes, of which {card["seconds"] / 60:.0f} for the last
 - data: RefShapes, family `mixed`, split `train`, drawn while training, since `wide` wide
   scenes: {sum(items) + card["expressions"]:,} items in all (scenes for the encoder's stage,
   expressions afterwards), {card["expressions"]:,} of them in the last; no other data
 - weights kept: stage {kept[0]}; {kept[1]}; {kept[2]}; {kept[3]}; `{card["stage"]}`,
-  step {card["step"]}; by the mean mIoU on the first 50 scenes of each family's val, since `wide` also
-  on 100 wide ones; testA, testB and testC had no part in any choice
+  step {card["step"]}; by the mean mIoU on the first 50 scenes of each family's val, since `wide`
+  also on 100 wide ones; testA, testB and testC had no part in any choice
 - threshold of the mask: 0.5, fixed beforehand; threshold of no-target: {threshold}, the lowest
   (in steps of 0.01) at which the T-acc of every family is at least 0.97 on 1,200
   expressions of split `train` that training did not draw
