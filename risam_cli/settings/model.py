@@ -47,8 +47,6 @@ class ImageEncoderSettings(Settings):
             raise ValueError(f"global_blocks {self.global_blocks} must be within 0..{last}")
         if self.stem is not None and (self.patch_size != 16 or any(w % 4 for w in self.stem)):
             raise ValueError(f"stem {self.stem} needs widths divisible by 4, and patch_size 16")
-        if self.stem_in_deep and self.stem is None:
-            raise ValueError("stem_in_deep needs a stem, which is null")
         return self
 
 

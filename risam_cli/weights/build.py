@@ -61,6 +61,11 @@ def build_model(settings: ModelSettings, text: TextParts) -> Risam:
         ModelError: parts that do not go together, or a baseline without its package.
     """
     encoder, dim = settings.image_encoder, settings.fusion.dim
+    if encoder.stem_in_deep and encoder.stem is None:
+        raise ModelError(
+            "image_encoder.stem_in_deep needs a convolutional stem",
+            "set image_encoder.stem, or image_encoder.stem_in_deep to false",
+        )
     if settings.kind == "risam" and settings.decoder.fine and encoder.stem is None:
         raise ModelError(
             "decoder.fine needs stride-4 features, which only a convolutional stem gives",

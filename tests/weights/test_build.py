@@ -144,13 +144,16 @@ def _weights(model: Risam) -> dict[str, torch.Tensor]:
     return {n: t for n, t in model.state_dict().items() if ".adapter." not in n}
 
 
+@pytest.mark.parametrize("new", [{"adapter_dim": 6}, {"stem_in_deep": True}], ids=str)
 @torch.no_grad()
-def test_init_from_takes_every_weight_and_adapters_may_be_new(folder: Path, tmp_path: Path) -> None:
+def test_init_from_takes_every_weight_and_what_starts_at_zero_may_be_new(
+    folder: Path, tmp_path: Path, new: dict[str, Any]
+) -> None:
     base = load_model(folder, device=torch.device("cpu"))
-    builder = _builder(tmp_path, init_from=str(folder), model={"image_encoder": {"adapter_dim": 6}})
+    builder = _builder(tmp_path, init_from=str(folder), model={"image_encoder": new})
     expected = _weights(base.model)
     found = _weights(builder.model)
-    assert found.keys() == expected.keys()
+    assert all(".stem_in_deep." in name for name in found.keys() ^ expected.keys())
     assert all(torch.equal(found[n], expected[n]) for n in expected)
     assert all(p.requires_grad for p in builder.model.parameters())
     pixels = noise(1, 3, 128, 128)
@@ -213,6 +216,12 @@ def test_a_sam_checkpoint_fills_the_encoder_and_the_baselines_decoder(
 def test_sharp_edges_need_a_stem() -> None:
     broken = small_settings(decoder={"fine": True})
     with pytest.raises(ModelError, match=r"decoder\.fine needs stride-4 features"):
+        build_model(broken, new_text_parts(broken.text_encoder))
+
+
+def test_the_stem_in_the_deep_features_needs_a_stem() -> None:
+    broken = small_settings(image_encoder={"stem": None, "stem_in_deep": True})
+    with pytest.raises(ModelError, match=r"stem_in_deep needs a convolutional stem"):
         build_model(broken, new_text_parts(broken.text_encoder))
 
 

@@ -67,6 +67,7 @@ def test_the_bundled_model_is_a_source() -> None:
         "global_blocks": (1, 3, 4, 5),
         "taps": (1, 3, 5),
         "stem": (24, 48, 96),
+        "stem_in_deep": True,
     }
     module = encoder(**bundled)
     before = module.blocks[0].mlp.lin1.weight.clone()
