@@ -9,7 +9,6 @@ which costs a seventh of the time.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common import Options, Row, Times, ratio, run_child
-from models import checked, draw, model_folder
+from common import Options, Row, Times, ratio
+from models import checked, draw, model_folder, parts_of, risam
 
 
 def measure(options: Options) -> list[Row]:
@@ -34,14 +33,12 @@ def measure(options: Options) -> list[Row]:
             for turn in range(options.repeats):
                 for way, taken in times.items():
                     output = Path(made, f"{precision}-{turn}-{way}")
-                    words = ["-m", "risam_cli", "predict", str(picture), "-e", "the red circle"]
-                    words += ["-o", str(output), "--model", str(model), "--device", "cpu"]
-                    words += ["--precision", precision]
+                    words = ["predict", picture, "-e", "the red circle", "-o", output]
+                    words += ["--model", model, "--device", "cpu", "--precision", precision]
                     threads = 1 if way == "1 thread" else cores
                     with neighbour(way == "in company"):
-                        env = {"OMP_NUM_THREADS": str(threads)}
-                        checked(run_child([sys.executable, *words], env=env, every=3600))
-                    taken.wall.append(seconds(output))
+                        checked(risam(*words, threads=threads, every=3600))
+                    taken.wall.append(parts_of(output)[0])
             one, all_of_them, company = times.values()
             rows += [t.row(f"{precision}, {way}", by="wall") for way, t in times.items()]
             name = f"{precision}: {cores} threads against 1"
@@ -49,13 +46,6 @@ def measure(options: Options) -> list[Row]:
             name = f"{precision}: in company against alone"
             rows.append(ratio(name, company.wall, all_of_them.wall, "<= 1.5"))
     return rows
-
-
-def seconds(output: Path) -> float:
-    """What a run took by the clock, without its start."""
-    spent: dict[str, float] = json.loads((output / "run.json").read_text("utf-8"))["seconds"]
-    start = sum(spent[part] for part in ("startup", "import_torch", "load_model"))
-    return spent["total"] - start
 
 
 @contextmanager

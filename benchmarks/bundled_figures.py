@@ -122,7 +122,7 @@ and colours; it has never seen a photo, and its masks on photos mean nothing.
 - data: RefShapes, family `mixed`, split `train`, drawn while training, since `wide` wide
   scenes: {sum(items) + card["expressions"]:,} items in all (scenes for the encoder's stage,
   expressions afterwards), {card["expressions"]:,} of them in the last; no other data
-- weights kept: stage {kept[0]}; {kept[1]}; {kept[2]}; {kept[3]}; `{card["stage"]}`,
+- weights kept: stage {"; ".join(kept)}; `{card["stage"]}`,
   step {card["step"]}; by the mean mIoU on the first 50 scenes of each family's val, since `wide`
   also on 100 wide ones; testA, testB and testC had no part in any choice
 - threshold of the mask: 0.5, fixed beforehand; threshold of no-target: {threshold}, the lowest

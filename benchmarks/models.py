@@ -75,10 +75,17 @@ def draw(folder: Path, count: int, height: int, width: int) -> Path:
     return folder
 
 
-def risam(*words: object, threads: int | None = None) -> Child:
-    """One call of the command, in a process of its own."""
+def risam(*words: object, threads: int | None = None, every: float = 0.05) -> Child:
+    """One call of the command, in a process of its own; see :func:`common.run_child`."""
     env = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    return run_child([sys.executable, "-m", "risam_cli", *map(str, words)], env=env)
+    return run_child([sys.executable, "-m", "risam_cli", *map(str, words)], env=env, every=every)
+
+
+def parts_of(output: Path) -> tuple[float, dict[str, float]]:
+    """What a run of ``predict`` took by the clock without its start, and all of its parts."""
+    spent: dict[str, float] = json.loads((output / "run.json").read_text("utf-8"))["seconds"]
+    start = sum(spent[part] for part in ("startup", "import_torch", "load_model"))
+    return spent["total"] - start, spent
 
 
 def checked(child: Child) -> Child:

@@ -10,7 +10,6 @@ the records synced to the disk, is in.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Options, Row, ratio, run_child
-from models import checked, draw, model_folder, risam
+from models import checked, draw, model_folder, parts_of, risam
 
 _BARE = """
 import json, sys, threading, time
@@ -109,9 +108,7 @@ def compare(
         words = ["predict", folder, "-e", asked, "-o", output, "--device", options.device]
         words += ["--batch-size", batch, *(["--model", model] if model else [])]
         child = checked(risam(*words, threads=cores))
-        seconds = json.loads((output / "run.json").read_text())["seconds"]
-        parts = ("startup", "import_torch", "load_model")
-        wall = seconds["total"] - sum(seconds[part] for part in parts)
+        wall, seconds = parts_of(output)
         whole.append({"wall": wall / count, "cpu": child.cpu / count, "parts": seconds})
     name = f"{count} images, {cores} thread{'s' * (cores > 1)}"
     rates = [[1 / one["wall"] for one in way] for way in (bare, whole, beside)]
