@@ -64,8 +64,7 @@ class DenseTask:
         self, batch: DenseBatch, counts: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See :func:`dense_loss`."""
-        size = batch.images.shape[1]
-        pixels = normalize(batch.images, [(size, size)] * len(batch.images))
+        pixels = normalize(batch.images, batch.fitted.tolist())
         output = self.head(self.encoder(pixels))
         return dense_loss(
             output.shape,

@@ -108,7 +108,8 @@ def test_a_dense_batch_in_parts_is_the_whole_batch() -> None:
     centres = torch.rand(3, 2, 16, 16, generator=generator)
 
     def some(rows: slice) -> DenseBatch:
-        return DenseBatch(images[rows], labels[rows], centres[rows])
+        fitted = torch.tensor([[64, 64], [48, 64], [64, 40]])
+        return DenseBatch(images[rows], fitted[rows], labels[rows], centres[rows])
 
     whole, expected = gradients(task(), [some(slice(0, 3))])
     parts, found = gradients(task(), [some(slice(0, 1)), some(slice(1, 3))])

@@ -26,6 +26,8 @@ SPLIT_SCENES: dict[str, int] = {
 VERSION = 1
 """Part of every seed: goes up when the same seed draws something else than before."""
 _MIN_OBJECTS, _MAX_OBJECTS = 3, 9
+# Of wide pictures: the share of square ones, and the others' shorter side at least, in longer ones.
+_SQUARE, _SHORTEST = 0.4, 0.55
 # Scenes tried before giving up on one that can say enough.
 _ATTEMPTS = 100
 
@@ -65,11 +67,12 @@ class RefShapes:
             no other split has).
         scenes: length; None for the split's own. Scene i does not depend on it.
         expressions_per_scene: expressions of every scene.
-        size: height and width in pixels, at least 128.
+        size: longer side in pixels, at least 128.
         seed: another one gives other scenes.
         mix: of "mixed": shares of the families, above 0; None for equal ones.
-        variety: "plain", or "wide": shapes of many proportions, many looks, several grammars, and
-            in every family phrases that refer to nothing. testC is always wide.
+        variety: "plain", or "wide": pictures and shapes of many proportions, many looks, several
+            grammars, and in every family phrases that refer to nothing. testC is always wide, and
+            square. Plain pictures are square.
 
     Raises:
         UsageError: an unknown family or split, or a number out of its range.
@@ -174,17 +177,25 @@ class RefShapes:
 
     def _layout(self, key: str) -> Layout | None:
         dice = Dice(key)
+        frame = self._frame(Dice(f"{key}/frame"))
         fewest = 6 if self.split == "testA" else _MIN_OBJECTS - self.wide
         count = fewest + dice.below(_MAX_OBJECTS - fewest + 1)
         kinds = draw_kinds(dice, count, held_out=self.split == "testB")
-        return draw_layout(dice, kinds, self.size, wide=self.wide)
+        return draw_layout(dice, kinds, frame, wide=self.wide)
+
+    def _frame(self, dice: Dice) -> tuple[int, int]:
+        """Height and width of a picture."""
+        if not self.wide or self.split == "testC" or dice.unit() < _SQUARE:
+            return self.size, self.size
+        short = round(self.size * dice.between(_SHORTEST, 1.0))
+        return (short, self.size) if dice.unit() < 0.5 else (self.size, short)
 
     def _expressions(self, key: str, family: str, layout: Layout) -> tuple[Referring, ...] | None:
         return draw_expressions(
             Dice(f"{key}/words"),
             family,
             layout.objects,
-            self.size,
+            layout.size,
             self.expressions_per_scene,
             held_out=self.split == "testB",
             wide=self.wide,

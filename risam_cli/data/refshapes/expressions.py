@@ -54,7 +54,7 @@ def draw_expressions(
     dice: Dice,
     family: str,
     objects: Sequence[SceneObject],
-    size: int,
+    size: tuple[int, int],
     count: int,
     held_out: bool,
     *,
@@ -66,7 +66,7 @@ def draw_expressions(
     Args:
         family: one of ``FAMILIES``.
         objects: the scene's.
-        size: side of the picture in pixels.
+        size: height and width of the picture in pixels.
         held_out: testB: referents always include an object of a held-out pair. Otherwise no
             phrase names such a pair, not even one that refers to nothing.
         wide: in several grammars, and with phrases in every family that refer to nothing.
@@ -93,7 +93,7 @@ class _Speaker:
         self,
         dice: Dice,
         objects: Sequence[SceneObject],
-        size: int,
+        size: tuple[int, int],
         held_out: bool,
         *,
         wide: bool = False,
@@ -152,7 +152,9 @@ class _Speaker:
         if self.clauses and len(phrases) == 1:
             grammar = HELD_OUT_GRAMMAR
         elif self.wide:
-            grammar = self.dice.weighted(GRAMMARS, (6, 2, 2))
+            grammar = self.dice.weighted(
+                GRAMMARS, (5, 2, 2, 3) if len(phrases) == 1 else (6, 2, 2, 0)
+            )
         return " and ".join(write(self.dice, phrase, grammar) for phrase in phrases)
 
     def _may_say(self, phrases: tuple[Phrase, ...], referents: int) -> bool:

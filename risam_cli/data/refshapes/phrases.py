@@ -3,7 +3,7 @@
 A phrase is a structure first; its referents are computed from the scene and its text is written
 from the same structure, so that text and referents cannot part. What is close to the border of a
 word's meaning is neither true nor false: :meth:`View.referents` answers None and the phrase is
-dropped. The borders are the constants below (fractions of the picture's side, unless said).
+dropped. The borders are the constants below (fractions of the picture's longer side, unless said).
 
 Sets of objects are bit masks: bit k stands for ``objects[k]``.
 """
@@ -28,7 +28,8 @@ from risam_cli.data.refshapes.vocabulary import (
 EXTREME_MARGIN = 0.07
 """The leftmost object's centroid lies at least this far beyond the next one's."""
 HALF_YES, HALF_NO = 0.42, 0.50
-""""on the left": centroid before the first; clearly not there: beyond the second."""
+""""on the left": centroid before the first, as a fraction of the width (for "at the top", of the
+height); clearly not there: beyond the second."""
 CONE_YES, CONE_NO = 40.0, 55.0
 """"left of" and its kin: degrees between the way from reference to object and the axis."""
 LEAST_WAY = 0.08
@@ -100,15 +101,18 @@ class View:
 
     Args:
         objects: at most 64.
-        size: side of the picture in pixels.
+        size: height and width of the picture in pixels.
     """
 
-    def __init__(self, objects: Sequence[SceneObject], size: int) -> None:
+    def __init__(self, objects: Sequence[SceneObject], size: tuple[int, int]) -> None:
+        height, width = size
+        side = max(size)
         self.objects = objects
+        self.extent = width / side, height / side
         self.count = len(objects)
         self.everything = (1 << self.count) - 1
-        self.centres = [(item.cx / size, item.cy / size) for item in objects]
-        self.radii = [item.radius / size for item in objects]
+        self.centres = [(item.cx / side, item.cy / side) for item in objects]
+        self.radii = [item.radius / side for item in objects]
         self._words: dict[str, int] = {}
         for number, item in enumerate(objects):
             for word in (item.shape, item.color, item.size):
@@ -185,7 +189,8 @@ class View:
     def _side(self, axis: int, sign: int) -> tuple[int, int]:
         inside = outside = 0
         for number, centre in enumerate(self.centres):
-            way = centre[axis] if sign < 0 else 1 - centre[axis]
+            way = centre[axis] / self.extent[axis]
+            way = way if sign < 0 else 1 - way
             if way < HALF_YES:
                 inside |= 1 << number
             elif way > HALF_NO:
@@ -226,9 +231,9 @@ def bits(mask: int) -> list[int]:
     return [number for number in range(mask.bit_length()) if mask >> number & 1]
 
 
-GRAMMARS: tuple[str, ...] = ("plain", "telegraphic", "fronted")
-"""Ways of wording that wide scenes are spoken of in: "the red circle left of the star"; "red circle
-left of star"; "left of the star the red circle"."""
+GRAMMARS: tuple[str, ...] = ("plain", "telegraphic", "fronted", "joined")
+"""Of wide scenes: "the small red circle left of the star", "small red circle left of star",
+"left of the star the small red circle", "the red and small circle left of the star"."""
 HELD_OUT_GRAMMAR = "clause"
 """The way that testC alone speaks: "the circle that is small and red"."""
 
@@ -243,6 +248,8 @@ def write(dice: Dice, phrase: Phrase, grammar: str = "plain") -> str:
         return " ".join(_telegraphic(dice, phrase))
     if grammar == "fronted":
         return " ".join(_fronted(dice, phrase))
+    if grammar == "joined":
+        return " ".join(_joined(dice, phrase))
     if grammar == "clause":
         return " ".join(_clause(dice, phrase))
     plural = phrase.number != 1
@@ -296,6 +303,20 @@ def _fronted(dice: Dice, phrase: Phrase) -> list[str]:
     return where + _determine(dice, phrase, words)
 
 
+def _joined(dice: Dice, phrase: Phrase) -> list[str]:
+    """What is said of one thing joined by "and": "the red and large star at the top and above the
+    small and blue ring". So "and" does not always name a second thing.
+    """
+    words = _noun_words(dice, phrase.noun, phrase.number != 1, joined=True)
+    if phrase.extreme is not None:
+        words.insert(0, phrase.extreme)
+    words = _determine(dice, phrase, words)
+    related = _related(dice, phrase, article=True, joined=True)
+    if phrase.place is not None:
+        words += [PLACES[phrase.place], *(["and"] if related else [])]
+    return words + related
+
+
 def _clause(dice: Dice, phrase: Phrase) -> list[str]:
     """All that is said of it in a clause: "the star that is large and red and at the top"."""
     plural = phrase.number != 1
@@ -313,20 +334,23 @@ def _clause(dice: Dice, phrase: Phrase) -> list[str]:
     return words
 
 
-def _related(dice: Dice, phrase: Phrase, *, article: bool) -> list[str]:
+def _related(dice: Dice, phrase: Phrase, *, article: bool, joined: bool = False) -> list[str]:
     """The relation's words with those of its anchor; none without a relation."""
     if phrase.relation is None or phrase.anchor is None:
         return []
     words = [dice.pick(RELATION_PHRASES[phrase.relation]), *(["the"] if article else [])]
     if phrase.anchor.extreme is not None:
         words.append(phrase.anchor.extreme)
-    return words + _noun_words(dice, phrase.anchor.noun, plural=False)
+    return words + _noun_words(dice, phrase.anchor.noun, plural=False, joined=joined)
 
 
-def _noun_words(dice: Dice, noun: Noun, plural: bool) -> list[str]:
+def _noun_words(dice: Dice, noun: Noun, plural: bool, *, joined: bool = False) -> list[str]:
     name = noun.shape or dice.pick(STAND_INS)
-    words = [noun.size, noun.color, PLURALS[name] if plural else name]
-    return [word for word in words if word is not None]
+    said = [word for word in (noun.size, noun.color) if word is not None]
+    if joined and len(said) == 2:
+        first, second = dice.sample(said, 2)
+        said = [first, "and", second]
+    return [*said, PLURALS[name] if plural else name]
 
 
 def _determine(dice: Dice, phrase: Phrase, words: list[str]) -> list[str]:

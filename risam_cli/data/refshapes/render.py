@@ -103,12 +103,14 @@ def paint_wide(dice: Dice, layout: Layout, look: str | None = None) -> NDArray[n
     Args:
         look: of the objects; None draws one of ``LOOKS``.
     """
-    size = layout.instances.shape[0]
+    size = max(layout.size)
     look = look or dice.pick(LOOKS)
     colors = [draw_color(dice, item.color, wide=True) for item in layout.objects]
     image = _background(dice, size, colors)
     if dice.unit() < 0.25:
         _grid_lines(dice, image)
+    frame = slice(layout.size[0]), slice(layout.size[1])
+    image = np.ascontiguousarray(image[frame])
     rims, shadow = dice.unit(), dice.unit() < (0.6 if look == "soft" else 0.2)
     for number, (color, patch) in enumerate(zip(colors, layout.patches, strict=True)):
         if shadow:
@@ -121,12 +123,12 @@ def paint_wide(dice: Dice, layout: Layout, look: str | None = None) -> NDArray[n
             width = max(1, round(layout.objects[number].radius / 14))
             shade = _outline(patch.coverage, shade, fill, width)
         region += alpha[:, :, None] * (shade - region)
-    image *= _light(dice, size)[:, :, None] * np.float32(dice.between(0.93, 1.04))
+    image *= _light(dice, size)[frame][:, :, None] * np.float32(dice.between(0.93, 1.04))
     if look == "soft" or dice.unit() < 0.3:
         sigma = dice.between(0.4, 1.4) * size / 256
         image = np.asarray(cv2.GaussianBlur(image, (0, 0), sigma), np.float32)
     if dice.unit() < 0.8:
-        image += _noise(dice, size, dice.between(0.5, 13.0))
+        image += _noise(dice, size, dice.between(0.5, 13.0))[frame]
     picture = np.asarray(cv2.convertScaleAbs(np.maximum(image, 0)), np.uint8)
     if dice.unit() < 0.5:
         quality = [cv2.IMWRITE_JPEG_QUALITY, int(dice.between(35, 93))]
@@ -163,10 +165,11 @@ def _finish(
 
 def _cast_shadow(image: Image, patch: Patch) -> None:
     """Darkens what lies below and to the right of an object; drawn in place."""
-    size, move = image.shape[0], max(2, round(image.shape[0] / 64))
+    height, width = image.shape[:2]
+    move = max(2, round(max(height, width) / 64))
     rows, columns = patch.window
     top, left = rows.start + move, columns.start + move
-    bottom, right = min(rows.stop + move, size), min(columns.stop + move, size)
+    bottom, right = min(rows.stop + move, height), min(columns.stop + move, width)
     cover = patch.coverage[: bottom - top, : right - left].astype(np.float32) / 255
     image[top:bottom, left:right] *= (1 - np.float32(0.28) * cover)[:, :, None]
 

@@ -31,6 +31,8 @@ _ANY_TURN = 180.0
 _WIDE_TURN = {"square": 24.0, "diamond": 16.0, "cross": 20.0}
 # Width over height and proportions of wide scenes, in steps, so that outlines are made once.
 _ASPECTS = (0.76, 0.84, 0.92, 1.0, 1.0, 1.08, 1.18, 1.3)
+# How objects shrink with a picture's shorter side: 0 not at all, 1 as much.
+_LONG_PICTURES = 0.3, 0.8
 _DETAILS = (-1.0, -0.6, -0.3, 0.0, 0.3, 0.6, 1.0)
 # A circle, a square or a hexagon that is much wider than high has another name.
 _ROUND = ("circle", "ring", "square", "hexagon")
@@ -127,6 +129,12 @@ class Layout:
     patches: tuple[Patch, ...]
     instances: NDArray[np.uint8]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        height, width = self.instances.shape
+        return height, width
+
 
 def draw_kinds(dice: Dice, count: int, held_out: bool) -> list[Kind]:
     """Draws the words of ``count`` objects from a small pool, so that they share attributes.
@@ -154,7 +162,7 @@ def draw_kinds(dice: Dice, count: int, held_out: bool) -> list[Kind]:
 
 
 def draw_layout(
-    dice: Dice, kinds: Sequence[Kind], size: int, *, wide: bool = False
+    dice: Dice, kinds: Sequence[Kind], size: tuple[int, int], *, wide: bool = False
 ) -> Layout | None:
     """Finds a place for every object, or returns None where they do not fit.
 
@@ -162,12 +170,17 @@ def draw_layout(
     ``MIN_VISIBLE_PIXELS`` of them visible, and its visible part stays centred on it.
 
     Args:
+        size: height and width in pixels.
         wide: with tilts, aspect ratios and proportions of every shape, and with a size of its own
-            for each scene, in which "small" and "large" stay as far apart.
+            for each scene, in which "small" and "large" stay as far apart; it is less in long
+            pictures.
     """
     # Scenes without, with little and with much overlap.
     closeness = dice.weighted((1.04, 0.80, 0.55), (5, 3, 2))
-    board = _Board(size, wide=wide, scale=dice.between(0.84, 1.14) if wide else 1.0)
+    scale = dice.between(0.84, 1.14) if wide else 1.0
+    if min(size) < max(size):
+        scale *= (min(size) / max(size)) ** dice.between(*_LONG_PICTURES)
+    board = _Board(size, wide=wide, scale=scale)
     for kind in kinds:
         if not board.place(dice, kind, closeness):
             return None
@@ -177,11 +190,11 @@ def draw_layout(
 class _Board:
     """Places objects one on top of the other and keeps count of what stays visible."""
 
-    def __init__(self, size: int, *, wide: bool = False, scale: float = 1.0) -> None:
+    def __init__(self, size: tuple[int, int], *, wide: bool = False, scale: float = 1.0) -> None:
         self.size = size
         self.wide = wide
-        self.scale = scale * size / 256
-        self.instances = np.zeros((size, size), np.uint8)
+        self.scale = scale * max(size) / 256
+        self.instances = np.zeros(size, np.uint8)
         self.kinds: list[Kind] = []
         self.poses: list[tuple[float, float, float, float]] = []  # x, y, radius, angle
         self.patches: list[Patch] = []
@@ -196,7 +209,8 @@ class _Board:
         angle = dice.between(-turn, turn)
         form = _draw_form(dice, kind.shape) if self.wide else PLAIN
         margin = radius * reach(kind.shape, form) + 1.5
-        spots = margin + dice.rng.random((48, 2)) * (self.size - 1 - 2 * margin)
+        height, width = self.size
+        spots = margin + dice.rng.random((48, 2)) * (np.array([width, height]) - 1 - 2 * margin)
         if self.poses:
             poses = np.array(self.poses)
             apart = np.hypot(*(spots[:, None, :] - poses[None, :, :2]).transpose(2, 0, 1))

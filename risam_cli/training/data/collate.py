@@ -43,9 +43,12 @@ class ReferringBatch:
 
 @dataclass(frozen=True)
 class DenseBatch:
-    """B scenes: images (B, S, S, 3) uint8, labels (B, 3, t, t) uint8, centres (B, 2, t, t)."""
+    """B scenes: images (B, S, S, 3) uint8 with (B, 2) height and width inside, labels
+    (B, 3, t, t) uint8, centres (B, 2, t, t).
+    """
 
     images: Tensor
+    fitted: Tensor
     labels: Tensor
     centres: Tensor
 
@@ -101,6 +104,7 @@ def collate_dense(examples: Sequence[DenseExample]) -> DenseBatch:
     """Stacks :class:`DenseExample`."""
     return DenseBatch(
         images=torch.stack([torch.from_numpy(e.image) for e in examples]),
+        fitted=torch.tensor([e.fitted for e in examples]),
         labels=torch.stack([torch.from_numpy(e.labels) for e in examples]),
         centres=torch.stack([torch.from_numpy(e.centres) for e in examples]),
     )

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from risam_cli.data.images.images import Bands, open_rgb
 from risam_cli.data.images.transforms import fit_size, resize_for_encoder
-from risam_cli.data.refshapes.dataset import RefShapes, SceneItem
+from risam_cli.data.refshapes.dataset import RefShapes
+from risam_cli.data.refshapes.scene import SceneObject
 from risam_cli.data.refshapes.vocabulary import COLORS, PLURALS, SHAPES, SIZES, STAND_INS
 from risam_cli.errors import DataError
 from risam_cli.masks import rle as masks
@@ -62,12 +63,13 @@ class DenseExample:
     """One scene with a label for every cell of a grid.
 
     Attributes:
-        image: (S, S, 3) uint8.
+        image: (S, S, 3) uint8, zero-padded; fitted: height and width inside.
         labels: (3, t, t) uint8 classes of shape, colour and size from 1, 0 at background.
         centres: (2, t, t) float32, (x, y) way to the visible centroid in picture sides.
     """
 
     image: NDArray[np.uint8]
+    fitted: tuple[int, int]
     labels: NDArray[np.uint8]
     centres: NDArray[np.float32]
 
@@ -308,8 +310,12 @@ class DenseScenes:
 
     def __getitem__(self, index: int) -> DenseExample:
         item = self.scenes.scene(index % len(self), with_expressions=False)
-        labels, centres = dense_labels(item, self.cells)
-        return DenseExample(item.image, labels, centres)
+        height, width = item.instances.shape
+        padding = ((0, self.scenes.size - height), (0, self.scenes.size - width))
+        labels, centres = dense_labels(item.objects, np.pad(item.instances, padding), self.cells)
+        return DenseExample(
+            np.pad(item.image, (*padding, (0, 0))), (height, width), labels, centres
+        )
 
 
 def make_example(picture: Picture, size: int, target_size: int) -> ReferringExample:
@@ -348,14 +354,16 @@ def soft_target(
     )
 
 
-def dense_labels(item: SceneItem, cells: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Labels of a scene on a grid: see :class:`DenseExample`."""
-    size = item.instances.shape[0]
+def dense_labels(
+    objects: Sequence[SceneObject], instances: NDArray[np.uint8], cells: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Labels of a scene, its (S, S) map padded, on a grid: see :class:`DenseExample`."""
+    size = len(instances)
     step = size // cells
-    grid = item.instances[step // 2 :: step, step // 2 :: step]
-    table = np.zeros((3, len(item.objects) + 1), np.uint8)
-    centre = np.zeros((2, len(item.objects) + 1), np.float32)
-    for number, thing in enumerate(item.objects, start=1):
+    grid = instances[step // 2 :: step, step // 2 :: step]
+    table = np.zeros((3, len(objects) + 1), np.uint8)
+    centre = np.zeros((2, len(objects) + 1), np.float32)
+    for number, thing in enumerate(objects, start=1):
         table[:, number] = (
             SHAPES.index(thing.shape) + 1,
             COLORS.index(thing.color) + 1,

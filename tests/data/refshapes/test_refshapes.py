@@ -5,48 +5,30 @@ The phrases are read back from their text by a small parser that shares no code 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
 
 import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support.scenes import (
+    LOOKS,
+    SPLITS,
+    WIDE,
+    everything,
+    fingerprint,
+    items,
+    nouns,
+    parse,
+    refers_to,
+)
 
 from risam_cli.data.refshapes.dataset import FAMILIES, RefShapes, SceneItem
 from risam_cli.data.refshapes.scene import RADII, SceneObject
 from risam_cli.data.refshapes.shapes import outline
 from risam_cli.data.refshapes.vocabulary import COLORS, HELD_OUT, SHAPES, VOCABULARY
 from risam_cli.errors import UsageError
-
-SPLITS = ("train", "val", "testA", "testB")
-
-
-WIDE = (*SPLITS, "testC")
-
-
-@cache
-def items(
-    family: str, split: str, scenes: int = 25, variety: str = "plain"
-) -> tuple[SceneItem, ...]:
-    return tuple(RefShapes(family, split, scenes, expressions_per_scene=8, variety=variety))
-
-
-def everything() -> Iterator[tuple[str, str, SceneItem]]:
-    for family, split in itertools.product(FAMILIES, SPLITS):
-        for item in items(family, split):
-            yield family, split, item
-
-
-def everything_wide() -> Iterator[tuple[str, str, SceneItem]]:
-    for family, split in itertools.product(FAMILIES, WIDE):
-        for item in items(family, split, 12, "wide"):
-            yield family, split, item
-
 
 # Drawn from the seed, and from nothing else
 
@@ -59,16 +41,6 @@ GOLDEN = {
     ("grefshapes", "testB", 1): "66dce5bb4b83a249",
     ("mixed", "train", 123): "56d3f2e646acadc8",
 }
-
-
-def fingerprint(item: SceneItem) -> str:
-    digest = hashlib.sha256(item.instances.tobytes())
-    for thing in item.objects:
-        words = (thing.shape, thing.color, thing.size, round(thing.x, 3), round(thing.y, 3))
-        digest.update(repr(words).encode())
-    for referring in item.expressions:
-        digest.update(repr((referring.text, referring.objects)).encode())
-    return digest.hexdigest()[:16]
 
 
 @pytest.mark.parametrize("where", list(GOLDEN))
@@ -233,23 +205,6 @@ def test_rings_show_what_lies_behind_them() -> None:
     assert rings > 5
 
 
-# What a colour looks like, said without the painter's own table.
-LOOKS = {
-    "red": (222, 20, 20),
-    "green": (30, 160, 60),
-    "blue": (30, 75, 212),
-    "yellow": (245, 225, 30),
-    "purple": (100, 45, 155),
-    "orange": (245, 125, 15),
-    "cyan": (40, 215, 232),
-    "pink": (250, 140, 185),
-    "brown": (112, 72, 40),
-    "gray": (128, 128, 128),
-    "white": (250, 250, 250),
-    "black": (16, 16, 16),
-}
-
-
 def test_pictures_show_the_colours_that_are_named() -> None:
     assert set(LOOKS) == set(COLORS)
     table = np.array(list(LOOKS.values()), float)
@@ -316,163 +271,17 @@ def test_held_out_pairs() -> None:
                     assert (noun.shape, noun.color) not in HELD_OUT, referring.text
 
 
-# Phrases, read back from their text
-
-
-@dataclass
-class Reading:
-    shape: str | None = None
-    color: str | None = None
-    size: str | None = None
-    extreme: str | None = None
-    side: str | None = None
-    relation: str | None = None
-    anchor: Reading | None = None
-    plural: bool = False
-    number: int | None = None
-
-
-NOUNS = {
-    *SHAPES,
-    *(f"{shape}s" for shape in SHAPES),
-    *("crosses", "object", "objects", "thing", "things"),
-}
-WHERE = {"on", "at", "left", "right", "to", "above", "below", "next"}
-
-
-def parse(text: str) -> list[Reading]:
-    """Things named one after the other; what a clause adds to a thing is no thing of its own."""
-    parts: list[list[str]] = []
-    for part in text.split(" and "):
-        words = part.split()
-        own = list(itertools.takewhile(lambda word: word not in WHERE, words))
-        if parts and not NOUNS & set(own):
-            parts[-1] += words
-        else:
-            parts.append(words)
-    return [parse_one(words) for words in parts]
-
-
-def parse_one(words: Sequence[str]) -> Reading:
-    reading = Reading()
-    singulars = {f"{shape}s": shape for shape in SHAPES} | {"crosses": "cross"}
-    at = 0
-    while at < len(words):
-        word = words[at]
-        if word in ("on", "at"):
-            article = words[at + 1] == "the"
-            reading.side = words[at + 1 + article]
-            at += 2 + article
-            continue
-        if word == "to" or (word in ("left", "right") and words[at + 1] == "of"):
-            at += 2 if word == "to" else 0
-            reading.relation = words[at]
-            at = anchor(reading, words, at + 2)
-            continue
-        if word in ("above", "below", "next"):
-            reading.relation = word
-            at = anchor(reading, words, at + (2 if word == "next" else 1))
-            continue
-        if word in SHAPES:
-            reading.shape = word
-        elif word in singulars:
-            reading.shape, reading.plural = singulars[word], True
-        elif word in ("objects", "things"):
-            reading.plural = True
-        elif word in COLORS:
-            reading.color = word
-        elif word in ("small", "large"):
-            reading.size = word
-        elif word.endswith("most"):
-            reading.extreme = word
-        elif word in ("two", "both", "three", "four"):
-            reading.number = {"two": 2, "both": 2, "three": 3, "four": 4}[word]
-        else:
-            assert word in ("the", "a", "all", "that", "is", "are", "object", "thing"), word
-        at += 1
-    return reading
-
-
-def anchor(reading: Reading, words: Sequence[str], start: int) -> int:
-    """Reads the anchor, which ends with its noun; gives the place behind it."""
-    end = next(k for k in range(start, len(words)) if words[k] in NOUNS) + 1
-    reading.anchor = parse_one(words[start:end])
-    return end
-
-
-def nouns(readings: Sequence[Reading]) -> Iterator[Reading]:
-    for reading in readings:
-        yield reading
-        if reading.anchor is not None:
-            yield reading.anchor
-
-
-def refers_to(reading: Reading, objects: Sequence[SceneObject], side: int) -> set[int]:
-    """The plain meaning, without margins; asserts that nothing is near a border."""
-    named = {
-        k
-        for k, thing in enumerate(objects)
-        if reading.shape in (None, thing.shape)
-        and reading.color in (None, thing.color)
-        and reading.size in (None, thing.size)
-    }
-    x = {k: thing.cx / side for k, thing in enumerate(objects)}
-    y = {k: thing.cy / side for k, thing in enumerate(objects)}
-    found = set(named)
-    if reading.side is not None:
-        way = {
-            "left": lambda k: x[k],
-            "right": lambda k: 1 - x[k],
-            "top": lambda k: y[k],
-            "bottom": lambda k: 1 - y[k],
-        }[reading.side]
-        assert all(way(k) < 0.42 or way(k) > 0.50 for k in found)
-        found = {k for k in found if way(k) < 0.45}
-    if reading.anchor is not None:
-        anchors = refers_to(reading.anchor, objects, side)
-        assert len(anchors) <= 1
-        if not anchors:
-            return set()
-        (start,) = anchors
-        found = {k for k in found - {start} if stands(reading.relation, k, start, objects, side)}
-    if reading.extreme is not None and found:
-        way = {
-            "leftmost": lambda k: x[k],
-            "rightmost": lambda k: -x[k],
-            "topmost": lambda k: y[k],
-            "bottommost": lambda k: -y[k],
-        }[reading.extreme]
-        order = sorted(found, key=way)
-        assert len(order) == 1 or way(order[1]) - way(order[0]) >= 0.07
-        assert min(named, key=way) == order[0]
-        found = {order[0]}
-    return found
-
-
-def stands(
-    relation: str | None, one: int, start: int, objects: Sequence[SceneObject], side: int
-) -> bool:
-    a, b = objects[one], objects[start]
-    dx, dy = (a.cx - b.cx) / side, (a.cy - b.cy) / side
-    if relation == "next":
-        gap = math.hypot(dx, dy) - (a.radius + b.radius) / side
-        assert not 0.06 < gap < 0.14
-        return gap < 0.1
-    assert math.hypot(dx, dy) >= 0.08
-    axes = {"right": 0.0, "below": 90.0, "left": 180.0, "above": 270.0}
-    off = abs((math.degrees(math.atan2(dy, dx)) - axes[str(relation)] + 180) % 360 - 180)
-    assert not 40.001 < off < 54.999
-    return off < 47
+# Phrases
 
 
 @pytest.mark.parametrize("variety", ["plain", "wide"])
 @pytest.mark.parametrize(("family", "split"), list(itertools.product(FAMILIES, WIDE)))
 def test_phrases_mean_exactly_their_referents(family: str, split: str, variety: str) -> None:
     for item in items(family, split, variety=variety):
-        side = len(item.instances)
         for referring in item.expressions:
             readings = parse(referring.text)
-            parts = [refers_to(reading, item.objects, side) for reading in readings]
+            size = item.instances.shape
+            parts = [refers_to(reading, item.objects, *size) for reading in readings]
             assert tuple(sorted(set().union(*parts))) == referring.objects, referring.text
             for reading, part in zip(readings, parts, strict=True):
                 if part and reading.number is not None:
@@ -560,121 +369,3 @@ def test_scenes_speak_of_more_than_one_object() -> None:
             for item in items(family, "train")
         ]
         assert np.mean(spoken) > 3
-
-
-# Wide scenes, and the split that is drawn and spoken of in ways of its own
-
-GOLDEN_WIDE = {
-    ("mixed", "train", 5): "3cc9ed6341790f5e",
-    ("refshapesg", "testC", 2): "99dd4528bbc026c1",
-}
-
-
-@pytest.mark.parametrize("where", list(GOLDEN_WIDE))
-def test_wide_scenes_are_the_same_on_every_machine(where: tuple[str, str, int]) -> None:
-    family, split, index = where
-    found = RefShapes(family, split, 200, variety="wide")[index]
-    assert fingerprint(found) == GOLDEN_WIDE[where]
-
-
-def test_test_c_is_wide_whatever_is_asked_for() -> None:
-    one, other = (RefShapes("refshapes", "testC", 3, variety=v)[1] for v in ("plain", "wide"))
-    assert np.array_equal(one.image, other.image)
-    assert one.expressions == other.expressions
-    plain, wide = (RefShapes("refshapes", "val", 3, variety=v)[1] for v in ("plain", "wide"))
-    assert not np.array_equal(plain.image, wide.image)
-
-
-def test_wide_objects_stay_recognisable_and_within_the_picture() -> None:
-    sizes: dict[str, list[float]] = {"small": [], "large": []}
-    for _, split, item in everything_wide():
-        assert (6 if split == "testA" else 2) <= len(item.objects) <= 9
-        for number, thing in enumerate(item.objects, start=1):
-            rows, columns = np.nonzero(item.instances == number)
-            assert len(rows) >= 60
-            assert 0.55 <= thing.visible <= 1
-            assert rows.min() > 0
-            assert columns.min() > 0
-            assert max(rows.max(), columns.max()) < len(item.instances) - 1
-        radii = {k: [o.radius for o in item.objects if o.size == k] for k in sizes}
-        if all(radii.values()):
-            assert min(radii["large"]) > 1.7 * max(radii["small"])
-        for size, found in radii.items():
-            sizes[size] += found
-    assert min(sizes["small"]) < 14 < 19 < max(sizes["small"])
-    assert max(sizes["small"]) < min(sizes["large"])
-
-
-def test_wide_shapes_have_many_proportions() -> None:
-    """Height over width of what is wholly visible, and the share of its box that it fills."""
-    shares: dict[str, list[tuple[float, float]]] = {}
-    for _, _, item in everything_wide():
-        for number, thing in enumerate(item.objects, start=1):
-            if thing.visible == 1 and thing.shape in ("diamond", "star", "ring"):
-                rows, columns = np.nonzero(item.instances == number)
-                height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
-                shares.setdefault(thing.shape, []).append(
-                    (height / width, len(rows) / (height * width))
-                )
-    diamonds = np.array(shares["diamond"])
-    assert diamonds[:, 0].min() > 1.0, "a diamond stays higher than wide"
-    assert np.ptp(diamonds[:, 0]) > 0.4
-    assert all(np.ptp(np.array(shares[shape])[:, 1]) > 0.15 for shape in ("star", "ring"))
-
-
-def test_wide_pictures_show_the_colours_that_are_named() -> None:
-    table = np.array(list(LOOKS.values()), float)
-    wrong = total = 0
-    for _, _, item in everything_wide():
-        for number, thing in enumerate(item.objects, start=1):
-            middle = np.median(item.image[item.instances == number].astype(float), axis=0)
-            shown = list(LOOKS)[int(((table - middle) ** 2).sum(axis=1).argmin())]
-            wrong += shown != thing.color
-            total += 1
-    assert total > 800
-    assert wrong <= 0.12 * total
-
-
-def test_wide_scenes_hold_out_what_plain_ones_do() -> None:
-    for _, split, item in everything_wide():
-        special = {k for k, o in enumerate(item.objects) if (o.shape, o.color) in HELD_OUT}
-        assert bool(special) == (split == "testB")
-        if split != "testB":
-            for referring in item.expressions:
-                for noun in nouns(parse(referring.text)):
-                    assert (noun.shape, noun.color) not in HELD_OUT, referring.text
-
-
-def test_wide_families_keep_to_their_kind_and_all_have_phrases_without_a_referent() -> None:
-    none: dict[str, list[bool]] = {family: [] for family in FAMILIES}
-    for family, _, item in everything_wide():
-        for referring in item.expressions:
-            assert set(referring.text.split()) <= set(VOCABULARY)
-            none[family].append(not referring.objects)
-            readings = parse(referring.text)
-            if family != "grefshapes":
-                assert len(referring.objects) <= 1
-            if family == "refshapes+":
-                assert not (WHERE - {"to"}) & set(referring.text.split())
-            if family == "refshapes":
-                assert readings[0].relation is None
-            if family == "refshapesg":
-                assert readings[0].relation is not None
-    for family in ("refshapes", "refshapes+", "refshapesg"):
-        assert 0.04 < np.mean(none[family]) < 0.2, family
-
-
-def test_clauses_that_join_what_they_say_are_kept_for_test_c() -> None:
-    joined = fronted = total = 0
-    for _, split, item in everything_wide():
-        for referring in item.expressions:
-            reading = parse(referring.text)
-            clause = len(reading) == 1 and " and " in referring.text
-            if split != "testC":
-                assert not clause, referring.text
-                fronted += referring.text.split()[0] in WHERE
-            else:
-                joined += clause
-                total += 1
-    assert joined > 0.3 * total
-    assert fronted > 100

@@ -169,7 +169,9 @@ def test_turned_words_mean_in_the_mirrored_scene_what_they_meant_before(
     assert flipped(write(Dice(key), said)) == write(Dice(key), turned)
     item = RefShapes("refshapes", "train", size=128).scene(scene)
     mirrored = [replace(thing, cx=128 - thing.cx) for thing in item.objects]
-    assert View(mirrored, 128).referents(turned) == View(item.objects, 128).referents(said)
+    assert View(mirrored, (128, 128)).referents(turned) == View(item.objects, (128, 128)).referents(
+        said
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,13 @@ from risam_cli.data.refshapes.dataset import RefShapes
 from risam_cli.errors import ConfigError, DataError
 from risam_cli.masks import rle as masks
 from risam_cli.training.data.build import DataBuilder
-from risam_cli.training.data.collate import PlannedBatches
-from risam_cli.training.data.dataset import PackedSamples, ReferringSamples, ReferringScenes
+from risam_cli.training.data.collate import PlannedBatches, collate_dense
+from risam_cli.training.data.dataset import (
+    DenseScenes,
+    PackedSamples,
+    ReferringSamples,
+    ReferringScenes,
+)
 from risam_cli.training.data.mixed import MixedExamples, image_key
 from risam_cli.training.stage import check_paths
 
@@ -451,6 +456,23 @@ def test_scenes_come_back_each_epoch() -> None:
     scenes = ReferringScenes(RefShapes("refshapes", "train", 3, 2, 128), 128, 32, 0.0)
     np.testing.assert_array_equal(scenes[4].image, scenes[1].image)
     assert scenes.name_of(4) == "refshapes train scene 1"
+
+
+def test_dense_scenes_are_padded_to_the_encoders_square() -> None:
+    scenes = RefShapes("mixed", "train", 12, size=128, variety="wide")
+    data = DenseScenes(scenes, 32)
+    batch = collate_dense([data[k] for k in range(len(data))])
+    assert batch.images.shape == (12, 128, 128, 3)
+    assert {(h, w) for h, w in batch.fitted.tolist()} > {(128, 128)}
+    for k, (height, width) in enumerate(batch.fitted.tolist()):
+        item = scenes.scene(k)
+        assert item.instances.shape == (height, width)
+        assert np.array_equal(batch.images[k, :height, :width].numpy(), item.image)
+        assert not batch.images[k, height:].any()
+        assert not batch.images[k, :, width:].any()
+        cells = np.zeros((128, 128), bool)
+        cells[:height, :width] = item.instances > 0
+        assert np.array_equal(batch.labels[k, 0].numpy() > 0, cells[2::4, 2::4])
 
 
 def test_photos_are_data_of_ones_own(photos: Path, repo: Path) -> None:
