@@ -103,6 +103,7 @@ def test_a_full_size_file_trains_once_it_is_made_small(
         "refshapes_tiny_more",
         "refshapes_tiny_wide",
         "refshapes_tiny_deep",
+        "refshapes_tiny_long",
         "refshapes_wide",
         "refshapes_wide_more",
     ],
