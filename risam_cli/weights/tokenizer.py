@@ -242,13 +242,21 @@ _NAMED = 8  # unknown words that a message names
 
 
 def tokenizer_from_words(words: Sequence[str]) -> Tokenizer:
-    """A lower-casing whole-word tokenizer with BERT's special tokens; other words are [UNK]."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    """A lower-casing whole-word tokenizer with BERT's special tokens; other words are [UNK].
+
+    It reads no stops, commas, quotation marks or brackets: they are no words.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     vocabulary = {word: number for number, word in enumerate([*special, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.BertNormalizer(lowercase=True),
+            normalizers.Replace(Regex(r'[.,;:!?"()]'), " "),
+        ]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
