@@ -182,7 +182,6 @@ def test_words_of_the_small_vocabulary_and_of_clip(tmp_path: Path) -> None:
         ("[CLS]", True, False),
         ("The", False, False),
         ("RED", False, False),
-        (",", False, True),
         ("wobbly", False, True),
         ("star", False, False),
         ("[SEP]", True, False),
