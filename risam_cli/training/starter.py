@@ -39,6 +39,7 @@ model:
 #   preset: vit_b
 #   image_encoder: {{checkpoint: weights/sam_vit_b_01ec64.pth, adapter_dim: 64}}
 #   text_encoder: {{source: auto, lora: {{rank: 16, alpha: 32}}}} # BERT, or learned words
+#   fusion: {{identity_start: language, vision_guided_reads: both}}
 #   decoder: {{no_target_evidence: true}}
 
 train:
