@@ -337,7 +337,8 @@ class Speaker:
         """As "the red ring" where there is none."""
         words = [self.rng.choice(tuple(COLORS)), self.rng.choice(SHAPES)]
         if self.rng.random() < 0.5:  # Half of it is there.
-            words[self.rng.randrange(2)] = (thing.color, thing.shape)[len(words) - 2]
+            place = self.rng.randrange(2)
+            words[place] = (thing.color, thing.shape)[place]
         if self.named(words):
             return None
         return " ".join(("the", *words)), []

@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+
+import numpy as np
 
 from risam_cli.data.refshapes.dataset import FAMILIES, RefShapes, SceneItem
 from risam_cli.data.refshapes.scene import SceneObject
@@ -66,6 +68,19 @@ LOOKS = {
     "white": (250, 250, 250),
     "black": (16, 16, 16),
 }
+
+
+def wrong_colors(scenes: Iterable[SceneItem]) -> tuple[int, int]:
+    """How many objects look more like another colour than like their own, and of how many."""
+    table = np.array(list(LOOKS.values()), float)
+    wrong = total = 0
+    for item in scenes:
+        for number, thing in enumerate(item.objects, start=1):
+            middle = np.median(item.image[item.instances == number].astype(float), axis=0)
+            shown = list(LOOKS)[int(((table - middle) ** 2).sum(axis=1).argmin())]
+            wrong += shown != thing.color
+            total += 1
+    return wrong, total
 
 
 # Phrases, read back from their text

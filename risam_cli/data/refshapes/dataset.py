@@ -177,15 +177,15 @@ class RefShapes:
 
     def _layout(self, key: str) -> Layout | None:
         dice = Dice(key)
-        frame = self._frame(Dice(f"{key}/frame"))
+        frame = self._frame(f"{key}/frame")
         fewest = 6 if self.split == "testA" else _MIN_OBJECTS - self.wide
         count = fewest + dice.below(_MAX_OBJECTS - fewest + 1)
         kinds = draw_kinds(dice, count, held_out=self.split == "testB")
         return draw_layout(dice, kinds, frame, wide=self.wide)
 
-    def _frame(self, dice: Dice) -> tuple[int, int]:
+    def _frame(self, key: str) -> tuple[int, int]:
         """Height and width of a picture."""
-        if not self.wide or self.split == "testC" or dice.unit() < _SQUARE:
+        if not self.wide or self.split == "testC" or (dice := Dice(key)).unit() < _SQUARE:
             return self.size, self.size
         short = round(self.size * dice.between(_SHORTEST, 1.0))
         return (short, self.size) if dice.unit() < 0.5 else (self.size, short)
