@@ -475,21 +475,23 @@ def test_a_reader_that_leaves_ends_the_run(finished: tuple[Path, Path], tmp_path
 
 
 def test_an_image_that_vanishes_between_listing_and_reading(pictures: Path, tmp_path: Path) -> None:
-    run = Run([pictures], tmp_path / "out")
-    first = True
+    """Two images at most are read ahead, so the last ones of the folder are listed, not read."""
+    run = Run(
+        [pictures], tmp_path / "out", settings=PredictSettings(CPU, batch_size=1, lookahead=2)
+    )
 
     def vanish(pixels: torch.Tensor) -> None:
-        nonlocal first
-        if first:
-            shutil.rmtree(pictures / "sub")
-            first = False
+        for name in ("5.png", "7.png"):
+            (pictures / name).unlink(missing_ok=True)
 
     run.model.network.before_encode = vanish
     assert run.go() == 3
-    records = read_records(tmp_path / "out")
-    rows = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
-    assert len(records) + len(rows) == 16
-    assert len(rows) >= 4
+    rows = [json.loads(x) for x in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [
+        f"{pictures}/{n}.png#{k}" for n in (4, 5, 7) for k in (0, 1)
+    ]
+    assert all("no such file" in row["message"] for row in rows[2:])
+    assert len(read_records(tmp_path / "out")) == 10
 
 
 # --- parts ----------------------------------------------------------------------------------------
