@@ -475,7 +475,7 @@ def test_a_reader_that_leaves_ends_the_run(finished: tuple[Path, Path], tmp_path
 
 
 def test_an_image_that_vanishes_between_listing_and_reading(pictures: Path, tmp_path: Path) -> None:
-    """Two images at most are read ahead, so the last ones of the folder are listed, not read."""
+    """Two images at most are read ahead: the last ones here are listed, the folder is not yet."""
     run = Run(
         [pictures], tmp_path / "out", settings=PredictSettings(CPU, batch_size=1, lookahead=2)
     )
@@ -483,15 +483,18 @@ def test_an_image_that_vanishes_between_listing_and_reading(pictures: Path, tmp_
     def vanish(pixels: torch.Tensor) -> None:
         for name in ("5.png", "7.png"):
             (pictures / name).unlink(missing_ok=True)
+        shutil.rmtree(pictures / "sub", ignore_errors=True)
 
     run.model.network.before_encode = vanish
     assert run.go() == 3
     rows = [json.loads(x) for x in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in rows] == [
+    *files, folder = rows
+    assert [row["id"] for row in files] == [
         f"{pictures}/{n}.png#{k}" for n in (4, 5, 7) for k in (0, 1)
     ]
-    assert all("no such file" in row["message"] for row in rows[2:])
-    assert len(read_records(tmp_path / "out")) == 10
+    assert all("no such file" in row["message"] for row in files[2:])
+    assert folder["message"].startswith(f"{pictures / 'sub'}: No such file")
+    assert len(read_records(tmp_path / "out")) == 4
 
 
 # --- parts ----------------------------------------------------------------------------------------
