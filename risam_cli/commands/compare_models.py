@@ -18,10 +18,8 @@ from risam_cli.commands.options import (
 from risam_cli.errors import EXIT_OK, OutputError, UsageError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from risam_cli.api.results import Result
+    from risam_cli.types import Rle
 
 PICTURE = "comparison.png"
 
@@ -103,6 +101,7 @@ def _compare(
     from risam_cli.drawing.comparison import ComparisonRow, Panel, draw_comparison
     from risam_cli.drawing.png import encode_rgb
     from risam_cli.export.folder import ExportFolder
+    from risam_cli.masks import rle
 
     # Bad images and masks are told before a model is loaded.
     pictures = [open_rgb(Path(image)) for image in images]
@@ -115,7 +114,8 @@ def _compare(
         image, text = divmod(pair, len(expressions))
         panels = [Panel("image")]
         if true:
-            panels.append(Panel("truth", true[pair], "" if true[pair].any() else "nothing fits"))
+            note = "" if rle.area(true[pair]) else "nothing fits"
+            panels.append(Panel("truth", rle.decode(true[pair]), note))
         for name, results in answers:
             result, iou = results[pair], None
             if true:
@@ -172,25 +172,27 @@ def _names(models: tuple[str, ...]) -> list[str]:
     return [f"{number}: {model}" for number, model in enumerate(models, start=1)]
 
 
-def _read_truth(path: Path, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    import numpy as np
+def _read_truth(path: Path, shape: tuple[int, ...]) -> Rle:
+    from risam_cli.console.console import get_console
+    from risam_cli.data.readers.mask_files import read_mask_file
 
-    from risam_cli.data.images.images import open_rgb
+    def doubt(decided: str) -> None:
+        get_console().warn(f"{path} {decided}")
 
-    mask = np.asarray(open_rgb(path).any(axis=2), np.bool_)
-    if mask.shape != shape:
+    found = read_mask_file(path, "--truth", doubt, no_file="give the path of a PNG")
+    height, width = found["size"]
+    if (height, width) != tuple(shape):
         raise UsageError(
-            f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image {shape[1]}x{shape[0]}",
+            f"{path} is {width}x{height}, its image {shape[1]}x{shape[0]}",
             "give the mask of this image, as large as it is",
         )
-    return mask
+    return found
 
 
-def _iou(result: Result, truth: NDArray[np.bool_]) -> float:
+def _iou(result: Result, truth: Rle) -> float:
     """By the rules of the protocol ``native``."""
-    from risam_cli.masks import rle
     from risam_cli.metrics.figures import Tally, outcome, score_masks
 
     tally = Tally()
-    tally.add(score_masks("0", "0", result.rle, rle.encode(truth), pred_no_target=result.no_target))
+    tally.add(score_masks("0", "0", result.rle, truth, pred_no_target=result.no_target))
     return float(outcome(tally.table()).iou[0])

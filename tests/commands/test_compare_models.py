@@ -67,6 +67,49 @@ def test_every_image_and_expression_has_its_row(folder: Path, model_folder: Path
     assert "is not empty" in again.stderr
 
 
+@pytest.mark.parametrize("kind", ["labels of 16 bits", "a lossy file", "a palette", "alpha"])
+def test_a_true_mask_is_read_as_masks_are_everywhere(folder: Path, cli: Cli, kind: str) -> None:
+    inside = np.zeros(IMAGE, bool)
+    inside[20:40, 8:30] = True
+    file = folder / "truth.png"
+    if kind == "labels of 16 bits":
+        Image.fromarray(inside.astype(np.uint16)).save(file)
+    elif kind == "a lossy file":
+        noise = np.random.default_rng(0).integers(0, 40, IMAGE)
+        file = file.with_suffix(".jpg")
+        Image.fromarray(np.where(inside, 255 - noise, noise).astype(np.uint8)).save(file)
+    elif kind == "a palette":
+        labels = Image.fromarray(inside.astype(np.uint8), "P")
+        labels.putpalette([0, 0, 0, 0, 0, 0])
+        labels.save(file)
+    else:
+        pixels = np.full((*IMAGE, 4), 90, np.uint8)
+        pixels[..., 3] = np.where(inside, 255, 0)
+        Image.fromarray(pixels).save(file)
+    Image.fromarray(inside).save(folder / "plain.png")
+    arguments = ("compare-models", folder / "a.png", "-e", "star", "--model", "refshapes-tiny")
+    drawn = []
+    for truth in (file, folder / "plain.png"):
+        out = folder / f"out-{truth.stem}"
+        done = cli(*arguments, "--truth", truth, "-o", out)
+        assert done.returncode == 0, done.stderr
+        drawn.append(np.asarray(Image.open(out / "comparison.png")))
+    assert np.array_equal(*drawn)
+
+
+def test_a_true_mask_that_can_be_read_in_two_ways_is_told_of(
+    folder: Path, model_folder: Path, cli: Cli
+) -> None:
+    soft = np.tile(np.linspace(0, 255, IMAGE[1]).astype(np.uint8), (IMAGE[0], 1))
+    Image.fromarray(soft).save(folder / "soft.png")
+    done = cli(
+        *("compare-models", folder / "a.png", "-e", "star", "--model", model_folder),
+        *("--truth", folder / "soft.png", "-o", folder / "out"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "soft.png holds gray levels between: 128 and above was taken" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -74,12 +117,15 @@ def test_every_image_and_expression_has_its_row(folder: Path, model_folder: Path
         (("a.png", "-e", " "), "an expression is empty"),
         (("none.png", "-e", "star"), "none.png"),
         (("a.png", "-e", "star", "--truth", "small.png"), "small.png is 8x6, its image 80x60"),
+        (("a.png", "-e", "star", "--truth", "none.png"), "none.png"),
+        (("a.png", "-e", "star", "--truth", "text.png"), "text.png is not an image"),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_line(
     folder: Path, model_folder: Path, cli: Cli, arguments: tuple[str, ...], message: str
 ) -> None:
     Image.fromarray(np.zeros((6, 8), np.uint8)).save(folder / "small.png")
+    (folder / "text.png").write_text("no")
     done = cli("compare-models", *arguments, "--model", model_folder, "-o", "out", cwd=folder)
     assert done.returncode in (1, 2)
     assert message in done.stderr

@@ -32,10 +32,11 @@ _HALF = 128
 _LOSSY = frozenset({"JPEG", "MPO", "JPEG2000", "AVIF"})
 
 
-def read_mask_file(path: Path, where: str, doubt: Callable[[str], None]) -> Rle:
+def read_mask_file(path: Path, where: str, doubt: Callable[[str], None], *, no_file: str) -> Rle:
     """The mask that an image file holds.
 
     Args:
+        where: it is named, for messages; no_file: what to do where it cannot be opened.
         doubt: told what was decided where the file can be read in two ways.
 
     Raises:
@@ -71,7 +72,7 @@ def read_mask_file(path: Path, where: str, doubt: Callable[[str], None]) -> Rle:
     except (OSError, ValueError) as error:  # ValueError: no name that a file can have
         raise DataError(
             f"{where}: the mask {path} cannot be read: {reason_of(error)}",
-            "paths are relative to the manifest",
+            no_file,
         ) from None
 
 

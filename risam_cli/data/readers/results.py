@@ -173,7 +173,10 @@ class Results:
         if self._confine and "\0" not in name:
             require_inside(self.base / name, self.base, f"{where}: the mask {name!r}")
         rle = read_mask_file(
-            self.base / name, where, lambda doubt: self._note(f"mask files: one {doubt}", name)
+            self.base / name,
+            where,
+            lambda doubt: self._note(f"mask files: one {doubt}", name),
+            no_file="paths are relative to the manifest",
         )
         if size is not None and tuple(rle["size"]) != tuple(size):
             raise DataError(

@@ -107,13 +107,13 @@ def test_headers_and_masks_are_bounded_as_well(name: str, tmp_path: Path) -> Non
     with pytest.raises(ImageError):
         image_size(path)
     with pytest.raises(DataError, match="the mask"):
-        read_mask_file(path, "line 1", lambda doubt: None)
+        read_mask_file(path, "line 1", lambda doubt: None, no_file="")
 
 
 @pytest.mark.parametrize("name", ["scans.jpg", "large-chunk.png"])
 def test_masks_are_bounded_behind_their_headers(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the mask"):
-        read_mask_file(write(tmp_path, name), "line 1", lambda doubt: None)
+        read_mask_file(write(tmp_path, name), "line 1", lambda doubt: None, no_file="")
 
 
 def test_what_is_sound_but_may_take_long_is_told_apart(tmp_path: Path) -> None:
