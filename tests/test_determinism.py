@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from risam_cli.api.model import load
 from risam_cli.cli import main
 from risam_cli.model.fast.crew import threads_of
 
@@ -120,3 +121,20 @@ def test_an_image_does_not_depend_on_its_neighbours(
         found = records(predict(inputs=alone))
         assert found
         assert found.items() <= wanted.items()
+
+
+def test_an_image_gives_the_same_bits_alone_and_among_others() -> None:
+    """Alone it has all cores; the bundled model has every part whose sums might show that."""
+    sample = Path(__file__).parent.parent / "sample_data" / "images"
+    names = [str(sample / name) for name in ("scene_2.jpg", "scene_3.png")]
+    found = []
+    for threads in (1, 2, 3):
+        with threads_of(threads):
+            model = load("refshapes-tiny", "cpu")
+            alone = [
+                model.predict(names[0], "the star"),
+                model.encode(names[0]).predict("the star"),
+            ]
+            found += [*alone, model.predict(names, "the star")[0]]
+    assert len({(one.score, one.no_target) for one in found}) == 1
+    assert len({str(one.rle) for one in found}) == 1

@@ -164,8 +164,9 @@ def _answers(
 
 def _names(models: tuple[str, ...]) -> list[str]:
     """What the models are called: as short as tells them apart, so that best/ names its run."""
-    paths = [Path(model) for model in models]
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+    paths = [Path(model).resolve() if Path(model).is_dir() else Path(model) for model in models]
+    shortest = 2 if any(path.name in ("best", "averaged") for path in paths) else 1
+    for depth in range(shortest, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
             return names

@@ -127,7 +127,8 @@ def _run_of(folder: Path, overrides: tuple[str, ...], resume: bool) -> tuple[Pat
 def scoring_commands(settings: TrainSettings, model: Path) -> Iterator[str]:
     """The calls of ``risam eval`` that score a model on what its training validated on.
 
-    There is none for scenes of a kind that eval does not draw.
+    There is none for scenes that eval does not draw: of a kind or a seed that it does not have.
+    Where training looked at some images of a set alone, eval scores all of them.
     """
     for name, data in settings.val.items():
         if (asked := _evaluated(data)) is None:
@@ -143,7 +144,11 @@ def _evaluated(data: DataSettings) -> list[str] | None:
     if data.dataset == "mixed":
         return None
     if data.dataset == "refshapes":
-        if data.family == "mixed" or (data.variety == "wide" and data.split != "testC"):
+        if (
+            data.family == "mixed"
+            or data.seed
+            or (data.variety == "wide" and data.split != "testC")
+        ):
             return None
         return ["--dataset", "refshapes", "--family", data.family, "--split", data.split]
     given = data.model_dump(exclude_none=True)

@@ -103,6 +103,16 @@ class Table:
                 continue
             if values is None:
                 return
+            if self._lines.ended:  # every line ends a row, but inside of quotation marks
+                place = TableRow(before + 1, self._lines.number, {})
+                yield TableRow(
+                    *(place.first, place.last, {}),
+                    DataError(
+                        f"{place.where(self._name)}: a quotation mark is opened and never closed",
+                        "close it, or double it where it is part of the text",
+                    ),
+                )
+                return
             if any(values):
                 yield self._row(values, before + 1)
 
@@ -120,7 +130,11 @@ class Table:
 
 
 class _TextLines:
-    """Lines as the csv module wants them; bytes that are not UTF-8 stay as they are in a path."""
+    """Lines as the csv module wants them; bytes that are not UTF-8 stay as they are in a path.
+
+    Attributes:
+        number: of the last line; ended: whether one after it was asked for.
+    """
 
     def __init__(self, stream: BinaryIO | Lines) -> None:
         is_stream = hasattr(stream, "read")
@@ -128,12 +142,17 @@ class _TextLines:
             read_lines(cast(BinaryIO, stream), MAX_LINE) if is_stream else cast(Lines, stream)
         )
         self.number = 0
+        self.ended = False
 
     def __iter__(self) -> _TextLines:
         return self
 
     def __next__(self) -> str:
-        self.number, line = next(self._lines)
+        try:
+            self.number, line = next(self._lines)
+        except StopIteration:
+            self.ended = True
+            raise
         if line is None:
             raise csv.Error(f"a line is longer than {MAX_LINE >> 20} MiB")
         text = line.decode("utf-8", "surrogateescape")

@@ -84,6 +84,7 @@ class Place:
         stopped: this stage ended early.
         kept: (step, figure) of the weights that are kept for averaging.
         averaged: the average has been made.
+        judged: hash of what the figures were measured by, see :func:`.identity.judge_hash`.
     """
 
     stage: int = 0
@@ -97,6 +98,7 @@ class Place:
     stopped: bool = False
     kept: list[tuple[int, float]] = field(default_factory=list)
     averaged: bool = False
+    judged: str = ""
 
 
 def stage_of_weights(place: Place) -> int:

@@ -70,6 +70,21 @@ def _bearing(
     return values, done
 
 
+_WHERE = {"annotations", "images", "root"}
+
+
+def judge_hash(settings: TrainSettings) -> str:
+    """A hash of what validations measure: figures under different ones are not comparable.
+
+    Where the data lie is left out.
+    """
+    sets = {
+        name: data.model_dump(mode="json", exclude_defaults=True, exclude=_WHERE)
+        for name, data in settings.val.items()
+    }
+    return hash_settings([settings.best_by, sets])
+
+
 def settings_that_differ(was: TrainSettings, now: TrainSettings, number: int) -> str:
     """The settings that bear on the weights at a stage's end and are no longer what they were.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from risam_cli.training.checkpoint import (
 )
 from risam_cli.training.data.collate import DealtBatches, PlannedBatches, begin_worker
 from risam_cli.training.distributed import Processes
-from risam_cli.training.identity import settings_that_differ, stage_hashes
+from risam_cli.training.identity import judge_hash, settings_that_differ, stage_hashes
 from risam_cli.training.log import METRICS, PICTURES, TrainingLog
 from risam_cli.training.optimize import NotFinite, Stepper, autocast, rate_factor
 from risam_cli.training.outcome import figures_of, shown, warnings_of
@@ -132,10 +133,9 @@ def _train(
     figures = figures_of(best)
     for line in warnings_of(settings, figures):
         console.warn(line)
-    console.info(
-        f"done: best {settings.best_by} {run.place.best:.4f}{shown(settings, figures)}; the model "
-        f"is in {best}"
-    )
+    # Below 0 where a finished run goes on with another val: best/ is not judged by it.
+    by = f"best {settings.best_by} {run.place.best:.4f}" if run.place.best >= 0 else "nothing new"
+    console.info(f"done: {by}{shown(settings, figures)}; the model is in {best}")
     console.info(f"curves and pictures: {folder / PAGE}")
     return best
 
@@ -162,7 +162,7 @@ def _page_at_the_end(
         outcome = f"Stopped early: {error}"
         raise
     finally:
-        if run.processes.leads and run.place == Place():
+        if run.processes.leads and run.place == Place(judged=run.place.judged):
             _remove_run(run.folder, kept)
         else:
             run.write_page(outcome)
@@ -225,7 +225,7 @@ class TrainingRun:
         self.hashes = stage_hashes(settings, builder.tokenizer.to_json())
         self.console = builder.console
         self.processes = builder.processes
-        self.place = Place()
+        self.place = Place(judged=judge_hash(settings))
         self.state: dict[str, Any] | None = None
         self.untrained = Untrained(self.model)
         self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep_last)
@@ -242,6 +242,7 @@ class TrainingRun:
         self.state = self.processes.first(self._read)
         if self.state is not None:
             self.place = Place(**self.state["place"])
+            self._judge_anew(was=self.place.judged)
             if self.processes.leads and self.checkpoints.last.is_file():
                 self.checkpoints.follow(self.place)
                 self._prune()
@@ -249,6 +250,18 @@ class TrainingRun:
         else:
             self.console.info(f"nothing to resume in {self.folder}: starting at the first step")
         self.log.drop_rows_after(self.place)
+
+    def _judge_anew(self, was: str) -> None:
+        """Forgets the figures so far where they were measured by something else."""
+        place = self.place
+        place.judged = judge_hash(self.settings)
+        if was and was != place.judged:
+            place.best, place.stage_best, place.since_best = -1.0, -math.inf, 0
+            place.kept = [(step, -1.0) for step, _ in place.kept]
+            self.console.warn(
+                "best_by or val is another than before, so its figures are no longer compared: "
+                "the next validation's weights become best/"
+            )
 
     def _read(self) -> dict[str, Any] | None:
         path = self.checkpoints.to_resume()
@@ -298,7 +311,9 @@ class TrainingRun:
         if average is not None:
             average.swap()  # The next stage goes on from the average.
         p = self.place
-        self.place = Place(number + 1, 0, p.best, p.seconds, p.expressions, kept=p.kept)
+        self.place = Place(
+            *(number + 1, 0, p.best, p.seconds, p.expressions), kept=p.kept, judged=p.judged
+        )
         # A run cut in the next stage's first steps finds the finished stage here.
         self._save()
 

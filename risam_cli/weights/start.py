@@ -23,6 +23,7 @@ from risam_cli.weights import frozen, lora
 from risam_cli.weights.build import TextParts, add_lora, build_model, learn_words, new_text_parts
 from risam_cli.weights.load import LoadedModel, load_model
 from risam_cli.weights.sam import load_sam_decoder, load_sam_encoder
+from risam_cli.weights.tokenizer import TextTokenizer
 from risam_cli.weights.torch_files import load_plain
 
 
@@ -125,10 +126,12 @@ def _from_model_folder(
             f"model.text_encoder.lora is not that of init_from {source}",
             "give it the same values, or leave it out to add it into the weights",
         )
-    text = TextParts(backbone, config, loaded.tokenizer)
+    tokens = min(settings.text_encoder.max_tokens, int(config.max_position_embeddings))
+    known = loaded.tokenizer
+    text = TextParts(backbone, config, TextTokenizer(known.tokenizer, tokens, known.pad_id))
     if settings.text_encoder.learns_words:
         text = learn_words(text, texts())
-        _tell_of_words(console, text, loaded.tokenizer.tokenizer.get_vocab_size())
+        _tell_of_words(console, text, known.tokenizer.get_vocab_size())
     model = build_model(settings, text)
     weights = loaded.model.state_dict()
     model.load_state_dict(weights, strict=False)  # The sections are equal.
@@ -142,17 +145,37 @@ def _from_model_folder(
 
 
 def _require_same(settings: ModelSettings, loaded: LoadedModel, source: str) -> None:
-    theirs, ours = loaded.settings.model_dump(), settings.model_dump()
-    for section in ("image_encoder", "fusion", "decoder"):
-        for key, value in ours[section].items():
-            held = theirs[section][key]
-            # Parts that start at zero change nothing where they are new.
-            new = key in ("adapter_dim", "stem_in_deep", "no_target_evidence") and not held
-            if value != held and key != "checkpoint" and not new:
-                raise ConfigError(
-                    f"model.{section}.{key} is {value!r}, init_from {source} has {held!r}",
-                    "give the model section the values of that folder's config.json",
-                )
+    theirs, ours = _flat(loaded.settings), _flat(settings)
+    for key, value in ours.items():
+        held = theirs.get(key)
+        # Parts that start at zero change nothing where they are new.
+        new = key.endswith(_AT_ZERO) and not held
+        if value != held and not new:
+            raise ConfigError(
+                f"model.{key} is {value!r}, init_from {source} has {held!r}",
+                "give the model section the values of that folder's config.json, or take its "
+                "image encoder alone, by init_encoder_from",
+            )
+
+
+_AT_ZERO = ("adapter_dim", "stem_in_deep", "no_target_evidence")
+_FREE = {
+    "image_encoder": {"checkpoint"},
+    "text_encoder": {"max_tokens", "learn_words", "trainable", "lora"},
+}
+"""What may differ from the folder that a network starts from: it changes no weight's shape."""
+
+
+def _flat(settings: ModelSettings) -> dict[str, Any]:
+    """What makes a network the same one, by its keys."""
+    free = {**_FREE}
+    if settings.text_encoder.vocabulary is None:  # they are of a small BERT alone
+        free["text_encoder"] = free["text_encoder"] | {"hidden", "layers", "heads"}
+    held = settings.model_dump(
+        include={"image_encoder", "text_encoder", "fusion", "decoder"}, exclude=free
+    )
+    sections = {f"{name}.{key}": v for name, part in held.items() for key, v in part.items()}
+    return {"kind": settings.kind, **sections}
 
 
 # --- an encoder out of an earlier training --------------------------------------------------------

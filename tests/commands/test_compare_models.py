@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -144,6 +145,20 @@ def test_a_mask_is_outlined_and_the_rest_dimmed_in_its_own_panel_alone() -> None
     assert not (left == 80).all(axis=2).any()  # 0.4 of 200: dimmed
     dimmed, kept = (right == 80).all(axis=2).sum(), (right == 200).all(axis=2).sum()
     assert dimmed / kept == pytest.approx((60 * 80 - 800) / 800, rel=0.25)
+
+
+def test_a_trained_model_is_called_by_its_run(folder: Path, model_folder: Path, cli: Cli) -> None:
+    shutil.copytree(model_folder, folder / "mine/best")
+    for models, names in (
+        (("mine/best",), ["mine/best"]),
+        (("mine/best", "refshapes-tiny"), ["mine/best", "refshapes-tiny"]),
+    ):
+        given = [part for model in models for part in ("--model", model)]
+        done = cli(
+            *("compare-models", "a.png", "-e", "star", *given, "--json", "--overwrite"), cwd=folder
+        )
+        assert done.returncode == 0, done.stderr
+        assert [a["model"] for a in json.loads(done.stdout)["answers"]] == names
 
 
 def test_a_comparison_needs_rows_with_panels() -> None:

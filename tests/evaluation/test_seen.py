@@ -296,6 +296,7 @@ def test_each_validation_set_that_eval_reads_has_its_command() -> None:
         "one": {**scenes, "family": "grefshapes"},
         "all": {**scenes, "family": "mixed"},
         "wide": {**scenes, "family": "refshapes", "variety": "wide"},
+        "other": {**scenes, "family": "refshapes", "seed": 5},
     }  # fmt: skip
     chosen = settings(Path("runs/x"), val=val)
     end = "--model runs/x/best -o runs/x-eval"

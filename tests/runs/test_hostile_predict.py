@@ -131,6 +131,7 @@ def test_tables_of_every_kind_are_read_or_refused(tmp_path: Path, capsys: Any) -
     (tmp_path / "a.png").write_bytes(hostile_images.saved("PNG"))
     tables = {
         "open-quote.csv": b'image,expression\na.png,"never closed\n' + b"x" * 300_000,
+        "open-quote-few.csv": b'image,expression\na.png,x\na.png,"y\na.png,z\n',
         "nul.csv": b"image,expression\na.png,\0\n",
         "formula.csv": b"image,expression\n=cmd|' /C calc'!A0,x\n",
         "latin.tsv": b"image\texpression\na.png\t\xe9\n",

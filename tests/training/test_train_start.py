@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from support.text_folders import make_bert
-from support.training_runs import RAW, last_weights, run, settings, write_coco
+from support.training_runs import RAW, last_weights, rows, run, settings, write_coco
 
 from risam_cli.cli import main
 from risam_cli.console.console import Console
@@ -102,6 +102,28 @@ def test_a_run_cut_before_its_first_checkpoint_makes_way(tmp_path: Path) -> None
     run(tmp_path / "run", **QUICK)
     rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows if '"train"' in row] == [1, 2, 3]
+
+
+def test_figures_of_another_validation_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first stage is judged by what nothing fits to, which is easy."""
+    data = _mine(tmp_path / "mine")
+    stage = {**REFERRING[0], "steps": 2}
+    chosen: dict[str, Any] = {"validate_every": 2, "checkpoint_every": 2, **data}
+    easy = {"val": {"mine": {**data["train"], "limit": 1}}}
+    out = tmp_path / "run"
+    run(out, **{**chosen, **easy}, stages=[stage])
+    started = json.loads((out / "best/card.json").read_text())
+    more = [stage, {**stage, "name": "more"}]
+    run(out, resume=True, **chosen, stages=more, best_by="t_acc")
+    assert "its figures are no longer compared" in capsys.readouterr().err
+    card = json.loads((out / "best/card.json").read_text())
+    assert card != started
+    run(out, resume=True, **chosen, stages=more, best_by="t_acc")
+    told = capsys.readouterr().err
+    assert "no longer compared" not in told
+    assert f"done: best t_acc {rows(out)[-1]['mine.t_acc']:.4f}" in told
 
 
 # --- what already exists ------------------------------------------------------------------------

@@ -172,6 +172,11 @@ def test_init_from_takes_every_weight_and_what_starts_at_zero_may_be_new(
         ({"fusion": {"blocks": 1}}, "model.fusion.blocks is 1, init_from .* has 2"),
         ({"image_encoder": {"taps": [0, 1, 2], "window": 2}}, "image_encoder.window is 2"),
         ({"decoder": {"query_token": False}}, "decoder.query_token is False"),
+        ({"kind": "sam"}, "model.kind is 'sam', init_from .* has 'risam'"),
+        ({"kind": "cris"}, "model.kind is 'cris'"),
+        ({"text_encoder": {"hidden": 32}}, "model.text_encoder.hidden is 32"),
+        ({"text_encoder": {"vocabulary": None, "source": "bert"}}, "text_encoder.source is 'bert'"),
+        ({"text_encoder": {"vocabulary": "data"}}, "model.text_encoder.vocabulary is 'data'"),
     ],
 )
 def test_init_from_another_network_is_refused(
@@ -179,6 +184,13 @@ def test_init_from_another_network_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         _builder(tmp_path, init_from=str(folder), model=model)
+
+
+def test_init_from_cuts_expressions_where_the_model_that_it_makes_will(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = {"text_encoder": {"max_tokens": 5}}
+    assert _builder(tmp_path, init_from=str(folder), model=model).tokenizer.max_tokens == 5
 
 
 @pytest.mark.parametrize("size", ["SAM's", "another"])

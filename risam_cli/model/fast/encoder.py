@@ -86,14 +86,16 @@ class HostImageEncoder(FastImageEncoder):
     def forward(self, pixels: Tensor) -> EncoderFeatures:
         """See :meth:`risam_cli.model.image_encoder.ImageEncoder.forward`."""
         threads = torch.get_num_threads()
-        x, fine = self.patch_embed(pixels)  # (B, h, w, D)
-        x = x + self.position(x.shape[1], x.shape[2])
-        tapped = {tap: torch.empty_like(x) for tap in self.taps[:2]}
+        # Convolutions and group norms add up in another order where they have more threads.
         with threads_of(1):
+            x, fine = self.patch_embed(pixels)  # (B, h, w, D)
+            x = x + self.position(x.shape[1], x.shape[2])
+            tapped = {tap: torch.empty_like(x) for tap in self.taps[:2]}
             for chain in self._chains():
                 self._through(chain, x, tapped, threads)
+            deep = self.add_stem(self.to_deep(x), fine)
         shallow, middle = (tapped[tap].permute(0, 3, 1, 2) for tap in self.taps[:2])
-        return EncoderFeatures(shallow, middle, self.add_stem(self.to_deep(x), fine), fine)
+        return EncoderFeatures(shallow, middle, deep, fine)
 
     def through_some(self, x: Tensor) -> None:
         """Takes x (B, h, w, D) through the longest chain of blocks, for a measurement."""

@@ -151,6 +151,11 @@ class DataBuilder:
     ) -> Examples:
         _require_images(key, source)
         samples = PackedSamples(source.iterate())
+        if out := samples.without_pixels:
+            self.console.warn(
+                f"{key}: {len(out)} expressions are left out: they have a target, but its mask no "
+                f"pixel; the first is {out[0]!r}"
+            )
         if not len(samples):
             raise ConfigError(
                 f"{key}: {_named(data)} holds no expressions",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, overload
 
 import cv2
@@ -158,7 +158,9 @@ class PackedSamples(Sequence[Sample]):
     def __init__(self, samples: Iterable[Sample]) -> None:
         block, ends, counts = bytearray(), array("q"), array("q")
         self.pseudo = 0  # expressions whose truth is a model's answer
-        for sample in samples:
+        self.without_pixels: list[str] = []
+        for given in samples:
+            sample = replace(given, expressions=tuple(filter(self._may_teach, given.expressions)))
             if not sample.expressions:
                 continue
             for expression in sample.expressions:
@@ -174,6 +176,13 @@ class PackedSamples(Sequence[Sample]):
         self._block = np.frombuffer(bytes(block), np.uint8)
         self._ends = np.asarray(ends, np.int64)
         self._counts = np.asarray(counts, np.int64)
+
+    def _may_teach(self, expression: Expression) -> bool:
+        target = expression.target
+        if target is None or expression.no_target is not False or masks.area(target):
+            return True
+        self.without_pixels.append(expression.id)
+        return False
 
     @property
     def expressions(self) -> int:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from support.networks import encoder, noise
+from support.networks import encoder, noise, small_model
 
 from risam_cli.model.fast import tuning
 from risam_cli.model.fast.crew import share, threads_of
@@ -94,3 +94,18 @@ def test_any_number_of_threads_gives_the_same_bits(
     for other in found[1:]:
         for name in ("shallow", "middle", "deep"):
             assert torch.equal(getattr(found[0], name), getattr(other, name))
+
+
+def test_any_number_of_threads_gives_the_same_bits_behind_a_stem() -> None:
+    """Whose norms PyTorch adds up by threads, where pixels lie channel by channel."""
+    ours = small_model(image_encoder={"stem": [4, 8, 12]})[0].image_encoder
+    prepare_for_inference(ours, torch.device("cpu"))
+    pixels = noise(1, 3, 128, 128).contiguous(memory_format=torch.channels_last)
+    found = []
+    for threads in (1, 2, 3):
+        with torch.inference_mode(), threads_of(threads):
+            found.append(ours(pixels))
+    assert found[0].fine is not None
+    for other in found[1:]:
+        for name in ("shallow", "middle", "deep", "fine"):
+            assert torch.equal(getattr(found[0], name), getattr(other, name)), name

@@ -138,6 +138,20 @@ def test_packed_samples_are_small_and_the_same(data: Path) -> None:
         packed[4]
 
 
+def test_a_target_without_a_pixel_is_not_learned_as_nothing_and_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coco = write_coco(tmp_path / "mine")
+    path = Path(coco["annotations"])
+    content = json.loads(path.read_text())
+    content["annotations"][0]["segmentation"] = [[10, 10, 10, 10, 10, 10]]
+    path.write_text(json.dumps(content))
+    train = _builder(tmp_path, coco).train()
+    assert train[0].texts == ("green star",)
+    assert train[1].texts == ("red square", "green star")
+    assert "train: 1 expressions are left out: they have a target" in capsys.readouterr().err
+
+
 # --- epochs ---------------------------------------------------------------------------------------
 
 AUGMENT = {"flip": 0.5, "crop": 0.5, "shrink": 0.6, "jitter": 0.5, "expressions_per_image": 2}
