@@ -260,7 +260,7 @@ class Source:
             area=area,
             score=score,
             no_target=area == 0 if no_target is None else no_target,
-            instance=record["instance"] if type(record.get("instance")) is int else None,
+            instance=self._results.instance(record, number),
         )
 
     def _fail(

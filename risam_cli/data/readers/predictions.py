@@ -156,6 +156,8 @@ class PredictionIndex:
         self._used[[one.row for answer in found for one in answer]] = True
         where = f"{self.path}: prediction {expression.id!r}"
         size = self._size or sample.size
+        for one in found[0]:
+            self._results.instance(one.record, one.number)  # told of where it is left out
         return _united([self._answer(one, where, size) for one in found[0]])
 
     def of_pair(
@@ -187,8 +189,7 @@ class PredictionIndex:
         found = []
         for one in by_key[keys[0]] if keys else ():
             answer = self._answer(one, self._results.place(one.number), size)
-            instance = one.record.get("instance")
-            found.append((instance if type(instance) is int else None, answer))
+            found.append((self._results.instance(one.record, one.number), answer))
         return found
 
     def records(self, name: str) -> list[Record]:

@@ -205,6 +205,14 @@ class Results:
         self._leave_out(key, value, "true or false", number)
         return None
 
+    def instance(self, record: Record, number: int) -> int | None:
+        """Which object of its expression it is; None where it does not say, or no number, noted."""
+        value = record.get("instance")
+        if value is None or type(value) is int:
+            return value
+        self._leave_out("instance", value, "a whole number", number)
+        return None
+
     def notes(self) -> list[str]:
         """What the user must know of all that was read, one line a kind, with numbers."""
         return [f"{n} {what} (the first: {self._first[what]})" for what, n in self._notes.items()]
@@ -224,8 +232,9 @@ class Results:
             )
 
     def _leave_out(self, key: str, value: object, wanted: str, number: int) -> None:
+        article = "an" if key[0] in "aeiou" else "a"
         self._note(
-            f"records have a {key} that is not {wanted}; it is left out",
+            f"records have {article} {key} that is not {wanted}; it is left out",
             f"{brief(value)}, {self.place(number)}",
         )
 
@@ -259,6 +268,8 @@ class Results:
             found["id"] = _id(found["id"], where)
         if "score" not in found and "predicted_iou" in found:
             found["score"] = found["predicted_iou"]
+        if "instance" in found:
+            found["instance"] = _whole(found["instance"])
         return found
 
     # --- opening --------------------------------------------------------------------------------
@@ -483,9 +494,7 @@ def _cell(key: str, text: str) -> Any:
     if key in ("score", "no_target_probability", "predicted_iou"):
         return _number(text)
     if key in ("height", "width"):
-        number = _number(text)
-        whole = isinstance(number, float) and number.is_integer()
-        return int(number) if whole else text
+        return _whole(text)
     if key == "no_target":
         return {"true": True, "false": False, "1": True, "0": False}.get(text.strip().lower(), text)
     if key in ("segmentation", "bbox", "notes"):
@@ -499,6 +508,14 @@ def _cell(key: str, text: str) -> Any:
             except (ValueError, SyntaxError, RecursionError, MemoryError):
                 return text
     return text
+
+
+def _whole(value: Any) -> Any:
+    """3 for "3", "3.0" and 3.0, as pandas and spreadsheets write it; else the value as it is."""
+    if isinstance(value, str):
+        text = value.strip()
+        value = int(text) if text.isdecimal() and len(text) < 20 else _number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _number(text: str) -> float | str:

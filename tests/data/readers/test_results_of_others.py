@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import pickle
 from pathlib import Path
@@ -123,6 +124,34 @@ def _runs(mask: Any) -> list[int]:
 def test_a_mask_in_any_usual_writing_is_that_mask(tmp_path: Path, segmentation: Any) -> None:
     row = {**record("a.png", "x", BLOCK), "segmentation": segmentation}
     assert len(exported(tmp_path, write_jsonl(tmp_path / "p.jsonl", [row]))["annotations"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["csv", "text", "float"])
+def test_instances_stay_together_however_their_numbers_are_written(
+    tmp_path: Path, kind: str
+) -> None:
+    """A table's cells are text, and pandas writes whole numbers beside gaps as 0.0."""
+    rows = [record("a.png", "x", BLOCK, id="7", instance=n) for n in (0, 1)]
+    if kind == "csv":
+        source = tmp_path / "p.csv"
+        with source.open("w", newline="") as file:
+            table = csv.DictWriter(file, [*rows[0]])
+            table.writeheader()
+            rows[1]["instance"] = "1.0"
+            table.writerows({**row, "segmentation": json.dumps(RLE)} for row in rows)
+    else:
+        write = str if kind == "text" else float
+        rows = [{**row, "instance": write(row["instance"])} for row in rows]
+        source = write_jsonl(tmp_path / "p.jsonl", rows)
+    found = exported(tmp_path, source)
+    assert [one["instance"] for one in found["annotations"]] == [0, 1]
+    assert [one["ann_ids"] for one in found["expressions"]] == [[1, 2]]
+
+
+def test_an_instance_that_is_no_number_is_left_out_and_told(tmp_path: Path, capsys: Any) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", [record("a.png", "x", BLOCK, instance="left")])
+    assert "instance" not in exported(tmp_path, source)["annotations"][0]
+    assert "1 records have an instance that is not a whole number" in capsys.readouterr().err
 
 
 def test_an_rle_may_stand_under_mask(tmp_path: Path) -> None:
