@@ -205,8 +205,8 @@ def read_map(path: Path) -> ByMap:
     Args:
         path: ``.json`` or ``.yaml``: an object from expression to category; ``.csv`` or ``.tsv``:
             columns ``expression`` and ``category``, and maybe ``number``. The key ``*`` stands for
-            all others. Keys that are one expression must say the same. In place of a category's name there may be an object with ``name`` and
-            ``number``.
+            all others. Keys that are one expression must say the same. In place of a category's
+            name there may be an object with ``name`` and ``number``.
 
     Raises:
         DataError: the file cannot be read or is something else.
