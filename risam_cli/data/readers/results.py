@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from risam_cli.console.streams import require_open
-from risam_cli.data.identity import id_text
+from risam_cli.data.identity import existing, id_text
 from risam_cli.data.images.files import require_inside
 from risam_cli.data.readers.cvat import NAME as CVAT
 from risam_cli.data.readers.cvat import cvat_records, open_zip
@@ -170,10 +170,11 @@ class Results:
             return None
         if not isinstance(name, str):
             raise DataError(f"{where}: 'mask' is {brief(name)}", "name a file")
+        path = Path(existing(str(self.base / name)))
         if self._confine and "\0" not in name:
-            require_inside(self.base / name, self.base, f"{where}: the mask {name!r}")
+            require_inside(path, self.base, f"{where}: the mask {name!r}")
         rle = read_mask_file(
-            self.base / name,
+            path,
             where,
             lambda doubt: self._note(f"mask files: one {doubt}", name),
             no_file="paths are relative to the manifest",

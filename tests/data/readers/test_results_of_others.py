@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.export_cases import SIZE, export, record, shapes, write_image, write_jsonl
 
 from risam_cli.data.readers.results import Results
@@ -216,6 +217,23 @@ def test_a_list_without_a_usable_record_says_why(tmp_path: Path, capsys: Any) ->
     said = capsys.readouterr().err
     assert "holds no record that can be read" in said
     assert "result 0: 'image' is None" in said
+
+
+def test_mask_files_are_found_by_any_spelling_of_their_name(tmp_path: Path) -> None:
+    """As a list from Windows or macOS names them."""
+    (tmp_path / "in" / "masks").mkdir(parents=True)
+    for name in ("masks/1.png", "masks/caf\u00e9.png", "2.png"):
+        Image.fromarray(BLOCK).save(tmp_path / "in" / name)
+    Image.fromarray(BLOCK).save(tmp_path / "2.png")
+    rows = [
+        {"image": "a.png", "expression": name, "mask": name}
+        for name in ("masks\\1.png", "masks/cafe\u0301.png", "..\\2.png")
+    ]
+    source = write_jsonl(tmp_path / "in" / "manifest.jsonl", rows)
+    assert len(exported(tmp_path, source)["annotations"]) == 3
+    assert export(source, "--to", "coco", "-o", tmp_path / "out2", "--confine") == 3
+    (failure,) = (tmp_path / "out2" / "failures.jsonl").read_text().splitlines()
+    assert "to which files are confined" in failure
 
 
 def test_confined_results_read_no_file_elsewhere(tmp_path: Path) -> None:
