@@ -81,7 +81,7 @@ class _Coco:
             "segmentation": self.segmentation(item),
             "area": p.area,
             "bbox": list(p.bbox),
-            "iscrowd": 0,
+            "iscrowd": int(item.crowd),
             **_score(p),
             "expression": p.expression,
             "record_id": p.id,

@@ -149,6 +149,7 @@ class Labeled:
         number: which of its image's records it is, from 0, filtered ones counted.
         category: its place among the categories, from 0.
         annotation: the id that a COCO file gave it, or None.
+        crowd: whether it is COCO's mark of several objects in one mask.
     """
 
     prediction: Prediction
@@ -156,6 +157,7 @@ class Labeled:
     category: int
     category_name: str
     annotation: int | None = None
+    crowd: bool = False
 
     @property
     def mask(self) -> NDArray[np.bool_]:

@@ -198,7 +198,7 @@ def _add(
         else:
             try:
                 category = context.categories.index(p.expression, given.category)
-                items.append(Labeled(p, number, *category, given.annotation))
+                items.append(Labeled(p, number, *category, given.annotation, given.crowd))
             except DataError as error:
                 fail(_failure(group, p, error))
     image = LabeledImage(

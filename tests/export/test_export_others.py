@@ -297,11 +297,13 @@ def test_annotations_of_a_coco_file_keep_their_ids_and_may_be_named_by_text_or_f
     table = json.loads(truth(tmp_path).read_text())
     for annotation, odd in zip(table["annotations"], ("42", 7.0, 7), strict=True):
         annotation |= {"image_id": odd, "id": annotation["id"] * 1000}
+    table["annotations"][1]["iscrowd"] = 1
     path = tmp_path / "odd.json"
     path.write_text(json.dumps(table))
     assert export(path, "--to", "coco", "-o", tmp_path / "out") == 0
     assert [a["id"] for a in instances(tmp_path / "out")["annotations"]] == [1000, 2000, 3000]
     assert [a["image_id"] for a in instances(tmp_path / "out")["annotations"]] == [42, 7, 7]
+    assert [a["iscrowd"] for a in instances(tmp_path / "out")["annotations"]] == [0, 1, 0]
 
 
 def test_what_is_wrong_with_a_result_is_said_with_its_place(tmp_path):
