@@ -51,6 +51,7 @@ MAX_LINE = 64 << 20
 # What a COCO file calls an annotation is not what its expression was called.
 _ID_KEYS = ("record_id", "id", "sent_id", "task_id")
 _COLUMNS = ("image", "expression", "mask", "segmentation", "id", "score", "no_target", "file_name")
+_TEXTS = (*_ID_KEYS, *TEXT_KEYS)
 _JSON = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 _PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _LONGEST_SINGLE = 1 << 23  # bytes of a file that is one record
@@ -344,7 +345,13 @@ class Results:
         for row in table:
             if row.error is not None:
                 raise row.error
-            yield row.first, {k: _cell(k, v) for k, v in row.cells.items() if k and v}
+            # Names of files are bytes and may be anything; what is written out as text may not.
+            odd = [k for k in _TEXTS if not _is_utf8(row.cells.get(k, ""))]
+            if odd:
+                where = row.where(str(self.path))
+                yield row.first, {ERROR: f"{where}: the {odd[0]} is not UTF-8; save it as UTF-8"}
+            else:
+                yield row.first, {k: _cell(k, v) for k, v in row.cells.items() if k and v}
 
     def _of_folder(self) -> Iterator[tuple[int, Record]]:
         """The records of a folder's files; those without an image's name are of their file's."""
@@ -524,6 +531,11 @@ def _number(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a cell was UTF-8: other bytes are surrogates in it."""
+    return text.isascii() or not any("\udc80" <= char <= "\udcff" for char in text)
 
 
 def _absent(columns: list[str]) -> list[str]:

@@ -236,6 +236,18 @@ def test_mask_files_are_found_by_any_spelling_of_their_name(tmp_path: Path) -> N
     assert "to which files are confined" in failure
 
 
+def test_a_tables_words_must_be_utf_8_and_its_names_of_files_need_not(tmp_path: Path) -> None:
+    Image.fromarray(BLOCK).save(tmp_path / "m.png")
+    rows = ["image,expression,mask", "a.png,le carr\u00e9,m.png", "\u00e9.png,the square,m.png"]
+    source = tmp_path / "p.csv"
+    source.write_text("\n".join(rows), encoding="latin-1")
+    assert export(source, "--to", "coco", "-o", tmp_path / "out") == 3
+    (failure,) = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
+    assert "line 2: the expression is not UTF-8" in failure
+    found = json.loads((tmp_path / "out" / "instances.json").read_text())
+    assert [one["expression"] for one in found["annotations"]] == ["the square"]
+
+
 def test_confined_results_read_no_file_elsewhere(tmp_path: Path) -> None:
     write_image(tmp_path / "in" / "a.png")
     write_image(tmp_path / "b.png")
