@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from risam_cli.console.text import sanitize
+from risam_cli.data.identity import expression_key
 from risam_cli.errors import DataError, reason_of
-from risam_cli.files.jsonlines import brief, load_json, read_text
+from risam_cli.files.jsonlines import brief, load_json, read_text, unique_pairs
 from risam_cli.files.plain import open_plain
 from risam_cli.files.safe_yaml import load_yaml
-from risam_cli.files.tables import Table
+from risam_cli.files.tables import Table, TableRow
 
 _LONGEST = 1 << 28  # bytes
 OTHERS = "*"
@@ -64,6 +65,7 @@ class ByMap:
     """Categories by a map; see :func:`read_map`.
 
     Args:
+        table: categories by :func:`risam_cli.data.identity.expression_key`.
         numbers: of categories that the map numbers itself.
     """
 
@@ -76,7 +78,7 @@ class ByMap:
 
     def name(self, expression: str) -> str:
         """What the map says for the expression, else what it says for ``*``."""
-        found = self._table.get(expression, self._table.get(OTHERS))
+        found = self._table.get(expression_key(expression), self._table.get(OTHERS))
         if found is None:
             raise DataError(
                 f"{self._path} has no category for the expression {expression!r}",
@@ -203,8 +205,8 @@ def read_map(path: Path) -> ByMap:
     Args:
         path: ``.json`` or ``.yaml``: an object from expression to category; ``.csv`` or ``.tsv``:
             columns ``expression`` and ``category``, and maybe ``number``. The key ``*`` stands for
-            all others. In place of a category's name there may be an object with ``name`` and
-            ``number``.
+            all others. Keys that are one expression must say the same. In place of a category's
+            name there may be an object with ``name`` and ``number``.
 
     Raises:
         DataError: the file cannot be read or is something else.
@@ -222,6 +224,7 @@ def read_map(path: Path) -> ByMap:
         )
     names: dict[str, str] = {}
     numbers: dict[str, int] = {}
+    spelled: dict[str, str] = {}
     for key, value in table.items():
         name, number = value, None
         if isinstance(value, dict):
@@ -231,7 +234,14 @@ def read_map(path: Path) -> ByMap:
                 f"category map {path}: {brief(key)}: {brief(value)} is not a pair of texts",
                 "put both in quotes",
             )
-        names[key] = name
+        own = expression_key(key)
+        other = spelled.setdefault(own, key)
+        if names.setdefault(own, name) != name:
+            raise DataError(
+                f"category map {path}: {brief(other)} and {brief(key)} are one expression, with "
+                f"the categories {brief(names[own])} and {brief(name)}",
+                "give it one; case, white space and punctuation do not count",
+            )
         if number is None:
             continue
         if type(number) is not int or number < 0 or numbers.setdefault(name, number) != number:
@@ -246,7 +256,8 @@ def read_map(path: Path) -> ByMap:
 
 def _from_yaml(text: str, path: Path) -> Any:
     try:
-        return load_json(text) if path.suffix.lower() == ".json" else load_yaml(text)
+        load = load_json if path.suffix.lower() == ".json" else load_yaml
+        return load(text, unique=True)
     except ValueError as error:
         reason = sanitize(" ".join(str(error).split()))
         raise DataError(f"category map {path} cannot be read: {reason}") from None
@@ -257,15 +268,20 @@ def _from_csv(path: Path) -> dict[str, Any] | None:
         table = Table(stream, f"category map {path}", ("expression", "category", "number"))
         if not {"expression", "category"} <= {*table.columns}:
             return None
-        found: dict[str, Any] = {}
-        for row in table:
-            if row.error is not None:
-                raise row.error
-            value: Any = row.cells["category"]
-            if number := row.cells.get("number"):
-                value = {
-                    "name": value,
-                    "number": int(number) if number.isdecimal() and len(number) < 16 else number,
-                }
-            found[row.cells["expression"]] = value
-        return found
+        try:
+            return unique_pairs(map(_pair, table))
+        except ValueError as error:
+            raise DataError(f"category map {path}: {error}", "give it one category") from None
+
+
+def _pair(row: TableRow) -> tuple[str, Any]:
+    """Expression and category of a row. Raises DataError."""
+    if row.error is not None:
+        raise row.error
+    value: Any = row.cells["category"]
+    if number := row.cells.get("number"):
+        value = {
+            "name": value,
+            "number": int(number) if number.isdecimal() and len(number) < 16 else number,
+        }
+    return row.cells["expression"], value

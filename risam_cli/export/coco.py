@@ -58,21 +58,19 @@ class _Coco:
             self._add_expression(image_id, prediction, ids)
 
     def _add_image(self, image: LabeledImage) -> Any:
-        """Append the image as it was given, or a new entry; gives its id."""
-        if image.entry is not None:
-            self._images.add(_dump(image.entry), between=",\n")
-            return image.entry["id"]
-        image_id = image.index + 1
-        height, width = image.size
+        """Append the image's entry, as it was given but for a new name, or a new one; its id."""
         copy_image(self.context, image, "images")
         name = image.target if self.context.copy_images else image.name
-        row = {"id": image_id, "file_name": name, "height": height, "width": width}
+        row: Mapping[str, Any]
+        if image.entry is None:
+            height, width = image.size
+            row = {"id": image.index + 1, "file_name": name, "height": height, "width": width}
+        elif name == image.image:
+            row = image.entry
+        else:
+            row = {**image.entry, "file_name": name}
         self._images.add(_dump(row), between=",\n")
-        return image_id
-
-    def add_entry(self, entry: Mapping[str, Any]) -> None:
-        """Append an image that was given and has no record."""
-        self._images.add(_dump(entry), between=",\n")
+        return row["id"]
 
     def _add_item(self, image_id: Any, item: Labeled, annotation: int) -> None:
         p = item.prediction
@@ -83,7 +81,7 @@ class _Coco:
             "segmentation": self.segmentation(item),
             "area": p.area,
             "bbox": list(p.bbox),
-            "iscrowd": 0,
+            "iscrowd": int(item.crowd),
             **_score(p),
             "expression": p.expression,
             "record_id": p.id,

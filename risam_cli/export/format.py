@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, overload, runtime_checkable
+from typing import Any, Protocol, overload
 
 import cv2
 import numpy as np
@@ -149,6 +149,7 @@ class Labeled:
         number: which of its image's records it is, from 0, filtered ones counted.
         category: its place among the categories, from 0.
         annotation: the id that a COCO file gave it, or None.
+        crowd: whether it is COCO's mark of several objects in one mask.
     """
 
     prediction: Prediction
@@ -156,6 +157,7 @@ class Labeled:
     category: int
     category_name: str
     annotation: int | None = None
+    crowd: bool = False
 
     @property
     def mask(self) -> NDArray[np.bool_]:
@@ -193,7 +195,7 @@ class LabeledImage:
         image: as the records name it.
         target: relative path for its files, safe and unique; with the image's own suffix.
         path: where the image's file would be.
-        size: (H, W).
+        size: (H, W); zeros for an image of the COCO file that has no record.
         items: masks that are not empty; may be none.
         empty: records whose mask is empty.
         own_name: what ``target`` would be if no name had to change.
@@ -241,14 +243,6 @@ class Context:
                 f"give {setting('image_root')}, so that the image is the one that was predicted on",
             )
         return rgb
-
-
-@runtime_checkable
-class TakesEntries(Protocol):
-    """A format that keeps the entries of images without a record."""
-
-    def add_entry(self, entry: Mapping[str, Any]) -> None:
-        """Write an image's entry as the COCO file has it."""
 
 
 class Format(Protocol):

@@ -22,6 +22,7 @@ class FormatInfo:
         copies: whether copying images means something to it.
         without: a folder's name that no path in it may have; see
             :class:`risam_cli.export.targets.Placement`.
+        all_images: whether it keeps the images of a COCO file that have no record.
     """
 
     open: Callable[[Context], AbstractContextManager[Format]]
@@ -30,6 +31,7 @@ class FormatInfo:
     needs_image: bool = False
     copies: bool = False
     without: str | None = None
+    all_images: bool = False
 
 
 def formats() -> dict[str, FormatInfo]:
@@ -39,8 +41,12 @@ def formats() -> dict[str, FormatInfo]:
     outline = frozenset({"simplify", "holes", "vertices"})
     shapes = outline | {"shapes"}
     return {
-        "coco": FormatInfo(coco.CocoMasks, ("instances.json", "results.json"), copies=True),
-        "coco-polygons": FormatInfo(coco.CocoPolygons, ("instances.json",), outline, copies=True),
+        "coco": FormatInfo(
+            coco.CocoMasks, ("instances.json", "results.json"), copies=True, all_images=True
+        ),
+        "coco-polygons": FormatInfo(
+            coco.CocoPolygons, ("instances.json",), outline, copies=True, all_images=True
+        ),
         "yolo": FormatInfo(
             yolo.Yolo,
             ("labels", "images", "data.yaml", "mapping.jsonl"),

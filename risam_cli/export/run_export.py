@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from risam_cli.data.identity import existing, id_text
 from risam_cli.data.images.files import require_inside
@@ -22,7 +23,6 @@ from risam_cli.export.format import (
     Labeled,
     LabeledImage,
     OpenImage,
-    TakesEntries,
 )
 from risam_cli.export.registry import check_options, formats
 from risam_cli.export.sources import MAX_PIXELS, ImageGroup, OnFailure, Source
@@ -119,6 +119,9 @@ def run_export(
         ExitStack() as stack,
     ):
         begin(len(source))
+        entries = source.names.images if info.all_images and source.names is not None else {}
+        for entry in entries.values():
+            placement.see(entry["file_name"])
         other, agreement = request.agree_with, None
         if other is not None:
             agreement = stack.enter_context(Agreement(source, other, request.min_iou, fail))
@@ -143,7 +146,9 @@ def run_export(
                 if group.entry is not None:
                     seen.add(id_text(group.entry["id"]))
                 advance(len(group.records), failed.count)
-            _finish(out, source, seen)
+            bare = (entry for name, entry in entries.items() if name not in seen)
+            _add_bare(bare, request, placement, out, fail)
+            out.finish()
             _note(tally, categories, source, placement)
             if failed.count:
                 folder.publish(FAILURES, [failed])
@@ -193,7 +198,7 @@ def _add(
         else:
             try:
                 category = context.categories.index(p.expression, given.category)
-                items.append(Labeled(p, number, *category, given.annotation))
+                items.append(Labeled(p, number, *category, given.annotation, given.crowd))
             except DataError as error:
                 fail(_failure(group, p, error))
     image = LabeledImage(
@@ -252,13 +257,34 @@ def _check_size(group: ImageGroup, path: Path, measure: Callable[[Path], tuple[i
     )
 
 
-def _finish(out: Format, source: Source, seen: set[str | None]) -> None:
-    """Write what needs all images; ``seen`` are the ids of those with a record."""
-    if source.names is not None and isinstance(out, TakesEntries):
-        for name, entry in source.names.images.items():
-            if name not in seen:
-                out.add_entry(entry)
-    out.finish()
+def _add_bare(
+    entries: Iterable[Mapping[str, Any]],
+    request: Request,
+    placement: Placement,
+    out: Format,
+    fail: OnFailure,
+) -> None:
+    """Write images of the COCO file that have no record."""
+    root = request.image_root or Path()
+    for entry in entries:
+        name = entry["file_name"]
+        path = Path(existing(str(root / name)))
+        bare = LabeledImage(
+            index=0,  # it has an id of its own
+            image=name,
+            target=placement.target(name),
+            path=path,
+            size=(0, 0),
+            items=(),
+            name=placement.name(name),
+            entry=entry,
+        )
+        try:
+            if request.confine and request.copy_images:
+                require_inside(path, root, repr(name))
+            out.add(bare)
+        except DataError as error:
+            fail(Failure(name, name, None, "write", type(error).__name__, str(error)))
 
 
 def _note(

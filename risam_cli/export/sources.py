@@ -38,11 +38,13 @@ class Given:
     Attributes:
         annotation: its own, where every record of the source has one of its own; else None.
         category: its category's, as text, where the COCO file lists it; else None.
+        crowd: whether it is COCO's mark of several objects in one mask.
     """
 
     prediction: Prediction
     annotation: int | None = None
     category: str | None = None
+    crowd: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +228,8 @@ class Source:
         known = self.names is not None and category in self.names.categories
         kept = self._keeps_ids and record["annotation"]
         annotation = int(record["annotation"]) if kept else None
-        return Given(prediction, annotation, category if known else None), entry
+        crowd = record.get("iscrowd") in (1, "1")
+        return Given(prediction, annotation, category if known else None, crowd), entry
 
     def _entry(self, record: Record) -> Mapping[str, Any] | None:
         if self.names is None:
@@ -260,7 +263,7 @@ class Source:
             area=area,
             score=score,
             no_target=area == 0 if no_target is None else no_target,
-            instance=record["instance"] if type(record.get("instance")) is int else None,
+            instance=self._results.instance(record, number),
         )
 
     def _fail(

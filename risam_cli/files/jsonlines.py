@@ -6,7 +6,7 @@ import json
 import os
 import reprlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -102,16 +102,32 @@ def read_text(path: Path, limit: int) -> str:
     return data.decode("utf-8-sig")
 
 
-def load_json(text: str | bytes) -> Any:
+def load_json(text: str | bytes, *, unique: bool = False) -> Any:
     """The value of a JSON text, from wherever it comes.
+
+    Args:
+        unique: refuse an object that says two things under one key, of which the last would win.
 
     Raises:
         ValueError: it is not UTF-8, not JSON, or nested too deep.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_pairs if unique else None)
     except RecursionError:
         raise ValueError("nested too deep to be read") from None
+
+
+def unique_pairs(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """The dict of these pairs.
+
+    Raises:
+        ValueError: two have one key and different values.
+    """
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise ValueError(f"{brief(key)} is given twice: {brief(found[key])}, {brief(value)}")
+    return found
 
 
 def parse_json(line: bytes, where: str) -> Any:

@@ -10,12 +10,17 @@ from typing import Any
 
 import yaml
 
+from risam_cli.files.jsonlines import unique_pairs
+
 MAX_VALUES = 1_000_000
 """Values, aliases written out, over which a text is refused."""
 
 
-def load_yaml(text: str) -> Any:
+def load_yaml(text: str, *, unique: bool = False) -> Any:
     """The value of one YAML document.
+
+    Args:
+        unique: refuse a map that says two things under one key, of which the last would win.
 
     Raises:
         ValueError: it is no YAML, asks for objects, or stands for too many values; the message is
@@ -28,6 +33,8 @@ def load_yaml(text: str) -> Any:
         if node is None:
             return None
         _count(node, {})
+        if unique and isinstance(node, yaml.MappingNode):
+            unique_pairs((key.value, _said(value)) for key, value in node.value if _is_text(key))
         return loader.construct_document(node)
     except RecursionError:
         raise ValueError("nested too deep") from None
@@ -41,6 +48,15 @@ def load_yaml(text: str) -> Any:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _is_text(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str"
+
+
+def _said(node: yaml.Node) -> str:
+    """Equal for nodes that say the same."""
+    return node.value if isinstance(node, yaml.ScalarNode) else yaml.serialize(node)
 
 
 class _Odd(Exception):

@@ -228,6 +228,32 @@ def test_a_map_names_what_it_names_and_no_more(tmp_path, capsys):
     assert "no expression" not in told
 
 
+def test_a_map_takes_an_expression_in_any_spelling(source, tmp_path):
+    table = tmp_path / "map.json"
+    table.write_text(json.dumps({"The  Block!": "b", "the block": "b", "THE RING.": "r"}))
+    out = tmp_path / "out"
+    assert export(source, "--to", "coco", "-o", out, "--category-map", table) == 0
+    assert [c["name"] for c in instances(out)["categories"]] == ["b", "r"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("m.json", '{"The cat.": "a", "the cat": "b"}', "'The cat.' and 'the cat' are one expr"),
+        ("m.json", '{"the cat": "a", "the cat": "b"}', "'the cat' is given twice: 'a', 'b'"),
+        ("m.yaml", "the cat: a\nthe cat: b\n", "'the cat' is given twice: 'a', 'b'"),
+        ("m.csv", "expression,category\nthe cat,a\nthe cat,b\n", "'the cat' is given twice"),
+    ],
+)
+def test_a_map_that_says_two_things_of_one_expression_is_refused(
+    source, tmp_path, capsys, name, text, said
+):
+    (tmp_path / name).write_text(text)
+    options = ["--category-map", tmp_path / name]
+    assert export(source, "--to", "coco", "-o", tmp_path / "out", *options) == 1
+    assert said in capsys.readouterr().err
+
+
 def test_losses_are_told(tmp_path, capsys):
     source = write_jsonl(tmp_path / "p.jsonl", [record("a.jpg", "r", RING, id="r1")])
     options = ["--holes", "drop", "--json"]

@@ -264,15 +264,46 @@ def test_coco_results_keep_their_ids_and_their_score(tmp_path):
     assert average_precision(own, tmp_path / "coco/results.json") == pytest.approx(1)
 
 
+@pytest.mark.parametrize("to", ["coco", "coco-polygons"])
+def test_the_images_of_a_coco_file_are_copied_and_named_as_others(tmp_path, to):
+    for seed, image in enumerate(TABLE["images"]):
+        write_image(tmp_path / image["file_name"], seed=seed)
+    path = truth(tmp_path)
+    call = [path, "--to", to, "--image-root", tmp_path]
+    assert export(*call, "-o", tmp_path / "base", "--names", "base") == 0
+    names = {image["id"]: image["file_name"] for image in instances(tmp_path / "base")["images"]}
+    assert names == {42: "a.jpg", 7: "b.jpg", 99: "none.jpg"}
+    out = tmp_path / "out"
+    assert export(*call, "-o", out, "--copy-images") == 0
+    assert instances(out)["images"] == TABLE["images"]
+    for image in TABLE["images"]:  # that without a record, too
+        name = image["file_name"]
+        assert (out / "images" / name).read_bytes() == (tmp_path / name).read_bytes()
+    (tmp_path / "none.jpg").unlink()
+    (tmp_path / "x/a.jpg").rename(tmp_path / "b.png")
+    table = json.loads(path.read_text())
+    table["images"][0]["file_name"] = "b.png"
+    path.write_text(json.dumps(table))
+    assert export(*call, "-o", out, "--copy-images", "--overwrite") == 3
+    assert [row["image"] for row in failures(out)] == ["none.jpg"]
+    found = instances(out)["images"]
+    assert [image["id"] for image in found] == [42, 7]
+    for image in found:  # b.png and b.jpg would meet
+        assert image["file_name"] not in {"b.png", "b.jpg"}
+        assert (out / "images" / image["file_name"]).is_file()
+
+
 def test_annotations_of_a_coco_file_keep_their_ids_and_may_be_named_by_text_or_float(tmp_path):
     table = json.loads(truth(tmp_path).read_text())
     for annotation, odd in zip(table["annotations"], ("42", 7.0, 7), strict=True):
         annotation |= {"image_id": odd, "id": annotation["id"] * 1000}
+    table["annotations"][1]["iscrowd"] = 1
     path = tmp_path / "odd.json"
     path.write_text(json.dumps(table))
     assert export(path, "--to", "coco", "-o", tmp_path / "out") == 0
     assert [a["id"] for a in instances(tmp_path / "out")["annotations"]] == [1000, 2000, 3000]
     assert [a["image_id"] for a in instances(tmp_path / "out")["annotations"]] == [42, 7, 7]
+    assert [a["iscrowd"] for a in instances(tmp_path / "out")["annotations"]] == [0, 1, 0]
 
 
 def test_what_is_wrong_with_a_result_is_said_with_its_place(tmp_path):

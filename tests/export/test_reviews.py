@@ -279,6 +279,33 @@ def test_a_shape_that_is_no_mask_costs_itself_alone(shape: str, told: str, tmp_p
     assert "a.png" in failure["message"]
 
 
+@pytest.mark.parametrize(
+    ("encoding", "zipped"),
+    [
+        *((name, False) for name in ("utf-8-sig", "utf-16", "utf-32", "iso-8859-1")),
+        *((name, True) for name in ("utf-8-sig", "utf-16", "iso-8859-1")),
+    ],
+)
+def test_xml_may_be_in_any_encoding_that_it_declares(
+    encoding: str, zipped: bool, tmp_path: Path
+) -> None:
+    declared = encoding.removesuffix("-sig")
+    box = GOOD.replace("good", "le carr\u00e9")
+    text = (
+        f'<?xml version="1.0" encoding="{declared}"?>\n<annotations>'
+        f'<image name="a.png" width="10" height="10">{box}</image>'
+        "</annotations>"
+    )
+    path = tmp_path / "annotations.xml"
+    path.write_text(text, encoding=encoding)
+    if zipped:
+        with zipfile.ZipFile(tmp_path / "task.zip", "w") as out:
+            out.write(path, "annotations.xml")
+        path = tmp_path / "task.zip"
+    found = coco(path, tmp_path / "out")
+    assert [one["expression"] for one in found["annotations"]] == ["le carr\u00e9"]
+
+
 def test_an_image_of_absurd_size_draws_nothing(tmp_path: Path) -> None:
     path = tmp_path / "annotations.xml"
     mask = '<mask label="x" rle="0, 1" left="0" top="0" width="1" height="1"/>'

@@ -6,6 +6,7 @@ CVAT never writes and entities need, is refused, and so is an image that does no
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,11 @@ _MOST = 1 << 28  # bytes of an image's element, or of what lies between two
 _MOST_PIXELS = 178_956_970
 _DEEPEST = 32
 _SHAPES = ("polygon", "mask", "box", "ellipse", "polyline", "points", "cuboid", "skeleton")
+# A declaration that can be read as bytes, of an encoding in which it could not: what was in it has
+# been turned into UTF-8 since, see risam_cli.files.plain.
+_WAS_WIDE = re.compile(
+    rb"""<\?xml[^>]*\bencoding\s*=\s*["'](?:iso-10646-)?(?:utf|ucs)-?(?:16|32|2|4)""", re.I
+)
 _FIX = "export the task from CVAT again, as 'CVAT for images 1.1'"
 
 
@@ -78,11 +84,13 @@ def cvat_records(
 
 
 def _images(stream: BinaryIO, path: Path) -> Iterator[_Image]:
-    reader = _Reader(path)
     try:
-        while chunk := stream.read(_CHUNK):
+        chunk = stream.read(_CHUNK)
+        reader = _Reader(path, "utf-8" if _WAS_WIDE.match(chunk) else None)
+        while chunk:
             reader.feed(chunk)
             yield from reader.taken()
+            chunk = stream.read(_CHUNK)
         reader.feed(b"", last=True)
         yield from reader.taken()
     except expat.ExpatError as error:
@@ -92,11 +100,15 @@ def _images(stream: BinaryIO, path: Path) -> Iterator[_Image]:
 
 
 class _Reader:
-    """Takes chunks of XML, gives the images that are whole."""
+    """Takes chunks of XML, gives the images that are whole.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        encoding: of the chunks, where it is not as they say.
+    """
+
+    def __init__(self, path: Path, encoding: str | None) -> None:
         self._path = path
-        self._parser = expat.ParserCreate()
+        self._parser = expat.ParserCreate(encoding)
         self._parser.buffer_text = True
         self._parser.StartDoctypeDeclHandler = self._refuse
         self._parser.StartElementHandler = self._start

@@ -28,6 +28,7 @@ from risam_cli.data.identity import (
     is_tail,
     stem_of,
 )
+from risam_cli.data.readers.coco_expressions import PARTS
 from risam_cli.data.readers.names import Record
 from risam_cli.data.readers.results import PREDICTIONS, Results
 from risam_cli.data.readers.source import OnFailure, SampleSource
@@ -156,6 +157,8 @@ class PredictionIndex:
         self._used[[one.row for answer in found for one in answer]] = True
         where = f"{self.path}: prediction {expression.id!r}"
         size = self._size or sample.size
+        for one in found[0]:
+            self._results.instance(one.record, one.number)  # told of where it is left out
         return _united([self._answer(one, where, size) for one in found[0]])
 
     def of_pair(
@@ -187,8 +190,7 @@ class PredictionIndex:
         found = []
         for one in by_key[keys[0]] if keys else ():
             answer = self._answer(one, self._results.place(one.number), size)
-            instance = one.record.get("instance")
-            found.append((instance if type(instance) is int else None, answer))
+            found.append((self._results.instance(one.record, one.number), answer))
         return found
 
     def records(self, name: str) -> list[Record]:
@@ -296,7 +298,7 @@ class PredictionIndex:
 
     def _at_canvas(self, record: Record, size: tuple[int, int] | None, where: str) -> Rle | None:
         """The mask where it is of the canvas's size; None where it is not."""
-        if isinstance(record.get("segmentation"), list):
+        if isinstance(record.get("segmentation"), list) or PARTS in record:
             return None
         try:
             return self._results.mask(record, (self._canvas, self._canvas), where)

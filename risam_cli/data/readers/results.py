@@ -9,7 +9,6 @@ here, so what one takes, the other does.
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import sys
@@ -22,8 +21,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from risam_cli.console.streams import require_open
-from risam_cli.data.identity import id_text
+from risam_cli.data.identity import existing, id_text
 from risam_cli.data.images.files import require_inside
+from risam_cli.data.readers.cells import cell, is_utf8, whole
+from risam_cli.data.readers.coco_expressions import PARTS, CocoExpressions
 from risam_cli.data.readers.cvat import NAME as CVAT
 from risam_cli.data.readers.cvat import cvat_records, open_zip
 from risam_cli.data.readers.instances import segmentation_to_rle
@@ -31,11 +32,11 @@ from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.labelme import FOLDER as LABELME
 from risam_cli.data.readers.labelme import holds_labelme, is_labelme, labelme_records
 from risam_cli.data.readers.mask_files import read_mask_file
-from risam_cli.data.readers.names import IMAGE_KEYS, TEXT_KEYS, Names, Record, spoken
+from risam_cli.data.readers.names import IMAGE_KEYS, TEXT_KEYS, Names, Record
 from risam_cli.data.readers.shapes import ERROR
 from risam_cli.errors import DataError, reason_of
 from risam_cli.files.folder import SPLICE, makers_of
-from risam_cli.files.jsonlines import brief, load_json, parse_json, read_lines_at
+from risam_cli.files.jsonlines import brief, parse_json, read_lines_at
 from risam_cli.files.locks import PRIVATE
 from risam_cli.files.plain import copied, open_plain, spooled
 from risam_cli.files.tables import Table
@@ -51,12 +52,11 @@ MAX_LINE = 64 << 20
 # What a COCO file calls an annotation is not what its expression was called.
 _ID_KEYS = ("record_id", "id", "sent_id", "task_id")
 _COLUMNS = ("image", "expression", "mask", "segmentation", "id", "score", "no_target", "file_name")
+_TEXTS = (*_ID_KEYS, *TEXT_KEYS)
 _JSON = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 _PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _LONGEST_SINGLE = 1 << 23  # bytes of a file that is one record
 _LISTS = ("", "annotations", "predictions", "results")
-
-_LONGEST_LITERAL = 1 << 20  # characters; its parser takes a thousandfold in bytes
 
 
 class Results:
@@ -97,6 +97,8 @@ class Results:
         self._image_root = image_root
         self._kind = "line"
         self._places: array[int] | None = None
+        self._offsets = array("q")  # of what is spooled
+        self._meant = CocoExpressions()
         self._notes: Counter[str] = Counter()
         self._first: dict[str, str] = {}
         try:
@@ -126,6 +128,8 @@ class Results:
     def rows(self) -> Iterator[tuple[int, int, Record | DataError]]:
         """Number and offset of every record with the record itself, or with what is wrong."""
         for number, offset, line in read_lines_at(self._stream, MAX_LINE):
+            if number in self._meant.hidden:
+                continue
             try:
                 if line is None:
                     raise DataError(f"{self.place(number)}: longer than {MAX_LINE >> 20} MiB")
@@ -154,9 +158,11 @@ class Results:
         Raises:
             DataError: it is malformed, of another size, or polygons of an unknown size.
         """
+        if PARTS in record:
+            return self._union(record, size, where)
         found = record.get("segmentation")
         if isinstance(found, str):
-            found = _cell("segmentation", found)
+            found = cell("segmentation", found)
         if found is None and isinstance(record.get("mask"), Mapping):
             found = record["mask"]
         if isinstance(found, Mapping):
@@ -170,10 +176,11 @@ class Results:
             return None
         if not isinstance(name, str):
             raise DataError(f"{where}: 'mask' is {brief(name)}", "name a file")
+        path = Path(existing(str(self.base / name)))
         if self._confine and "\0" not in name:
-            require_inside(self.base / name, self.base, f"{where}: the mask {name!r}")
+            require_inside(path, self.base, f"{where}: the mask {name!r}")
         rle = read_mask_file(
-            self.base / name,
+            path,
             where,
             lambda doubt: self._note(f"mask files: one {doubt}", name),
             no_file="paths are relative to the manifest",
@@ -185,6 +192,19 @@ class Results:
                 "give masks at the image's own size",
             )
         return rle
+
+    def _union(self, record: Record, size: tuple[int, int] | None, where: str) -> Rle:
+        """The mask of an expression that is the union of annotations."""
+        found = []
+        for number in record[PARTS]:
+            part = self.read(number, self._offsets[number - 1])
+            _require_image(part, id_text(record["image_id"]), where)
+            rle = self.mask(part, size, where)
+            if rle is None:
+                raise DataError(f"{where}: annotation {part['annotation']} has no segmentation")
+            size = rle["size"][0], rle["size"][1]
+            found.append(rle)
+        return masks.union(found, size or (0, 0))
 
     def unit(self, record: Record, key: str, number: int) -> float | None:
         """A side field in 0..1; None where it is absent or nothing of the kind, which is noted."""
@@ -205,9 +225,25 @@ class Results:
         self._leave_out(key, value, "true or false", number)
         return None
 
+    def instance(self, record: Record, number: int) -> int | None:
+        """Which object of its expression it is; None where it does not say, or no number, noted."""
+        value = record.get("instance")
+        if value is None or type(value) is int:
+            return value
+        self._leave_out("instance", value, "a whole number", number)
+        return None
+
     def notes(self) -> list[str]:
         """What the user must know of all that was read, one line a kind, with numbers."""
-        return [f"{n} {what} (the first: {self._first[what]})" for what, n in self._notes.items()]
+        lines = [f"{n} {what} (the first: {self._first[what]})" for what, n in self._notes.items()]
+        if self._meant.unknown:
+            lines.append(f"{self._meant.unknown} expressions have no ann_ids; left out")
+        if self._meant.unnamed:
+            lines.append(
+                f"{len(self._meant.unnamed)} annotations are meant by no expression; they are "
+                "taken under their category's name"
+            )
+        return lines
 
     def note_ids(self, record: Record, number: int) -> None:
         """Note where a name has to be made of a COCO id."""
@@ -224,8 +260,9 @@ class Results:
             )
 
     def _leave_out(self, key: str, value: object, wanted: str, number: int) -> None:
+        article = "an" if key[0] in "aeiou" else "a"
         self._note(
-            f"records have a {key} that is not {wanted}; it is left out",
+            f"records have {article} {key} that is not {wanted}; it is left out",
             f"{brief(value)}, {self.place(number)}",
         )
 
@@ -245,6 +282,13 @@ class Results:
             raise DataError(f"{where}: a record must be an object, not {brief(found)}")
         if isinstance(found.get(ERROR), str):
             raise DataError(found[ERROR])
+        found.pop(PARTS, None)
+        if number in self._meant.parts:
+            found[PARTS] = self._meant.parts[number]
+        if (said := self._meant.said.get(number)) is not None:
+            _require_image(found, said.image_id, where)
+            found["expression"] = said.text
+            found["record_id"] = said.id or found.get("record_id")
         if type(found.get("image")) is int and "image_id" not in found:
             found["image_id"] = found.pop("image")
         if self.names is not None or "image_id" in found:
@@ -255,10 +299,14 @@ class Results:
         for key, keys in (("id", _ID_KEYS), ("image", IMAGE_KEYS), ("expression", TEXT_KEYS)):
             given = next((found[k] for k in keys if found.get(k) is not None), None)
             found[key] = given
+        if number in self._meant.unnamed:
+            found["id"] = found.get("record_id")
         if found["id"] is not None:
             found["id"] = _id(found["id"], where)
         if "score" not in found and "predicted_iou" in found:
             found["score"] = found["predicted_iou"]
+        if "instance" in found:
+            found["instance"] = whole(found["instance"])
         return found
 
     # --- opening --------------------------------------------------------------------------------
@@ -302,12 +350,16 @@ class Results:
         self, rows: Iterator[tuple[int, Record]], kind: str, source: BinaryIO | None
     ) -> BinaryIO:
         """The rows as JSON Lines in a temporary file; remembers the place of each."""
-        places = array("q")
+        places, offset = array("q"), 0
 
         def lines() -> Iterator[bytes]:
+            nonlocal offset
             for place, row in rows:
                 places.append(place)
-                yield json.dumps(row).encode() + b"\n"
+                self._offsets.append(offset)
+                line = json.dumps(row).encode() + b"\n"
+                offset += len(line)
+                yield line
 
         stream = spooled(lines(), source)
         self._kind, self._places = kind, places
@@ -332,7 +384,13 @@ class Results:
         for row in table:
             if row.error is not None:
                 raise row.error
-            yield row.first, {k: _cell(k, v) for k, v in row.cells.items() if k and v}
+            # Names of files are bytes and may be anything; what is written out as text may not.
+            odd = [k for k in _TEXTS if not is_utf8(row.cells.get(k, ""))]
+            if odd:
+                where = row.where(str(self.path))
+                yield row.first, {ERROR: f"{where}: the {odd[0]} is not UTF-8; save it as UTF-8"}
+            else:
+                yield row.first, {k: cell(k, v) for k, v in row.cells.items() if k and v}
 
     def _of_folder(self) -> Iterator[tuple[int, Record]]:
         """The records of a folder's files; those without an image's name are of their file's."""
@@ -342,7 +400,7 @@ class Results:
             rows = list(_of_lines(path) if lines else self._of_json(path, None))
             own, self.names = self.names, names
             for place, row in rows:
-                if own is not None and names is None:
+                if own is not None and names is None and ERROR not in row:
                     own.complete(row, f"{path}, result {place}")
                 if not any(row.get(key) is not None for key in (*IMAGE_KEYS, "image_id")):
                     row["image"] = _stem(path)
@@ -356,22 +414,24 @@ class Results:
         table: dict[str, list[Any]] = {"images": [], "categories": [], "expressions": []}
         image: Record = {}
         number, is_empty = 0, True
+        before = len(self._file_of) + 1  # lines of other files, and one, as they count from 1
+        self._meant.begin()
         for key, item in iter_json(path, stream):
             is_empty = is_empty and key == "image"
             if key in table:
                 table[key].append(item)
-            if key == "expressions":
-                item = _without_target(item)
-                if item is not None:  # those with a target are on their annotations
-                    yield number, item
-                    number += 1
-            elif key == "image" and isinstance(item, Mapping):  # of SA-1B: one file an image
+            if key == "image" and isinstance(item, Mapping):  # of SA-1B: one file an image
                 image = {k: item[k] for k in ("file_name", "height", "width") if k in item}
             elif key in _LISTS:
                 if not isinstance(item, Mapping):
                     raise DataError(f"{path}: result {number} is {brief(item)}", "give objects")
-                yield number, {**image, **item}
-                number += 1
+                is_coco = key == "annotations"
+                for row in self._meant.annotation(item, before + number) if is_coco else (item,):
+                    yield number, {**image, **row}
+                    number += 1
+        for row in self._meant.listed(table["expressions"], before + number, path):
+            yield number, row
+            number += 1
         if not number and str(path) != "-":
             single = _single(path)
             if single or (is_empty and self._files):  # nothing was found in the image
@@ -389,12 +449,14 @@ class Results:
 _NONE = Names(None)
 
 
-def _without_target(expression: Any) -> Record | None:
-    """The record of an expression that nothing fits; None for others."""
-    text, ann_ids = spoken(expression)
-    if text is None or ann_ids not in ([], [-1]):
-        return None
-    return {"image_id": expression.get("image_id"), "expression": text, "no_target": True}
+def _require_image(annotation: Record, image_id: str | None, where: str) -> None:
+    """Make sure that an expression's annotation is of its image. Raises DataError."""
+    own = id_text(annotation.get("image_id"))
+    if own != image_id:
+        raise DataError(
+            f"{where}: annotation {id_text(annotation.get('id'))} is of the image {own}, the "
+            f"expression that means it of {image_id}"
+        )
 
 
 def _id(value: Any, where: str) -> str:
@@ -476,36 +538,6 @@ def _are_numbers(value: Any, count: int) -> bool:
         and len(value) == count
         and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
     )
-
-
-def _cell(key: str, text: str) -> Any:
-    """A cell as JSON would have it: numbers, truth values, and what pandas makes of an RLE."""
-    if key in ("score", "no_target_probability", "predicted_iou"):
-        return _number(text)
-    if key in ("height", "width"):
-        number = _number(text)
-        whole = isinstance(number, float) and number.is_integer()
-        return int(number) if whole else text
-    if key == "no_target":
-        return {"true": True, "false": False, "1": True, "0": False}.get(text.strip().lower(), text)
-    if key in ("segmentation", "bbox", "notes"):
-        try:
-            return load_json(text)
-        except ValueError:
-            if len(text) > _LONGEST_LITERAL:
-                return text
-            try:
-                return ast.literal_eval(text)  # values only; nothing is run
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                return text
-    return text
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _absent(columns: list[str]) -> list[str]:

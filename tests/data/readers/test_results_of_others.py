@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import pickle
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.export_cases import SIZE, export, record, shapes, write_image, write_jsonl
 
+from risam_cli.cli import main
 from risam_cli.data.readers.results import Results
 from risam_cli.masks import rle as masks
 
@@ -125,6 +128,34 @@ def test_a_mask_in_any_usual_writing_is_that_mask(tmp_path: Path, segmentation: 
     assert len(exported(tmp_path, write_jsonl(tmp_path / "p.jsonl", [row]))["annotations"]) == 1
 
 
+@pytest.mark.parametrize("kind", ["csv", "text", "float"])
+def test_instances_stay_together_however_their_numbers_are_written(
+    tmp_path: Path, kind: str
+) -> None:
+    """A table's cells are text, and pandas writes whole numbers beside gaps as 0.0."""
+    rows = [record("a.png", "x", BLOCK, id="7", instance=n) for n in (0, 1)]
+    if kind == "csv":
+        source = tmp_path / "p.csv"
+        with source.open("w", newline="") as file:
+            table = csv.DictWriter(file, [*rows[0]])
+            table.writeheader()
+            rows[1]["instance"] = "1.0"
+            table.writerows({**row, "segmentation": json.dumps(RLE)} for row in rows)
+    else:
+        write = str if kind == "text" else float
+        rows = [{**row, "instance": write(row["instance"])} for row in rows]
+        source = write_jsonl(tmp_path / "p.jsonl", rows)
+    found = exported(tmp_path, source)
+    assert [one["instance"] for one in found["annotations"]] == [0, 1]
+    assert [one["ann_ids"] for one in found["expressions"]] == [[1, 2]]
+
+
+def test_an_instance_that_is_no_number_is_left_out_and_told(tmp_path: Path, capsys: Any) -> None:
+    source = write_jsonl(tmp_path / "p.jsonl", [record("a.png", "x", BLOCK, instance="left")])
+    assert "instance" not in exported(tmp_path, source)["annotations"][0]
+    assert "1 records have an instance that is not a whole number" in capsys.readouterr().err
+
+
 def test_an_rle_may_stand_under_mask(tmp_path: Path) -> None:
     row = record("a.png", "x", BLOCK)
     row["mask"] = row.pop("segmentation")
@@ -152,6 +183,92 @@ def test_ids_that_name_nothing_are_told(tmp_path: Path, capsys: Any) -> None:
     exported(tmp_path, source, "--annotations", written(tmp_path / "coco.json", file))
     said = capsys.readouterr().err
     assert "1 results have a category_id that the COCO file does not list (the first: 0" in said
+
+
+RING = shapes()["ring"]
+DOT = shapes()["one pixel"]
+
+
+def referring(tmp_path: Path, *expressions: dict[str, Any]) -> Path:
+    """A COCO file of expressions, as docs/formats.md has it."""
+    rows = [
+        {"id": 7, "image_id": 1, "category_id": 3, "segmentation": masks.encode(RING)},
+        {"id": 8, "image_id": 1, "category_id": 3, "segmentation": masks.encode(DOT)},
+        {"id": 9, "image_id": 1, "category_id": 4, "segmentation": RLE, "expressions": ["b", "c"]},
+        {"id": 10, "image_id": 1, "category_id": 4, "segmentation": RLE},
+        {"id": 11, "image_id": 2, "category_id": 4, "segmentation": RLE},
+        {"id": 12, "image_id": 1, "category_id": 3, "segmentation": RLE},
+    ]
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.png", "height": 48, "width": 64} for n in (1, 2)],
+        "annotations": rows,
+        "categories": [{"id": 3, "name": "cup"}, {"id": 4, "name": "box"}],
+        "expressions": [{"image_id": 1, **one} for one in expressions],
+    }
+    return written(tmp_path / "coco.json", content)
+
+
+EXPRESSIONS: list[dict[str, Any]] = [
+    {"id": 900, "ann_ids": [7], "text": "the cup"},
+    {"id": 901, "ann_ids": [7], "text": "the ring"},
+    {"id": 902, "ann_ids": [7, 8], "text": "both"},
+    {"id": 903, "ann_ids": [8, 10], "text": "mixed"},
+    {"id": 904, "ann_ids": [], "text": "nothing"},
+    {"id": 905, "ann_ids": [9], "text": "b"},
+]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_every_expression_of_a_coco_file_is_a_record(
+    tmp_path: Path, capsys: Any, folder: bool
+) -> None:
+    source = referring(tmp_path, *EXPRESSIONS)
+    if folder:
+        (tmp_path / "all").mkdir()
+        write_jsonl(tmp_path / "all" / "a.jsonl", [record("9.png", "x", BLOCK)])
+        source = source.rename(tmp_path / "all" / "coco.json").parent
+    assert export(source, "--to", "coco", "-o", tmp_path / "out") == 0
+    file = json.loads((tmp_path / "out" / "instances.json").read_text())
+    found = {one["expression"]: one for one in file["annotations"]}
+    expected = {"the cup": RING, "the ring": RING, "both": RING | DOT, "mixed": DOT | BLOCK}
+    expected |= {"b": BLOCK, "c": BLOCK, "box": BLOCK, "cup": BLOCK} | (
+        {"x": BLOCK} if folder else {}
+    )
+    assert found.keys() == expected.keys()
+    assert len(file["annotations"]) == len(expected)
+    for text, mask in expected.items():
+        assert (masks.decode(found[text]["segmentation"]) == mask).all(), text
+    assert [found[text]["record_id"] for text in ("the cup", "both", "c")] == ["900", "902", "9#1"]
+    (nothing,) = [one for one in file["expressions"] if one["text"] == "nothing"]
+    assert (nothing["ann_ids"], nothing["record_id"]) == ([], "904")
+    assert "2 annotations are meant by no expression" in capsys.readouterr().err
+
+
+def test_an_expression_whose_annotations_are_not_there_fails_alone(
+    tmp_path: Path, capsys: Any
+) -> None:
+    odd = [
+        {"id": 1, "ann_ids": [4711], "text": "gone"},
+        {"id": 2, "ann_ids": [7, 11], "text": "elsewhere"},
+        {"id": 3, "text": "not known"},
+    ]
+    source = referring(tmp_path, *EXPRESSIONS, *odd)
+    assert export(source, "--to", "coco", "-o", tmp_path / "out") == 3
+    failed = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
+    assert len(failed) == 2
+    assert "annotation 4711 does not exist" in failed[0]
+    assert "annotation 11 is of the image 2" in failed[1]
+    assert "1 expressions have no ann_ids; left out" in capsys.readouterr().err
+
+
+def test_the_truth_of_a_coco_file_scores_full_marks_against_itself(tmp_path: Path) -> None:
+    # Ids of expressions and of annotations are not of one kind: 12 is one of each.
+    source = referring(tmp_path, *({**one, "id": k} for k, one in enumerate(EXPRESSIONS, 10)))
+    call = ["eval", "--dataset", "coco", "--root", source, "--predictions", source]
+    assert main([*map(str, call), "-o", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["counts"]["scored"] == 7
+    assert report["figures"]["miou"]["value"] == 1
 
 
 def test_lvis_images_are_named_by_their_address(tmp_path: Path) -> None:
@@ -187,6 +304,35 @@ def test_a_list_without_a_usable_record_says_why(tmp_path: Path, capsys: Any) ->
     said = capsys.readouterr().err
     assert "holds no record that can be read" in said
     assert "result 0: 'image' is None" in said
+
+
+def test_mask_files_are_found_by_any_spelling_of_their_name(tmp_path: Path) -> None:
+    """As a list from Windows or macOS names them."""
+    (tmp_path / "in" / "masks").mkdir(parents=True)
+    for name in ("masks/1.png", "masks/caf\u00e9.png", "2.png"):
+        Image.fromarray(BLOCK).save(tmp_path / "in" / name)
+    Image.fromarray(BLOCK).save(tmp_path / "2.png")
+    rows = [
+        {"image": "a.png", "expression": name, "mask": name}
+        for name in ("masks\\1.png", "masks/cafe\u0301.png", "..\\2.png")
+    ]
+    source = write_jsonl(tmp_path / "in" / "manifest.jsonl", rows)
+    assert len(exported(tmp_path, source)["annotations"]) == 3
+    assert export(source, "--to", "coco", "-o", tmp_path / "out2", "--confine") == 3
+    (failure,) = (tmp_path / "out2" / "failures.jsonl").read_text().splitlines()
+    assert "to which files are confined" in failure
+
+
+def test_a_tables_words_must_be_utf_8_and_its_names_of_files_need_not(tmp_path: Path) -> None:
+    Image.fromarray(BLOCK).save(tmp_path / "m.png")
+    rows = ["image,expression,mask", "a.png,le carr\u00e9,m.png", "\u00e9.png,the square,m.png"]
+    source = tmp_path / "p.csv"
+    source.write_text("\n".join(rows), encoding="latin-1")
+    assert export(source, "--to", "coco", "-o", tmp_path / "out") == 3
+    (failure,) = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
+    assert "line 2: the expression is not UTF-8" in failure
+    found = json.loads((tmp_path / "out" / "instances.json").read_text())
+    assert [one["expression"] for one in found["annotations"]] == ["the square"]
 
 
 def test_confined_results_read_no_file_elsewhere(tmp_path: Path) -> None:
