@@ -13,11 +13,15 @@ the decomposed form and slashes for backslashes are tried.
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
 _LONGEST = 1 << 14  # characters
+_COCO_NAME = re.compile(r"COCO_(?:train|val|test)20\d\d_(\d{12})")
+# REFER's refs name their image with the number of an annotation behind it.
+_REFER_NAME = re.compile(r"(.+_\d{12})_\d+")
 
 
 def normalized(form: Literal["NFC", "NFD", "NFKC"], text: str) -> str:
@@ -54,6 +58,18 @@ def is_tail(key: str, other: str) -> bool:
 def stem_of(name: str) -> str:
     """A file's name without folders and without what looks like a suffix."""
     return PurePosixPath(image_tail(image_key(name))).stem
+
+
+def image_core(name: str) -> str:
+    """What all usual spellings of an image's name share: no folder, no suffix, no REFER number.
+
+    COCO's images of 2014 are named by their numbers alone since 2017.
+    """
+    stem = stem_of(name)
+    refer = _REFER_NAME.fullmatch(stem)
+    stem = refer[1] if refer else stem
+    coco = _COCO_NAME.fullmatch(stem)
+    return coco[1] if coco else stem
 
 
 def id_text(value: Any) -> str | None:
