@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from risam_cli.data.identity import existing
 from risam_cli.data.readers.instances import Instances, read_instances
 from risam_cli.data.readers.layout import is_file
 from risam_cli.data.readers.source import (
@@ -24,6 +25,7 @@ from risam_cli.data.readers.source import (
 )
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief
+from risam_cli.files.store import RemotePath
 
 ALL = "all"
 _TEXT_KEYS = ("text", "expression", "caption", "sent")
@@ -231,7 +233,7 @@ def _group(instances: Instances, image_id: Any, folder: Path, spoken: Sequence[_
         phrases.append(Phrase(name, one.text, one.parts, known[fact]))
     draw = partial(instances.draw, image_id=image_id, size=size or (1, 1))
     redraw = partial(instances.redraw, size=size or (1, 1))
-    path = folder / file_name
+    path = _image_path(folder, file_name)
     return Group(file_name, path, size, tuple(phrases), draw, redraw=redraw)
 
 
@@ -240,6 +242,18 @@ def _image_folder(path: Path, instances: Instances) -> Path:
     first = next(iter(instances.images))
     name = instances.image(first)["file_name"]
     for folder in (path.parent, path.parent / "images", path.parent.parent / "images"):
-        if is_file(folder / name):
+        if is_file(_image_path(folder, name)):
             return folder
     return path.parent
+
+
+def _image_path(folder: Path, name: str) -> Path:
+    """Where an image is, by whichever spelling of its name there is a file on this disk.
+
+    Nothing is looked up for plain names, such as those of COCO's own files.
+    """
+    path = folder / name
+    if isinstance(path, RemotePath):
+        return path
+    found = existing(str(path))
+    return path if found == str(path) else Path(found)
