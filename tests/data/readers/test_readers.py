@@ -349,6 +349,44 @@ def test_coco_as_a_manifest_needs_no_sizes_and_no_masks(tmp_path: Path) -> None:
     assert [len(s.expressions) for s in bare] == [1, 0]
 
 
+def test_coco_ids_are_one_as_number_and_as_text(tmp_path: Path) -> None:
+    plain = coco_content()
+    kinds: list[type] = [str, float, int]
+
+    def other(content: Any, number: int) -> Any:  # every id as another type than the one before
+        if isinstance(content, list):
+            return [other(one, number + k) for k, one in enumerate(content)]
+        if not isinstance(content, dict):
+            return content
+        kind = kinds[number % 3]
+        given = {key: kind(content[key]) for key in content if key in ("id", "image_id")}
+        parts = {"ann_ids": [kind(one) for one in content.get("ann_ids", ())]}
+        return content | given | (parts if "ann_ids" in content else {})
+
+    mixed = {key: other(value, k) for k, (key, value) in enumerate(plain.items())}
+    mixed["expressions"].append({"image_id": "12", "ann_ids": "-1", "text": "nothing"})
+    plain["expressions"].append({"image_id": 12, "ann_ids": [-1], "text": "nothing"})
+    read = []
+    for content in (plain, mixed):
+        (tmp_path / "instances.json").write_text(json.dumps(content))
+        read.append(by_id(open_coco(tmp_path / "instances.json")))
+    assert read[0] == read[1]
+
+
+def test_refer_ids_are_one_as_number_and_as_text(tmp_path: Path) -> None:
+    folder = write_grefcoco(tmp_path)
+    expected = by_id(open_refer(tmp_path, "grefcoco", "val"))
+
+    def text(value: Any) -> Any:
+        return [*map(str, value)] if isinstance(value, list) else str(value)
+
+    changed = [
+        one | {"image_id": str(one["image_id"]), "ann_id": text(one["ann_id"])} for one in GREFS
+    ]
+    (folder / "grefs(unc).json").write_text(json.dumps(changed))
+    assert by_id(open_refer(tmp_path, "grefcoco", "val")) == expected
+
+
 def test_coco_images_are_found_in_any_spelling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
