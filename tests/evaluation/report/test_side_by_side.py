@@ -329,6 +329,8 @@ def test_a_slice_that_says_nothing_is_refused(
 
 def test_what_cannot_be_compared_is_told(reports: list[Path], ask: Ask, tmp_path: Path) -> None:
     assert "cannot read" in ask(reports[0], tmp_path / "none", code=1)
+    told = ask(*reports, "--figures", "miou,pr@0.3", code=2)
+    assert "--figures pr@0.3: no report has this figure; choose from oiou" in told
     assert "named twice" in ask(reports[0], reports[0], code=1)
     assert main(
         ["eval", "--dataset", "refshapes", "--split", "val", "--limit", "2", "-o", str(tmp_path)]
