@@ -308,6 +308,8 @@ def test_wrong_usage_is_a_usage_error(model: risam_cli.Model) -> None:
     for given, expressions, options, says in wrong:
         with pytest.raises(UsageError, match=says.replace("(", r"\(")):
             model.predict(given, expressions, **options)
+    with pytest.raises(UsageError, match="the images are a int"):
+        model.predict_iter(5, "star")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="comes without an expression"):
         list(model.predict_iter([image]))
     with pytest.raises(UsageError, match="on_error 'skip' is unknown"):
