@@ -24,7 +24,9 @@ from risam_cli.commands.options import (
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from risam_cli.explain.explanation import Explanation
+    from risam_cli.explain.explanation import Explanation, Shown
+    from risam_cli.inference.pipeline import PredictSettings
+    from risam_cli.segmenters.risam import RisamSegmenter
     from risam_cli.types import Failure
 
 GRID = 5  # points along the longer side
@@ -256,15 +258,10 @@ def _explainer(
             loaded.
     """
     from risam_cli.data.images.images import open_rgb, read_for_encoder
-    from risam_cli.explain.explainer import Explainer, require_chosen
+    from risam_cli.explain.explainer import Explainer
     from risam_cli.explain.explanation import Shown
     from risam_cli.inference.device import choose_device, choose_precision
     from risam_cli.inference.pipeline import PredictSettings, Session, compute_settings
-    from risam_cli.segmenters.resolve import (
-        load_segmenter,
-        require_risam,
-        require_risam_name,
-    )
 
     chosen = choose_device(device)
     settings = PredictSettings(
@@ -276,16 +273,10 @@ def _explainer(
     if given.single:
         (path,) = given.images.values()
         open_rgb(path, bands=bands)
-    require_risam_name(model, "risam explain")
-    segmenter = require_risam(
-        load_segmenter(model, device=chosen, precision=settings.precision), "risam explain"
-    )
+    shown = Shown(points, grid, block, head)
+    segmenter = _segmenter(model, settings, shown)
     session = Session(segmenter, compute_settings(segmenter, settings))
     bar = segmenter.thresholds.no_target if no_target_threshold is None else no_target_threshold
-    shown = Shown(points, grid, block, head)
-    attending: Any = segmenter.loaded.model.attention
-    heads = attending[0].heads if attending else 0
-    require_chosen(shown, segmenter.name, len(attending), heads)
 
     def explain(image: str) -> Explanation:
         path = given.images[image]
@@ -304,3 +295,22 @@ def _explainer(
         return explainer.explain(expressions, shown)
 
     return explain
+
+
+def _segmenter(model: str | None, settings: PredictSettings, shown: Shown) -> RisamSegmenter:
+    """Loads a model that can be explained.
+
+    Raises:
+        UsageError: it has no such block or head; told here, before anything is written.
+        ModelError: it cannot be loaded.
+    """
+    from risam_cli.explain.explainer import require_chosen
+    from risam_cli.segmenters.resolve import load_segmenter, require_risam, require_risam_name
+
+    require_risam_name(model, "risam explain")
+    loaded = load_segmenter(model, device=settings.device, precision=settings.precision)
+    segmenter = require_risam(loaded, "risam explain")
+    attending: Any = segmenter.loaded.model.attention
+    heads = attending[0].heads if attending else 0
+    require_chosen(shown, segmenter.name, len(attending), heads)
+    return segmenter
