@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -120,6 +122,9 @@ def texts_of(expressions: str | Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(expressions, (bytes, bytearray)):
         raise UsageError("an expression is bytes", "give text")
+    if not isinstance(expressions, Iterable):
+        kind = type(expressions).__name__
+        raise UsageError(f"the expressions are a {kind}", "give text, or a list of texts")
     texts = (expressions,) if isinstance(expressions, str) else tuple(expressions)
     if not texts:
         raise UsageError("no expression is given")
@@ -136,6 +141,41 @@ def texts_of(expressions: str | Sequence[str]) -> tuple[str, ...]:
         if any("\ud800" <= char <= "\udfff" for char in text):
             raise UsageError(f"the expression {text!r} is not Unicode text")
     return texts
+
+
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """A parameter that is a whole number, checked.
+
+    Raises:
+        UsageError: it is none, or less than the ``least``.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise UsageError(f"{name} {value!r} is not a whole number") from None
+    if least is not None and number < least:
+        raise UsageError(f"{name} {number}", f"give at least {least}")
+    return number
+
+
+def points_of(points: Iterable[Any]) -> tuple[tuple[float, float], ...]:
+    """Points of an image, checked: pairs of finite numbers, x before y.
+
+    Raises:
+        UsageError: one is not.
+    """
+    if not isinstance(points, Iterable):
+        raise UsageError(f"points {points!r} is no list", "give pairs of x and y in pixels")
+    found = []
+    for point in points:
+        try:
+            x, y = (float(number) for number in point)
+        except (TypeError, ValueError):
+            x = y = math.nan
+        if not (math.isfinite(x) and math.isfinite(y)):
+            raise UsageError(f"the point {point!r} is not a pair of numbers", "give x, y in pixels")
+        found.append((x, y))
+    return tuple(found)
 
 
 def is_one(images: object) -> bool:

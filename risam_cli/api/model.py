@@ -28,9 +28,11 @@ from risam_cli.api.inputs import (
     Source,
     expressions_of,
     is_one,
+    points_of,
     sample_of,
     samples_of,
     texts_of,
+    whole_number,
 )
 from risam_cli.api.results import ExplanationResult, Result, Results, source_rgb
 from risam_cli.data.images.images import EncoderImage, read_for_encoder
@@ -127,10 +129,8 @@ def load(
         UsageError: an unknown device or precision, or one that this machine does not have.
         ModelError: no such model, or a damaged one.
     """
-    if batch_size < 1 or (workers is not None and workers < 0):
-        raise UsageError(
-            f"batch_size {batch_size}, workers {workers}", "give at least 1, and at least 0"
-        )
+    batch_size = whole_number("batch_size", batch_size, 1)
+    workers = None if workers is None else whole_number("workers", workers, 0)
     chosen = choose_device(device)
     dtype = choose_precision(precision, chosen)
     settings = PredictSettings(
@@ -264,6 +264,8 @@ class Model:
         common = None if expressions is None else texts_of(expressions)
         if on_error not in ("raise", "keep"):
             raise UsageError(f"on_error {on_error!r} is unknown", "give 'raise' or 'keep'")
+        if not hasattr(images, "__iter__") and not hasattr(images, "__getitem__"):
+            raise UsageError(f"the images are a {type(images).__name__}", "give a list of images")
         samples = samples_of(
             images,
             common,
@@ -373,8 +375,12 @@ class EncodedImage:
         """What the words looked at and what the regions heard; see :class:`Attention`.
 
         Raises:
-            ModelError: the network failed on it.
+            UsageError: it is not one text. ModelError: the network failed on it.
         """
+        if not isinstance(expression, str):
+            raise UsageError(
+                f"the expression is a {type(expression).__name__}", "give one text at a time"
+            )
         (text,) = texts_of(expression)
         model = self._model
         loaded = require_risam(model._segmenter, "attention").loaded
@@ -411,7 +417,9 @@ class EncodedImage:
             self.image,
             source_rgb(self._source, self.size),
         )
-        shown = Shown(tuple(points), block=block, head=head)
+        block = None if block is None else whole_number("block", block)
+        head = None if head is None else whole_number("head", head)
+        shown = Shown(points_of(points), block=block, head=head)
         return ExplanationResult.of(explainer.explain(texts_of(expressions), shown))
 
 

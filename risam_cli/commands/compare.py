@@ -64,12 +64,17 @@ def command(reports: tuple[str, ...], form: str, chosen: frozenset[str], slices:
       risam compare base=base/val base=base/testA ours=ours/val ours=ours/testA --to latex
       risam compare base with --slices --figures miou
     """
+    from risam_cli.console.console import get_console
     from risam_cli.evaluation.report.compare import read_other, side_by_side
-    from risam_cli.evaluation.report.side_by_side import WRITERS
+    from risam_cli.evaluation.report.side_by_side import WRITERS, require_figures
 
     named = [_named(report) for report in reports]
     tables = side_by_side([(name, read_other(path)) for name, path in named], with_slices=slices)
+    require_figures(tables, chosen)
     click.echo(WRITERS[form](tables, chosen), nl=False)
+    if form in ("csv", "latex"):  # which have no place for remarks, or none that is read
+        for remark in (remark for table in tables for remark in table.remarks):
+            get_console().warn(remark)
 
 
 def _named(text: str) -> tuple[str, Path]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,10 @@ from risam_cli.commands.options import (
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from risam_cli.explain.explanation import Explanation
+    from risam_cli.explain.explanation import Explanation, Shown
+    from risam_cli.inference.pipeline import PredictSettings
+    from risam_cli.segmenters.risam import RisamSegmenter
+    from risam_cli.types import Failure
 
 GRID = 5  # points along the longer side
 
@@ -96,8 +100,8 @@ def _parse_points(
 def command(**options: Any) -> int:
     """Show what the network looked at, after Figure 1 of the paper.
 
-    IMAGE is an image file; of several, and of a folder, each image has a page of its own, and
-    index.html leads to them.
+    IMAGE is an image file, or a folder, a pattern or a manifest of images. Of several, each image
+    has a page of its own, and index.html leads to them.
 
     For each word the regions that it attends to (Language-Guided Attention), for points of the
     image the words that inform them most (Vision-Guided Attention), and the predicted mask: a
@@ -130,35 +134,89 @@ def _explain(
     from risam_cli.explain.write import INDEX, write_explanation, write_explanations
 
     console = get_console()
-    if len(inputs) == 1 and not os.path.isdir(inputs[0]):
-        explanation = _explainer(inputs[0], expressions, **options)(inputs[0])
+    given = _given(inputs, expressions, output)
+    if given.single:
+        (image,) = given.images
+        explanation = _explainer(given, expressions, **options)(image)
         _tell(explanation)
         for name in write_explanation(explanation, output, with_json=as_json, overwrite=overwrite):
             console.info(str(output / name))
         return EXIT_OK
-    images = _images(inputs, expressions, output)
-    explain = _explainer(None, expressions, **options)
-    failed = write_explanations(images, explain, output, with_json=as_json, overwrite=overwrite)
-    console.info(f"{len(images) - failed} images explained: {output / INDEX}")
+    if given.unasked:
+        console.warn(
+            f"{given.unasked} images bring expressions of their own, which are not explained: only "
+            "those given by -e are"
+        )
+    explain = _explainer(given, expressions, **options)
+    failed = write_explanations(
+        tuple(given.images),
+        explain,
+        output,
+        with_json=as_json,
+        overwrite=overwrite,
+        failures=given.failures,
+    )
+    explained = len(given.images) + len(given.failures) - failed
+    console.info(f"{explained} images explained: {output / INDEX}")
     if failed:
         console.warn(f"{failed} images failed: see {output / 'failures.jsonl'}")
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 
-def _images(inputs: tuple[str, ...], expressions: tuple[str, ...], output: Path) -> list[str]:
-    """The images of folders and files, each once.
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What the user named.
+
+    Attributes:
+        images: their files by name, each once.
+        failures: of manifest lines and folders that name none.
+        single: it is one image, named as such.
+        unasked: how many images bring expressions of their own.
+    """
+
+    images: Mapping[str, Path]
+    failures: tuple[Failure, ...]
+    single: bool
+    unasked: int
+
+
+def _given(inputs: tuple[str, ...], expressions: tuple[str, ...], output: Path) -> _Given:
+    """The images of files, folders, patterns and manifests.
 
     Raises:
-        DataError: one is not there, or there is no image at all.
+        DataError: an input is not there, or there is no image at all.
     """
+    from risam_cli.data.identity import image_key
     from risam_cli.data.inputs.inputs import Inputs
+    from risam_cli.files.store import RemotePath
+
+    def key_of(path: Path) -> str:
+        return str(path) if isinstance(path, RemotePath) else image_key(os.path.abspath(path))
 
     found = Inputs(inputs, expressions, exclude=output)
     found.check()
-    images = dict.fromkeys(entry.image for entry in found if entry.image)
+    images: dict[str, Path] = {}
+    failures: list[Failure] = []
+    keys: set[str] = set()
+    unasked: set[str] = set()
+    for entry in found:
+        if entry.sample is None:
+            failures += entry.failures
+            continue
+        sample, key = entry.sample, key_of(entry.sample.path)
+        if key not in keys:
+            keys.add(key)
+            # Two manifests can call two files by one name.
+            name = str(sample.path) if sample.image in images else sample.image
+            images[name] = sample.path
+        if any(one.text not in expressions for one in sample.expressions):
+            unasked.add(key)
     if not images:
-        raise DataError(f"{', '.join(inputs)}: no image is there", "name image files or a folder")
-    return list(images)
+        why = f"; the first failure: {failures[0].message}" if failures else ""
+        message = f"{', '.join(inputs)}: no image is there{why}"
+        raise DataError(message, "name image files or a folder")
+    single = not failures and len(inputs) == 1 and list(images) == list(found.arguments)
+    return _Given(images, tuple(failures), single, len(unasked))
 
 
 def _tell(explanation: Explanation) -> None:
@@ -179,7 +237,7 @@ def _tell(explanation: Explanation) -> None:
 
 
 def _explainer(
-    first: str | None,
+    given: _Given,
     expressions: tuple[str, ...],
     model: str | None,
     points: tuple[tuple[float, float], ...],
@@ -196,18 +254,14 @@ def _explainer(
     """Loads the model; torch is imported here and not before.
 
     Args:
-        first: an image to read before, since a bad one is to be told before a model is loaded.
+        given: a single image is read before, since a bad one is to be told before a model is
+            loaded.
     """
     from risam_cli.data.images.images import open_rgb, read_for_encoder
     from risam_cli.explain.explainer import Explainer
     from risam_cli.explain.explanation import Shown
     from risam_cli.inference.device import choose_device, choose_precision
     from risam_cli.inference.pipeline import PredictSettings, Session, compute_settings
-    from risam_cli.segmenters.resolve import (
-        load_segmenter,
-        require_risam,
-        require_risam_name,
-    )
 
     chosen = choose_device(device)
     settings = PredictSettings(
@@ -216,20 +270,18 @@ def _explainer(
         threshold=threshold,
         no_target_threshold=no_target_threshold,
     )
-    if first is not None:
-        open_rgb(Path(first), bands=bands)
-    require_risam_name(model, "risam explain")
-    segmenter = require_risam(
-        load_segmenter(model, device=chosen, precision=settings.precision), "risam explain"
-    )
+    if given.single:
+        (path,) = given.images.values()
+        open_rgb(path, bands=bands)
+    shown = Shown(points, grid, block, head)
+    segmenter = _segmenter(model, settings, shown)
     session = Session(segmenter, compute_settings(segmenter, settings))
     bar = segmenter.thresholds.no_target if no_target_threshold is None else no_target_threshold
 
     def explain(image: str) -> Explanation:
-        rgb = open_rgb(Path(image), bands=bands)
-        scaled = read_for_encoder(
-            Path(image), segmenter.frames, full_decode=full_decode, bands=bands
-        )
+        path = given.images[image]
+        rgb = open_rgb(path, bands=bands)
+        scaled = read_for_encoder(path, segmenter.frames, full_decode=full_decode, bands=bands)
         explainer = Explainer(
             session,
             segmenter.loaded.tokenizer,
@@ -240,6 +292,25 @@ def _explainer(
             image,
             rgb,
         )
-        return explainer.explain(expressions, Shown(points, grid, block, head))
+        return explainer.explain(expressions, shown)
 
     return explain
+
+
+def _segmenter(model: str | None, settings: PredictSettings, shown: Shown) -> RisamSegmenter:
+    """Loads a model that can be explained.
+
+    Raises:
+        UsageError: it has no such block or head; told here, before anything is written.
+        ModelError: it cannot be loaded.
+    """
+    from risam_cli.explain.explainer import require_chosen
+    from risam_cli.segmenters.resolve import load_segmenter, require_risam, require_risam_name
+
+    require_risam_name(model, "risam explain")
+    loaded = load_segmenter(model, device=settings.device, precision=settings.precision)
+    segmenter = require_risam(loaded, "risam explain")
+    attending: Any = segmenter.loaded.model.attention
+    heads = attending[0].heads if attending else 0
+    require_chosen(shown, segmenter.name, len(attending), heads)
+    return segmenter

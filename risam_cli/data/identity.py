@@ -12,12 +12,18 @@ the decomposed form and slashes for backslashes are tried.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import unicodedata
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
 _LONGEST = 1 << 14  # characters
+_WHOLE_NUMBER = re.compile("0|-?[1-9][0-9]{0,99}")  # as a number is written
+_COCO_NAME = re.compile(r"COCO_(?:train|val|test)20\d\d_(\d{12})")
+# REFER's refs name their image with the number of an annotation behind it.
+_REFER_NAME = re.compile(r"(.+_\d{12})_\d+")
 
 
 def normalized(form: Literal["NFC", "NFD", "NFKC"], text: str) -> str:
@@ -56,6 +62,18 @@ def stem_of(name: str) -> str:
     return PurePosixPath(image_tail(image_key(name))).stem
 
 
+def image_core(name: str) -> str:
+    """What all usual spellings of an image's name share: no folder, no suffix, no REFER number.
+
+    COCO's images of 2014 are named by their numbers alone since 2017.
+    """
+    stem = stem_of(name)
+    refer = _REFER_NAME.fullmatch(stem)
+    stem = refer[1] if refer else stem
+    coco = _COCO_NAME.fullmatch(stem)
+    return coco[1] if coco else stem
+
+
 def id_text(value: Any) -> str | None:
     """An id as text; None where the value cannot be one (empty, a truth value, not finite)."""
     if isinstance(value, float) and value.is_integer():
@@ -64,6 +82,21 @@ def id_text(value: Any) -> str | None:
         return None
     text = str(value)
     return None if text in ("", "nan", "inf", "-inf") else text
+
+
+def id_key(value: Any) -> Any:
+    """What two spellings of one id have in common, to find it by; what is no id stays as it is.
+
+    It parts ids as :func:`id_text` does, but whole numbers stay numbers, which large files need
+    less room and time for.
+    """
+    if type(value) is int:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return int(value) if value.is_integer() else str(value)
+    if isinstance(value, str) and _WHOLE_NUMBER.fullmatch(value):
+        return int(value)
+    return value
 
 
 def expression_key(text: str) -> str:

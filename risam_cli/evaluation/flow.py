@@ -137,7 +137,8 @@ def _evaluate(asked: EvalRequest) -> int:
         write_reports(folder, report, gallery(done.run.scored, asked.bands))
         done.finish()
     console.block(console_table(report))
-    for line in remarks(report):
+    compared = report.comparison
+    for line in (*remarks(report), *(compared.remarks if compared else ())):
         console.warn(line)
     console.info(f"reports are in {asked.output}")
     if asked.as_json:

@@ -224,6 +224,8 @@ def _require_confined(source: SampleSource, root: Path) -> None:
     """
     for group in source.groups:
         name = Path(group.image)
+        if name.name != group.path.name:  # found with slashes for its backslashes
+            name = Path(group.image.replace("\\", "/").lstrip("/"))
         start = root if name.is_absolute() else group.path.parents[len(name.parts) - 1]
         require_inside(group.path, start, repr(group.image))
 

@@ -62,12 +62,7 @@ class Explainer:
     def _one(self, text: str, shown: Shown) -> Explained:
         attention = explain(self.session, self.tokenizer, self.encoded, text)
         blocks, heads = attention.blocks, attention.heads
-        for name, value, count in (("block", shown.block, blocks), ("head", shown.head, heads)):
-            if value is not None and count and not 0 <= value < count:
-                raise UsageError(
-                    f"{name} {value}: the model {self.name!r} has {count} {name}s",
-                    f"give 0 to {count - 1}",
-                )
+        require_chosen(shown, self.name, blocks, heads)
         for x, y in shown.points:
             attention.region_at(x, y)
         sample = Sample(self.image, Path(self.image), (Expression(f"{self.image}#0", text),))
@@ -75,3 +70,17 @@ class Explainer:
         if found.failures:
             raise ModelError(found.failures[0].message)
         return Explained(found.predictions[0], attention)
+
+
+def require_chosen(shown: Shown, model: str, blocks: int, heads: int) -> None:
+    """Refuse a block or head that a model has not; one without blocks has nothing to choose.
+
+    Raises:
+        UsageError: naming it and the model.
+    """
+    for name, value, count in (("block", shown.block, blocks), ("head", shown.head, heads)):
+        if value is not None and count and not 0 <= value < count:
+            raise UsageError(
+                f"{name} {value}: the model {model!r} has {count} {name}s",
+                f"give 0 to {count - 1}",
+            )

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from risam_cli.console.console import get_console
 from risam_cli.drawing.png import encode_rgb
-from risam_cli.errors import DataError
+from risam_cli.errors import DataError, UsageError
 from risam_cli.explain.attention import Attention
 from risam_cli.explain.explanation import Explained, Explanation
 from risam_cli.explain.page import Card, index_html, to_html
 from risam_cli.explain.picture import draw_explanation
-from risam_cli.export.folder import EXPLANATION, ExportFolder
+from risam_cli.export.folder import EXPLANATION, ExportFolder, Spool
 from risam_cli.export.targets import Placement, replace_suffix
 from risam_cli.outputs.naming import slug
 from risam_cli.outputs.records import FAILURES, failure_to_json, to_json
@@ -63,15 +63,18 @@ def write_explanations(
     *,
     with_json: bool,
     overwrite: bool,
+    failures: Sequence[Failure] = (),
 ) -> int:
     """Writes the explanations of several images, and ``index.html``, which leads to them.
 
     Each image has a folder in ``images/``, called as the image is, with what
-    :func:`write_explanation` writes. An image that cannot be read is a line of ``failures.jsonl``.
+    :func:`write_explanation` writes. An image that cannot be read, or does not hold a point that is
+    asked about, is a line of ``failures.jsonl``.
 
     Args:
         images: their names, no two alike.
         explain: explains one, by its name.
+        failures: of what was given beside them and names no image.
 
     Returns:
         How many failed.
@@ -90,13 +93,14 @@ def write_explanations(
         folder.spool("failures") as failed,
         get_console().progress("explain", len(images), "images") as progress,
     ):
+        for failure in failures:
+            _fail(failed, failure)
         for image in images:
             try:
                 found = explain(image)
-            except DataError as error:
-                get_console().warn(str(error))
-                row = Failure(image, image, None, "decode", type(error).__name__, str(error))
-                failed.add(failure_to_json(row) + "\n")
+            except (DataError, UsageError) as error:
+                said = str(error) if isinstance(error, DataError) else f"{image}: {error}"
+                _fail(failed, Failure(image, image, None, "decode", type(error).__name__, said))
             else:
                 place = f"images/{replace_suffix(placement.target(image), '')}"
                 _write(folder, f"{place}/", found, with_json=with_json)
@@ -108,6 +112,11 @@ def write_explanations(
             folder.publish(FAILURES, [failed])
         folder.complete({"images": len(cards), "failures": failed.count})
         return failed.count
+
+
+def _fail(failed: Spool, failure: Failure) -> None:
+    get_console().warn(failure.message)
+    failed.add(failure_to_json(failure) + "\n")
 
 
 def _write(folder: ExportFolder, place: str, explanation: Explanation, *, with_json: bool) -> None:

@@ -303,10 +303,13 @@ def test_wrong_usage_is_a_usage_error(model: risam_cli.Model) -> None:
         (image, b"star", {}, "an expression is bytes"),
         ({"a": image}, "star", {}, "the images are a dict"),
         ([image, 7], "star", {}, "image 1 is a int"),
+        (image, 5, {}, "the expressions are a int"),
     ]
     for given, expressions, options, says in wrong:
         with pytest.raises(UsageError, match=says.replace("(", r"\(")):
             model.predict(given, expressions, **options)
+    with pytest.raises(UsageError, match="the images are a int"):
+        model.predict_iter(5, "star")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="comes without an expression"):
         list(model.predict_iter([image]))
     with pytest.raises(UsageError, match="on_error 'skip' is unknown"):
@@ -320,6 +323,10 @@ def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
         risam_cli.load(device="gpu")
     with pytest.raises(UsageError, match="batch_size 0"):
         risam_cli.load(batch_size=0)
+    with pytest.raises(UsageError, match="batch_size '8' is not a whole number"):
+        risam_cli.load(batch_size="8")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"workers 1\.5 is not a whole number"):
+        risam_cli.load(workers=1.5)  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         risam_cli.lod  # type: ignore[attr-defined]  # noqa: B018
 
@@ -359,6 +366,9 @@ def test_attention_comes_with_an_encoded_image(model: risam_cli.Model) -> None:
     assert [word.text for word in found.words if not word.special] == ["the", "red", "star"]
     assert found.words_of_regions() is not None
     assert found.words_of_regions().shape == (2, 4, 5)  # type: ignore[union-attr]
+    for odd in (["a", "b"], ["a"], 5):
+        with pytest.raises(UsageError, match=f"the expression is a {type(odd).__name__}"):
+            encoded.attention(odd)  # type: ignore[arg-type]
 
 
 def test_an_explanation_is_a_page_in_a_notebook_and_files(
@@ -384,6 +394,14 @@ def test_an_explanation_is_a_page_in_a_notebook_and_files(
         encoded.explain("star", block=-1)
     with pytest.raises(UsageError, match="is not in the image"):
         encoded.explain("star", points=[(256, 0)])
+    points: Any
+    for points in ([(1,)], [3], ["ab"], [(1, float("nan"))], 4, [(1, 2, 3)]):
+        with pytest.raises(UsageError, match="point"):
+            encoded.explain("star", points=points)
+    for name in ("block", "head"):
+        chosen: dict[str, Any] = {name: "0"}
+        with pytest.raises(UsageError, match=f"{name} '0' is not a whole number"):
+            encoded.explain("star", **chosen)
 
 
 def test_the_package_itself_is_light() -> None:

@@ -78,6 +78,18 @@ def test_names_of_any_kind_are_quoted(tmp_path: Path, name: str) -> None:
     assert raw["output"].startswith("runs/")
 
 
+def test_names_with_backslashes_are_found(tmp_path: Path) -> None:
+    data = write_coco(tmp_path / "mine")
+    path = Path(data["annotations"])
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["file_name"] = f"{Path(data['images']).name}\\{image['file_name']}"
+    path.write_text(json.dumps(content))
+    images = Path(data["images"]).parent
+    code = main(["init", str(path), "-o", str(tmp_path / "a.yaml"), "--images", str(images), "-q"])
+    assert code == 0
+
+
 def test_what_cannot_be_trained_on_is_told_and_nothing_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

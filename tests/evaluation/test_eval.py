@@ -410,6 +410,7 @@ def test_two_runs_side_by_side(tmp_path: Path, evaluate: Any) -> None:
     assert comparison.only_other == 50
     assert any("was made under native" in line for line in comparison.remarks)
     assert any("another ground-truth area" in line for line in comparison.remarks)
+    assert "was made under native" in lavt.err
 
     itself = evaluate(
         *args, tmp_path / "b", "--compare", first.folder, "--overwrite", output=first.folder

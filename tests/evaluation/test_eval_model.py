@@ -128,6 +128,25 @@ def test_a_model_scores_as_its_own_records_do(
     assert len(own.report.curves.no_target or []) > 4
 
 
+def test_images_named_with_backslashes_are_found(evaluate: Any, data: Path) -> None:
+    content = json.loads((data / "instances.json").read_text())
+    (data / "images").mkdir()
+    for image in content["images"]:
+        (data / image["file_name"]).rename(data / "images" / image["file_name"])
+        image["file_name"] = f"images\\{image['file_name']}"
+    (data / "instances.json").write_text(json.dumps(content))
+    for confined in ([], ["--confine"]):
+        run = evaluate(*confined)
+        assert run.code == 0, run.err
+        assert run.report.counts.images == len(SIZES)
+    (data / "images/0.png").rename(data.parent / "outside.png")
+    content["images"][0]["file_name"] = "..\\outside.png"
+    (data / "instances.json").write_text(json.dumps(content))
+    run = evaluate("--confine")
+    assert run.code == 1
+    assert "outside" in run.err
+
+
 def test_an_image_is_encoded_once_for_all_its_sentences(
     evaluate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

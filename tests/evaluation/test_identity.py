@@ -15,7 +15,7 @@ from PIL import Image
 from support.eval_files import Run, box, box_mask, compressed, write_records
 
 from risam_cli.cli import main
-from risam_cli.data.identity import expression_key, id_text, image_key
+from risam_cli.data.identity import expression_key, id_key, id_text, image_key
 
 MASKS = {
     "red": box_mask((2, 2, 20, 20)),
@@ -375,6 +375,10 @@ def test_the_rule_for_ids_and_expressions() -> None:
     assert id_text(7) == id_text(7.0) == id_text("7") == "7"
     assert id_text("07") == "07"
     assert [id_text(odd) for odd in (True, None, "", float("nan"), [1])] == [None] * 5
+    ids = ["7", 7.0, 7, "-7", -7, "07", "7.5", 7.5, "-0", -0.0, "0", "+7", " 7", "1" * 30, "x"]
+    for one in ids:
+        for other in ids:
+            assert (id_key(one) == id_key(other)) == (id_text(one) == id_text(other))
     assert expression_key("The  LEFT cup!") == expression_key("the left cup")
     assert expression_key("left cup") != expression_key("right cup")
     assert expression_key("...") != expression_key("?")

@@ -297,6 +297,17 @@ def run(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return call
 
 
+@pytest.fixture
+def explain_alone(run: Call, model_folder: Path) -> Call:
+    """``risam explain`` of one argument, in the folder of ``run``."""
+
+    def call(*arguments: str) -> int:
+        base = ["explain", *arguments, "-e", "the star", "-o", "out", "--device", "cpu"]
+        return main([*base, "--model", str(model_folder)])
+
+    return call
+
+
 def test_the_command_writes_pictures_page_and_maps(
     cli: Cli, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -476,6 +487,57 @@ def test_several_images_have_a_page_each_and_one_that_leads_to_them(
     (failure,) = [json.loads(line) for line in (out / "failures.jsonl").open()]
     assert failure["image"].endswith("bad.png")
     assert "<h1>a.png</h1>" in (out / "images/a/explain.html").read_text(encoding="utf-8")
+
+
+def test_each_image_is_explained_once_however_it_is_named(
+    run: Call, explain_alone: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("mix/b.png", "mix/c.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.fromarray(cases.noise_image()).save(name)
+    assert run("mix/../a.png", "mix/b.png", "./mix//b.png", "-e", "the star") == 0
+    assert "2 images explained" in capsys.readouterr().err
+    for _ in range(2):  # a pattern alone, of several images and of one
+        assert explain_alone("mix/*.png", "--overwrite") == 0
+        count = len(list(Path("mix").glob("*.png")))
+        assert f"{count} images explained" in capsys.readouterr().err
+        Path("mix/c.png").unlink(missing_ok=True)
+
+
+def test_what_one_image_lacks_does_not_end_the_others(
+    run: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(cases.noise_image(20, 20)).save("small.png")
+    for wrong in (("--block", "7"), ("--head", "2")):
+        assert run("small.png", "-e", "the star", *wrong) == 2
+        assert not Path("out").exists()
+    capsys.readouterr()
+    assert run("small.png", "-e", "the star", "--point", "50,20") == 3
+    assert "1 images explained" in capsys.readouterr().err
+    assert json.loads(Path("out/export.json").read_text())["complete"] is True
+    assert Path("out/images/a/explain.html").is_file()
+    failure = json.loads(Path("out/failures.jsonl").read_text())
+    assert failure["image"] == "small.png"
+    assert "the point 50,20 is not in the image of 20x20 pixels" in failure["message"]
+
+
+def test_broken_lines_and_expressions_of_a_manifest_are_told(
+    explain_alone: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("lists").mkdir()
+    Image.fromarray(cases.noise_image()).save("lists/b.png")
+    rows = ['{"image": "b.png", "expression": "its own"}', '{"image": ', '{"image": "b.png"}']
+    Path("lists/all.jsonl").write_text("\n".join(rows) + "\n")
+    assert explain_alone("lists/all.jsonl") == 3
+    told = capsys.readouterr().err
+    assert "1 images bring expressions of their own, which are not explained" in told
+    assert "1 images explained" in told
+    assert Path("out/images/b/0-the-star.png").is_file()
+    failure = json.loads(Path("out/failures.jsonl").read_text())
+    assert "lists/all.jsonl, line 2" in failure["message"]
+    Path("lists/all.jsonl").write_text(rows[1] + "\n")
+    assert explain_alone("lists/all.jsonl", "--overwrite") == 1
+    assert "no image is there; the first failure: lists/all.jsonl" in capsys.readouterr().err
 
 
 def test_what_is_told_of_an_explanation_is_one_line(model_folder: Path, tmp_path: Path) -> None:

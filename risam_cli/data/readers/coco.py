@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from risam_cli.data.identity import existing, id_key, id_text
 from risam_cli.data.readers.instances import Instances, read_instances
 from risam_cli.data.readers.layout import is_file
 from risam_cli.data.readers.source import (
@@ -24,6 +25,7 @@ from risam_cli.data.readers.source import (
 )
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief
+from risam_cli.files.store import RemotePath
 
 ALL = "all"
 _TEXT_KEYS = ("text", "expression", "caption", "sent")
@@ -152,18 +154,20 @@ def _listed(record: Any, where: str, columns: Mapping[str, Any]) -> _Spoken:
     if text is None:
         raise DataError(f"{where} has no text", f"give one of {', '.join(_TEXT_KEYS)}")
     ann_ids = record.get("ann_ids", record.get("ann_id"))
-    if isinstance(ann_ids, (int, str)):
+    if isinstance(ann_ids, (int, str, float)):
         ann_ids = [ann_ids]
+    if isinstance(ann_ids, list):
+        ann_ids = [id_key(one) for one in ann_ids]
     if ann_ids is not None and (
         not isinstance(ann_ids, list) or not all(isinstance(a, (int, str)) for a in ann_ids)
     ):
         raise DataError(f"{where} has ann_ids {brief(ann_ids)}", "give a list of ids")
     if ann_ids == [-1]:  # gRefCOCO's way of saying that nothing fits
         ann_ids = []
-    image_id, given = record.get("image_id"), record.get("id")
+    image_id = id_key(record.get("image_id"))
     if not isinstance(image_id, (int, str)):
         raise DataError(f"{where} has the image_id {brief(image_id)}", "give an image's id")
-    name = str(given) if isinstance(given, (int, str)) else ""
+    name = id_text(record.get("id")) or ""
     parts = None if ann_ids is None else tuple(ann_ids)
     pseudo = record.get("pseudo") is True
     return _Spoken(
@@ -180,7 +184,7 @@ def _listed(record: Any, where: str, columns: Mapping[str, Any]) -> _Spoken:
 def _captioned(ann_id: Any, annotation: dict[str, Any]) -> Iterator[_Spoken]:
     """Expressions that stand on an annotation; without a mask their truth is unknown."""
     texts = _annotation_texts(annotation)
-    image_id = annotation.get("image_id")
+    image_id = id_key(annotation.get("image_id"))
     if texts and not isinstance(image_id, (int, str)):
         raise DataError(f"annotation {ann_id!r} has the image_id {brief(image_id)}")
     parts = (ann_id,) if annotation.get("segmentation") else None
@@ -231,7 +235,7 @@ def _group(instances: Instances, image_id: Any, folder: Path, spoken: Sequence[_
         phrases.append(Phrase(name, one.text, one.parts, known[fact]))
     draw = partial(instances.draw, image_id=image_id, size=size or (1, 1))
     redraw = partial(instances.redraw, size=size or (1, 1))
-    path = folder / file_name
+    path = _image_path(folder, file_name)
     return Group(file_name, path, size, tuple(phrases), draw, redraw=redraw)
 
 
@@ -240,6 +244,18 @@ def _image_folder(path: Path, instances: Instances) -> Path:
     first = next(iter(instances.images))
     name = instances.image(first)["file_name"]
     for folder in (path.parent, path.parent / "images", path.parent.parent / "images"):
-        if is_file(folder / name):
+        if is_file(_image_path(folder, name)):
             return folder
     return path.parent
+
+
+def _image_path(folder: Path, name: str) -> Path:
+    """Where an image is, by whichever spelling of its name there is a file on this disk.
+
+    Nothing is looked up for plain names, such as those of COCO's own files.
+    """
+    path = folder / name
+    if isinstance(path, RemotePath):
+        return path
+    found = existing(str(path))
+    return path if found == str(path) else Path(found)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from risam_cli.data.identity import id_key
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.source import Truth
 from risam_cli.errors import DataError
@@ -31,7 +32,7 @@ class Annotation:
 
 @dataclass(slots=True)
 class Instances:
-    """Images, annotations and categories by id; only what was asked to be kept.
+    """Images, annotations and categories by :func:`id_key`; only what was asked to be kept.
 
     Attributes:
         in_category: (image id, category id) -> its annotations, crowds left out: the
@@ -208,16 +209,16 @@ def file_name_of(image: Mapping[str, Any]) -> str | None:
 
 
 def record_id(record: Any, path: Path, where: str) -> Any:
-    """``record["id"]``, hashable. Raises DataError where the record is none or has none."""
-    found = record.get("id") if isinstance(record, dict) else None
+    """:func:`id_key` of ``record["id"]``. Raises DataError where there is no record or no id."""
+    found = id_key(record.get("id")) if isinstance(record, dict) else None
     if not isinstance(found, (int, str)):
         raise DataError(f"{path}: a record of {where} has no id: {brief(record)}")
     return found
 
 
 def _reference(record: dict[str, Any], key: str, path: Path) -> Any:
-    """The id of another record, hashable; None where it is not given."""
-    found = record.get(key)
+    """:func:`id_key` of another record's id; None where it is not given."""
+    found = id_key(record.get(key))
     if found is not None and not isinstance(found, (int, str, float)):
         raise DataError(
             f"{path}: annotation {record.get('id')!r} has the {key} {brief(found)}", "give an id"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -23,10 +22,10 @@ from numpy.typing import NDArray
 from risam_cli.data.identity import (
     expression_key,
     id_text,
+    image_core,
     image_key,
     image_tail,
     is_tail,
-    stem_of,
 )
 from risam_cli.data.readers.coco_expressions import PARTS
 from risam_cli.data.readers.names import Record
@@ -39,9 +38,6 @@ from risam_cli.types import Expression, Failure, Rle, Sample
 
 FILE_NAME = PREDICTIONS
 _COMPARED = 1000  # expressions that are looked at before a file is taken for another data set's
-# REFER's refs name their image with the number of an annotation behind it.
-_COCO_NAME = re.compile(r"COCO_(?:train|val|test)20\d\d_(\d{12})")
-_REFER_NAME = re.compile(r"(.+_\d{12})_\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +348,7 @@ class PredictionIndex:
         if not _names_image(found.record, sample.image, expression):
             return False
         named, own = image_key(str(found.record["image"])), image_key(sample.image)
-        others = [key for key in self._images.get(_core(named), ()) if key != own]
+        others = [key for key in self._images.get(image_core(named), ()) if key != own]
         if named == own or not others:
             return True
         if named in others:
@@ -491,19 +487,7 @@ def _image_names(image: str, expression: Expression) -> list[str]:
 
 def _bare(key: str) -> str:
     """A key with its last part cut to its core."""
-    return f"{key.rpartition('/')[0]}/{_core(key)}"
-
-
-def _core(key: str) -> str:
-    """What all usual spellings of an image's name share: no folder, no suffix, no REFER number.
-
-    COCO's images of 2014 are named by their numbers alone since 2017.
-    """
-    stem = stem_of(key)
-    refer = _REFER_NAME.fullmatch(stem)
-    stem = refer[1] if refer else stem
-    coco = _COCO_NAME.fullmatch(stem)
-    return coco[1] if coco else stem
+    return f"{key.rpartition('/')[0]}/{image_core(key)}"
 
 
 def _by_stem(source: SampleSource | None) -> dict[str, list[str]]:
@@ -512,14 +496,14 @@ def _by_stem(source: SampleSource | None) -> dict[str, list[str]]:
     if source is not None and not source.generated:
         for group in source.groups:
             key = image_key(group.image)
-            found[_core(key)].append(key)
+            found[image_core(key)].append(key)
     return {core: keys for core, keys in found.items() if len(keys) > 1}
 
 
 def _pair_hash(image: object, text: object) -> int:
     if not isinstance(image, str) or not isinstance(text, str):
         return 0
-    return _hash(f"{_core(image_tail(image_key(image)))}\0{expression_key(text)}")
+    return _hash(f"{image_core(image_tail(image_key(image)))}\0{expression_key(text)}")
 
 
 def _hash(text: str) -> int:

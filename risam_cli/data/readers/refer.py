@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from risam_cli.data.identity import id_key
 from risam_cli.data.readers.instances import Instances, read_instances
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.layout import (
@@ -156,9 +157,10 @@ def _checked(ref: dict[str, Any], where: str, columns: Columns) -> dict[str, Any
         if key not in ref:
             raise DataError(f"{where} has no {key}", "check that this is the benchmark's own file")
     ann_ids = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
+    ann_ids, image_id = [id_key(one) for one in ann_ids], id_key(ref["image_id"])
     if not all(isinstance(a, int) for a in ann_ids) or not isinstance(ref["sentences"], list):
         raise DataError(f"{where} is malformed: {brief(ref)}")
-    if not isinstance(ref["image_id"], (int, str)):
+    if not isinstance(image_id, (int, str)):
         raise DataError(f"{where} has the image_id {brief(ref['image_id'])}")
     if len(ann_ids) > 1 and -1 in ann_ids:
         raise DataError(f"{where} mixes 'no target' (-1) with annotations: {ann_ids}")
@@ -171,7 +173,7 @@ def _checked(ref: dict[str, Any], where: str, columns: Columns) -> dict[str, Any
         sentences.append((str(sentence["sent_id"]), text, sentence.get("raw"), own))
     return {
         "ref_id": ref["ref_id"],
-        "image_id": ref["image_id"],
+        "image_id": image_id,
         "ann_ids": () if ann_ids == [-1] else tuple(ann_ids),
         "sentences": sentences,
     }

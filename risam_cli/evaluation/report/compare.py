@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from risam_cli.console.text import sanitize
+from risam_cli.data.identity import expression_key, image_core
 from risam_cli.errors import DataError, reason_of
 from risam_cli.evaluation.report.schema import (
     SEED,
@@ -86,11 +87,12 @@ def comparison_part(
     one, its masks may have been made at another threshold or size, which a remark says.
 
     Raises:
-        DataError: the other run shares no expression with this one, or its rows are damaged.
+        DataError: the other run shares no expression with this one, or most shared ids are of
+            other images or expressions in it, or its rows are damaged.
     """
     mine = _Rows(this_rows)
     theirs = _Rows(other.rows)
-    shared = [name for name in mine.places if name in theirs.places]
+    shared, unlike = _shared([mine, theirs])
     if not shared:
         raise DataError(
             f"{other.rows} shares no expression id with this run",
@@ -130,7 +132,7 @@ def comparison_part(
         slices=slice_changes(first_terms, second_terms, second, mine.labels, slices),
         better=changed(better),
         worse=changed(worse),
-        remarks=_remarks(other.report, first, second, protocol),
+        remarks=[*_unlike(unlike), *_remarks(other.report, first, second, protocol)],
     )
 
 
@@ -219,7 +221,7 @@ def _one_split(named: Sequence[tuple[str, Other]], *, with_slices: bool) -> Side
     others = [other for _, other in named]
     labels = _labels(named)
     read = [_Rows(other.rows) for other in others]
-    shared = [name for name in read[0].places if all(name in one.places for one in read[1:])]
+    shared, unlike = _shared(read)
     if not shared:
         raise DataError(
             f"the {len(others)} reports share no expression",
@@ -253,9 +255,9 @@ def _one_split(named: Sequence[tuple[str, Other]], *, with_slices: bool) -> Side
             for one in figures
         ]
         slices = _slice_rows(labels, parts)
-    remarks = []
+    remarks = _unlike(unlike)
     for other, label, one, table in zip(others, labels, read, tables, strict=True):
-        left = len(one.places) - len(shared)
+        left = len(one.places) - len(shared) - unlike
         if left:
             remarks.append(f"{label}: {left} of its expressions are not in every report.")
         for remark in _remarks(other.report, tables[0], table, protocol):
@@ -272,6 +274,37 @@ def _one_split(named: Sequence[tuple[str, Other]], *, with_slices: bool) -> Side
         tuple(slices),
         tuple(remarks),
     )
+
+
+def _shared(runs: Sequence[_Rows]) -> tuple[list[str], int]:
+    """The ids that all runs have for one image and expression, and how many more they share.
+
+    Raises:
+        DataError: most ids that they share are of other images or expressions in one of them.
+    """
+    first, *others = runs
+    ids = [name for name in first.places if all(name in one.places for one in others)]
+    same = [name for name in ids if len({one.pairs[one.places[name]] for one in runs}) == 1]
+    unlike = len(ids) - len(same)
+    if unlike > len(same):
+        kept = set(same)
+        name = next(name for name in ids if name not in kept)
+        raise DataError(
+            f"{unlike} of the {len(ids)} expression ids that the runs share are of another image "
+            f"or expression in each (the first is {brief(name)})",
+            "compare runs on the same data set and split",
+        )
+    return same, unlike
+
+
+def _unlike(count: int) -> list[str]:
+    """The remark on ids that runs share but use for different things; none where there are none."""
+    if not count:
+        return []
+    return [
+        f"{count} expression ids that the runs share are of another image or expression in each: "
+        "they are left out."
+    ]
 
 
 def _slice_rows(labels: Sequence[str], parts: Sequence[Sequence[SliceChangePart]]) -> list[Row]:
@@ -374,12 +407,16 @@ class _Rows:
     """A ``per_expression.jsonl`` as a table; ids stay in memory, texts are read again on demand.
 
     Attributes:
+        places: of the rows, by id.
+        pairs: a hash of each row's image and expression, by which two runs' rows are held against
+            each other. Folders and suffixes of images do not count, since roots and formats differ.
         labels: of the levels of each slice, in the order of their numbers.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.places: dict[str, int] = {}
+        self.pairs = array("q")
         tally = Tally()
         numbers: dict[str, dict[str, int]] = {}
         columns: dict[str, array[int]] = {}
@@ -391,6 +428,9 @@ class _Rows:
                     column.extend([-1] * (len(tally) - len(column)))
                     known = numbers.setdefault(name, {})
                     column.append(known.setdefault(str(label), len(known)))
+                self.pairs.append(
+                    hash((image_core(row["image"]), expression_key(row["expression"])))
+                )
                 tally.add(_score(row))
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
                 raise DataError(f"{path}: row {len(tally) + 1} is damaged: {error!r}") from error

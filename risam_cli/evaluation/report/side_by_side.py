@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from risam_cli.console.text import sanitize
+from risam_cli.errors import UsageError, setting
 from risam_cli.evaluation.report.compare import Row, SideBySide
 from risam_cli.evaluation.report.render import (
     NAMES,
@@ -38,6 +39,20 @@ _LATEX = {
     "|": r"\textbar{}",
     "^": r"\textasciicircum{}",
 }
+
+
+def require_figures(tables: Tables, chosen: Figures) -> None:
+    """Refuse a figure that no report has, such as one of another protocol.
+
+    Raises:
+        UsageError: naming it and those that there are.
+    """
+    known = dict.fromkeys(row.figure for table in tables for row in table.rows)
+    for name in sorted(set(chosen) - set(known)):
+        raise UsageError(
+            f"{setting('figures', name)}: no report has this figure",
+            f"choose from {', '.join(known)}",
+        )
 
 
 def to_text(tables: Tables, chosen: Figures = ()) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -346,6 +347,64 @@ def test_coco_as_a_manifest_needs_no_sizes_and_no_masks(tmp_path: Path) -> None:
     assert samples[0].expressions[0].target is None
     bare = list(open_coco(path, bare_images=True))
     assert [len(s.expressions) for s in bare] == [1, 0]
+
+
+def test_coco_ids_are_one_as_number_and_as_text(tmp_path: Path) -> None:
+    plain = coco_content()
+    kinds: list[type] = [str, float, int]
+
+    def other(content: Any, number: int) -> Any:  # every id as another type than the one before
+        if isinstance(content, list):
+            return [other(one, number + k) for k, one in enumerate(content)]
+        if not isinstance(content, dict):
+            return content
+        kind = kinds[number % 3]
+        given = {key: kind(content[key]) for key in content if key in ("id", "image_id")}
+        parts = {"ann_ids": [kind(one) for one in content.get("ann_ids", ())]}
+        return content | given | (parts if "ann_ids" in content else {})
+
+    mixed = {key: other(value, k) for k, (key, value) in enumerate(plain.items())}
+    mixed["expressions"].append({"image_id": "12", "ann_ids": "-1", "text": "nothing"})
+    plain["expressions"].append({"image_id": 12, "ann_ids": [-1], "text": "nothing"})
+    read = []
+    for content in (plain, mixed):
+        (tmp_path / "instances.json").write_text(json.dumps(content))
+        read.append(by_id(open_coco(tmp_path / "instances.json")))
+    assert read[0] == read[1]
+
+
+def test_refer_ids_are_one_as_number_and_as_text(tmp_path: Path) -> None:
+    folder = write_grefcoco(tmp_path)
+    expected = by_id(open_refer(tmp_path, "grefcoco", "val"))
+
+    def text(value: Any) -> Any:
+        return [*map(str, value)] if isinstance(value, list) else str(value)
+
+    changed = [
+        one | {"image_id": str(one["image_id"]), "ann_id": text(one["ann_id"])} for one in GREFS
+    ]
+    (folder / "grefs(unc).json").write_text(json.dumps(changed))
+    assert by_id(open_refer(tmp_path, "grefcoco", "val")) == expected
+
+
+def test_coco_images_are_found_in_any_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["in\\a.png", "in/\u00e9.png", "in/b.png"]  # of Windows, of Linux, of both
+    content = {"images": [{"id": k, "file_name": name} for k, name in enumerate(names)]}
+    (tmp_path / "any.json").write_text(json.dumps(content))
+    files = [tmp_path / "images/in" / name for name in ("a.png", "e\u0301.png", "b.png")]
+    files[0].parent.mkdir(parents=True)
+    for file in files:
+        file.touch()
+    groups = open_coco(tmp_path / "any.json", bare_images=True).groups
+    assert [group.image for group in groups] == names
+    assert [group.path for group in groups] == files
+    monkeypatch.setattr(os.path, "lexists", lambda path: pytest.fail("plain names are looked up"))
+    content["images"] = content["images"][2:]
+    (tmp_path / "any.json").write_text(json.dumps(content))
+    source = open_coco(tmp_path / "any.json", tmp_path / "images", bare_images=True)
+    assert source.groups[0].path == files[2]
 
 
 def test_coco_splits_by_field_and_by_file(tmp_path: Path) -> None:

@@ -329,11 +329,41 @@ def test_a_slice_that_says_nothing_is_refused(
 
 def test_what_cannot_be_compared_is_told(reports: list[Path], ask: Ask, tmp_path: Path) -> None:
     assert "cannot read" in ask(reports[0], tmp_path / "none", code=1)
+    told = ask(*reports, "--figures", "miou,pr@0.3", code=2)
+    assert "--figures pr@0.3: no report has this figure; choose from oiou" in told
     assert "named twice" in ask(reports[0], reports[0], code=1)
     assert main(
         ["eval", "--dataset", "refshapes", "--split", "val", "--limit", "2", "-o", str(tmp_path)]
     ) in (0, 3)
     assert "share no expression" in ask(reports[0], tmp_path, code=1)
+
+
+def test_ids_that_mean_other_things_are_not_paired(
+    reports: list[Path], ask: Ask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(reports[0], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "per_expression.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+
+    def write(**changes: str) -> None:
+        changed = [row | changes for row in lines[:2]] + lines[2:]
+        file.write_text("".join(json.dumps(row) + "\n" for row in changed))
+
+    write(image="elsewhere\\0.jpg")  # the same image below another root, in another format
+    assert "24 expressions" in ask(reports[1], tmp_path)
+    for changes in ({"image": "77.png"}, {"expression": "a dog"}):
+        write(**changes)
+        assert main(["compare", "-q", str(reports[1]), str(tmp_path), "--to", "csv"]) == 0
+        out, err = capsys.readouterr()
+        assert {row["expressions"] for row in csv.DictReader(io.StringIO(out))} == {"22"}
+        assert err == (
+            "warning: 2 expression ids that the runs share are of another image or expression in "
+            "each: they are left out.\n"
+        )
+    file.write_text("".join(json.dumps(row | {"expression": "a dog"}) + "\n" for row in lines))
+    told = ask(reports[1], tmp_path, code=1)
+    assert "24 of the 24 expression ids that the runs share are of another image" in told
+    assert told.count("\n") == 1
 
 
 def test_names_of_others_are_shown_and_not_obeyed(
