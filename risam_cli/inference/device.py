@@ -59,7 +59,7 @@ def choose_device(name: str = "auto") -> torch.device:
         return torch.device("mps" if _has_mps() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise UsageError(
             f"{setting('device')} {name!r} is not a device", "use auto, cpu, cuda or mps"
         ) from None

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from risam_cli.data.images.frames import Pixels, sam_frame
-from risam_cli.model.fast.crew import threads_of
 from risam_cli.segmenters.segmenter import (
     Capabilities,
     GridMaps,
@@ -62,7 +61,8 @@ class RisamSegmenter:
 
     def encode_images(self, inputs: Sequence[Pixels]) -> ImageFeatures:
         """The enhanced features F_v of B images."""
-        return self.from_backbone(self.backbone(inputs))
+        with self.autocast():
+            return self.loaded.model.encode_image(inputs[0].values)
 
     def backbone(self, inputs: Sequence[Pixels]) -> EncoderFeatures:
         """What a feature cache keeps: the outputs of the image encoder."""
@@ -72,8 +72,7 @@ class RisamSegmenter:
 
     def from_backbone(self, kept: EncoderFeatures) -> ImageFeatures:
         """The features that :meth:`encode_images` gives, from the encoder's outputs."""
-        # By one thread on a CPU: the sums of its convolutions depend on how many there are.
-        with self.autocast(), threads_of(1 if self.device.type == "cpu" else 0):
+        with self.autocast():
             return self.loaded.model.enhance(kept.shallow, kept.middle, kept.deep, kept.fine)
 
     def encode_texts(self, texts: Sequence[str]) -> Texts:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from risam_cli.model.fast.crew import threads_of
 from risam_cli.model.fast.folding import (
     Affine,
     Chain,
@@ -374,8 +375,19 @@ class FastDecoder:
 # --- the network ----------------------------------------------------------------------------------
 
 
-class FastRisam(Risam):
-    """The network on a CPU: the expressions of one image after those of another."""
+class HostRisam(Risam):
+    """The network on a CPU: any number of threads gives an image the same features, to the bit."""
+
+    def enhance(
+        self, shallow: Tensor, middle: Tensor, deep: Tensor, fine: Tensor | None
+    ) -> ImageFeatures:
+        """See :meth:`risam_cli.model.risam.Risam.enhance`."""
+        with threads_of(1):  # convolutions add up in another order where they have more
+            return super().enhance(shallow, middle, deep, fine)
+
+
+class FastRisam(HostRisam):
+    """The same, where it decodes as RISAM: the expressions of one image after those of another."""
 
     fast: FastDecoder
 

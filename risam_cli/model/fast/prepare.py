@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from risam_cli.model.fast.decoding import FastRisam
+from risam_cli.model.fast.decoding import FastRisam, HostRisam
 from risam_cli.model.fast.encoder import (
     FastAdapter,
     FastAttention,
@@ -67,6 +67,7 @@ _PLAIN: _Forms = {
     HostImageEncoder: ImageEncoder,
     RecomputedBlock: Block,
     FastRisam: Risam,
+    HostRisam: Risam,
     TrainedRisam: Risam,
 }
 
@@ -94,6 +95,8 @@ def prepare_for_inference(
     """
     take_plain_forms(module)
     for part in list(module.modules()):
+        if isinstance(part, Risam) and device.type == "cpu":
+            part.__class__ = HostRisam
         if _decodes_fast(part, device):
             part.__class__ = FastRisam
             cast(FastRisam, part).keep_weights()

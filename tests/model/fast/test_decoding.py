@@ -20,7 +20,7 @@ from support.networks import (
 from torch import Tensor
 
 from risam_cli.model.fast import decoding
-from risam_cli.model.fast.decoding import FastRisam
+from risam_cli.model.fast.decoding import FastRisam, HostRisam
 from risam_cli.model.fast.prepare import prepare_for_inference, take_plain_forms
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.model.risam import ImageFeatures, Risam
@@ -169,7 +169,11 @@ def test_groups_are_few_and_even(limit: int, numbers: list[int], expected: list[
     assert list(decoding._groups(numbers, limit)) == expected
 
 
-def test_gpus_and_other_decoders_keep_the_plain_form() -> None:
-    for model, device in ((small_model()[0], "cuda"), (small_model(**SAM)[0], "cpu")):
+def test_gpus_and_other_decoders_decode_as_the_plain_form() -> None:
+    for model, device, form in (
+        (small_model()[0], "cuda", Risam),
+        (small_model(**SAM)[0], "cpu", HostRisam),
+    ):
         prepare_for_inference(model, torch.device(device))
-        assert type(model) is Risam
+        assert type(model) is form
+        assert form.decode is Risam.decode
