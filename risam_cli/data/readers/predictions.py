@@ -27,7 +27,6 @@ from risam_cli.data.identity import (
     image_tail,
     is_tail,
 )
-from risam_cli.data.readers.coco_expressions import PARTS
 from risam_cli.data.readers.names import Record
 from risam_cli.data.readers.results import PREDICTIONS, Results
 from risam_cli.data.readers.source import OnFailure, SampleSource
@@ -294,7 +293,7 @@ class PredictionIndex:
 
     def _at_canvas(self, record: Record, size: tuple[int, int] | None, where: str) -> Rle | None:
         """The mask where it is of the canvas's size; None where it is not."""
-        if isinstance(record.get("segmentation"), list) or PARTS in record:
+        if isinstance(record.get("segmentation"), list):
             return None
         try:
             return self._results.mask(record, (self._canvas, self._canvas), where)

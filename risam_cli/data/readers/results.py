@@ -9,6 +9,7 @@ here, so what one takes, the other does.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import sys
@@ -23,8 +24,6 @@ import numpy as np
 from risam_cli.console.streams import require_open
 from risam_cli.data.identity import existing, id_text
 from risam_cli.data.images.files import require_inside
-from risam_cli.data.readers.cells import cell, is_utf8, whole
-from risam_cli.data.readers.coco_expressions import PARTS, CocoExpressions
 from risam_cli.data.readers.cvat import NAME as CVAT
 from risam_cli.data.readers.cvat import cvat_records, open_zip
 from risam_cli.data.readers.instances import segmentation_to_rle
@@ -32,11 +31,11 @@ from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.labelme import FOLDER as LABELME
 from risam_cli.data.readers.labelme import holds_labelme, is_labelme, labelme_records
 from risam_cli.data.readers.mask_files import read_mask_file
-from risam_cli.data.readers.names import IMAGE_KEYS, TEXT_KEYS, Names, Record
+from risam_cli.data.readers.names import IMAGE_KEYS, TEXT_KEYS, Names, Record, spoken
 from risam_cli.data.readers.shapes import ERROR
 from risam_cli.errors import DataError, reason_of
 from risam_cli.files.folder import SPLICE, makers_of
-from risam_cli.files.jsonlines import brief, parse_json, read_lines_at
+from risam_cli.files.jsonlines import brief, load_json, parse_json, read_lines_at
 from risam_cli.files.locks import PRIVATE
 from risam_cli.files.plain import copied, open_plain, spooled
 from risam_cli.files.tables import Table
@@ -57,6 +56,8 @@ _JSON = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 _PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _LONGEST_SINGLE = 1 << 23  # bytes of a file that is one record
 _LISTS = ("", "annotations", "predictions", "results")
+
+_LONGEST_LITERAL = 1 << 20  # characters; its parser takes a thousandfold in bytes
 
 
 class Results:
@@ -97,8 +98,6 @@ class Results:
         self._image_root = image_root
         self._kind = "line"
         self._places: array[int] | None = None
-        self._offsets = array("q")  # of what is spooled
-        self._meant = CocoExpressions()
         self._notes: Counter[str] = Counter()
         self._first: dict[str, str] = {}
         try:
@@ -128,8 +127,6 @@ class Results:
     def rows(self) -> Iterator[tuple[int, int, Record | DataError]]:
         """Number and offset of every record with the record itself, or with what is wrong."""
         for number, offset, line in read_lines_at(self._stream, MAX_LINE):
-            if number in self._meant.hidden:
-                continue
             try:
                 if line is None:
                     raise DataError(f"{self.place(number)}: longer than {MAX_LINE >> 20} MiB")
@@ -158,11 +155,9 @@ class Results:
         Raises:
             DataError: it is malformed, of another size, or polygons of an unknown size.
         """
-        if PARTS in record:
-            return self._union(record, size, where)
         found = record.get("segmentation")
         if isinstance(found, str):
-            found = cell("segmentation", found)
+            found = _cell("segmentation", found)
         if found is None and isinstance(record.get("mask"), Mapping):
             found = record["mask"]
         if isinstance(found, Mapping):
@@ -193,19 +188,6 @@ class Results:
             )
         return rle
 
-    def _union(self, record: Record, size: tuple[int, int] | None, where: str) -> Rle:
-        """The mask of an expression that is the union of annotations."""
-        found = []
-        for number in record[PARTS]:
-            part = self.read(number, self._offsets[number - 1])
-            _require_image(part, id_text(record["image_id"]), where)
-            rle = self.mask(part, size, where)
-            if rle is None:
-                raise DataError(f"{where}: annotation {part['annotation']} has no segmentation")
-            size = rle["size"][0], rle["size"][1]
-            found.append(rle)
-        return masks.union(found, size or (0, 0))
-
     def unit(self, record: Record, key: str, number: int) -> float | None:
         """A side field in 0..1; None where it is absent or nothing of the kind, which is noted."""
         value = record.get(key)
@@ -235,15 +217,7 @@ class Results:
 
     def notes(self) -> list[str]:
         """What the user must know of all that was read, one line a kind, with numbers."""
-        lines = [f"{n} {what} (the first: {self._first[what]})" for what, n in self._notes.items()]
-        if self._meant.unknown:
-            lines.append(f"{self._meant.unknown} expressions have no ann_ids; left out")
-        if self._meant.unnamed:
-            lines.append(
-                f"{len(self._meant.unnamed)} annotations are meant by no expression; they are "
-                "taken under their category's name"
-            )
-        return lines
+        return [f"{n} {what} (the first: {self._first[what]})" for what, n in self._notes.items()]
 
     def note_ids(self, record: Record, number: int) -> None:
         """Note where a name has to be made of a COCO id."""
@@ -282,13 +256,6 @@ class Results:
             raise DataError(f"{where}: a record must be an object, not {brief(found)}")
         if isinstance(found.get(ERROR), str):
             raise DataError(found[ERROR])
-        found.pop(PARTS, None)
-        if number in self._meant.parts:
-            found[PARTS] = self._meant.parts[number]
-        if (said := self._meant.said.get(number)) is not None:
-            _require_image(found, said.image_id, where)
-            found["expression"] = said.text
-            found["record_id"] = said.id or found.get("record_id")
         if type(found.get("image")) is int and "image_id" not in found:
             found["image_id"] = found.pop("image")
         if self.names is not None or "image_id" in found:
@@ -299,14 +266,12 @@ class Results:
         for key, keys in (("id", _ID_KEYS), ("image", IMAGE_KEYS), ("expression", TEXT_KEYS)):
             given = next((found[k] for k in keys if found.get(k) is not None), None)
             found[key] = given
-        if number in self._meant.unnamed:
-            found["id"] = found.get("record_id")
         if found["id"] is not None:
             found["id"] = _id(found["id"], where)
         if "score" not in found and "predicted_iou" in found:
             found["score"] = found["predicted_iou"]
         if "instance" in found:
-            found["instance"] = whole(found["instance"])
+            found["instance"] = _whole(found["instance"])
         return found
 
     # --- opening --------------------------------------------------------------------------------
@@ -350,16 +315,12 @@ class Results:
         self, rows: Iterator[tuple[int, Record]], kind: str, source: BinaryIO | None
     ) -> BinaryIO:
         """The rows as JSON Lines in a temporary file; remembers the place of each."""
-        places, offset = array("q"), 0
+        places = array("q")
 
         def lines() -> Iterator[bytes]:
-            nonlocal offset
             for place, row in rows:
                 places.append(place)
-                self._offsets.append(offset)
-                line = json.dumps(row).encode() + b"\n"
-                offset += len(line)
-                yield line
+                yield json.dumps(row).encode() + b"\n"
 
         stream = spooled(lines(), source)
         self._kind, self._places = kind, places
@@ -385,12 +346,12 @@ class Results:
             if row.error is not None:
                 raise row.error
             # Names of files are bytes and may be anything; what is written out as text may not.
-            odd = [k for k in _TEXTS if not is_utf8(row.cells.get(k, ""))]
+            odd = [k for k in _TEXTS if not _is_utf8(row.cells.get(k, ""))]
             if odd:
                 where = row.where(str(self.path))
                 yield row.first, {ERROR: f"{where}: the {odd[0]} is not UTF-8; save it as UTF-8"}
             else:
-                yield row.first, {k: cell(k, v) for k, v in row.cells.items() if k and v}
+                yield row.first, {k: _cell(k, v) for k, v in row.cells.items() if k and v}
 
     def _of_folder(self) -> Iterator[tuple[int, Record]]:
         """The records of a folder's files; those without an image's name are of their file's."""
@@ -400,7 +361,7 @@ class Results:
             rows = list(_of_lines(path) if lines else self._of_json(path, None))
             own, self.names = self.names, names
             for place, row in rows:
-                if own is not None and names is None and ERROR not in row:
+                if own is not None and names is None:
                     own.complete(row, f"{path}, result {place}")
                 if not any(row.get(key) is not None for key in (*IMAGE_KEYS, "image_id")):
                     row["image"] = _stem(path)
@@ -414,24 +375,22 @@ class Results:
         table: dict[str, list[Any]] = {"images": [], "categories": [], "expressions": []}
         image: Record = {}
         number, is_empty = 0, True
-        before = len(self._file_of) + 1  # lines of other files, and one, as they count from 1
-        self._meant.begin()
         for key, item in iter_json(path, stream):
             is_empty = is_empty and key == "image"
             if key in table:
                 table[key].append(item)
-            if key == "image" and isinstance(item, Mapping):  # of SA-1B: one file an image
+            if key == "expressions":
+                item = _without_target(item)
+                if item is not None:  # those with a target are on their annotations
+                    yield number, item
+                    number += 1
+            elif key == "image" and isinstance(item, Mapping):  # of SA-1B: one file an image
                 image = {k: item[k] for k in ("file_name", "height", "width") if k in item}
             elif key in _LISTS:
                 if not isinstance(item, Mapping):
                     raise DataError(f"{path}: result {number} is {brief(item)}", "give objects")
-                is_coco = key == "annotations"
-                for row in self._meant.annotation(item, before + number) if is_coco else (item,):
-                    yield number, {**image, **row}
-                    number += 1
-        for row in self._meant.listed(table["expressions"], before + number, path):
-            yield number, row
-            number += 1
+                yield number, {**image, **item}
+                number += 1
         if not number and str(path) != "-":
             single = _single(path)
             if single or (is_empty and self._files):  # nothing was found in the image
@@ -449,14 +408,12 @@ class Results:
 _NONE = Names(None)
 
 
-def _require_image(annotation: Record, image_id: str | None, where: str) -> None:
-    """Make sure that an expression's annotation is of its image. Raises DataError."""
-    own = id_text(annotation.get("image_id"))
-    if own != image_id:
-        raise DataError(
-            f"{where}: annotation {id_text(annotation.get('id'))} is of the image {own}, the "
-            f"expression that means it of {image_id}"
-        )
+def _without_target(expression: Any) -> Record | None:
+    """The record of an expression that nothing fits; None for others."""
+    text, ann_ids = spoken(expression)
+    if text is None or ann_ids not in ([], [-1]):
+        return None
+    return {"image_id": expression.get("image_id"), "expression": text, "no_target": True}
 
 
 def _id(value: Any, where: str) -> str:
@@ -538,6 +495,47 @@ def _are_numbers(value: Any, count: int) -> bool:
         and len(value) == count
         and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
     )
+
+
+def _cell(key: str, text: str) -> Any:
+    """A cell as JSON would have it: numbers, truth values, and what pandas makes of an RLE."""
+    if key in ("score", "no_target_probability", "predicted_iou"):
+        return _number(text)
+    if key in ("height", "width"):
+        return _whole(text)
+    if key == "no_target":
+        return {"true": True, "false": False, "1": True, "0": False}.get(text.strip().lower(), text)
+    if key in ("segmentation", "bbox", "notes"):
+        try:
+            return load_json(text)
+        except ValueError:
+            if len(text) > _LONGEST_LITERAL:
+                return text
+            try:
+                return ast.literal_eval(text)  # values only; nothing is run
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                return text
+    return text
+
+
+def _whole(value: Any) -> Any:
+    """3 for "3", "3.0" and 3.0, as pandas and spreadsheets write it; else the value as it is."""
+    if isinstance(value, str):
+        text = value.strip()
+        value = int(text) if text.isdecimal() and len(text) < 20 else _number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether a cell was UTF-8: other bytes are surrogates in it."""
+    return text.isascii() or not any("\udc80" <= char <= "\udcff" for char in text)
 
 
 def _absent(columns: list[str]) -> list[str]:

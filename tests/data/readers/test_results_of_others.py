@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from support.export_cases import SIZE, export, record, shapes, write_image, write_jsonl
 
-from risam_cli.cli import main
 from risam_cli.data.readers.results import Results
 from risam_cli.masks import rle as masks
 
@@ -183,92 +182,6 @@ def test_ids_that_name_nothing_are_told(tmp_path: Path, capsys: Any) -> None:
     exported(tmp_path, source, "--annotations", written(tmp_path / "coco.json", file))
     said = capsys.readouterr().err
     assert "1 results have a category_id that the COCO file does not list (the first: 0" in said
-
-
-RING = shapes()["ring"]
-DOT = shapes()["one pixel"]
-
-
-def referring(tmp_path: Path, *expressions: dict[str, Any]) -> Path:
-    """A COCO file of expressions, as docs/formats.md has it."""
-    rows = [
-        {"id": 7, "image_id": 1, "category_id": 3, "segmentation": masks.encode(RING)},
-        {"id": 8, "image_id": 1, "category_id": 3, "segmentation": masks.encode(DOT)},
-        {"id": 9, "image_id": 1, "category_id": 4, "segmentation": RLE, "expressions": ["b", "c"]},
-        {"id": 10, "image_id": 1, "category_id": 4, "segmentation": RLE},
-        {"id": 11, "image_id": 2, "category_id": 4, "segmentation": RLE},
-        {"id": 12, "image_id": 1, "category_id": 3, "segmentation": RLE},
-    ]
-    content = {
-        "images": [{"id": n, "file_name": f"{n}.png", "height": 48, "width": 64} for n in (1, 2)],
-        "annotations": rows,
-        "categories": [{"id": 3, "name": "cup"}, {"id": 4, "name": "box"}],
-        "expressions": [{"image_id": 1, **one} for one in expressions],
-    }
-    return written(tmp_path / "coco.json", content)
-
-
-EXPRESSIONS: list[dict[str, Any]] = [
-    {"id": 900, "ann_ids": [7], "text": "the cup"},
-    {"id": 901, "ann_ids": [7], "text": "the ring"},
-    {"id": 902, "ann_ids": [7, 8], "text": "both"},
-    {"id": 903, "ann_ids": [8, 10], "text": "mixed"},
-    {"id": 904, "ann_ids": [], "text": "nothing"},
-    {"id": 905, "ann_ids": [9], "text": "b"},
-]
-
-
-@pytest.mark.parametrize("folder", [False, True])
-def test_every_expression_of_a_coco_file_is_a_record(
-    tmp_path: Path, capsys: Any, folder: bool
-) -> None:
-    source = referring(tmp_path, *EXPRESSIONS)
-    if folder:
-        (tmp_path / "all").mkdir()
-        write_jsonl(tmp_path / "all" / "a.jsonl", [record("9.png", "x", BLOCK)])
-        source = source.rename(tmp_path / "all" / "coco.json").parent
-    assert export(source, "--to", "coco", "-o", tmp_path / "out") == 0
-    file = json.loads((tmp_path / "out" / "instances.json").read_text())
-    found = {one["expression"]: one for one in file["annotations"]}
-    expected = {"the cup": RING, "the ring": RING, "both": RING | DOT, "mixed": DOT | BLOCK}
-    expected |= {"b": BLOCK, "c": BLOCK, "box": BLOCK, "cup": BLOCK} | (
-        {"x": BLOCK} if folder else {}
-    )
-    assert found.keys() == expected.keys()
-    assert len(file["annotations"]) == len(expected)
-    for text, mask in expected.items():
-        assert (masks.decode(found[text]["segmentation"]) == mask).all(), text
-    assert [found[text]["record_id"] for text in ("the cup", "both", "c")] == ["900", "902", "9#1"]
-    (nothing,) = [one for one in file["expressions"] if one["text"] == "nothing"]
-    assert (nothing["ann_ids"], nothing["record_id"]) == ([], "904")
-    assert "2 annotations are meant by no expression" in capsys.readouterr().err
-
-
-def test_an_expression_whose_annotations_are_not_there_fails_alone(
-    tmp_path: Path, capsys: Any
-) -> None:
-    odd = [
-        {"id": 1, "ann_ids": [4711], "text": "gone"},
-        {"id": 2, "ann_ids": [7, 11], "text": "elsewhere"},
-        {"id": 3, "text": "not known"},
-    ]
-    source = referring(tmp_path, *EXPRESSIONS, *odd)
-    assert export(source, "--to", "coco", "-o", tmp_path / "out") == 3
-    failed = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
-    assert len(failed) == 2
-    assert "annotation 4711 does not exist" in failed[0]
-    assert "annotation 11 is of the image 2" in failed[1]
-    assert "1 expressions have no ann_ids; left out" in capsys.readouterr().err
-
-
-def test_the_truth_of_a_coco_file_scores_full_marks_against_itself(tmp_path: Path) -> None:
-    # Ids of expressions and of annotations are not of one kind: 12 is one of each.
-    source = referring(tmp_path, *({**one, "id": k} for k, one in enumerate(EXPRESSIONS, 10)))
-    call = ["eval", "--dataset", "coco", "--root", source, "--predictions", source]
-    assert main([*map(str, call), "-o", str(tmp_path / "out")]) == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["counts"]["scored"] == 7
-    assert report["figures"]["miou"]["value"] == 1
 
 
 def test_lvis_images_are_named_by_their_address(tmp_path: Path) -> None:
