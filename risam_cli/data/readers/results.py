@@ -9,7 +9,6 @@ here, so what one takes, the other does.
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import sys
@@ -24,6 +23,7 @@ import numpy as np
 from risam_cli.console.streams import require_open
 from risam_cli.data.identity import existing, id_text
 from risam_cli.data.images.files import require_inside
+from risam_cli.data.readers.cells import cell, is_utf8, whole
 from risam_cli.data.readers.cvat import NAME as CVAT
 from risam_cli.data.readers.cvat import cvat_records, open_zip
 from risam_cli.data.readers.instances import segmentation_to_rle
@@ -35,7 +35,7 @@ from risam_cli.data.readers.names import IMAGE_KEYS, TEXT_KEYS, Names, Record, s
 from risam_cli.data.readers.shapes import ERROR
 from risam_cli.errors import DataError, reason_of
 from risam_cli.files.folder import SPLICE, makers_of
-from risam_cli.files.jsonlines import brief, load_json, parse_json, read_lines_at
+from risam_cli.files.jsonlines import brief, parse_json, read_lines_at
 from risam_cli.files.locks import PRIVATE
 from risam_cli.files.plain import copied, open_plain, spooled
 from risam_cli.files.tables import Table
@@ -56,8 +56,6 @@ _JSON = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 _PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _LONGEST_SINGLE = 1 << 23  # bytes of a file that is one record
 _LISTS = ("", "annotations", "predictions", "results")
-
-_LONGEST_LITERAL = 1 << 20  # characters; its parser takes a thousandfold in bytes
 
 
 class Results:
@@ -157,7 +155,7 @@ class Results:
         """
         found = record.get("segmentation")
         if isinstance(found, str):
-            found = _cell("segmentation", found)
+            found = cell("segmentation", found)
         if found is None and isinstance(record.get("mask"), Mapping):
             found = record["mask"]
         if isinstance(found, Mapping):
@@ -271,7 +269,7 @@ class Results:
         if "score" not in found and "predicted_iou" in found:
             found["score"] = found["predicted_iou"]
         if "instance" in found:
-            found["instance"] = _whole(found["instance"])
+            found["instance"] = whole(found["instance"])
         return found
 
     # --- opening --------------------------------------------------------------------------------
@@ -346,12 +344,12 @@ class Results:
             if row.error is not None:
                 raise row.error
             # Names of files are bytes and may be anything; what is written out as text may not.
-            odd = [k for k in _TEXTS if not _is_utf8(row.cells.get(k, ""))]
+            odd = [k for k in _TEXTS if not is_utf8(row.cells.get(k, ""))]
             if odd:
                 where = row.where(str(self.path))
                 yield row.first, {ERROR: f"{where}: the {odd[0]} is not UTF-8; save it as UTF-8"}
             else:
-                yield row.first, {k: _cell(k, v) for k, v in row.cells.items() if k and v}
+                yield row.first, {k: cell(k, v) for k, v in row.cells.items() if k and v}
 
     def _of_folder(self) -> Iterator[tuple[int, Record]]:
         """The records of a folder's files; those without an image's name are of their file's."""
@@ -375,11 +373,13 @@ class Results:
         table: dict[str, list[Any]] = {"images": [], "categories": [], "expressions": []}
         image: Record = {}
         number, is_empty = 0, True
+        told: set[str] = set()  # annotations that the list has an expression for
         for key, item in iter_json(path, stream):
             is_empty = is_empty and key == "image"
             if key in table:
                 table[key].append(item)
             if key == "expressions":
+                self._note_unsaid(item, told)
                 item = _without_target(item)
                 if item is not None:  # those with a target are on their annotations
                     yield number, item
@@ -389,7 +389,7 @@ class Results:
             elif key in _LISTS:
                 if not isinstance(item, Mapping):
                     raise DataError(f"{path}: result {number} is {brief(item)}", "give objects")
-                yield number, {**image, **item}
+                yield number, {**image, **self._with_text(item)}
                 number += 1
         if not number and str(path) != "-":
             single = _single(path)
@@ -404,8 +404,34 @@ class Results:
         if table["images"] and self.names is None:
             self.names = Names(path, table)
 
+    def _note_unsaid(self, listed: Any, told: set[str]) -> None:
+        """Note an expression of the list that is no record, since an annotation makes one alone."""
+        text, ann_ids = spoken(listed)
+        names = [name for name in map(id_text, ann_ids) if name not in (None, "-1")]
+        if text is None or not names:
+            return
+        if len(names) > 1 or names[0] in told:
+            self._note(_UNSAID, brief(text))
+        told.update(name for name in names if len(names) == 1 and name is not None)
+
+    def _with_text(self, item: Mapping[str, Any]) -> Mapping[str, Any]:
+        """An annotation with the first of its own expressions, where that stands in a list."""
+        listed = item.get("expressions")
+        texts = (
+            [text for text in listed if isinstance(text, str)] if isinstance(listed, list) else []
+        )
+        if texts and not any(item.get(key) for key in TEXT_KEYS):
+            item = {**item, "expression": texts.pop(0)}
+        for text in texts:
+            self._note(_UNSAID, brief(text))
+        return item
+
 
 _NONE = Names(None)
+_UNSAID = (
+    "expressions of the COCO file are left out, as they are further ones of an annotation, or of "
+    "several annotations together; each annotation is one record"
+)
 
 
 def _without_target(expression: Any) -> Record | None:
@@ -495,47 +521,6 @@ def _are_numbers(value: Any, count: int) -> bool:
         and len(value) == count
         and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
     )
-
-
-def _cell(key: str, text: str) -> Any:
-    """A cell as JSON would have it: numbers, truth values, and what pandas makes of an RLE."""
-    if key in ("score", "no_target_probability", "predicted_iou"):
-        return _number(text)
-    if key in ("height", "width"):
-        return _whole(text)
-    if key == "no_target":
-        return {"true": True, "false": False, "1": True, "0": False}.get(text.strip().lower(), text)
-    if key in ("segmentation", "bbox", "notes"):
-        try:
-            return load_json(text)
-        except ValueError:
-            if len(text) > _LONGEST_LITERAL:
-                return text
-            try:
-                return ast.literal_eval(text)  # values only; nothing is run
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                return text
-    return text
-
-
-def _whole(value: Any) -> Any:
-    """3 for "3", "3.0" and 3.0, as pandas and spreadsheets write it; else the value as it is."""
-    if isinstance(value, str):
-        text = value.strip()
-        value = int(text) if text.isdecimal() and len(text) < 20 else _number(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _is_utf8(text: str) -> bool:
-    """Whether a cell was UTF-8: other bytes are surrogates in it."""
-    return text.isascii() or not any("\udc80" <= char <= "\udcff" for char in text)
 
 
 def _absent(columns: list[str]) -> list[str]:

@@ -268,3 +268,29 @@ def test_confined_results_read_no_file_elsewhere(tmp_path: Path) -> None:
     failed = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
     assert len(failed) == 3
     assert all("to which files are confined" in line for line in failed)
+
+
+def test_a_coco_file_keeps_its_annotations_and_tells_of_expressions_that_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_image(tmp_path / "a.png")
+    shape = {"image_id": 1, "category_id": 1, "segmentation": RLE}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": SIZE[0], "width": SIZE[1]}],
+        "categories": [{"id": 1, "name": "thing"}],
+        "annotations": [
+            {**shape, "id": 7},
+            {**shape, "id": 9, "expressions": ["cup one", "cup two"]},
+        ],
+        "expressions": [
+            {"id": 1, "image_id": 1, "ann_ids": [7], "text": "the first"},
+            {"id": 2, "image_id": 1, "ann_ids": [7], "text": "it again"},
+            {"id": 3, "image_id": 1, "ann_ids": [7, 9], "text": "both"},
+            {"id": 4, "image_id": 1, "ann_ids": [], "text": "none"},
+        ],
+    }
+    source = tmp_path / "c.json"
+    source.write_text(json.dumps(content))
+    found = exported(tmp_path, source)["annotations"]
+    assert [(one["id"], one["expression"]) for one in found] == [(7, "the first"), (9, "cup one")]
+    assert "3 expressions of the COCO file are left out" in capsys.readouterr().err
