@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO, cast
 
 from risam_cli.errors import DataError
@@ -92,41 +92,32 @@ class Table:
             try:
                 values = next(reader, None)
             except csv.Error as error:
-                place = TableRow(before + 1, self._lines.number, {})
-                yield TableRow(
-                    *(place.first, place.last, {}),
-                    DataError(
-                        f"{place.where(self._name)}: not a row of the table ({error})",
-                        "look for a quotation mark that is never closed",
-                    ),
-                )
+                fix = "look for a quotation mark that is never closed"
+                yield self._failed(before + 1, f"not a row of the table ({error})", fix)
                 continue
             if values is None:
                 return
             if self._lines.ended:  # every line ends a row, but inside of quotation marks
-                place = TableRow(before + 1, self._lines.number, {})
-                yield TableRow(
-                    *(place.first, place.last, {}),
-                    DataError(
-                        f"{place.where(self._name)}: a quotation mark is opened and never closed",
-                        "close it, or double it where it is part of the text",
-                    ),
-                )
+                fix = "close it, or double it where it is part of the text"
+                yield self._failed(before + 1, "a quotation mark is opened and never closed", fix)
                 return
             if any(values):
                 yield self._row(values, before + 1)
 
     def _row(self, values: list[str], first: int) -> TableRow:
-        row = TableRow(first, self._lines.number, {})
         while len(values) > len(self.columns) and not values[-1]:
             values.pop()  # a spreadsheet's empty columns
         if len(values) != len(self.columns):
-            error = DataError(
-                f"{row.where(self._name)}: {len(values)} values for {len(self.columns)} columns",
-                "put quotation marks around text that holds the delimiter",
-            )
-            return TableRow(row.first, row.last, {}, error)
-        return TableRow(row.first, row.last, dict(zip(self.columns, values, strict=True)))
+            reason = f"{len(values)} values for {len(self.columns)} columns"
+            fix = "put quotation marks around text that holds the delimiter"
+            return self._failed(first, reason, fix)
+        cells = dict(zip(self.columns, values, strict=True))
+        return TableRow(first, self._lines.number, cells)
+
+    def _failed(self, first: int, reason: str, fix: str) -> TableRow:
+        """The row from line ``first`` to the last that was read, which is none."""
+        row = TableRow(first, self._lines.number, {})
+        return replace(row, error=DataError(f"{row.where(self._name)}: {reason}", fix))
 
 
 class _TextLines:
