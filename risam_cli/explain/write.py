@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from risam_cli.console.console import get_console
 from risam_cli.drawing.png import encode_rgb
-from risam_cli.errors import DataError, UsageError
+from risam_cli.errors import DataError, ModelError, UsageError
 from risam_cli.explain.attention import Attention
 from risam_cli.explain.explanation import Explained, Explanation
 from risam_cli.explain.page import Card, index_html, to_html
@@ -68,8 +68,8 @@ def write_explanations(
     """Writes the explanations of several images, and ``index.html``, which leads to them.
 
     Each image has a folder in ``images/``, called as the image is, with what
-    :func:`write_explanation` writes. An image that cannot be read, or does not hold a point that is
-    asked about, is a line of ``failures.jsonl``.
+    :func:`write_explanation` writes. An image that cannot be read, that does not hold a
+    point which is asked about, or for which the network fails is a line of ``failures.jsonl``.
 
     Args:
         images: their names, no two alike.
@@ -98,9 +98,10 @@ def write_explanations(
         for image in images:
             try:
                 found = explain(image)
-            except (DataError, UsageError) as error:
+            except (DataError, UsageError, ModelError) as error:
                 said = str(error) if isinstance(error, DataError) else f"{image}: {error}"
-                _fail(failed, Failure(image, image, None, "decode", type(error).__name__, said))
+                stage = "predict" if isinstance(error, ModelError) else "decode"
+                _fail(failed, Failure(image, image, None, stage, type(error).__name__, said))
             else:
                 place = f"images/{replace_suffix(placement.target(image), '')}"
                 _write(folder, f"{place}/", found, with_json=with_json)

@@ -26,6 +26,7 @@ from risam_cli.explain.attention import Attention, Word, words_of
 from risam_cli.explain.explanation import spread
 from risam_cli.explain.page import PAGE_BYTES, chosen_maps
 from risam_cli.explain.picture import draw_explanation, enlarge
+from risam_cli.inference.pipeline import Encoded, Session
 from risam_cli.model.layers import sine_positions_1d, sine_positions_2d
 from risam_cli.settings.load import merge
 from risam_cli.weights.build import build_model, new_text_parts
@@ -519,6 +520,26 @@ def test_what_one_image_lacks_does_not_end_the_others(
     failure = json.loads(Path("out/failures.jsonl").read_text())
     assert failure["image"] == "small.png"
     assert "the point 50,20 is not in the image of 20x20 pixels" in failure["message"]
+
+
+def test_an_image_that_the_network_fails_at_does_not_end_the_others(
+    run: Call, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(cases.noise_image(20, 20)).save("small.png")
+    ask = Session.ask
+
+    def fails_at_small(session: Session, encoded: Encoded, *rest: Any) -> Any:
+        if encoded.image.size == (20, 20):
+            raise ModelError("the network failed: odd shapes")
+        return ask(session, encoded, *rest)
+
+    monkeypatch.setattr(Session, "ask", fails_at_small)
+    assert run("small.png", "-e", "the star") == 3
+    assert "1 images explained" in capsys.readouterr().err
+    assert Path("out/images/a/explain.html").is_file()
+    failure = json.loads(Path("out/failures.jsonl").read_text())
+    assert (failure["image"], failure["stage"]) == ("small.png", "predict")
+    assert failure["message"] == "small.png: the network failed: odd shapes"
 
 
 def test_broken_lines_and_expressions_of_a_manifest_are_told(
