@@ -186,7 +186,7 @@ class Source:
             )
         own = np.frombuffer(ids, np.int64)
         self._keeps_ids = (
-            self.names is not None and own.min() > 0 and np.unique(own).size == own.size
+            self.names is not None and bool((own > 0).all()) and np.unique(own).size == own.size
         )
         self._offsets = np.frombuffer(offsets, np.uint64)
         self._numbers = np.frombuffer(numbers, np.uint64)
