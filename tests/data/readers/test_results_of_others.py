@@ -150,10 +150,13 @@ def test_instances_stay_together_however_their_numbers_are_written(
 
 
 @pytest.mark.parametrize("to", ["png", "coco"])
-def test_instances_that_were_exported_come_back_together(tmp_path: Path, to: str) -> None:
+def test_instances_that_were_exported_come_back_together(
+    tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [record("a.png", "x", BLOCK, id="7", instance=n) for n in (0, 1)]
     assert export(write_jsonl(tmp_path / "p.jsonl", rows), "--to", to, "-o", tmp_path / to) == 0
     found = exported(tmp_path, tmp_path / to)
+    assert "left out" not in capsys.readouterr().err
     assert [one["instance"] for one in found["annotations"]] == [0, 1]
     assert [one["ann_ids"] for one in found["expressions"]] == [[1, 2]]
 
