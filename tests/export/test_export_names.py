@@ -234,6 +234,7 @@ def test_a_folder_with_annotations_is_exported_as_results_are(tmp_path: Path) ->
     for whole in (first, second):
         said = {(one["text"], tuple(one["ann_ids"])) for one in whole["expressions"]}
         assert said == {("the x", (1,)), ("the y", ())}
+        assert [one["record_id"] for one in whole["expressions"]] == [row["id"] for row in rows]
 
 
 def test_the_words_of_an_annotation_file_are_kept(tmp_path: Path) -> None:

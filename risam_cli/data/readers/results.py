@@ -447,7 +447,8 @@ def _without_target(expression: Any) -> Record | None:
     text, ann_ids = spoken(expression)
     if text is None or ann_ids not in ([], [-1]):
         return None
-    return {"image_id": expression.get("image_id"), "expression": text, "no_target": True}
+    kept = {key: expression.get(key) for key in ("image_id", "record_id")}
+    return {**kept, "expression": text, "no_target": True}
 
 
 def _id(value: Any, where: str) -> str:
