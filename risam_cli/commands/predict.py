@@ -47,6 +47,7 @@ SAVE = ("png", "overlay", "html")
 MAX_PIXELS = 178_956_970  # said here again, and held to risam_cli.data.images.images by a test
 _NAMED = 4  # expressions that a line names
 TIMEOUT = 120.0  # likewise, to risam_cli.inference.loading
+_LONGEST_TIMEOUT = 1e9  # thirty years; threads wait no longer than some hundred, and not for ever
 
 
 def _parse_save(ctx: click.Context, param: click.Parameter, value: str) -> frozenset[str]:
@@ -63,6 +64,12 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
     if value not in (None, "-"):
         raise click.BadParameter(f"{value!r}: only - (stdout); the file is in the output folder.")
     return value is not None
+
+
+def _parse_timeout(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    if not 0 < value <= _LONGEST_TIMEOUT:  # nan neither
+        raise click.BadParameter(f"{value:g} is not a number of seconds above 0, up to 1e9.")
+    return value
 
 
 @click.command("predict")
@@ -159,6 +166,7 @@ def _parse_stream(ctx: click.Context, param: click.Parameter, value: str | None)
 @click.option(
     "--image-timeout",
     type=click.FloatRange(min=0, min_open=True),
+    callback=_parse_timeout,
     default=TIMEOUT,
     show_default=True,
     metavar="SECONDS",

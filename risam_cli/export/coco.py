@@ -64,7 +64,8 @@ class _Coco:
         row: Mapping[str, Any]
         if image.entry is None:
             height, width = image.size
-            row = {"id": image.index + 1, "file_name": name, "height": height, "width": width}
+            number = self.context.taken + image.index + 1
+            row = {"id": number, "file_name": name, "height": height, "width": width}
         elif name == image.image:
             row = image.entry
         else:

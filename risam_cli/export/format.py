@@ -223,6 +223,7 @@ class Context:
 
     Attributes:
         reviewed: whether a person has looked at the masks.
+        taken: the highest id that an image of the COCO file has; 0 where none was given.
     """
 
     folder: ExportFolder
@@ -232,6 +233,7 @@ class Context:
     open_image: OpenImage
     copy_images: bool = False
     reviewed: bool = False
+    taken: int = 0
 
     def image(self, labeled: LabeledImage) -> NDArray[np.uint8]:
         """The image itself (H, W, 3); raises DataError where it is gone or of another size."""

@@ -80,6 +80,7 @@ class Binary(_Png):
                 {"id": p.id, "image": p.image, "expression": p.expression, "mask": name}
                 | ({} if p.score is None else {"score": p.score})
                 | {"no_target": p.no_target}
+                | ({} if p.instance is None else {"instance": p.instance})
             )
 
 
@@ -123,7 +124,8 @@ class _Layered(_Png):
     def _row(p: Prediction, value: int) -> dict[str, Any]:
         row = {"value": value, "color": list(color(value - 1)), "id": p.id}
         score = {} if p.score is None else {"score": p.score}
-        return row | {"expression": p.expression, **score, "area": p.area}
+        instance = {} if p.instance is None else {"instance": p.instance}
+        return row | {"expression": p.expression, **instance, **score, "area": p.area}
 
 
 class Indexed(_Layered):

@@ -132,9 +132,9 @@ def run_export(
         )
         given = source.names.categories if source.names is not None else None
         tally, categories = ExportCounts(), Categories(request.naming, given)
-        copies, looked_at = request.copy_images, source.reviewed
+        copies, looked_at, taken = request.copy_images, source.reviewed, _highest(entries)
         context = Context(
-            folder, request.settings, categories, tally, open_image, copies, looked_at
+            folder, request.settings, categories, tally, open_image, copies, looked_at, taken
         )
         with folder.spool("failures") as failed, info.open(context) as out:
             sink[0] = lambda failure: failed.add(failure_to_json(failure) + "\n")
@@ -225,6 +225,11 @@ def _add(
     tally.images += 1
     tally.masks += len(items)
     tally.empty += len(empty)
+
+
+def _highest(ids: Iterable[str]) -> int:
+    """The highest number among ids; 0 where none is one."""
+    return max((int(own) for own in ids if own.isdecimal() and len(own) < 16), default=0)
 
 
 def _part(image: str, placement: Placement, share: float) -> str:

@@ -186,7 +186,7 @@ class Source:
             )
         own = np.frombuffer(ids, np.int64)
         self._keeps_ids = (
-            self.names is not None and own.min() > 0 and np.unique(own).size == own.size
+            self.names is not None and bool((own > 0).all()) and np.unique(own).size == own.size
         )
         self._offsets = np.frombuffer(offsets, np.uint64)
         self._numbers = np.frombuffer(numbers, np.uint64)
@@ -205,7 +205,7 @@ class Source:
         where = self._results.place(number)
         record = self._results.read(number, int(self._offsets[row]))
         image, expression = _image(record, where), record["expression"]
-        entry = self._entry(record)
+        entry = None if self.names is None else self.names.image(record)
         try:
             prediction = self._prediction(record, image, number, where)
             size = (prediction.height, prediction.width)
@@ -230,11 +230,6 @@ class Source:
         annotation = int(record["annotation"]) if kept else None
         crowd = record.get("iscrowd") in (1, "1")
         return Given(prediction, annotation, category if known else None, crowd), entry
-
-    def _entry(self, record: Record) -> Mapping[str, Any] | None:
-        if self.names is None:
-            return None
-        return self.names.images.get(id_text(record.get("image_id")) or "")
 
     def _prediction(self, record: Record, image: str, number: int, where: str) -> Prediction:
         expression = record["expression"]

@@ -56,6 +56,7 @@ class WebDatasetTars:
             rows.append(
                 {"id": one.id, "expression": one.expression, "mask": name, "score": one.score}
                 | {"no_target": one.no_target, "segmentation": one.segmentation}
+                | ({} if one.instance is None else {"instance": one.instance})
             )
         asked = list(dict.fromkeys(row["expression"] for row in rows))
         said = {"image": image.image, "expressions": asked, "records": rows}

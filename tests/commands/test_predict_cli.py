@@ -325,6 +325,8 @@ def test_a_killed_run_holds_no_lock(predict: Call, tiny_images: Path, tmp_path: 
         (["a.png", "-e", "x", "--shard", "5/4"], 2, "I/N"),
         (["a.png", "-e", "x", "--device", "cuda:99"], 2, "GPU"),
         (["a.png", "-e", "x", "--threshold", "2"], 2, "0 to 1"),
+        (["a.png", "-e", "x", "--image-timeout", "nan"], 2, "nan is not a number of seconds"),
+        (["a.png", "-e", "x", "--image-timeout", "inf"], 2, "inf is not a number of seconds"),
         (["-", "-", "-e", "x"], 2, "named twice"),
         (["a.png", "-e", "x", "--expressions", "gone.txt"], 1, "gone.txt"),
         (["nothing", "-e", "x"], 1, "no such file or folder"),

@@ -574,7 +574,7 @@ def test_rle_of_others_is_kept_as_it_is(tmp_path):
 def test_webdataset_shards_are_exact_and_inputs_again(tmp_path, monkeypatch):
     webdataset = pytest.importorskip("webdataset")
     rows = [record("d/a.jpg", "the block", BLOCK), record("d/a.jpg", "nothing", EMPTY)]
-    rows.append(record("b.png", "the ring", RING))
+    rows.append(record("b.png", "the ring", RING, instance=0))
     source = write_jsonl(tmp_path / "predictions.jsonl", rows)
     for name in ("d/a.jpg", "b.png"):
         write_image(tmp_path / name)
@@ -591,7 +591,9 @@ def test_webdataset_shards_are_exact_and_inputs_again(tmp_path, monkeypatch):
     ]
     drawn = cv2.imdecode(np.frombuffer(found[0]["0.mask.png"], np.uint8), cv2.IMREAD_GRAYSCALE)
     assert (drawn == 255 * BLOCK).all()
-    assert json.loads(found[1]["json"])["records"][0]["segmentation"] == rows[2]["segmentation"]
+    (own,) = json.loads(found[1]["json"])["records"]
+    assert [own[key] for key in ("segmentation", "instance")] == [rows[2]["segmentation"], 0]
+    assert "instance" not in json.loads(found[0]["json"])["records"][0]
     again = list(Inputs([str(tar) for tar in tars]))
     texts = [[one.text for one in entry.sample.expressions] for entry in again if entry.sample]
     assert texts == [["the block", "nothing"], ["the ring"]]

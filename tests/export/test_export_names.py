@@ -234,6 +234,7 @@ def test_a_folder_with_annotations_is_exported_as_results_are(tmp_path: Path) ->
     for whole in (first, second):
         said = {(one["text"], tuple(one["ann_ids"])) for one in whole["expressions"]}
         assert said == {("the x", (1,)), ("the y", ())}
+        assert [one["record_id"] for one in whole["expressions"]] == [row["id"] for row in rows]
 
 
 def test_the_words_of_an_annotation_file_are_kept(tmp_path: Path) -> None:
@@ -249,3 +250,13 @@ def test_the_words_of_an_annotation_file_are_kept(tmp_path: Path) -> None:
     (shape,) = ElementTree.parse(tmp_path / "cvat/annotations.xml").getroot().iter("polygon")
     assert shape.attrib["label"] == "cup"
     assert next(iter(shape)).text == "the x"
+
+
+def test_an_annotation_file_in_which_nothing_was_found_is_exported(tmp_path: Path) -> None:
+    """Images and expressions are kept where no expression has an annotation."""
+    source = write_jsonl(tmp_path / "p.jsonl", [record("a.png", "the y", EMPTY)])
+    assert export(source, "--to", "coco", "-o", tmp_path / "one") == 0
+    assert export(tmp_path / "one", "--to", "coco", "-o", tmp_path / "two") == 0
+    whole = json.loads((tmp_path / "two/instances.json").read_text())
+    assert [image["file_name"] for image in whole["images"]] == ["a.png"]
+    assert [(one["text"], one["ann_ids"]) for one in whole["expressions"]] == [("the y", [])]

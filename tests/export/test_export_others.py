@@ -265,6 +265,21 @@ def test_coco_results_keep_their_ids_and_their_score(tmp_path):
 
 
 @pytest.mark.parametrize("to", ["coco", "coco-polygons"])
+def test_records_that_name_images_of_a_coco_file_are_of_those(tmp_path, to):
+    """By name, without an id; an image that the file does not list gets an id that none has."""
+    rows = [record(name, "dog", BLOCK) for name in ("new.jpg", "b.jpg", "./x/a.jpg")]
+    source = write_jsonl(tmp_path / "p.jsonl", rows)
+    out = tmp_path / "out"
+    assert export(source, "--to", to, "-o", out, "--annotations", truth(tmp_path)) == 0
+    found = instances(out)
+    by_id = {image["id"]: image for image in found["images"]}
+    assert len(by_id) == len(found["images"]) == 4
+    assert [by_id.pop(image["id"]) for image in TABLE["images"]] == TABLE["images"]
+    assert [image["file_name"] for image in by_id.values()] == ["new.jpg"]
+    assert [a["image_id"] for a in found["annotations"]] == [*by_id, 7, 42]
+
+
+@pytest.mark.parametrize("to", ["coco", "coco-polygons"])
 def test_the_images_of_a_coco_file_are_copied_and_named_as_others(tmp_path, to):
     for seed, image in enumerate(TABLE["images"]):
         write_image(tmp_path / image["file_name"], seed=seed)

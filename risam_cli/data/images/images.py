@@ -526,7 +526,17 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """A gray image with 16 or 32 bits a pixel as 8-bit gray; others as they are."""
+    """A gray image with 16 or 32 bits a pixel as 8-bit gray; others as they are.
+
+    The colour that stands for transparent pixels, which a PNG may name in 16 bits, goes along.
+    """
+    clear = image.info.get("transparency")
     if not image.mode.startswith("I") and image.mode != "F":
+        if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:
+            image.info["transparency"] = tuple(value >> 8 for value in clear)  # as Pillow's pixels
         return image
-    return Image.fromarray(scale_to_8_bit(np.asarray(image)))
+    deep = np.asarray(image)
+    picture = Image.fromarray(scale_to_8_bit(deep))
+    if isinstance(clear, int):
+        picture.putalpha(Image.fromarray((deep != clear).astype(np.uint8) * np.uint8(255)))
+    return picture

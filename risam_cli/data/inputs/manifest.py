@@ -34,8 +34,10 @@ def kind_of(path: str) -> str | None:
     return SUFFIXES.get(os.path.splitext(stem)[1] if suffix == ".gz" else suffix)
 
 
-_IMAGES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"BM", b"\0\0\0")
-"""What files of images begin with."""
+_IMAGES = re.compile(
+    rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|II\*\0|MM\0\*|\0\0\0|(RIFF|BM).{,9}[\0-\x08\x0e-\x1f]", re.S
+)
+"""What files of images begin with; letters alone may be a path's, such as BMW.jpg."""
 _CELL = re.compile(rb'[,;\t|"\s\xef\xbb\xbf]+')
 _COLUMNS = ("id", "image", "expression")
 
@@ -78,7 +80,7 @@ def read_stream(stream: BinaryIO, name: str, *, paths: bool, null: bool) -> Iter
     if first is None:
         return
     begin = first[1] or b""
-    if begin.startswith(_IMAGES):
+    if _IMAGES.match(begin):
         raise DataError(
             f"{name} holds an image, not a list of images", "write it to a file, and name that"
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from risam_cli.data.identity import id_text
+from risam_cli.data.identity import id_text, image_key
 from risam_cli.data.readers.instances import file_name_of
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.errors import DataError
@@ -32,6 +32,7 @@ class Names:
         self.images: dict[str, Mapping[str, Any]] = {}
         self.categories: dict[str, tuple[Any, str]] = {}
         self.texts: dict[str, str] = {}
+        self._by_name: dict[str, Mapping[str, Any]] = {}
         if path is None:
             return
         read: Mapping[str, list[Any]] = {"images": [], "categories": [], "expressions": []}
@@ -50,6 +51,7 @@ class Names:
             if name in self.images and self.images[name] != image:
                 raise DataError(f"{path}: two images have the id {name}", "ids must differ")
             self.images[name] = image
+            self._by_name.setdefault(image_key(file_name), image)
         for category in read["categories"]:
             name = id_text(category.get("id")) if isinstance(category, Mapping) else None
             if name is None:
@@ -64,6 +66,14 @@ class Names:
                 f"{path} is not a COCO file: it lists no images", "it has images and categories"
             )
 
+    def image(self, record: Record) -> Mapping[str, Any] | None:
+        """The entry of a record's image: by its id, else by its name; None where it has none."""
+        known = self.images.get(id_text(record.get("image_id")) or "")
+        name = next((record[key] for key in IMAGE_KEYS if record.get(key)), None)
+        if known is None and isinstance(name, str):
+            known = self._by_name.get(image_key(name))
+        return known
+
     def complete(self, record: Record, where: str) -> None:
         """Give a result its image's name and size, and its category's name.
 
@@ -71,8 +81,7 @@ class Names:
             DataError: its image is not among the file's.
         """
         given = record.get("image_id")
-        image_id = id_text(given)
-        known = self.images.get(image_id) if image_id is not None else None
+        image_id, known = id_text(given), self.image(record)
         if known is not None:
             record.setdefault("image", known["file_name"])
             for key in ("height", "width"):

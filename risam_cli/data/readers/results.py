@@ -374,12 +374,13 @@ class Results:
         image: Record = {}
         number, is_empty = 0, True
         told: set[str] = set()  # annotations that the list has an expression for
+        instances: dict[str | None, Any] = {}  # annotations, each with the expression that it is of
         for key, item in iter_json(path, stream):
             is_empty = is_empty and key == "image"
             if key in table:
                 table[key].append(item)
             if key == "expressions":
-                self._note_unsaid(item, told)
+                self._note_unsaid(item, told, instances)
                 item = _without_target(item)
                 if item is not None:  # those with a target are on their annotations
                     yield number, item
@@ -389,6 +390,8 @@ class Results:
             elif key in _LISTS:
                 if not isinstance(item, Mapping):
                     raise DataError(f"{path}: result {number} is {brief(item)}", "give objects")
+                if "instance" in item:
+                    instances[id_text(item.get("id"))] = item.get("expression")
                 yield number, {**image, **self._with_text(item)}
                 number += 1
         if not number and str(path) != "-":
@@ -404,11 +407,16 @@ class Results:
         if table["images"] and self.names is None:
             self.names = Names(path, table)
 
-    def _note_unsaid(self, listed: Any, told: set[str]) -> None:
-        """Note an expression of the list that is no record, since an annotation makes one alone."""
+    def _note_unsaid(
+        self, listed: Any, told: set[str], instances: Mapping[str | None, Any]
+    ) -> None:
+        """Note an expression of the list that is no record, since an annotation makes one alone.
+
+        That of several is one where each of them is its instance.
+        """
         text, ann_ids = spoken(listed)
         names = [name for name in map(id_text, ann_ids) if name not in (None, "-1")]
-        if text is None or not names:
+        if text is None or not names or all(instances.get(name) == text for name in names):
             return
         if len(names) > 1 or names[0] in told:
             self._note(_UNSAID, brief(text))
@@ -439,7 +447,8 @@ def _without_target(expression: Any) -> Record | None:
     text, ann_ids = spoken(expression)
     if text is None or ann_ids not in ([], [-1]):
         return None
-    return {"image_id": expression.get("image_id"), "expression": text, "no_target": True}
+    kept = {key: expression.get(key) for key in ("image_id", "record_id")}
+    return {**kept, "expression": text, "no_target": True}
 
 
 def _id(value: Any, where: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,24 @@ def test_transparent_pixels_lie_on_white(tmp_path: Path, mode: str) -> None:
     assert read[0, 0].tolist() == [10, 10, 10]
     assert np.abs(read[0, 1].astype(int) - 127).max() <= 1
     assert read[1, 3].tolist() == [255, 255, 255]
+
+
+def test_a_transparent_colour_of_16_bits_lies_on_white(tmp_path: Path) -> None:
+    """A PNG without alpha may name one colour that is transparent."""
+    deep = np.array([[1000, 1001, 65535, 0]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "gray.png", transparency=1000)
+    assert images.open_rgb(tmp_path / "gray.png")[0, :, 0].tolist() == [255, 4, 255, 0]
+    small, _ = images.open_for_encoder(tmp_path / "gray.png", 4)
+    assert small[0, :, 0].tolist() == [255, 4, 255, 0]
+    cv2 = pytest.importorskip("cv2")
+    data = cv2.imencode(".png", np.stack([deep // 4, deep // 2, deep], axis=-1))[1].tobytes()
+    named = b"tRNS" + struct.pack(">3H", 1000, 500, 250)
+    chunk = struct.pack(">I", 6) + named + struct.pack(">I", zlib.crc32(named))
+    at = data.index(b"IDAT") - 4
+    (tmp_path / "colour.png").write_bytes(data[:at] + chunk + data[at:])
+    read = images.open_rgb(tmp_path / "colour.png")
+    assert read[0, 0].tolist() == [255, 255, 255]
+    assert read[0, 3].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

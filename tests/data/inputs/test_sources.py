@@ -128,10 +128,22 @@ def test_an_image_on_stdin_is_no_list(monkeypatch: Any) -> None:
         b"\xff\xd8\xff\xe0\0\x10JFIF",
         b"II*\0\x08\0",
         b"RIFF\0\0",
+        b"RIFF\x24\x10\x01\0WEBP",
+        b"BM\x36\x30\x01\0\0\0\0\0",
+        b"GIF89a\x40\0",
     ):
         stdin(monkeypatch, data)
         with pytest.raises(DataError, match="holds an image, not a list of images"):
             list(Inputs(["-"], ["x"]))
+
+
+@pytest.mark.parametrize("null", [False, True])
+def test_a_path_may_begin_as_an_image_does(monkeypatch: Any, null: bool) -> None:
+    names = ["BMW.jpg", "RIFF/a.png", "GIF8.gif"]
+    for first in names:
+        ends = "\0" if null else "\n"
+        stdin(monkeypatch, f"{first}{ends}b.png{ends}".encode())
+        assert [one.image for one in Inputs(["-"], ["x"], null_separated=null)] == [first, "b.png"]
 
 
 def test_paths_that_end_in_nul_without_the_option_say_so(monkeypatch: Any) -> None:

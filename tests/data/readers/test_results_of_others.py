@@ -149,6 +149,18 @@ def test_instances_stay_together_however_their_numbers_are_written(
     assert [one["ann_ids"] for one in found["expressions"]] == [[1, 2]]
 
 
+@pytest.mark.parametrize("to", ["png", "coco"])
+def test_instances_that_were_exported_come_back_together(
+    tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [record("a.png", "x", BLOCK, id="7", instance=n) for n in (0, 1)]
+    assert export(write_jsonl(tmp_path / "p.jsonl", rows), "--to", to, "-o", tmp_path / to) == 0
+    found = exported(tmp_path, tmp_path / to)
+    assert "left out" not in capsys.readouterr().err
+    assert [one["instance"] for one in found["annotations"]] == [0, 1]
+    assert [one["ann_ids"] for one in found["expressions"]] == [[1, 2]]
+
+
 def test_an_instance_that_is_no_number_is_left_out_and_told(tmp_path: Path, capsys: Any) -> None:
     source = write_jsonl(tmp_path / "p.jsonl", [record("a.png", "x", BLOCK, instance="left")])
     assert "instance" not in exported(tmp_path, source)["annotations"][0]
