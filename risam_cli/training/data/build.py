@@ -8,7 +8,7 @@ from pathlib import Path
 
 from risam_cli.console.console import Console
 from risam_cli.data.readers.catalog import open_dataset
-from risam_cli.data.readers.held_out import held_out, is_held_out
+from risam_cli.data.readers.held_out import coco_numbers, held_out, is_held_out
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.data.refshapes.dataset import RefShapes
 from risam_cli.errors import ConfigError, DataError
@@ -237,14 +237,14 @@ class DataBuilder:
         keys: set[str] = set()
         for name, data in self.settings.val.items():
             if isinstance(data, (CocoData, BenchmarkData)):
-                keys |= image_keys(open_source(f"val.{name}", data))
+                keys |= _keys_of(open_source(f"val.{name}", data))
         return keys
 
     def _warn_of_overlap(self, data: DataSettings) -> None:
         """Says so where a plain training set shows images that validation asks about."""
         if isinstance(data, (MixedData, RefShapesData)):
             return
-        both = image_keys(open_source("train", data)) & self._validation_keys()
+        both = _keys_of(open_source("train", data)) & self._validation_keys()
         if both:
             self.console.warn(
                 f"{len(both)} images are in train and in val, so figures on val are inflated; "
@@ -285,6 +285,12 @@ def open_source(key: str, data: CocoData | BenchmarkData) -> SampleSource:
         message, fix = error.named(lambda name, _: f"{key}.{keys.get(name, name)}")
         raise DataError(f"{key}: {message}", fix) from error
     return source.part(data.chosen(len(source.groups)))
+
+
+def _keys_of(source: SampleSource) -> set[str]:
+    """The images of a split; PhraseCut's by COCO's numbers, where its image list gives them."""
+    numbers = coco_numbers(source) if source.dataset == "phrasecut" else {}
+    return image_keys(source, {image_key(path): f"coco/{n}" for path, n in numbers.items()})
 
 
 def _named(data: OneData) -> str:
