@@ -225,7 +225,7 @@ class TrainingRun:
         self.hashes = stage_hashes(settings, builder.tokenizer.to_json())
         self.console = builder.console
         self.processes = builder.processes
-        self.place = Place(judged=judge_hash(settings))
+        self.place = Place(judged=judge_hash(settings, builder.data.judged_by))
         self.state: dict[str, Any] | None = None
         self.untrained = Untrained(self.model)
         self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep_last)
@@ -254,7 +254,7 @@ class TrainingRun:
     def _judge_anew(self, was: str) -> None:
         """Forgets the figures so far where they were measured by something else."""
         place = self.place
-        place.judged = judge_hash(self.settings)
+        place.judged = judge_hash(self.settings, self.builder.data.judged_by)
         if was and was != place.judged:
             place.best, place.stage_best, place.since_best = -1.0, -math.inf, 0
             place.kept = [(step, -1.0) for step, _ in place.kept]

@@ -126,6 +126,19 @@ def test_figures_of_another_validation_are_not_compared(
     assert f"done: best t_acc {rows(out)[-1]['mine.t_acc']:.4f}" in told
 
 
+def test_figures_of_another_validation_file_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, out = write_coco(tmp_path / "mine"), tmp_path / "run"
+    moved, other = (_mine(tmp_path / name)["train"] for name in ("moved", "other"))
+    content = json.loads(Path(other["annotations"]).read_text())
+    content["expressions"] = content["expressions"][1:]
+    Path(other["annotations"]).write_text(json.dumps(content))
+    for data, told in ((train, False), (moved, False), (other, True)):
+        run(out, resume=True, **QUICK, train=train, val={"mine": data})
+        assert ("its figures are no longer compared" in capsys.readouterr().err) == told
+
+
 # --- what already exists ------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from risam_cli.data.readers.held_out import coco_numbers, held_out, is_held_out
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.data.refshapes.dataset import RefShapes
 from risam_cli.errors import ConfigError, DataError
+from risam_cli.files.hashing import sha256_of_file
 from risam_cli.settings.data import (
     BenchmarkData,
     CocoData,
@@ -41,6 +42,7 @@ class DataBuilder:
 
     Attributes:
         trained_on: what the training data are, once they are open.
+        judged_by: SHA-256 of the annotation files of validation data, once they are open.
 
     Raises:
         RisamError: files that are missing, damaged or hold nothing.
@@ -52,6 +54,7 @@ class DataBuilder:
         self.size = settings.model.image_encoder.image_size
         self.target_size = settings.loss.target_size
         self.trained_on: list[TrainedOn] = []
+        self.judged_by: dict[str, list[str]] = {}
         self._train: Examples | None = None
         self._held_out: dict[str, Examples] | None = None
 
@@ -172,6 +175,8 @@ class DataBuilder:
             count = len(source.groups)
             numbers = range(count) if source.order is None else source.order
             self.trained_on.append(files_trained_on(data, source.files, count, numbers))
+        else:
+            self.judged_by[key] = [sha256_of_file(path) for path in source.files]
         own = (data.pseudo_weight, data.bands) if isinstance(data, CocoData) else (1.0, None)
         return ReferringSamples(samples, self.size, self.target_size, augment, *own)
 
