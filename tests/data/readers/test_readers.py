@@ -431,6 +431,25 @@ def test_doubled_ids_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "own", "told"),
+    [
+        (("7", "7", "7#1", "7"), ["7", "7#1", "7#1#1", "7#2"], 3),
+        (("7", "7#1", "7", "7"), ["7", "7#1", "7#2", "7#3"], 2),
+    ],
+)
+def test_a_new_id_of_a_doubled_one_is_not_anothers_own(
+    tmp_path: Path, given: tuple[str, ...], own: list[str], told: int
+) -> None:
+    content = coco_content()
+    spoken = [{**content["expressions"][0], "id": name} for name in given]
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps({**content, "expressions": spoken}))
+    source = open_coco(path)
+    assert [phrase.id for phrase in source.groups[0].phrases][:4] == own
+    assert f"{told} expressions shared an id" in source.notes[0]
+
+
+@pytest.mark.parametrize(
     ("change", "complaint"),
     [
         ({"images": []}, "lists no images"),
