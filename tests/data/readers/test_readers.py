@@ -420,6 +420,19 @@ def test_coco_splits_by_field_and_by_file(tmp_path: Path) -> None:
     assert len(open_dataset("coco", tmp_path, "train")) == 2
 
 
+def test_an_object_that_is_named_twice_is_one(tmp_path: Path) -> None:
+    content = coco_content()
+    path = tmp_path / "instances.json"
+    found = []
+    for times in (1, 2):
+        for one in content["expressions"]:
+            one["ann_ids"] = one.get("ann_ids", []) * times
+        path.write_text(json.dumps(content))
+        source = open_coco(path)
+        found.append((source.counts, [p.attributes for g in source.groups for p in g.phrases]))
+    assert found[0] == found[1]
+
+
 def test_doubled_ids_are_told_apart(tmp_path: Path) -> None:
     content = coco_content()
     content["expressions"][2]["id"] = 900
