@@ -293,6 +293,8 @@ def test_set_changes_one_value_and_nothing_else(file: Path) -> None:
         ("model.image_encoder.taps=[0, 1, 2]", ("model", "image_encoder", "taps"), (0, 1, 2)),
         ("model.image_encoder.checkpoint=null", ("model", "image_encoder", "checkpoint"), None),
         ("model.fusion.vision_guided=false", ("model", "fusion", "vision_guided"), False),
+        ("stages.1.train_encoder=no", ("stages", 1, "train_encoder"), "no"),
+        ("stages.1.train_encoder=yes", ("stages", 1, "train_encoder"), "yes"),
         ("output=a=b", ("output",), "a=b"),
         ("loss.mask=2e0", ("loss", "mask"), 2.0),
         ("val.more={dataset: refshapes, split: testA}", ("val", "more", "split"), "testA"),
