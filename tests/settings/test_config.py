@@ -157,6 +157,11 @@ WRONG: dict[str, tuple[Change, str, str]] = {
         "",
     ),
     "one of several": (lambda r: r.update(precision="fp8"), "precision = 'fp8': .*'bf16'", ""),
+    "a band that is none": (
+        lambda r: r.update(train={"dataset": "coco", "annotations": "a.json", "bands": [0, 1, 2]}),
+        r"train\.bands\.0 = 0: .*greater than 0",
+        "",
+    ),
     "unknown split": (
         lambda r: r["train"].update(split="trian"),
         r"train.*split = 'trian': .*'train', 'val', 'testA', 'testB' or 'testC'",
