@@ -30,6 +30,7 @@ from risam_cli.training.checkpoint import (
     MovingAverage,
     Place,
     Untrained,
+    forget_lost_best,
     read_state,
     restore,
     stage_of_weights,
@@ -243,6 +244,7 @@ class TrainingRun:
         if self.state is not None:
             self.place = Place(**self.state["place"])
             self._judge_anew(was=self.place.judged)
+            forget_lost_best(self.place, self.folder / "best", len(self.settings.stages))
             if self.processes.leads and self.checkpoints.last.is_file():
                 self.checkpoints.follow(self.place)
                 self._prune()

@@ -139,6 +139,19 @@ def test_figures_of_another_validation_file_are_not_compared(
         assert ("its figures are no longer compared" in capsys.readouterr().err) == told
 
 
+def test_a_lost_best_model_is_told_of_and_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.rmtree(run(out, **QUICK, best_by="t_acc"))
+    with pytest.raises(ModelError, match="best is missing, and the run is finished"):
+        run(out, resume=True, **QUICK, best_by="t_acc")
+    more = [*REFERRING, {**REFERRING[0], "name": "more"}]
+    capsys.readouterr()
+    assert run(out, resume=True, **{**QUICK, "stages": more}, best_by="t_acc").is_dir()
+    assert "best is missing: the next validation's weights become best/" in capsys.readouterr().err
+
+
 # --- what already exists ------------------------------------------------------------------------
 
 
