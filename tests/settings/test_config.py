@@ -259,8 +259,11 @@ def test_several_problems_are_counted(file: Path) -> None:
         (b"\xff\xfe\x00", "not UTF-16"),
         (b"!!python/object/apply:os.mkdir [marked]", "is not YAML"),
         (b"[" * 2_000, "is not YAML"),
+        (b"seed: 0\nname: a\nseed: 1\n", "seed"),
+        (b"augment: {flip: 0.5, crop: 0.1, flip: 0.1}\n", "flip"),
+        (b"stages: [{name: a, steps: 1, steps: 2}]\n", "steps"),
     ],
-    ids=["open", "list", "empty", "bytes", "code", "deep"],
+    ids=["open", "list", "empty", "bytes", "code", "deep", "twice", "twice below", "in a list"],
 )
 def test_files_that_are_no_settings(
     file: Path, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
