@@ -6,6 +6,7 @@ than any machine holds, and tags on values that do not fit them raise whatever t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -33,8 +34,10 @@ def load_yaml(text: str, *, unique: bool = False) -> Any:
         if node is None:
             return None
         _count(node, {})
-        if unique and isinstance(node, yaml.MappingNode):
-            unique_pairs((key.value, _said(value)) for key, value in node.value if _is_text(key))
+        for one in _maps(node) if unique else ():
+            pairs = [(key.value, value) for key, value in one.value if _is_text(key)]
+            if len(dict(pairs)) < len(pairs):
+                unique_pairs((key, _said(value)) for key, value in pairs)
         return loader.construct_document(node)
     except RecursionError:
         raise ValueError("nested too deep") from None
@@ -48,6 +51,23 @@ def load_yaml(text: str, *, unique: bool = False) -> Any:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _maps(node: yaml.Node) -> Iterator[yaml.MappingNode]:
+    """All maps at and below a node, each once."""
+    todo, known = [node], {id(node)}
+    while todo:
+        one = todo.pop()
+        if isinstance(one, yaml.MappingNode):
+            yield one
+        if isinstance(one, yaml.CollectionNode):
+            inner = [child for item in one.value for child in _parts(item)]
+            todo += [child for child in inner if id(child) not in known]
+            known |= {id(child) for child in inner}
+
+
+def _parts(item: Any) -> tuple[yaml.Node, ...]:
+    return item if isinstance(item, tuple) else (item,)
 
 
 def _is_text(node: yaml.Node) -> bool:

@@ -65,6 +65,9 @@ class PartOfFile(Settings):
         return [number for number in range(count) if self.takes(number)][: self.limit]
 
 
+Band = Annotated[int, Field(gt=0)]
+
+
 class CocoData(PartOfFile):
     """COCO-style JSON of image/expression pairs."""
 
@@ -72,7 +75,7 @@ class CocoData(PartOfFile):
     annotations: str = Field(description="the JSON file; in val by default that of train")
     images: str | None = Field(None, description="folder that file names are relative to")
     split: str = Field("all", description="take the records that carry this split; all is all")
-    bands: tuple[int, int, int] | None = Field(
+    bands: tuple[Band, Band, Band] | None = Field(
         None, description="which bands of TIFFs with four or more are red, green and blue, from 1"
     )
     pseudo_weight: float = Field(

@@ -46,7 +46,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 def _values(path: Path) -> dict[str, Any]:
     try:
-        raw = load_yaml(read_text(path, _LONGEST))
+        raw = load_yaml(read_text(path, _LONGEST), unique=True)
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {reason_of(error)}", "give the path of a YAML file"

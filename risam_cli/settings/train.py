@@ -48,6 +48,14 @@ class ReferringStage(Settings):
     text_learning_rate: float | None = Field(None, gt=0)
     warmup: int = Field(200, ge=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _yes_or_no(cls, values: Any) -> Any:
+        """YAML takes a plain yes or no for a truth value."""
+        if isinstance(values, dict) and isinstance(values.get("train_encoder"), bool):
+            return {**values, "train_encoder": "yes" if values["train_encoder"] else "no"}
+        return values
+
 
 StageSettings = Annotated[DenseStage | ReferringStage, Field(discriminator="kind")]
 

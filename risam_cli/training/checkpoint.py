@@ -106,6 +106,23 @@ def stage_of_weights(place: Place) -> int:
     return place.stage - 1 if place.stage and not place.step else place.stage
 
 
+def forget_lost_best(place: Place, best: Path, stages: int) -> None:
+    """Forgets the best figure where its model is lost, so that the next one is kept.
+
+    Raises:
+        ModelError: all ``stages`` are done, so that none will come.
+    """
+    if place.best < 0 or best.is_dir():
+        return
+    if place.stage == stages:
+        raise ModelError(
+            f"{best} is missing, and the run is finished",
+            f"put it back, add a stage, or start over without {setting('resume')}",
+        )
+    place.best = -1.0
+    get_console().warn(f"{best} is missing: the next validation's weights become best/")
+
+
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names and values, in the order of the names."""
     sha = hashlib.sha256()

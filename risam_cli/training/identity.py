@@ -73,16 +73,19 @@ def _bearing(
 _WHERE = {"annotations", "images", "root"}
 
 
-def judge_hash(settings: TrainSettings) -> str:
+def judge_hash(settings: TrainSettings, files: Mapping[str, Sequence[str]]) -> str:
     """A hash of what validations measure: figures under different ones are not comparable.
 
     Where the data lie is left out.
+
+    Args:
+        files: SHA-256 of the annotation files, by validation set.
     """
     sets = {
         name: data.model_dump(mode="json", exclude_defaults=True, exclude=_WHERE)
         for name, data in settings.val.items()
     }
-    return hash_settings([settings.best_by, sets])
+    return hash_settings([settings.best_by, sets, *([files] if files else [])])
 
 
 def settings_that_differ(was: TrainSettings, now: TrainSettings, number: int) -> str:

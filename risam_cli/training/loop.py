@@ -30,6 +30,7 @@ from risam_cli.training.checkpoint import (
     MovingAverage,
     Place,
     Untrained,
+    forget_lost_best,
     read_state,
     restore,
     stage_of_weights,
@@ -225,7 +226,7 @@ class TrainingRun:
         self.hashes = stage_hashes(settings, builder.tokenizer.to_json())
         self.console = builder.console
         self.processes = builder.processes
-        self.place = Place(judged=judge_hash(settings))
+        self.place = Place(judged=judge_hash(settings, builder.data.judged_by))
         self.state: dict[str, Any] | None = None
         self.untrained = Untrained(self.model)
         self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep_last)
@@ -243,6 +244,7 @@ class TrainingRun:
         if self.state is not None:
             self.place = Place(**self.state["place"])
             self._judge_anew(was=self.place.judged)
+            forget_lost_best(self.place, self.folder / "best", len(self.settings.stages))
             if self.processes.leads and self.checkpoints.last.is_file():
                 self.checkpoints.follow(self.place)
                 self._prune()
@@ -254,7 +256,7 @@ class TrainingRun:
     def _judge_anew(self, was: str) -> None:
         """Forgets the figures so far where they were measured by something else."""
         place = self.place
-        place.judged = judge_hash(self.settings)
+        place.judged = judge_hash(self.settings, self.builder.data.judged_by)
         if was and was != place.judged:
             place.best, place.stage_best, place.since_best = -1.0, -math.inf, 0
             place.kept = [(step, -1.0) for step, _ in place.kept]

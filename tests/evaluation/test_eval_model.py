@@ -347,6 +347,8 @@ def test_drawn_scenes_are_those_of_the_data_set(tmp_path: Path) -> None:
         ("grefshapes", "own"),
         ("grefshapes", "coco"),
         ("refshapes", "coco"),
+        ("refshapes", "grefcoco"),
+        ("refshapesg", "grefcoco"),
     ],
 )
 def test_written_refshapes_read_back_as_drawn(tmp_path: Path, family: str, form: str) -> None:
@@ -365,6 +367,9 @@ def test_written_refshapes_read_back_as_drawn(tmp_path: Path, family: str, form:
         for key in ("referents", "category", "distractors"):
             assert expression.attributes.get(key) == second[name].attributes.get(key), key
     assert all(sample.path.is_file() for sample in written)
+    if form == "grefcoco":
+        alone = open_refshapes_files(tmp_path / family / form, family, None)
+        assert alone.counts == written.counts
 
 
 def test_written_phrasecut_shapes_read_back_nearly_as_drawn(tmp_path: Path) -> None:

@@ -243,8 +243,16 @@ def test_one_sentence_twice_in_an_image_is_answered_in_turn(tmp_path: Path, eval
     run = evaluate(args, rows)
     assert (run.code, ious(run)) == (0, {"5": 1.0, "6": 1.0})
     assert run.report.counts.doubled == 0
+    for limit in (1, 2):  # an expression that is not asked for keeps its answer
+        run = evaluate([*args, "--limit", str(limit)], rows)
+        assert (run.code, run.report.counts.doubled) == (0, 0)
     # One answer is the answer to both: they ask the same.
     assert ious(evaluate(args, rows[:1])) == {"5": 1.0, "6": 0.0}
+    path = tmp_path / "set/instances.json"  # nor is it another's where its own cannot be scored
+    content = json.loads(path.read_text())
+    content["expressions"][0]["ann_ids"] = [999]
+    path.write_text(json.dumps(content))
+    assert ious(evaluate(args, rows)) == {"6": 1.0}
 
 
 def test_composed_and_decomposed_names_are_one(tmp_path: Path, evaluate: Any) -> None:

@@ -256,6 +256,13 @@ def test_drawn_scenes_of_the_training_split_are_told_of(
     asked = ("--dataset", "refshapes", "--limit", 2, "--model", model)
     assert "was trained on scenes of RefShapes train" in evaluate(*asked, "--split", "train").err
     assert "was trained on" not in evaluate(*asked, "--split", "val").err
+    written = ["-o", str(tmp_path / "data"), "--family", "refshapes", "--scenes", "1"]
+    assert main(["refshapes", *written, "--splits", "train,val", "-q"]) == 0
+    asked = (*asked, "--root", tmp_path / "data")
+    for split, told in (("train", True), ("val", False)):
+        done = evaluate(*asked, "--split", split)
+        assert ("was trained on scenes of RefShapes train" in done.err) == told
+        assert done.report.answers.images_in_training is None
 
 
 def test_what_a_model_started_from_is_on_its_card_too(tmp_path: Path) -> None:

@@ -157,6 +157,11 @@ WRONG: dict[str, tuple[Change, str, str]] = {
         "",
     ),
     "one of several": (lambda r: r.update(precision="fp8"), "precision = 'fp8': .*'bf16'", ""),
+    "a band that is none": (
+        lambda r: r.update(train={"dataset": "coco", "annotations": "a.json", "bands": [0, 1, 2]}),
+        r"train\.bands\.0 = 0: .*greater than 0",
+        "",
+    ),
     "unknown split": (
         lambda r: r["train"].update(split="trian"),
         r"train.*split = 'trian': .*'train', 'val', 'testA', 'testB' or 'testC'",
@@ -254,8 +259,11 @@ def test_several_problems_are_counted(file: Path) -> None:
         (b"\xff\xfe\x00", "not UTF-16"),
         (b"!!python/object/apply:os.mkdir [marked]", "is not YAML"),
         (b"[" * 2_000, "is not YAML"),
+        (b"seed: 0\nname: a\nseed: 1\n", "seed"),
+        (b"augment: {flip: 0.5, crop: 0.1, flip: 0.1}\n", "flip"),
+        (b"stages: [{name: a, steps: 1, steps: 2}]\n", "steps"),
     ],
-    ids=["open", "list", "empty", "bytes", "code", "deep"],
+    ids=["open", "list", "empty", "bytes", "code", "deep", "twice", "twice below", "in a list"],
 )
 def test_files_that_are_no_settings(
     file: Path, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
@@ -293,6 +301,8 @@ def test_set_changes_one_value_and_nothing_else(file: Path) -> None:
         ("model.image_encoder.taps=[0, 1, 2]", ("model", "image_encoder", "taps"), (0, 1, 2)),
         ("model.image_encoder.checkpoint=null", ("model", "image_encoder", "checkpoint"), None),
         ("model.fusion.vision_guided=false", ("model", "fusion", "vision_guided"), False),
+        ("stages.1.train_encoder=no", ("stages", 1, "train_encoder"), "no"),
+        ("stages.1.train_encoder=yes", ("stages", 1, "train_encoder"), "yes"),
         ("output=a=b", ("output",), "a=b"),
         ("loss.mask=2e0", ("loss", "mask"), 2.0),
         ("val.more={dataset: refshapes, split: testA}", ("val", "more", "split"), "testA"),

@@ -126,6 +126,32 @@ def test_figures_of_another_validation_are_not_compared(
     assert f"done: best t_acc {rows(out)[-1]['mine.t_acc']:.4f}" in told
 
 
+def test_figures_of_another_validation_file_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, out = write_coco(tmp_path / "mine"), tmp_path / "run"
+    moved, other = (_mine(tmp_path / name)["train"] for name in ("moved", "other"))
+    content = json.loads(Path(other["annotations"]).read_text())
+    content["expressions"] = content["expressions"][1:]
+    Path(other["annotations"]).write_text(json.dumps(content))
+    for data, told in ((train, False), (moved, False), (other, True)):
+        run(out, resume=True, **QUICK, train=train, val={"mine": data})
+        assert ("its figures are no longer compared" in capsys.readouterr().err) == told
+
+
+def test_a_lost_best_model_is_told_of_and_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.rmtree(run(out, **QUICK, best_by="t_acc"))
+    with pytest.raises(ModelError, match="best is missing, and the run is finished"):
+        run(out, resume=True, **QUICK, best_by="t_acc")
+    more = [*REFERRING, {**REFERRING[0], "name": "more"}]
+    capsys.readouterr()
+    assert run(out, resume=True, **{**QUICK, "stages": more}, best_by="t_acc").is_dir()
+    assert "best is missing: the next validation's weights become best/" in capsys.readouterr().err
+
+
 # --- what already exists ------------------------------------------------------------------------
 
 

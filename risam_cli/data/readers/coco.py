@@ -168,7 +168,7 @@ def _listed(record: Any, where: str, columns: Mapping[str, Any]) -> _Spoken:
     if not isinstance(image_id, (int, str)):
         raise DataError(f"{where} has the image_id {brief(image_id)}", "give an image's id")
     name = id_text(record.get("id")) or ""
-    parts = None if ann_ids is None else tuple(ann_ids)
+    parts = None if ann_ids is None else tuple(dict.fromkeys(ann_ids))
     pseudo = record.get("pseudo") is True
     return _Spoken(
         image_id,

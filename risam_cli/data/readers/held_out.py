@@ -64,7 +64,7 @@ def held_out(
     for name in names:
         other = open_dataset(dataset, root, name, split_by=split_by, image_root=image_root)
         files |= {group.path for group in other.chosen()}
-    aliases = _coco_numbers(source, files) if dataset == "phrasecut" else {}
+    aliases = coco_numbers(source, files) if dataset == "phrasecut" else {}
     return HeldOut(frozenset(files), tuple(names), aliases)
 
 
@@ -87,7 +87,7 @@ def _coco_splits(path: Path) -> list[str]:
     return sorted(found)
 
 
-def _coco_numbers(source: SampleSource, held: Collection[Path]) -> dict[Path, int]:
+def coco_numbers(source: SampleSource, held: Collection[Path] = ()) -> dict[Path, int]:
     """COCO's numbers of Visual Genome's photos, where PhraseCut's image list gives them."""
     places = [*(group.path for group in source.chosen()), *held]
     folder = places[0].parent if places else Path()

@@ -105,6 +105,7 @@ class PredictionIndex:
         try:
             self._read()
             self._images = _by_stem(source)
+            self._alike = _alike(source)
             if source is not None and not source.generated:
                 self._require_agreement(source)
         except BaseException:
@@ -140,7 +141,7 @@ class PredictionIndex:
         strange: list[str] = []
         found = _gathered(self._by_id(sample, expression, strange))
         if not found:
-            found = _own_turn(_gathered(self._by_pair(sample, expression)), sample, expression)
+            found = self._own_turn(_gathered(self._by_pair(sample, expression)), sample, expression)
         if not found:
             if strange:
                 raise DataError(strange[0])
@@ -342,6 +343,21 @@ class PredictionIndex:
                     if self._is_own(found, sample, expression):
                         yield found
 
+    def _own_turn(
+        self, found: list[list[_Found]], sample: Sample, expression: Expression
+    ) -> list[list[_Found]]:
+        """Of as many answers as the image has expressions of one text, the one in this place."""
+        if len(found) < 2:
+            return found
+        key = expression_key(expression.text)
+        alike = self._alike.get((sample.image, key)) or [
+            one.id for one in sample.expressions if expression_key(one.text) == key
+        ]
+        if len(found) != len(alike):
+            return found
+        found.sort(key=lambda answer: answer[0].row)
+        return [found[alike.index(expression.id)]]
+
     def _is_own(self, found: _Found, sample: Sample, expression: Expression) -> bool:
         """Whether a record's image is the sample's and no other image's of the split."""
         if not _names_image(found.record, sample.image, expression):
@@ -437,18 +453,6 @@ def _united(parts: list[Answer]) -> Answer:
     )
 
 
-def _own_turn(
-    found: list[list[_Found]], sample: Sample, expression: Expression
-) -> list[list[_Found]]:
-    """Of as many answers as the image has expressions of one text, the one in this one's place."""
-    if len(found) < 2:
-        return found
-    key = expression_key(expression.text)
-    alike = [one.id for one in sample.expressions if expression_key(one.text) == key]
-    found.sort(key=lambda answer: answer[0].row)
-    return [found[alike.index(expression.id)]] if len(alike) == len(found) else found
-
-
 def _names_image(record: Record, image: str, expression: Expression) -> bool | None:
     """Whether the record's image is ``image``; None where it names none."""
     named = record["image"]
@@ -497,6 +501,19 @@ def _by_stem(source: SampleSource | None) -> dict[str, list[str]]:
             key = image_key(group.image)
             found[image_core(key)].append(key)
     return {core: keys for core, keys in found.items() if len(keys) > 1}
+
+
+def _alike(source: SampleSource | None) -> dict[tuple[str, str], list[str]]:
+    """Ids of each image's expressions of one text, also of those that are not scored, where there
+    are several.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for group in () if source is None or source.generated else source.groups:
+        own: defaultdict[str, list[str]] = defaultdict(list)
+        for phrase in group.phrases:
+            own[expression_key(phrase.text)].append(phrase.id)
+        found.update(((group.image, text), ids) for text, ids in own.items() if len(ids) > 1)
+    return found
 
 
 def _pair_hash(image: object, text: object) -> int:

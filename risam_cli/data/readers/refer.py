@@ -162,6 +162,7 @@ def _checked(ref: dict[str, Any], where: str, columns: Columns) -> dict[str, Any
         raise DataError(f"{where} is malformed: {brief(ref)}")
     if not isinstance(image_id, (int, str)):
         raise DataError(f"{where} has the image_id {brief(ref['image_id'])}")
+    ann_ids = list(dict.fromkeys(ann_ids))
     if len(ann_ids) > 1 and -1 in ann_ids:
         raise DataError(f"{where} mixes 'no target' (-1) with annotations: {ann_ids}")
     sentences = []

@@ -76,13 +76,15 @@ def open_refshapes_files(
         DataError: files are missing or damaged, are of another family, or lack the split.
         UsageError: no split is named, and there are several.
     """
-    benchmark = BENCHMARKS[family]
+    own = BENCHMARKS[family]
     by = "umd" if family == "refshapesg" else "unc"
-    refer = "grefs(unc).json" if benchmark == "grefcoco" else f"refs({by}).p"
+    refer = "grefs(unc).json" if own == "grefcoco" else f"refs({by}).p"
     looked = []
-    folders = [root / benchmark, root, *(root / family / f for f in ("refer", "grefcoco"))]
-    for folder in folders:
-        looked.append(folder / refer)
+    places = [(root / own, refer, own), (root, refer, own), (root / family / "refer", refer, own)]
+    several = (root / family / "grefcoco", root)
+    places += [(folder, "grefs(unc).json", "grefcoco") for folder in several]
+    for folder, name, benchmark in places:
+        looked.append(folder / name)
         if looked[-1].is_file():
             _check_family(folder, family)
             return open_refer(

@@ -198,7 +198,11 @@ def make_source(
     """
     seen: dict[str, int] = {}
     unique = [_number_doubles(group, seen) for group in groups]
-    doubled = sum(seen.values())
+    doubled = sum(
+        own is not given
+        for one, group in zip(unique, groups, strict=True)
+        for own, given in zip(one.phrases, group.phrases, strict=True)
+    )
     if doubled:
         notes = [*notes, f"{doubled} expressions shared an id with an earlier one (now id#k)"]
     total = {**(counts or {}), **_count(unique)}
@@ -228,12 +232,12 @@ def _referents(phrase: Phrase) -> int:
 def _number_doubles(group: Group, seen: dict[str, int]) -> Group:
     phrases = []
     for phrase in group.phrases:
-        if phrase.id in seen:
+        name = phrase.id
+        while name in seen:  # the new one may be another's own
             seen[phrase.id] += 1
-            phrase = replace(phrase, id=f"{phrase.id}#{seen[phrase.id]}")
-        else:
-            seen[phrase.id] = 0
-        phrases.append(phrase)
+            name = f"{phrase.id}#{seen[phrase.id]}"
+        seen[name] = 0
+        phrases.append(phrase if name == phrase.id else replace(phrase, id=name))
     return replace(group, phrases=tuple(phrases))
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from risam_cli.console.console import Console
 from risam_cli.data.readers.catalog import open_dataset
-from risam_cli.data.readers.held_out import held_out, is_held_out
+from risam_cli.data.readers.held_out import coco_numbers, held_out, is_held_out
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.data.refshapes.dataset import RefShapes
 from risam_cli.errors import ConfigError, DataError
+from risam_cli.files.hashing import sha256_of_file
 from risam_cli.settings.data import (
     BenchmarkData,
     CocoData,
@@ -41,6 +42,7 @@ class DataBuilder:
 
     Attributes:
         trained_on: what the training data are, once they are open.
+        judged_by: SHA-256 of the annotation files of validation data, once they are open.
 
     Raises:
         RisamError: files that are missing, damaged or hold nothing.
@@ -52,6 +54,7 @@ class DataBuilder:
         self.size = settings.model.image_encoder.image_size
         self.target_size = settings.loss.target_size
         self.trained_on: list[TrainedOn] = []
+        self.judged_by: dict[str, list[str]] = {}
         self._train: Examples | None = None
         self._held_out: dict[str, Examples] | None = None
 
@@ -172,6 +175,8 @@ class DataBuilder:
             count = len(source.groups)
             numbers = range(count) if source.order is None else source.order
             self.trained_on.append(files_trained_on(data, source.files, count, numbers))
+        else:
+            self.judged_by[key] = [sha256_of_file(path) for path in source.files]
         own = (data.pseudo_weight, data.bands) if isinstance(data, CocoData) else (1.0, None)
         return ReferringSamples(samples, self.size, self.target_size, augment, *own)
 
@@ -237,14 +242,14 @@ class DataBuilder:
         keys: set[str] = set()
         for name, data in self.settings.val.items():
             if isinstance(data, (CocoData, BenchmarkData)):
-                keys |= image_keys(open_source(f"val.{name}", data))
+                keys |= _keys_of(open_source(f"val.{name}", data))
         return keys
 
     def _warn_of_overlap(self, data: DataSettings) -> None:
         """Says so where a plain training set shows images that validation asks about."""
         if isinstance(data, (MixedData, RefShapesData)):
             return
-        both = image_keys(open_source("train", data)) & self._validation_keys()
+        both = _keys_of(open_source("train", data)) & self._validation_keys()
         if both:
             self.console.warn(
                 f"{len(both)} images are in train and in val, so figures on val are inflated; "
@@ -285,6 +290,12 @@ def open_source(key: str, data: CocoData | BenchmarkData) -> SampleSource:
         message, fix = error.named(lambda name, _: f"{key}.{keys.get(name, name)}")
         raise DataError(f"{key}: {message}", fix) from error
     return source.part(data.chosen(len(source.groups)))
+
+
+def _keys_of(source: SampleSource) -> set[str]:
+    """The images of a split; PhraseCut's by COCO's numbers, where its image list gives them."""
+    numbers = coco_numbers(source) if source.dataset == "phrasecut" else {}
+    return image_keys(source, {image_key(path): f"coco/{n}" for path, n in numbers.items()})
 
 
 def _named(data: OneData) -> str:

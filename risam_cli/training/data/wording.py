@@ -51,7 +51,8 @@ _PAIRS = {
 }
 _TWINS = {**_PAIRS, **{right: left for left, right in _PAIRS.items()}}
 _TWINS |= {"rght": "lft", "counter-clockwise": "clockwise", "anticlockwise": "clockwise"}
-_TURNS = re.compile(rf"(?<![\w-])(?:{_words('|'.join(_TWINS))})(?![\w-])", re.IGNORECASE)
+# Behind a hyphen too: "top-left".
+_TURNS = re.compile(rf"(?<!\w)(?:{_words('|'.join(_TWINS))})(?![\w-])", re.IGNORECASE)
 
 _READ = _pattern(
     "says|saying|said|reads|reading|read|written|writing|wrote|word|words|text|letter|letters|"
@@ -67,7 +68,7 @@ _READ = _pattern(
 )
 _NOT_TURNED = _pattern(
     "east|west|eastern|western|eastward|westward|northeast|northwest|southeast|southwest|port|"
-    "starboard|left field|right field|left fielder|right fielder|left wing|right wing|"
+    "starboard|southpaw|left field|right field|left fielder|right fielder|left wing|right wing|"
     "left winger|right winger|left back|right back|all right|right of way|right angle|"
     "right angled|right-angled|right side up|right-side-up|right way|wrong way|"
     "left over|left-over|left behind|left out|left alone|left open|left standing|left to right|"
@@ -91,7 +92,12 @@ _REMAINING = re.compile(
     r"what's|that's|one|ones|he|she|they|who|it)\s+left(?!\s+(?:of|side|hand|most)\b)(?![\w-])",
     re.IGNORECASE,
 )
-_MISSPELT = re.compile(r"(?<![\w-])(?:lef|leff|leef|rig|rihg|rgh|riht|rite|ritgh)[\w-]*", re.I)
+# Or written in one word with another, "topleft", or a turn in two, "counter clockwise".
+_MISSPELT = re.compile(
+    r"(?<!\w)(?:lef|leff|leef|letf|elft|lf|lt|rig|rihg|rgh|rgt|riht|rite|ritgh|"
+    r"(?:counter|anti|contra)[\s-]+clock|clock-|(?!bright|upright|copyright)\w+(?:left|right))[\w-]*",
+    re.IGNORECASE,
+)
 _SPELT = {*_TWINS, "leftover", "leftovers", "rigid", "rigged", "rigging", "rig", "rights", "lefts"}
 _ORDINAL = re.compile(r"\b(?:\d*(?:1st|2nd|3rd)|\d*\dth)\b", re.IGNORECASE)
 _T_SHIRT = re.compile(r"\b[tv][\s-](?=shirts?\b|neck\b)", re.IGNORECASE)
@@ -114,12 +120,17 @@ def flipped(text: str) -> str | None:
         return None
     if _READ.search(text) or _NOT_TURNED.search(text) or _REMAINING.search(text):
         return None
-    if any(word.lower() not in _SPELT for word in _MISSPELT.findall(text)):
+    if _may_be_a_side(text):
         return None
     for found in _ADVERB.finditer(text):
         if not _NOUN_BEFORE.search(text[: found.start()]):
             return None
     return _TURNS.sub(lambda found: _like(_TWINS[found[0].lower()], found[0]), text)
+
+
+def _may_be_a_side(text: str) -> bool:
+    """Whether a word looks like a misspelt left or right."""
+    return any(word.lower() not in _SPELT for word in _MISSPELT.findall(text))
 
 
 def _like(word: str, model: str) -> str:
@@ -162,6 +173,9 @@ def survives_cutting(text: str) -> bool:
     """
     return not (
         _PLACES.search(text)
+        or _PLACES.search(text.replace("-", " "))  # "top-left"
+        or _TURNS.search(text)
+        or _may_be_a_side(text)
         or _RELATIONS.search(text)
         or _ORDINAL.search(text)
         or any(char.isdigit() for char in text)

@@ -420,6 +420,19 @@ def test_coco_splits_by_field_and_by_file(tmp_path: Path) -> None:
     assert len(open_dataset("coco", tmp_path, "train")) == 2
 
 
+def test_an_object_that_is_named_twice_is_one(tmp_path: Path) -> None:
+    content = coco_content()
+    path = tmp_path / "instances.json"
+    found = []
+    for times in (1, 2):
+        for one in content["expressions"]:
+            one["ann_ids"] = one.get("ann_ids", []) * times
+        path.write_text(json.dumps(content))
+        source = open_coco(path)
+        found.append((source.counts, [p.attributes for g in source.groups for p in g.phrases]))
+    assert found[0] == found[1]
+
+
 def test_doubled_ids_are_told_apart(tmp_path: Path) -> None:
     content = coco_content()
     content["expressions"][2]["id"] = 900
@@ -428,6 +441,25 @@ def test_doubled_ids_are_told_apart(tmp_path: Path) -> None:
     source = open_coco(path)
     assert {"900", "900#1"} <= by_id(source).keys()
     assert source.notes == ("1 expressions shared an id with an earlier one (now id#k)",)
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "told"),
+    [
+        (("7", "7", "7#1", "7"), ["7", "7#1", "7#1#1", "7#2"], 3),
+        (("7", "7#1", "7", "7"), ["7", "7#1", "7#2", "7#3"], 2),
+    ],
+)
+def test_a_new_id_of_a_doubled_one_is_not_anothers_own(
+    tmp_path: Path, given: tuple[str, ...], own: list[str], told: int
+) -> None:
+    content = coco_content()
+    spoken = [{**content["expressions"][0], "id": name} for name in given]
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps({**content, "expressions": spoken}))
+    source = open_coco(path)
+    assert [phrase.id for phrase in source.groups[0].phrases][:4] == own
+    assert f"{told} expressions shared an id" in source.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,10 @@ TURNED = {
     "3rd from right": "3rd from left",
     "bright upright copyright leftovers": "bright upright copyright leftovers",
     "leftover pizza on the left": "leftover pizza on the right",
+    "the bottom-left cup": "the bottom-right cup",
+    "far-right man, second-from-LEFT": "far-left man, second-from-RIGHT",
+    "top-left-hand mug": "top-right-hand mug",
+    "brightly-lit copyrighted lefty": "brightly-lit copyrighted righty",
     "a dog": "a dog",
 }
 UNTURNABLE = [
@@ -63,6 +67,15 @@ UNTURNABLE = [
     "左边的狗",
     "coca cola can",
     "left to right the second",
+    "topleft cup",
+    "the upperright one",
+    "far-leftish dog",
+    "letf cow",
+    "lt guy",
+    "rgt guy",
+    "arrow turning counter clockwise",
+    "arrow turning anti-clockwise",
+    "southpaw",
 ]
 
 
@@ -187,6 +200,11 @@ def test_turned_words_mean_in_the_mirrored_scene_what_they_meant_before(
         ("man behind the counter", False),
         ("the other one", False),
         ("half visible giraffe", False),
+        ("the bottom-left cup", False),
+        ("topleft cup", False),
+        ("leftside man", False),
+        ("rigth cow", False),
+        ("a t-shirt in bright colours", True),
         ("smallest elephant", False),
         ("3rd cup", False),
         ("cup 3", False),

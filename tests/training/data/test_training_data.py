@@ -262,6 +262,23 @@ def test_visual_genomes_photos_are_known_by_cocos_numbers(data: Path, tmp_path: 
     assert len(examples) == 3 + 3 + 3
 
 
+def test_validation_photos_of_visual_genome_are_known_by_cocos_numbers(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = shutil.copytree(data, tmp_path / "data")
+    path = own / "phrasecut/image_data_split3000.json"
+    images = json.loads(path.read_text())
+    number = int(image_key(open_dataset("refcoco", own, "train").groups[0].path).split("/")[1])
+    for image in images:
+        image["coco_id"] = number if image is images[-1] else None
+    path.write_text(json.dumps(images))
+    split = images[-1]["split"]
+    val = {"mine": {"dataset": "phrasecut", "root": str(own), "split": split}}
+    assert len(_builder(tmp_path, _mix(own), val=val).train()) == 3 + 3
+    _builder(tmp_path, {"dataset": "refcoco", "root": str(own)}, val=val).train()
+    assert "1 images are in train and in val" in capsys.readouterr().err
+
+
 def test_scenes_and_files_mix_at_their_weights(data: Path, tmp_path: Path) -> None:
     mix = _mix(data, weights={"refcoco": 2.5, "scenes": 0.5})
     mix["members"]["scenes"] = {**RAW["train"], "scenes": 12}
