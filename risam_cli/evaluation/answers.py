@@ -331,6 +331,11 @@ def _load(asked: EvalRequest, device: torch.device, precision: torch.dtype) -> S
             "published model",
             f"give the threshold by {setting('no_target_threshold')}",
         )
+    if asked.fit_no_target and model_folders.is_bundled(model_folders.find_model(asked.model)):
+        raise UsageError(
+            f"{setting('fit_no_target')} would change the bundled model for every later command",
+            f"give a model of your own, or a copy of it, by {setting('model')}",
+        )
     return load_segmenter(asked.model, device=device, precision=precision, compiled=asked.compiled)
 
 

@@ -27,6 +27,7 @@ from risam_cli.masks import rle as masks
 from risam_cli.model.fast.decoding import FastRisam
 from risam_cli.model.risam import Risam
 from risam_cli.segmenters.resolve import load_segmenter
+from risam_cli.weights import folder as folders
 
 SIZES = [(40, 60), (64, 64), (90, 50), (33, 70)]
 
@@ -288,6 +289,23 @@ def test_the_no_target_threshold_is_fitted_and_stored(
     text = (run.folder / "report.html").read_text()
     assert "optimistic" in text
     assert "N-acc against T-acc" in text
+
+
+def test_fitting_does_not_change_the_bundled_model(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(folders, "BUNDLED", tmp_path / "bundled")
+    bundled = shutil.copytree(model, tmp_path / "bundled" / folders.DEFAULT_MODEL)
+    before = (bundled / "config.json").read_bytes()
+    asked = ["eval", "--dataset", "refshapes", "--family", "grefshapes", "--split", "val"]
+    asked += ["--limit", "40", "--fit-no-target", "--device", "cpu"]
+    for given in ([], ["--model", folders.DEFAULT_MODEL], ["--model", str(bundled)]):
+        assert main([*asked, *given, "-o", str(tmp_path / "fit")]) == 2
+        assert "--fit-no-target would change the bundled model" in capsys.readouterr().err
+    assert (bundled / "config.json").read_bytes() == before
 
 
 def test_fitting_needs_both_kinds_of_expression(evaluate: Any, data: Path, model: Path) -> None:
