@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,18 +37,6 @@ _SAME = 0.8  # IoU of two boxes over which they are one object's, as in Grounded
 _ENDS = (".", "?")  # at which a prompt would fall apart into several
 
 
-class BoxSegmenter(Protocol):
-    """What is asked for the masks of boxes."""
-
-    frame: Frame
-
-    def encode(self, pixels: Tensor) -> Any:
-        """Features of one image, (1, 3, h, w)."""
-
-    def masks(self, features: Any, boxes: Tensor) -> Tensor:
-        """Mask logits (I, h, w) over the frame of boxes (I, 4), corners in pixels of the frame."""
-
-
 class Sam:
     """SAM or SAM-HQ."""
 
@@ -64,7 +52,11 @@ class Sam:
         self._network: Any = network.to(device)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Embeddings (1, C, h, w), and for SAM-HQ the first global block's output (1, h, w, D)."""
+        """Features of one image, (1, 3, h, w).
+
+        Returns:
+            Embeddings (1, C, h, w), and for SAM-HQ the first global block's output (1, h, w, D).
+        """
         if self._own is not None:
             found = self._own(pixels)
             return found.deep, [found.shallow.permute(0, 2, 3, 1)]
@@ -74,7 +66,7 @@ class Sam:
         return self._network.get_image_embeddings(pixels.contiguous()), []
 
     def masks(self, features: tuple[Tensor, list[Tensor]], boxes: Tensor) -> Tensor:
-        """See :class:`BoxSegmenter`."""
+        """Mask logits (I, h, w) over the frame of boxes (I, 4), corners in pixels of the frame."""
         embeddings, between = features
         more = {"intermediate_embeddings": between} if self._hq else {}
         found = self._network(
@@ -96,7 +88,7 @@ class Sam2:
         return found
 
     def masks(self, features: list[Tensor], boxes: Tensor) -> Tensor:
-        """See :class:`BoxSegmenter`."""
+        """See :class:`Sam`."""
         found = self._network(
             image_embeddings=list(features), input_boxes=boxes[None], multimask_output=False
         )
@@ -318,7 +310,7 @@ def distinct_first(boxes: Tensor) -> tuple[list[int], int]:
     return kept + repeats, len(kept)
 
 
-def _box_segmenter(folder: Folder, device: torch.device) -> BoxSegmenter:
+def _box_segmenter(folder: Folder, device: torch.device) -> Sam | Sam2:
     """SAM, SAM-HQ or SAM 2, by the folder's config."""
     import transformers
 

@@ -279,9 +279,9 @@ class Published:
         precision: torch.dtype,
     ) -> None:
         self.name = "+".join(folder.name for folder in folders.values())
-        self.folders = {part: folder.name for part, folder in folders.items()}
+        self.folders: Mapping[str, str] = {part: folder.name for part, folder in folders.items()}
         self.hash = hash_folders(list(folders.values()))
-        self.versions = {"transformers": version("transformers")}
+        self.versions: Mapping[str, str] = {"transformers": version("transformers")}
         self.frames = frames
         self.parameters = sum(
             count_weights(path)[0]
