@@ -107,7 +107,8 @@ def build(preset: str) -> tuple[Any, Any]:
 
     from risam_cli.settings.load import check
     from risam_cli.settings.model import ModelSettings
-    from risam_cli.weights.build import TextParts, build_model, new_text_parts
+    from risam_cli.weights.build import build_model, new_text_parts
+    from risam_cli.weights.text import TextParts
 
     raw = {"preset": preset, "text_encoder": {"vocabulary": "refshapes"}}
     settings = check(ModelSettings, raw, preset)

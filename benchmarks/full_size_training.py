@@ -63,9 +63,10 @@ def count(config: str) -> None:
     from transformers import BertConfig, BertModel
 
     from risam_cli.settings.train import load_settings
-    from risam_cli.weights.build import TextParts, add_lora, build_model, new_text_parts
+    from risam_cli.weights.build import add_lora, build_model, new_text_parts
     from risam_cli.weights.folder import stored_settings
     from risam_cli.weights.start import train_text_encoder
+    from risam_cli.weights.text import TextParts
 
     settings = load_settings(REPO / f"configs/{config}.yaml", stored=stored_settings).model
     words = settings.text_encoder.model_copy(update={"source": None, "vocabulary": "refshapes"})

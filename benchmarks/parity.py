@@ -19,7 +19,7 @@ from torch import Tensor
 
 from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.images import read_for_encoder
-from risam_cli.data.images.transforms import fit_size, logits_to_size, to_pixels
+from risam_cli.data.images.transforms import fit_size, logits_to_size
 from risam_cli.model import image_encoder
 from risam_cli.model.fast.prepare import take_plain_forms
 from risam_cli.weights.load import LoadedModel, load_model
@@ -64,8 +64,9 @@ def overlaps(photos: Sequence[Path], precision: torch.dtype, device: torch.devic
 
 def masks(loaded: LoadedModel, photo: Path, device: torch.device) -> Tensor:
     """(E, H, W) bool at the photo's size, before any no-target rule."""
-    image = read_for_encoder(photo, [sam_frame(loaded.image_size)])
-    pixels = to_pixels([image.rgb], loaded.image_size, device)
+    frame = sam_frame(loaded.image_size)
+    image = read_for_encoder(photo, [frame])
+    pixels = frame.batch([image.rgb], device).values
     tokens = loaded.tokenizer.encode(list(EXPRESSIONS))
     index = torch.zeros(len(EXPRESSIONS), dtype=torch.long, device=device)
     features = loaded.model.encode_image(pixels)

@@ -28,15 +28,15 @@ from risam_cli.data.images.frames import sam_frame
 from risam_cli.weights.load import load_model
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.inference.device import share_cores
-from risam_cli.data.images.transforms import to_pixels
 device, count, batch = torch.device(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 bf16 = device.type == "cuda"
 precision = torch.bfloat16 if bf16 else torch.float32
 source = None if sys.argv[1] == "-" else sys.argv[1]
 loaded = load_model(source, device=device, precision=precision)
 paths = sorted(Path(sys.argv[5]).iterdir())[:32]
-rgb = [read_for_encoder(path, [sam_frame(loaded.image_size)]).rgb for path in paths]
-ready = [to_pixels(rgb[k : k + batch], loaded.image_size, device) for k in range(0, 32, batch)]
+frame = sam_frame(loaded.image_size)
+rgb = [read_for_encoder(path, [frame]).rgb for path in paths]
+ready = [frame.batch(rgb[k : k + batch], device).values for k in range(0, 32, batch)]
 tokens = loaded.tokenizer.encode([sys.argv[6]])
 model = loaded.model
 ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)

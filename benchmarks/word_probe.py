@@ -29,7 +29,7 @@ from risam_cli.data.refshapes.vocabulary import SHAPES, STAND_INS
 from risam_cli.model.risam import Risam
 from risam_cli.training.data.collate import ReferringCollate
 from risam_cli.training.data.dataset import ReferringScenes
-from risam_cli.weights.build import TextParts, build_model
+from risam_cli.weights.build import build_model
 from risam_cli.weights.folder import find_model, read_model_folder
 from risam_cli.weights.load import LoadedModel, load_model
 from risam_cli.weights.text import text_from_folder
@@ -97,7 +97,7 @@ def main() -> None:
 
 def untrained(source: str, loaded: LoadedModel) -> Risam:
     """The network with new weights between the encoders and the mask."""
-    text = TextParts(*text_from_folder(read_model_folder(find_model(source)), 32))
+    text = text_from_folder(read_model_folder(find_model(source)), 32)
     network = build_model(loaded.settings, text).eval()
     for part in ("image_encoder", "text_encoder"):
         getattr(network, part).load_state_dict(getattr(loaded.model, part).state_dict())

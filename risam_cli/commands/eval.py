@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from risam_cli.commands.options import (
     bands_option,
     batch_options,
     cache_options,
+    check_unit,
     choice,
     compile_option,
     confine_option,
@@ -39,13 +39,6 @@ DATASETS = (
 )
 FAMILIES = ("refshapes", "refshapes+", "refshapesg", "grefshapes")
 PROTOCOLS = ("native", "lavt", "cris", "gres", "lisa", "phrasecut")
-
-
-def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    # click.FloatRange lets nan through.
-    if value is not None and (math.isnan(value) or not 0 <= value <= 1):
-        raise click.BadParameter(f"{value} is not in the range 0 to 1.")
-    return value
 
 
 @click.command("eval")
@@ -137,14 +130,14 @@ def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None)
     "--threshold",
     type=float,
     metavar="P",
-    callback=_check_unit,
+    callback=check_unit,
     help="A model's mask threshold instead of the protocol's; the report says so.",
 )
 @click.option(
     "--no-target-threshold",
     type=float,
     metavar="P",
-    callback=_check_unit,
+    callback=check_unit,
     help="A model's no-target threshold.  [default: the model's]",
 )
 @instance_options

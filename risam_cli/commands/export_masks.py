@@ -12,6 +12,7 @@ import click
 
 from risam_cli.commands.options import (
     bands_option,
+    check_unit,
     choice,
     confine_option,
     json_option,
@@ -35,14 +36,6 @@ FORMATS = (
 def _pixels(ctx: click.Context, param: click.Parameter, value: float) -> float:
     if not math.isfinite(value) or value < 0:
         raise click.BadParameter(f"{value} is not a distance in pixels.")
-    return value
-
-
-def _unit(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    if value is None:
-        return None
-    if math.isnan(value) or not 0 <= value <= 1:
-        raise click.BadParameter(f"{value} is not in the range 0 to 1.")
     return value
 
 
@@ -79,7 +72,7 @@ def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
     type=float,
     default=0.0,
     metavar="P",
-    callback=_unit,
+    callback=check_unit,
     help="Skip masks with a lower score.",
 )
 @click.option(
@@ -99,7 +92,7 @@ def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
     "--min-iou",
     type=float,
     metavar="P",
-    callback=_unit,
+    callback=check_unit,
     help="--agree-with: from which IoU on two masks agree.  [default: 0.7]",
 )
 @click.option(

@@ -289,7 +289,8 @@ def cache_options(function: F) -> F:
     )(function)
 
 
-def _check_unit(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+def check_unit(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """An option's value, if it is none or in 0..1."""
     # click.FloatRange lets nan through: every comparison with it is false.
     if value is not None and (math.isnan(value) or not 0 <= value <= 1):
         raise click.BadParameter(f"{value} is not in the range 0 to 1.")
@@ -301,7 +302,7 @@ def threshold_options(function: F) -> F:
 
     Parameters ``threshold`` and ``no_target_threshold``, probabilities in 0..1.
     """
-    unit: dict[str, Any] = {"type": float, "metavar": "P", "default": None, "callback": _check_unit}
+    unit: dict[str, Any] = {"type": float, "metavar": "P", "default": None, "callback": check_unit}
     return _stack(
         click.option(
             "--threshold",
@@ -335,7 +336,7 @@ def instance_options(function: F) -> F:
             type=float,
             metavar="P",
             default=None,
-            callback=_check_unit,
+            callback=check_unit,
             help="Least score of an instance.  [default: the model's]",
         ),
     )(function)

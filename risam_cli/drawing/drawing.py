@@ -51,12 +51,17 @@ def outline(rle: Rle, size: tuple[int, int]) -> str:
     return svg_path(found)
 
 
-def webp_uri(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> str:
-    """An image (H, W, 3) as a ``data:`` address of a WebP file."""
+def encode_webp(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> bytes:
+    """An image (H, W, 3) as a WebP file."""
     done, data = cv2.imencode(".webp", rgb[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, quality])
     if not done:
         raise RuntimeError("OpenCV was built without WebP")
-    return f"data:image/webp;base64,{base64.b64encode(data.tobytes()).decode('ascii')}"
+    return data.tobytes()
+
+
+def webp_uri(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> str:
+    """An image (H, W, 3) as a ``data:`` address of a WebP file."""
+    return f"data:image/webp;base64,{base64.b64encode(encode_webp(rgb, quality)).decode('ascii')}"
 
 
 def fitted(rgb: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:

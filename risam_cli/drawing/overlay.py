@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from risam_cli.drawing.drawing import write_text
 from risam_cli.drawing.palette import color, ink
 from risam_cli.drawing.text import Alpha, fit_text, text_mask
 
@@ -173,16 +174,9 @@ def _draw_tag(
     width, height = _tag_size(tag, size)
     plate = canvas[y : y + height, x : x + width]
     plate[:] = tint
-    _blend(plate[:, _pad(size) :], tag, ink(tint))
+    write_text(plate[:, _pad(size) :], tag, ink(tint))
     rim = max(1, size // 16)
     cv2.rectangle(canvas, (x, y), (x + width - 1, y + height - 1), (0, 0, 0), rim)
-
-
-def _blend(area: Rgb, alpha: Alpha, paint: tuple[int, int, int]) -> None:
-    height, width = min(area.shape[0], alpha.shape[0]), min(area.shape[1], alpha.shape[1])
-    share = alpha[:height, :width, None].astype(np.float32) / 255
-    under = area[:height, :width]
-    under[:] = np.round((1 - share) * under + share * np.array(paint)).astype(np.uint8)
 
 
 def _place_phrases(
@@ -290,7 +284,7 @@ def _legend(items: Sequence[_Item], width: int, size: int) -> Rgb:
         top = y + (row - number.shape[0]) // 2
         strip[top : top + number.shape[0], x : x + plate] = item.tint
         start = x + (plate - number.shape[1]) // 2
-        _blend(strip[top:, start:], number, ink(item.tint))
+        write_text(strip[top:, start:], number, ink(item.tint))
         room = max(1, across - plate - 3 * pad)
-        _blend(strip[top:, x + plate + pad :], fit_text(text, size, room), _LEGEND_INK)
+        write_text(strip[top:, x + plate + pad :], fit_text(text, size, room), _LEGEND_INK)
     return strip

@@ -120,14 +120,13 @@ def lines(
     x_axis: str,
     y_axis: str,
     *,
-    y_low: float | None = 0.0,
     y_high: float | None = None,
     marks: Sequence[Mark] = (),
 ) -> Markup:
     """Several series over one axis from 0, told apart by colour; nothing where there is no point.
 
     Args:
-        y_low, y_high: None takes the series' own; what lies beyond is drawn at the edge.
+        y_high: None takes the series' own; what lies beyond is drawn at the edge.
         marks: points that stand out, with their labels.
     """
     xs = [x for one in series for x in one.xs]
@@ -135,8 +134,7 @@ def lines(
     if not xs:
         return Markup("")
     left, right = 0.0, max(1.0, *xs)
-    low = min(ys) if y_low is None else y_low
-    high = max(ys) if y_high is None else y_high
+    low, high = 0.0, max(ys) if y_high is None else y_high
     high = high if high > low else low + 1
 
     def at(x: float, y: float) -> tuple[float, float]:

@@ -232,7 +232,23 @@ class _Asking:
 
     def identity(self, source: SampleSource, planned: int) -> dict[str, object]:
         """What the answers depend on; a resumed run must agree in all of it."""
-        return _identity(self.asked, source, planned, self.protocol, self.segmenter, self.settings)
+        asked, segmenter, settings = self.asked, self.segmenter, self.settings
+        return {
+            "model": segmenter.hash,
+            "data": f"{source.dataset} {source.split}",
+            ASKED: planned,
+            "protocol": self.protocol.name,
+            "threshold": settings.threshold,
+            "no-target threshold": settings.no_target_threshold,
+            "precision": precision_name(settings.precision),
+            **({"part": list(asked.part)} if asked.part else {}),
+            "shuffle": asked.shuffle,
+            "full decode": asked.full_decode,
+            "features": "float32" if asked.feature_cache is None else "half (feature cache)",
+            **({"bands": list(asked.bands)} if asked.bands else {}),
+            **instance_rules(segmenter, settings),
+            **segmenter.versions,
+        }
 
     @contextmanager
     def answers(
@@ -259,7 +275,7 @@ class _Asking:
         log.tell_changes(source)
         images = min(len(source), source.limit or len(source))
         unknown = UnknownWords(self.segmenter.name)
-        with log, cache_for(asked.kept_features(), self.segmenter, self.settings, images) as cache:
+        with log, cache_for(asked.kept_features(), self.segmenter, images) as cache:
             predict = partial(
                 predict_samples,
                 segmenter=self.segmenter,
@@ -375,32 +391,6 @@ def _timing(seconds: StageSeconds, done: EvalRun) -> TimingPart:
         total=done.seconds,
         expressions_per_second=seconds.expressions / done.seconds,
     )
-
-
-def _identity(
-    asked: EvalRequest,
-    source: SampleSource,
-    planned: int,
-    protocol: Protocol,
-    segmenter: Segmenter,
-    settings: PredictSettings,
-) -> dict[str, object]:
-    return {
-        "model": segmenter.hash,
-        "data": f"{source.dataset} {source.split}",
-        ASKED: planned,
-        "protocol": protocol.name,
-        "threshold": settings.threshold,
-        "no-target threshold": settings.no_target_threshold,
-        "precision": precision_name(settings.precision),
-        **({"part": list(asked.part)} if asked.part else {}),
-        "shuffle": asked.shuffle,
-        "full decode": asked.full_decode,
-        "features": "float32" if asked.feature_cache is None else "half (feature cache)",
-        **({"bands": list(asked.bands)} if asked.bands else {}),
-        **instance_rules(segmenter, settings),
-        **segmenter.versions,
-    }
 
 
 def _fit(asked: EvalRequest, run: EvalRun, before: float) -> NoTargetFitPart:

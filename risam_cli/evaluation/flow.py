@@ -132,7 +132,9 @@ def _evaluate(asked: EvalRequest) -> int:
             if asked.predictions is not None:
                 done = _from_predictions(asked, source, protocol, folder, failures)
             else:
-                done = _from_model(asked, source, protocol, folder, failures)
+                from risam_cli.evaluation.answers import answer_and_score
+
+                done = answer_and_score(asked, source, protocol, folder, failures)
         report = _report(asked, source, protocol, done, other)
         write_reports(folder, report, gallery(done.run.scored, asked.bands))
         done.finish()
@@ -200,19 +202,6 @@ def _from_predictions(
         expressions_per_second=len(run.scored.table) / run.seconds,
     )
     return Done(run, answered, counts, timing)
-
-
-def _from_model(
-    asked: EvalRequest,
-    source: SampleSource,
-    protocol: Protocol,
-    folder: OutputFolder,
-    failures: FailureLog,
-) -> Done:
-    """Have a model answer. Torch is loaded here."""
-    from risam_cli.evaluation.answers import answer_and_score
-
-    return answer_and_score(asked, source, protocol, folder, failures)
 
 
 def _tell_surplus(index: PredictionIndex, source: SampleSource, asked: EvalRequest) -> int:

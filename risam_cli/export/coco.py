@@ -12,32 +12,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
-from typing import Any
+from typing import Any, Self
 
-from risam_cli.export.format import Context, Labeled, LabeledImage, copy_image, read_back
+from risam_cli.export.format import Context, Format, Labeled, LabeledImage, copy_image, read_back
 from risam_cli.masks.outlines import EDGE
 from risam_cli.types import Prediction
 
 
-class _Coco:
+class _Coco(Format):
     """The sections of ``instances.json``, each growing on disk until it is put together."""
 
     def __init__(self, context: Context) -> None:
-        self.context = context
-        self._stack = ExitStack()
+        super().__init__(context)
         self._annotation = 0
         self._expression = 0
 
-    def __enter__(self) -> _Coco:
-        spool = self.context.folder.spool
-        self._images = self._stack.enter_context(spool("images"))
-        self._annotations = self._stack.enter_context(spool("annotations"))
-        self._expressions = self._stack.enter_context(spool("expressions"))
+    def __enter__(self) -> Self:
+        self._images = self.spool("images")
+        self._annotations = self.spool("annotations")
+        self._expressions = self.spool("expressions")
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
 
     def add(self, image: LabeledImage) -> None:
         """Append the image, its annotations and its expressions."""
@@ -131,10 +125,9 @@ class _Coco:
 class CocoMasks(_Coco):
     """Exact: RLE, and the results file."""
 
-    def __enter__(self) -> CocoMasks:
-        super().__enter__()
-        self._results = self._stack.enter_context(self.context.folder.spool("results"))
-        return self
+    def __enter__(self) -> Self:
+        self._results = self.spool("results")
+        return super().__enter__()
 
     def segmentation(self, item: Labeled) -> Any:
         """RLE, compressed."""
@@ -160,10 +153,6 @@ class CocoMasks(_Coco):
 
 class CocoPolygons(_Coco):
     """Polygons, holes bridged; filled by pixel centres as pycocotools does."""
-
-    def __enter__(self) -> CocoPolygons:
-        super().__enter__()
-        return self
 
     def segmentation(self, item: Labeled) -> Any:
         """Flat lists x, y, … with two digits behind the point."""

@@ -8,7 +8,7 @@ without a score has no such attribute.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from typing import Self
 from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from risam_cli.console.text import sanitize
 from risam_cli.errors import setting, told
 from risam_cli.export.format import (
-    Context,
+    Format,
     Labeled,
     LabeledImage,
     copy_image,
@@ -39,19 +39,12 @@ _ATTRIBUTES = """<attributes>
 </attributes>"""
 
 
-class Cvat:
+class Cvat(Format):
     """Images grow on disk; the labels, which come first in the file, are known at the end."""
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Cvat:
-        self._images = self._stack.enter_context(self.context.folder.spool("images"))
+    def __enter__(self) -> Self:
+        self._images = self.spool("images")
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
 
     def add(self, image: LabeledImage) -> None:
         """Append one ``<image>``."""

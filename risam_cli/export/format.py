@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, Self, overload
 
 import cv2
 import numpy as np
@@ -18,7 +19,7 @@ from risam_cli.data.images.files import open_regular
 from risam_cli.drawing.png import check_header
 from risam_cli.errors import DataError, require_machine, setting
 from risam_cli.export.categories import Categories
-from risam_cli.export.folder import ExportFolder
+from risam_cli.export.folder import ExportFolder, Spool
 from risam_cli.masks import rle as masks
 from risam_cli.masks.outlines import CENTER, EDGE, Outlines, Vertices, outlines
 from risam_cli.types import Prediction, Rle
@@ -216,6 +217,12 @@ class LabeledImage:
     part: str = ""
     entry: Mapping[str, Any] | None = None
 
+    @property
+    def records(self) -> dict[int, Prediction]:
+        """All records by their numbers, in order, those included whose mask is empty."""
+        found = {item.number: item.prediction for item in self.items} | dict(self.empty)
+        return dict(sorted(found.items()))
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -247,11 +254,29 @@ class Context:
         return rgb
 
 
-class Format(Protocol):
-    """One open export. A DataError from ``add`` fails the image; others end the run."""
+class Format:
+    """One open export, a context manager that closes what it holds open.
+
+    A DataError from ``add`` fails the image; others end the run.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def spool(self, name: str) -> Spool:
+        """See :meth:`risam_cli.export.folder.ExportFolder.spool`."""
+        return self._stack.enter_context(self.context.folder.spool(name))
 
     def add(self, image: LabeledImage) -> None:
         """Write one image. A file that holds several images is written by ``finish``."""
+        raise NotImplementedError
 
     def finish(self) -> None:
         """Write what needs all images."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from risam_cli.drawing.png import encode_mask
-from risam_cli.export.format import Context, Labeled, LabeledImage, copy_image, read_back
+from risam_cli.export.format import Format, Labeled, LabeledImage, copy_image, read_back
 from risam_cli.export.targets import replace_suffix
 from risam_cli.masks import rle as masks
 from risam_cli.masks.outlines import CENTER, EDGE
@@ -25,17 +25,8 @@ from risam_cli.masks.outlines import CENTER, EDGE
 _VERSION = "5.5.0"  # the first whose loader knows all that is written here
 
 
-class Labelme:
+class Labelme(Format):
     """Writes ``labelme/…json``; the file is complete as soon as its image is."""
-
-    def __init__(self, context: Context) -> None:
-        self.context = context
-
-    def __enter__(self) -> Labelme:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        return
 
     def add(self, image: LabeledImage) -> None:
         """Write one image's file."""
@@ -78,9 +69,6 @@ class Labelme:
         self.context.tally.measure(p.id or p.image, p.segmentation, back, traced)
         group = item.number if len(rings) > 1 else None
         return [_shape(item, "polygon", ring, None, group) for ring in rings]
-
-    def finish(self) -> None:
-        """Nothing is left to write."""
 
 
 def _dump(value: object) -> str:

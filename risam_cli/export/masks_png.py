@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,32 +23,21 @@ MOST = 255
 """Values that an 8-bit PNG has beside the background."""
 
 
-def open_png(context: Context) -> AbstractContextManager[Format]:
+def open_png(context: Context) -> Format:
     """The style that the settings name."""
-    kind = {"binary": Binary, "indexed": Indexed, "semantic": Semantic}[context.settings.style]
-    opened: AbstractContextManager[Format] = kind(context)
-    return opened
+    kinds: dict[str, type[Format]]
+    kinds = {"binary": Binary, "indexed": Indexed, "semantic": Semantic}
+    return kinds[context.settings.style](context)
 
 
-class _Png:
+class _Png(Format):
     """A PNG style with one list of JSON lines, which grows on disk."""
 
     listing = "legend.jsonl"
 
-    def __init__(self, context: Context) -> None:
-        self.context = context
-        self._stack = ExitStack()
-
-    def __enter__(self) -> _Png:
-        self._lines = self._stack.enter_context(self.context.folder.spool("list"))
+    def __enter__(self) -> Self:
+        self._lines = self.spool("list")
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def add(self, image: LabeledImage) -> None:
-        """Write one image's file or files."""
-        raise NotImplementedError
 
     def list(self, row: dict[str, Any]) -> None:
         """Append one line."""
@@ -70,9 +58,7 @@ class Binary(_Png):
 
     def add(self, image: LabeledImage) -> None:
         """Write every mask of the image, empty ones too."""
-        records = {item.number: item.prediction for item in image.items} | dict(image.empty)
-        for number in sorted(records):
-            p = records[number]
+        for number, p in image.records.items():
             name = mask_name(image.name or p.image, number, p.expression)
             mask = Labeled(p, number, 0, "").mask
             self.context.folder.write(name, encode_mask(mask))
@@ -131,10 +117,6 @@ class _Layered(_Png):
 class Indexed(_Layered):
     """Value k is the image's k-th mask; the palette shows it in colour."""
 
-    def __enter__(self) -> Indexed:
-        super().__enter__()
-        return self
-
     def value(self, item: Labeled, place: int) -> int:
         """1, 2, … in the order of the records."""
         return place + 1
@@ -142,10 +124,6 @@ class Indexed(_Layered):
 
 class Semantic(_Layered):
     """Value k is the k-th category of ``categories.json``, the same in every file."""
-
-    def __enter__(self) -> Semantic:
-        super().__enter__()
-        return self
 
     def value(self, item: Labeled, place: int) -> int:
         """The category's number, from 1."""

@@ -10,41 +10,20 @@ import numpy as np
 from risam_cli.drawing.overlay import draw_overlay
 from risam_cli.drawing.png import encode_rgb
 from risam_cli.errors import OutputError
-from risam_cli.export.format import Context, Decoded, LabeledImage
+from risam_cli.export.format import Context, Decoded, Format, LabeledImage
 from risam_cli.export.targets import replace_suffix
 from risam_cli.outputs.gallery import Gallery, Row, encode_item, outline
 from risam_cli.outputs.naming import GALLERY, MASKS, mask_name
 from risam_cli.outputs.records import to_json
 
 
-class _Pictures:
-    """Files that are complete as soon as their image is."""
-
-    def __init__(self, context: Context) -> None:
-        self.context = context
-
-    def __enter__(self) -> _Pictures:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        return
-
-    def add(self, image: LabeledImage) -> None:
-        """Write one image's pictures."""
-        raise NotImplementedError
-
-    def finish(self) -> None:
-        """Nothing is left to write."""
-
-
-class Overlays(_Pictures):
+class Overlays(Format):
     """``overlays/…png``: one picture an image with all its masks and phrases."""
 
     def add(self, image: LabeledImage) -> None:
         """Write one overlay. What found nothing stands in the legend."""
         rgb = self.context.image(image)
-        records = {item.number: item.prediction for item in image.items} | dict(image.empty)
-        ordered = [records[number] for number in sorted(records)]
+        ordered = list(image.records.values())
         drawn = draw_overlay(
             rgb,
             Decoded([p.segmentation for p in ordered]),
@@ -55,7 +34,7 @@ class Overlays(_Pictures):
         self.context.folder.write(name, encode_rgb(drawn))
 
 
-class GalleryPages(_Pictures):
+class GalleryPages(Format):
     """``gallery/``: the page that a predict run writes with ``save: html``, of anyone's masks."""
 
     def __init__(self, context: Context) -> None:
@@ -64,8 +43,7 @@ class GalleryPages(_Pictures):
 
     def add(self, image: LabeledImage) -> None:
         """Write one image's small picture and outlines, and take it into the page."""
-        records = {item.number: item.prediction for item in image.items} | dict(image.empty)
-        ordered = [records[number] for number in sorted(records)]
+        ordered = list(image.records.values())
         if not ordered:
             return
         masks = Decoded([p.segmentation for p in ordered])
@@ -80,7 +58,7 @@ class GalleryPages(_Pictures):
         self._gallery.finish()
 
 
-class Cutouts(_Pictures):
+class Cutouts(Format):
     """``cutouts/…png``: each mask's box, cut from the image, transparent outside the mask."""
 
     def add(self, image: LabeledImage) -> None:

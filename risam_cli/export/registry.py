@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from risam_cli.errors import UsageError, setting
@@ -18,17 +17,15 @@ class FormatInfo:
     Attributes:
         owns: names that it writes directly in the output folder.
         options: settings that mean something to it, beside those that all formats share.
-        needs_image: whether it draws on the image.
         copies: whether copying images means something to it.
         without: a folder's name that no path in it may have; see
             :class:`risam_cli.export.targets.Placement`.
         all_images: whether it keeps the images of a COCO file that have no record.
     """
 
-    open: Callable[[Context], AbstractContextManager[Format]]
+    open: Callable[[Context], Format]
     owns: tuple[str, ...]
     options: frozenset[str] = frozenset()
-    needs_image: bool = False
     copies: bool = False
     without: str | None = None
     all_images: bool = False
@@ -60,11 +57,9 @@ def formats() -> dict[str, FormatInfo]:
         "webdataset": FormatInfo(
             webdataset_tars.WebDatasetTars, (webdataset_tars.SHARDS,), copies=True
         ),
-        "overlay": FormatInfo(pictures.Overlays, ("overlays",), needs_image=True),
-        "html": FormatInfo(pictures.GalleryPages, (GALLERY,), needs_image=True),
-        "cutout": FormatInfo(
-            pictures.Cutouts, ("cutouts",), frozenset({"padding"}), needs_image=True
-        ),
+        "overlay": FormatInfo(pictures.Overlays, ("overlays",)),
+        "html": FormatInfo(pictures.GalleryPages, (GALLERY,)),
+        "cutout": FormatInfo(pictures.Cutouts, ("cutouts",), frozenset({"padding"})),
     }
 
 

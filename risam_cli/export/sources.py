@@ -7,7 +7,6 @@ first occur. Masks are read in the second pass, one image at a time.
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from risam_cli.data.identity import id_text, image_key
+from risam_cli.data.identity import id_text
 from risam_cli.data.readers.names import Record
 from risam_cli.data.readers.results import Results
 from risam_cli.errors import DataError, setting
-from risam_cli.export.targets import Placement
+from risam_cli.export.targets import Placement, image_hash
 from risam_cli.files.jsonlines import brief
 from risam_cli.masks import rle as masks
 from risam_cli.types import Failure, Prediction
@@ -62,11 +61,6 @@ class ImageGroup:
     size: tuple[int, int]
     records: tuple[Given, ...]
     entry: Mapping[str, Any] | None = None
-
-    @property
-    def predictions(self) -> tuple[Prediction, ...]:
-        """The records without the ids that a COCO file gave them."""
-        return tuple(given.prediction for given in self.records)
 
 
 class Source:
@@ -136,7 +130,7 @@ class Source:
 
     def has_image(self, image: str) -> bool:
         """Whether a record names an image so."""
-        place = int(np.searchsorted(self._images, key := np.uint64(_hash(image))))
+        place = int(np.searchsorted(self._images, key := np.uint64(image_hash(image))))
         return place < len(self._images) and bool(self._images[place] == key)
 
     def groups(self) -> Iterator[ImageGroup]:
@@ -167,7 +161,7 @@ class Source:
                 self._fail(number, "", None, error)
                 reason = reason or f": {error}"
                 continue
-            key = _hash(image)
+            key = image_hash(image)
             if not len(keys) or key != keys[-1]:
                 placement.see(image)
             offsets.append(offset)
@@ -289,8 +283,3 @@ def _image(record: Record, where: str) -> str:
     if not isinstance(image, str) or not image:
         raise DataError(f"{where}: 'image' is {brief(image)}", "name the image of every record")
     return image
-
-
-def _hash(image: str) -> int:
-    data = image_key(image).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

@@ -9,7 +9,6 @@ beside ``a.jpg``) carry ten digits of the exact path's hash.
 from __future__ import annotations
 
 import hashlib
-import re
 from array import array
 from collections.abc import Container
 from itertools import takewhile
@@ -19,14 +18,11 @@ import numpy as np
 
 from risam_cli.data.identity import image_key, normalized
 from risam_cli.errors import UsageError, setting
+from risam_cli.outputs.naming import UNSAFE
 
 RELATIVE, BASE, ABSOLUTE = "relative", "base", "absolute"
 """What the setting ``names`` takes."""
 
-# Refused by some system, or turning round how a name is shown.
-_UNSAFE = re.compile(
-    r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]'
-)
 _FILES = frozenset(
     {".txt", ".json", ".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
 )
@@ -59,7 +55,7 @@ class Placement:
 
     def see(self, image: str) -> None:
         """Take note of an image; a second time does no harm."""
-        self._keys.extend((meeting_key("/".join(self._parts(image))), _image_hash(image)))
+        self._keys.extend((meeting_key("/".join(self._parts(image))), image_hash(image)))
         *folders, _ = self._parts(image) or [""]
         self._common = _in_common(self._common, folders)
         self._shared = _in_common(self._shared, image_key(image).strip("/").split("/")[:-1])
@@ -156,7 +152,7 @@ def _split_place(image: str) -> tuple[int, int]:
     """
     tail = "/".join(image_key(image).split("/")[-2:])
     data = hashlib.blake2b(tail.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(data, "big"), _image_hash(image)
+    return int.from_bytes(data, "big"), image_hash(image)
 
 
 def target_name(image: str, meeting: Container[int] = (), *, exact: str | None = None) -> str:
@@ -186,7 +182,8 @@ def meeting_key(image: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _image_hash(image: str) -> int:
+def image_hash(image: str) -> int:
+    """64 bits that are equal for names of one image."""
     data = image_key(image).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
@@ -208,7 +205,7 @@ def _safe(image: str) -> str:
 def _part(part: str) -> str:
     if part == "..":
         return "_up"
-    safe = _UNSAFE.sub("_", part)
+    safe = UNSAFE.sub("_", part)
     if len(safe.encode()) > _PART:
         suffix = PurePosixPath(safe).suffix
         suffix = suffix if len(suffix.encode()) <= 10 else ""

@@ -5,18 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from risam_cli.drawing.png import encode_mask
 from risam_cli.errors import DataError, UsageError, setting
-from risam_cli.export.format import Context, Labeled, LabeledImage
+from risam_cli.export.format import Context, Format, Labeled, LabeledImage
 
 SHARDS = "shards"
 _MOST = 1 << 29  # bytes of a shard, from where on the next one begins
 _TIME = 0.0  # of every member, so that equal exports are equal
 
 
-class WebDatasetTars:
+class WebDatasetTars(Format):
     """``shards/000000.tar`` …: of each image ``KEY.json``, ``KEY.0.mask.png`` … and maybe itself.
 
     ``KEY.json`` is the object of a manifest's line, with the records under ``records``, so that a
@@ -24,12 +24,12 @@ class WebDatasetTars:
     """
 
     def __init__(self, context: Context) -> None:
-        self.context = context
+        super().__init__(context)
         self._tar: Any = None
         self._part = context.folder.staging / "shard.tar"
         self._count = self._size = 0
 
-    def __enter__(self) -> WebDatasetTars:
+    def __enter__(self) -> Self:
         try:
             self._library = importlib.import_module("webdataset")
         except ImportError:
@@ -46,11 +46,9 @@ class WebDatasetTars:
 
     def add(self, image: LabeledImage) -> None:
         """Append one image, empty masks too."""
-        records = {item.number: item.prediction for item in image.items} | dict(image.empty)
         sample: dict[str, Any] = {"__key__": f"{image.index:09}"}
         rows = []
-        for place, number in enumerate(sorted(records)):
-            one = records[number]
+        for place, (number, one) in enumerate(image.records.items()):
             name = f"{place}.mask.png"
             sample[name] = encode_mask(Labeled(one, number, 0, "").mask)
             rows.append(

@@ -13,7 +13,7 @@ each, or with ``parts="join"`` one line whose parts are joined by lines over the
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from typing import Self
 
 import cv2
 import numpy as np
@@ -21,26 +21,22 @@ import yaml
 from numpy.typing import NDArray
 
 from risam_cli.errors import setting, told
-from risam_cli.export.format import Context, Labeled, LabeledImage, copy_image, read_back
+from risam_cli.export.format import Context, Format, Labeled, LabeledImage, copy_image, read_back
 from risam_cli.export.targets import replace_suffix
 from risam_cli.masks import rle as masks
 from risam_cli.masks.outlines import CENTER, EDGE
 
 
-class Yolo:
+class Yolo(Format):
     """Writes ``labels/…txt`` as images come, ``data.yaml`` at the end."""
 
     def __init__(self, context: Context) -> None:
-        self.context = context
-        self._stack = ExitStack()
+        super().__init__(context)
         self._parts = {"train": 0, "val": 0}
 
-    def __enter__(self) -> Yolo:
-        self._mapping = self._stack.enter_context(self.context.folder.spool("mapping"))
+    def __enter__(self) -> Self:
+        self._mapping = self.spool("mapping")
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
 
     def add(self, image: LabeledImage) -> None:
         """Write one label file; an empty one where nothing was found."""

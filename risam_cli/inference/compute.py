@@ -43,7 +43,8 @@ from risam_cli.inference.feature_cache import FeatureCache, HalfFeatures, image_
 from risam_cli.inference.mask_rules import Mask, MaskRule, at_image_size, to_bits, to_host
 from risam_cli.model.fast.crew import threads_of
 from risam_cli.model.fast.tuning import DEFAULT, Tuning, use
-from risam_cli.segmenters.segmenter import FeatureKeeper, Instances, Maps, Segmenter, Texts
+from risam_cli.segmenters.risam import RisamSegmenter
+from risam_cli.segmenters.segmenter import Instances, Maps, Segmenter, Texts
 
 if TYPE_CHECKING:
     from risam_cli.model.image_encoder import EncoderFeatures
@@ -427,7 +428,7 @@ class Compute:
         if self._cache is None:
             features = segmenter.encode_images(inputs_of(images, ahead, frames, device))
         else:
-            keeper = cast(FeatureKeeper, segmenter)
+            keeper = cast(RisamSegmenter, segmenter)
 
             def encode(rows: Sequence[int]) -> EncoderFeatures:
                 some = [images[row] for row in rows], [ahead[row] for row in rows]

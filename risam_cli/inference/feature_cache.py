@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -196,20 +196,8 @@ def open_feature_cache(
         cache.tell()
 
 
-class Runs(Protocol):
-    """Where and in which number format a network runs."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where."""
-
-    @property
-    def precision(self) -> torch.dtype:
-        """In which number format."""
-
-
 def cache_for(
-    settings: CacheSettings | None, segmenter: Segmenter, runs: Runs, images: int | None
+    settings: CacheSettings | None, segmenter: Segmenter, images: int | None
 ) -> AbstractContextManager[FeatureCache | None]:
     """:func:`open_feature_cache` of a segmenter; without settings it is not looked at.
 
@@ -228,8 +216,8 @@ def cache_for(
         settings,
         segmenter.loaded.model.image_encoder,
         segmenter.loaded.settings.image_encoder,
-        device=runs.device,
-        precision=runs.precision,
+        device=segmenter.device,
+        precision=segmenter.precision,
         images=images,
     )
 

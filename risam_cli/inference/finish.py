@@ -163,7 +163,7 @@ class Finishers(Generic[T]):
         wrong = _wrong(sample, loaded)
         entry = _Open(sample, item, loaded, [None] * count, 1 if wrong else count + 1, {})
         if wrong:
-            entry.outcomes = list(_failures(sample, "decode", *wrong))
+            entry.outcomes = [_failure(sample, k, "decode", *wrong) for k in range(count)]
         with self._changed:
             self._open[index] = entry
         return not wrong
@@ -239,7 +239,7 @@ class Finishers(Generic[T]):
         try:
             outcome = self._outcome(entry, number, answer)
         except Exception as error:
-            outcome = _one_failure(entry.sample, number, "write", error)
+            outcome = _not_written(entry.sample, number, error)
             fatal = _fatal(error)
         with self._changed:
             entry.outcomes[number] = outcome
@@ -270,11 +270,8 @@ class Finishers(Generic[T]):
     ) -> list[tuple[Prediction, Raw | None]] | Failure:
         expression = entry.sample.expressions[number]
         if answer.error:
-            sample = entry.sample
-            message = f"{sample.image}: {expression.text!r}: {answer.error}"
-            return Failure(
-                expression.id, sample.image, expression.text, "predict", answer.error_kind, message
-            )
+            message = f"{entry.sample.image}: {expression.text!r}: {answer.error}"
+            return _failure(entry.sample, number, "predict", answer.error_kind, message)
         nothing = answer.empty or answer.no_target > self._no_target_threshold
         if nothing or not answer.by_instance:
             return [self._prediction(entry.sample, expression, answer, 0, nothing, None)]
@@ -329,8 +326,7 @@ class Finishers(Generic[T]):
         except Exception as error:
             for number, outcome in enumerate(entry.outcomes):
                 if isinstance(outcome, list):
-                    failure = _one_failure(entry.sample, number, "write", error)
-                    entry.outcomes[number] = failure
+                    entry.outcomes[number] = _not_written(entry.sample, number, error)
             return _fatal(error)
         return None
 
@@ -359,18 +355,14 @@ def _wrong(sample: Sample, loaded: Loaded) -> tuple[str, str] | None:
     return None
 
 
-def _failures(sample: Sample, stage: str, error: str, message: str) -> list[Failure]:
-    return [
-        Failure(expression.id, sample.image, expression.text, stage, error, message)
-        for expression in sample.expressions
-    ]
-
-
-def _one_failure(sample: Sample, number: int, stage: str, error: Exception) -> Failure:
+def _failure(sample: Sample, number: int, stage: str, kind: str, message: str) -> Failure:
     expression = sample.expressions[number]
-    text = " ".join(str(error).split()) or type(error).__name__
+    return Failure(expression.id, sample.image, expression.text, stage, kind, message)
+
+
+def _not_written(sample: Sample, number: int, error: Exception) -> Failure:
     kind = type(error).__name__
-    return Failure(expression.id, sample.image, expression.text, stage, kind, text)
+    return _failure(sample, number, "write", kind, " ".join(str(error).split()) or kind)
 
 
 def _fatal(error: Exception) -> Exception | None:
@@ -386,10 +378,7 @@ def _fatal(error: Exception) -> Exception | None:
             return error
         where = shown(cause.filename or "the output folder")
         return OutputError(f"{where}: {reason_of(cause)}", CHECK)
-    # An image that is gone by the time that its overlay is drawn costs that overlay alone.
-    return None if isinstance(error, (OutputError, ImageError)) else _unexpected(error)
-
-
-def _unexpected(error: Exception) -> Exception | None:
-    """Errors of the family speak for themselves; anything else fails its item only."""
-    return error if isinstance(error, RisamError) else None
+    # An image that is gone by the time that its overlay is drawn costs that overlay alone. Other
+    # errors of the family speak for themselves; anything else fails its item only.
+    alone = isinstance(error, (OutputError, ImageError)) or not isinstance(error, RisamError)
+    return None if alone else error

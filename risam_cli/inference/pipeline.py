@@ -39,7 +39,8 @@ from risam_cli.inference.mask_rules import MaskRule, at_image_size
 from risam_cli.model.fast.crew import threads_of
 from risam_cli.model.fast.tuning import Product
 from risam_cli.model.mutual_aware_attention import AttentionMaps
-from risam_cli.segmenters.segmenter import Attentive, Segmenter
+from risam_cli.segmenters.risam import RisamSegmenter
+from risam_cli.segmenters.segmenter import Segmenter
 from risam_cli.types import Sample
 
 __all__ = [
@@ -364,11 +365,11 @@ class Session(Compute):
         Raises:
             ModelError: the network failed on them.
         """
-        attentive, rows = cast(Attentive, self.segmenter), [0] * len(texts)
+        segmenter, rows = cast(RisamSegmenter, self.segmenter), [0] * len(texts)
         try:
             with threads_of(self.settings.cores.threads):
                 known = self._text_features(tuple(texts))
-                return attentive.attention(encoded.features, known, rows)
+                return segmenter.attention(encoded.features, known, rows)
         except Exception as error:
             raise _explained(error) from error
 

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import nan
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,16 +124,17 @@ class Tally:
 
     def table(self) -> ScoreTable:
         """The columns so far, copied."""
+        columns: dict[str, Any] = {
+            name: np.array(column, kind)
+            for kind, held in (
+                (np.int64, self._counts),
+                (np.bool_, self._flags),
+                (np.float64, self._reals),
+            )
+            for name, column in held.items()
+        }
         return ScoreTable(
-            intersection=np.array(self._counts["intersection"], np.int64),
-            union=np.array(self._counts["union"], np.int64),
-            pred_area=np.array(self._counts["pred_area"], np.int64),
-            gt_area=np.array(self._counts["gt_area"], np.int64),
-            gt_no_target=np.array(self._flags["gt_no_target"], np.bool_),
-            pred_no_target=np.array(self._flags["pred_no_target"], np.bool_),
-            missing=np.array(self._flags["missing"], np.bool_),
-            score=np.array(self._reals["score"], np.float64),
-            no_target_probability=np.array(self._reals["no_target_probability"], np.float64),
+            **columns,
             cluster=np.array(self._cluster, np.int64),
             slices={name: np.array(column, np.int64) for name, column in self._slices.items()},
         )
@@ -270,9 +272,14 @@ def figures(parts: Terms, chosen: NDArray[np.bool_] | None = None) -> dict[str, 
     for name, (above, below) in parts.items():
         if chosen is not None:
             above, below = above[chosen], below[chosen]
-        total = float(below.sum())
-        result[name] = float(above.sum()) / total if total else float("nan")
+        result[name] = ratio(above, below)
     return result
+
+
+def ratio(above: Floats, below: Floats) -> float:
+    """The sum of numerators (N,) over that of denominators; nan where that is 0."""
+    total = float(below.sum())
+    return float(above.sum()) / total if total else nan
 
 
 def summarize(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.metrics.figures import Flags, Floats, Ints, Terms
+from risam_cli.metrics.figures import Flags, Floats, Ints, Terms, ratio
 
 REPLICATES = 2000
 LEVEL = 0.95
@@ -54,7 +54,6 @@ def intervals(
     *,
     replicates: int = REPLICATES,
     seed: int = 0,
-    level: float = LEVEL,
 ) -> NDArray[np.float64]:
     """Percentile intervals of K ratios of sums, (K, 2); nan where undefined, where too few images
     count, and where all say the same.
@@ -66,7 +65,7 @@ def intervals(
         replicates: draws of all images with replacement.
     """
     draws, _ = _draws(columns, clusters, replicates, seed)
-    bounds = _percentiles(draws, level)
+    bounds = _percentiles(draws)
     bounds[bounds[:, 0] == bounds[:, 1]] = np.nan
     return bounds
 
@@ -78,17 +77,16 @@ def compare(
     *,
     replicates: int = REPLICATES,
     seed: int = 0,
-    level: float = LEVEL,
 ) -> dict[str, Change]:
     """Paired comparison of the figures of two runs on the same N expressions, image by image."""
     names = list(first)
     columns = [first[name] for name in names] + [second[name] for name in names]
     draws, counts = _draws(columns, clusters, replicates, seed)
     differences = draws[:, len(names) :] - draws[:, : len(names)]
-    bounds = _percentiles(differences, level)
+    bounds = _percentiles(differences)
     result = {}
     for k, name in enumerate(names):
-        before, after = (_ratio(*side[name]) for side in (first, second))
+        before, after = (ratio(*side[name]) for side in (first, second))
         low, high = (float(v) for v in bounds[k])
         p = _p_value(differences[:, k])
         images = int(max(counts[k], counts[len(names) + k]))
@@ -128,10 +126,10 @@ def _draws(
     return out, counts
 
 
-def _percentiles(draws: NDArray[np.float64], level: float) -> NDArray[np.float64]:
+def _percentiles(draws: NDArray[np.float64]) -> NDArray[np.float64]:
     """Interval of each column, (K, 2), over the draws in which it is defined."""
     out = np.full((draws.shape[1], 2), np.nan)
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
     for k in range(draws.shape[1]):
         known = draws[:, k][~np.isnan(draws[:, k])]
         # A figure undefined in most draws hangs on a handful of images: no interval is honest.
@@ -147,11 +145,6 @@ def _p_value(differences: Floats) -> float:
     lower = (1 + int((known <= 0).sum())) / (1 + len(known))
     upper = (1 + int((known >= 0).sum())) / (1 + len(known))
     return min(1.0, 2 * min(lower, upper))
-
-
-def _ratio(above: Floats, below: Floats) -> float:
-    total = float(below.sum())
-    return float(above.sum()) / total if total else float("nan")
 
 
 def count_images(term: tuple[Floats, Floats], clusters: Ints) -> int:

@@ -131,30 +131,10 @@ def _attribute(facts: Facts) -> int:
     return int(_ATTRIBUTE.search(facts.text) is not None)
 
 
-def _referents(facts: Facts) -> int:
-    number = facts.attributes.get("referents")
-    return -1 if number is None else min(int(number), 4)
-
-
 def _size(facts: Facts) -> int:
     if facts.share <= 0:
         return -1
     return sum(facts.share >= edge for edge in (0.01, 0.05, 0.20))
-
-
-def _distractors(facts: Facts) -> int:
-    number = facts.attributes.get("distractors")
-    return (
-        -1
-        if number is None
-        else 0
-        if number == 0
-        else 1
-        if number == 1
-        else 2
-        if number <= 3
-        else 3
-    )
 
 
 def _ranked(key: str, edges: tuple[int, ...]) -> Callable[[Facts], int]:
@@ -173,10 +153,10 @@ def _first(key: str, most: int) -> Callable[[Facts], int]:
     return level
 
 
-def _flag(key: str, few: int = 1) -> Callable[[Facts], int]:
+def _up_to(most: int, key: str) -> Callable[[Facts], int]:
     def level(facts: Facts) -> int:
         number = facts.attributes.get(key)
-        return -1 if number is None else min(int(number), few)
+        return -1 if number is None else min(int(number), most)
 
     return level
 
@@ -266,14 +246,14 @@ PHRASECUT_SLICES: tuple[Slice, ...] = (
         "phrasecut_attributes",
         "PhraseCut: attributes",
         ("none", "p_att, one", "p_att, p_attm"),
-        _flag("phrasecut_attributes", 2),
+        _up_to(2, "phrasecut_attributes"),
         "Attributes in phrase_structure; p_att has any, p_attm more than one.",
     ),
     Slice(
         "phrasecut_relations",
         "PhraseCut: relations",
         ("none", "p_rel, one", "p_rel, p_relm"),
-        _flag("phrasecut_relations", 2),
+        _up_to(2, "phrasecut_relations"),
         "Relations in phrase_structure; p_rel has any, p_relm more than one.",
     ),
     Slice(
@@ -294,7 +274,7 @@ PHRASECUT_SLICES: tuple[Slice, ...] = (
         "phrasecut_image",
         "PhraseCut: images of COCO",
         ("d_notcocotv", "d_cocotv"),
-        _flag("phrasecut_in_coco"),
+        _up_to(1, "phrasecut_in_coco"),
         "The image list gives the image an id of COCO, whose train and val it may be in.",
     ),
     *(
@@ -316,7 +296,7 @@ PHRASECUT_SLICES: tuple[Slice, ...] = (
         "phrasecut_stuff",
         "PhraseCut: stuff",
         ("t_obj", "t_stuff"),
-        _flag("phrasecut_stuff"),
+        _up_to(1, "phrasecut_stuff"),
         "A word of stuff_names in the data set's utils/subset.py is in the category's name.",
     ),
     *(
@@ -365,7 +345,7 @@ SLICES: tuple[Slice, ...] = (
         "referents",
         "Number of referents",
         ("none", "one", "two", "three", "four or more"),
-        _referents,
+        _up_to(4, "referents"),
         "Objects that the expression refers to, by the annotation.",
     ),
     Slice(
@@ -379,7 +359,7 @@ SLICES: tuple[Slice, ...] = (
         "distractors",
         "Other objects of the same category",
         ("none", "one", "two or three", "four or more"),
-        _distractors,
+        _ranked("distractors", (0, 1, 3)),
         "Objects of the referents' category in the image that are not meant, crowds left out.",
     ),
     *PHRASECUT_SLICES,

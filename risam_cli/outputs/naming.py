@@ -33,10 +33,10 @@ _WHOLE = 200  # bytes of the image's path, within what every system takes
 _RESERVED = frozenset(
     ["con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))]
 )
-# Refused by some system, or turning round how a name is shown.
-_UNSAFE = re.compile(
+UNSAFE = re.compile(
     r'[\x00-\x1f\x7f-\x9f<>:"|?*\\\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]'
 )
+"""Characters that some system refuses, or that turn round how a name is shown."""
 _NOT_WORD = re.compile(r"[^a-z0-9]+")
 
 
@@ -155,6 +155,6 @@ def _part(part: str) -> str:
     """One part of a path as every file system takes it. Different parts may become the same."""
     if part == "..":
         return "_up"
-    safe = _UNSAFE.sub("_", normalized("NFC", part))
+    safe = UNSAFE.sub("_", normalized("NFC", part))
     safe = safe.encode()[:_PART].decode(errors="ignore").rstrip(". ") or "_"
     return f"_{safe}" if safe.partition(".")[0].lower() in _RESERVED else safe

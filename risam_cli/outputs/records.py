@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from risam_cli.types import Failure, Prediction
@@ -42,12 +43,4 @@ def to_json(p: Prediction) -> str:
 
 def failure_to_json(failure: Failure) -> str:
     """One line of JSON without its end, in pure ASCII."""
-    record = {
-        "id": failure.id,
-        "image": failure.image,
-        "expression": failure.expression,
-        "stage": failure.stage,
-        "error": failure.error,
-        "message": failure.message,
-    }
-    return json.dumps(record, ensure_ascii=True)
+    return json.dumps(asdict(failure), ensure_ascii=True)

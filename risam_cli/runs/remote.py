@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,28 +170,19 @@ class RemoteRun:
                     found[one["path"]] = FileMark(one["path"], one["size"], one["crc"])
         return found
 
-    def _told(self) -> _Told:
-        return _Told(self)
-
-
-class _Told:
-    """What a store says against the output, as an error of the output."""
-
-    def __init__(self, run: RemoteRun) -> None:
-        self._run = run
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        kept = f"what was made is kept in {self._run.local}"
-        there = (self._run.local / LEDGER).exists()
-        if isinstance(error, StoreError):
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What a store says against the output, as an error of the output."""
+        kept = f"what was made is kept in {self.local}"
+        try:
+            yield
+        except StoreError as error:
             message, *fixes = error.args
             fix = f"{fixes[0] if fixes else 'try again'}, then go on with {setting('resume')}"
+            there = (self.local / LEDGER).exists()
             raise OutputError(f"{message}; {kept}" if there else message, fix) from error
-        if isinstance(error, OSError):
-            name = error.filename or self._run.local
+        except OSError as error:
+            name = error.filename or self.local
             raise OutputError(f"{name}: {reason_of(error)}; {kept}") from error
 
 

@@ -221,7 +221,7 @@ class _Run:
             asked = stack.enter_context(StopRequest(stop, "stopping after this batch"))
             writer = stack.enter_context(RunWriter(self.folder, stager, committed, stream))
             self.cache = stack.enter_context(
-                cache_for(self.plan.feature_cache, self.segmenter, self.plan.settings, images)
+                cache_for(self.plan.feature_cache, self.segmenter, images)
             )
             results = predict_samples(
                 self._todo(),

@@ -22,20 +22,11 @@ from risam_cli.errors import ModelError
 from risam_cli.segmenters.published import (
     Folder,
     Published,
-    by_image,
     load_tokenizer,
     load_weights,
     read_frame,
 )
-from risam_cli.segmenters.segmenter import (
-    Capabilities,
-    Instances,
-    Segmenter,
-    Texts,
-    Thresholds,
-)
-
-THRESHOLDS = Thresholds(mask=0.5, no_target=1.0)
+from risam_cli.segmenters.segmenter import Capabilities, Instances, Thresholds
 
 _PROMPT = "Locate {} in the image with mask"  # <REFERRING_EXPRESSION_SEGMENTATION>
 _BEAMS = 3  # as its documentation generates
@@ -82,6 +73,10 @@ class PolygonMaps:
 class Florence2(Published):
     """See this module."""
 
+    kind = "florence2"
+    thresholds = Thresholds(mask=0.5, no_target=1.0)
+    capabilities = Capabilities(instances=True)
+
     def __init__(self, folder: Folder, device: torch.device, precision: torch.dtype) -> None:
         from transformers import Florence2ForConditionalGeneration
         from transformers.models.florence2.processing_florence2 import Florence2PostProcessor
@@ -104,11 +99,10 @@ class Florence2(Published):
                 "download the folder again",
             )
         super().__init__(
-            "florence2",
             {"model": folder},
             (read_frame(folder, "stretch"),),
-            THRESHOLDS,
-            Capabilities(instances=True),
+            network,
+            tokenizer,
             room,
             device,
             precision,
@@ -120,14 +114,12 @@ class Florence2(Published):
                 "polygons",
                 "download the folder again",
             )
-        self._tokenizer = tokenizer
         self._parser = Florence2PostProcessor(config=tasks, tokenizer=tokenizer)
         self._limit = min(_MOST_TOKENS, positions - 2)
         self._generation = deepcopy(network.generation_config)
         self._generation.update(
             max_new_tokens=self._limit, max_length=None, num_beams=_BEAMS, do_sample=False
         )
-        self._network: Any = network.to(device)
 
     @staticmethod
     def _image_tokens(network: Any, folder: Folder) -> int:
@@ -136,65 +128,48 @@ class Florence2(Published):
             blank = torch.zeros(1, 3, frame.height, frame.width)
             return int(network.get_image_features(blank).pooler_output.shape[1])
 
-    def encode_images(self, inputs: Sequence[Pixels]) -> list[Tensor]:
-        """Image tokens (1, N, D), image by image."""
-        pixels = inputs[0].values.contiguous()
-        with self.autocast():
-            return [
-                self._network.get_image_features(pixels[row : row + 1]).pooler_output
-                for row in range(len(pixels))
-            ]
+    def encode_image(self, inputs: Sequence[Pixels], row: int) -> Tensor:
+        """Image tokens (1, N, D)."""
+        pixels = inputs[0].values[row : row + 1].contiguous()
+        tokens: Tensor = self._network.get_image_features(pixels).pooler_output
+        return tokens
 
-    def encode_texts(self, texts: Sequence[str]) -> Texts:
-        """Prompts as embeddings (1, L, D) each."""
-        features, cut_to, unknown = [], [], []
-        for text in texts:
-            _, cut, odd = self.tokens_of(self._tokenizer, text.strip(), add_special_tokens=False)
-            if cut:
-                words = self._tokenizer(text.strip(), add_special_tokens=False, verbose=False)
-                text = self._tokenizer.decode(words["input_ids"][: self.max_tokens])
-            start, end = self._tokenizer.bos_token, self._tokenizer.eos_token
-            prompt = self._tokenizer(
-                start + _PROMPT.format(text.strip()) + end,
-                add_special_tokens=False,
-                return_tensors="pt",
-                verbose=False,
-            ).to(self.device)
-            features.append(self._network.get_input_embeddings()(prompt["input_ids"]))
-            cut_to.append(cut)
-            unknown.append(odd)
-        return Texts(features, cut_to, unknown)
+    def encode_text(self, text: str) -> tuple[Tensor, int, tuple[str, ...]]:
+        """The prompt as embeddings (1, L, D)."""
+        _, cut, unknown = self.tokens_of(text.strip(), add_special_tokens=False)
+        if cut:
+            words = self._tokenizer(text.strip(), add_special_tokens=False, verbose=False)
+            text = self._tokenizer.decode(words["input_ids"][: self.max_tokens])
+        start, end = self._tokenizer.bos_token, self._tokenizer.eos_token
+        prompt = self._tokenizer(
+            start + _PROMPT.format(text.strip()) + end,
+            add_special_tokens=False,
+            return_tensors="pt",
+            verbose=False,
+        ).to(self.device)
+        return self._network.get_input_embeddings()(prompt["input_ids"]), cut, unknown
 
-    def decode(
-        self,
-        features: list[Tensor],
-        texts: Texts,
-        rows: Sequence[int],
-        sizes: Sequence[tuple[int, int]],
-        instance_threshold: float | None = None,
-    ) -> list[Instances]:
-        """See :class:`risam_cli.segmenters.segmenter.Segmenter`."""
-
-        def decode(row: int, numbers: list[int]) -> Instances:
-            instances, counts, scores, nothing, notes = [], [], [], [], []
-            for number in numbers:
-                ids, score = self._generate(features[row], texts.features[number])
-                text, _ = self._parser.decode_with_spans(ids)
-                count = len(self._parse(text, (1000, 1000)))
-                instances += [(text, k) for k in range(count)]
-                counts.append(count)
-                scores += [score] * count
-                # An answer without a polygon is as sure as its tokens are.
-                nothing.append(0.0 if count else score)
-                cut = len(ids) >= self._limit
-                notes.append((f"polygons cut at {self._limit} tokens",) if cut else ())
-            maps = PolygonMaps(self._parse, instances, self.device)
-            score_of, nothing_of = (
-                torch.tensor(values, device=self.device) for values in (scores, nothing)
-            )
-            return Instances(maps, counts, score_of, nothing_of, notes)
-
-        return by_image(rows, decode)
+    def decode_image(
+        self, image: Tensor, texts: Sequence[Tensor], size: tuple[int, int], bar: float
+    ) -> Instances:
+        """All polygons of each answer; see :class:`Published`."""
+        instances, counts, scores, nothing, notes = [], [], [], [], []
+        for prompt in texts:
+            ids, score = self._generate(image, prompt)
+            text, _ = self._parser.decode_with_spans(ids)
+            count = len(self._parse(text, (1000, 1000)))
+            instances += [(text, k) for k in range(count)]
+            counts.append(count)
+            scores += [score] * count
+            # An answer without a polygon is as sure as its tokens are.
+            nothing.append(0.0 if count else score)
+            cut = len(ids) >= self._limit
+            notes.append((f"polygons cut at {self._limit} tokens",) if cut else ())
+        maps = PolygonMaps(self._parse, instances, self.device)
+        score_of, nothing_of = (
+            torch.tensor(values, device=self.device) for values in (scores, nothing)
+        )
+        return Instances(maps, counts, score_of, nothing_of, notes)
 
     def _generate(self, image: Tensor, prompt: Tensor) -> tuple[list[int], float]:
         """The answer's token ids, without the decoder's first, and their mean probability."""
@@ -234,12 +209,3 @@ class Florence2(Published):
             if polygons:
                 instances.append(polygons)
         return instances
-
-
-def load(folders: Sequence[Folder], device: torch.device, precision: torch.dtype) -> Segmenter:
-    """Loads Florence-2 from one folder.
-
-    Raises:
-        ModelError: files that are missing, damaged, or another model's.
-    """
-    return Florence2(folders[0], device, precision)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,39 +25,16 @@ from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.segmenters.published import (
     Folder,
     Published,
-    by_image,
     load_tokenizer,
     load_weights,
     read_frame,
 )
-from risam_cli.segmenters.segmenter import (
-    Capabilities,
-    GridMaps,
-    Instances,
-    Segmenter,
-    Texts,
-    Thresholds,
-)
+from risam_cli.segmenters.segmenter import Capabilities, GridMaps, Instances, Thresholds
 from risam_cli.weights.sam import ENCODER, from_hugging_face
-
-THRESHOLDS = Thresholds(mask=0.5, no_target=1.0, instance=0.25)
-"""Instances as Grounding DINO's documentation has them."""
 
 _BOXES = 16  # that go through SAM at a time
 _SAME = 0.8  # IoU of two boxes over which they are one object's, as in Grounded-SAM's demo
 _ENDS = (".", "?")  # at which a prompt would fall apart into several
-
-
-class BoxSegmenter(Protocol):
-    """What is asked for the masks of boxes."""
-
-    frame: Frame
-
-    def encode(self, pixels: Tensor) -> Any:
-        """Features of one image, (1, 3, h, w)."""
-
-    def masks(self, features: Any, boxes: Tensor) -> Tensor:
-        """Mask logits (I, h, w) over the frame of boxes (I, 4), corners in pixels of the frame."""
 
 
 class Sam:
@@ -75,7 +52,11 @@ class Sam:
         self._network: Any = network.to(device)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Embeddings (1, C, h, w), and for SAM-HQ the first global block's output (1, h, w, D)."""
+        """Features of one image, (1, 3, h, w).
+
+        Returns:
+            Embeddings (1, C, h, w), and for SAM-HQ the first global block's output (1, h, w, D).
+        """
         if self._own is not None:
             found = self._own(pixels)
             return found.deep, [found.shallow.permute(0, 2, 3, 1)]
@@ -85,7 +66,7 @@ class Sam:
         return self._network.get_image_embeddings(pixels.contiguous()), []
 
     def masks(self, features: tuple[Tensor, list[Tensor]], boxes: Tensor) -> Tensor:
-        """See :class:`BoxSegmenter`."""
+        """Mask logits (I, h, w) over the frame of boxes (I, 4), corners in pixels of the frame."""
         embeddings, between = features
         more = {"intermediate_embeddings": between} if self._hq else {}
         found = self._network(
@@ -107,7 +88,7 @@ class Sam2:
         return found
 
     def masks(self, features: list[Tensor], boxes: Tensor) -> Tensor:
-        """See :class:`BoxSegmenter`."""
+        """See :class:`Sam`."""
         found = self._network(
             image_embeddings=list(features), input_boxes=boxes[None], multimask_output=False
         )
@@ -204,6 +185,11 @@ class _Prompt:
 class GroundedSam(Published):
     """See this module."""
 
+    kind = "grounded-sam"
+    # Instances as Grounding DINO's documentation has them.
+    thresholds = Thresholds(mask=0.5, no_target=1.0, instance=0.25)
+    capabilities = Capabilities(instances=True)
+
     def __init__(
         self,
         detector: Folder,
@@ -222,97 +208,70 @@ class GroundedSam(Published):
             detector,
         )
         words: Any = network.config.text_config
-        boxes = _box_segmenter(segmenter, device)
+        self._boxes = _box_segmenter(segmenter, device)
+        self._seen = Remembered(network.model.backbone.conv_encoder)
+        network.model.backbone.conv_encoder = self._seen
         super().__init__(
-            "grounded-sam",
             {"detector": detector, "segmenter": segmenter},
-            (read_frame(detector, "shortest"), boxes.frame),
-            THRESHOLDS,
-            Capabilities(instances=True),
+            (read_frame(detector, "shortest"), self._boxes.frame),
+            network,
+            load_tokenizer(detector, words.vocab_size),
             int(network.config.max_text_len),
             device,
             precision,
         )
-        self._tokenizer = load_tokenizer(detector, words.vocab_size)
-        self._seen = Remembered(network.model.backbone.conv_encoder)
-        network.model.backbone.conv_encoder = self._seen
-        self._network: Any = network.to(device)
-        self._boxes = boxes
 
-    def encode_images(self, inputs: Sequence[Pixels]) -> list[_Image]:
-        """What the detector's backbone and SAM's encoder give, image by image."""
-        found = []
-        for row, (height, width) in enumerate(inputs[0].sizes):
-            pixels = inputs[0].values[row : row + 1, :, :height, :width].contiguous()
-            mask = torch.ones(1, height, width, dtype=torch.long, device=self.device)
-            with self.autocast():
-                seen = self._seen(pixels, mask)
-                sam = self._boxes.encode(inputs[1].values[row : row + 1])
-            found.append(_Image(pixels, mask, seen, sam))
-        return found
+    def encode_image(self, inputs: Sequence[Pixels], row: int) -> _Image:
+        """What the detector's backbone and SAM's encoder give."""
+        height, width = inputs[0].sizes[row]
+        pixels = inputs[0].values[row : row + 1, :, :height, :width].contiguous()
+        mask = torch.ones(1, height, width, dtype=torch.long, device=self.device)
+        view = inputs[1].values[row : row + 1]
+        return _Image(pixels, mask, self._seen(pixels, mask), self._boxes.encode(view))
 
-    def encode_texts(self, texts: Sequence[str]) -> Texts:
+    def encode_text(self, text: str) -> tuple[_Prompt, int, tuple[str, ...]]:
         """Token ids; the detector mixes words and image from its first layers on."""
-        features, cut_to, unknown = [], [], []
-        for text in texts:
-            # Lower case with a full stop, as it was trained; none within, where it would fall
-            # apart into two.
-            words = text.lower()
-            for end in _ENDS:
-                words = words.replace(end, " ")
-            words = " ".join(words.split())
-            ids, cut, odd = self.tokens_of(self._tokenizer, words, add_special_tokens=False)
-            room = self.max_tokens - 3
-            own = ids[0, :room].tolist()
-            stop, first, last = (
-                self._tokenizer.convert_tokens_to_ids(t)
-                for t in (".", self._tokenizer.cls_token, self._tokenizer.sep_token)
-            )
-            tokens = torch.tensor([[first, *own, stop, last]], device=self.device)
-            features.append(
-                _Prompt(
-                    {
-                        "input_ids": tokens,
-                        "attention_mask": torch.ones_like(tokens),
-                        "token_type_ids": torch.zeros_like(tokens),
-                    },
-                    torch.arange(1, 1 + len(own), device=self.device),
-                )
-            )
-            cut_to.append(self.max_tokens if cut or ids.shape[1] > room else 0)
-            unknown.append(odd)
-        return Texts(features, cut_to, unknown)
+        # Lower case with a full stop, as it was trained; none within, where it would fall apart
+        # into two.
+        words = text.lower()
+        for end in _ENDS:
+            words = words.replace(end, " ")
+        words = " ".join(words.split())
+        ids, cut, unknown = self.tokens_of(words, add_special_tokens=False)
+        room = self.max_tokens - 3
+        own = ids[0, :room].tolist()
+        stop, first, last = (
+            self._tokenizer.convert_tokens_to_ids(t)
+            for t in (".", self._tokenizer.cls_token, self._tokenizer.sep_token)
+        )
+        tokens = torch.tensor([[first, *own, stop, last]], device=self.device)
+        prompt = _Prompt(
+            {
+                "input_ids": tokens,
+                "attention_mask": torch.ones_like(tokens),
+                "token_type_ids": torch.zeros_like(tokens),
+            },
+            torch.arange(1, 1 + len(own), device=self.device),
+        )
+        return prompt, self.max_tokens if cut or ids.shape[1] > room else 0, unknown
 
-    def decode(
-        self,
-        features: list[_Image],
-        texts: Texts,
-        rows: Sequence[int],
-        sizes: Sequence[tuple[int, int]],
-        instance_threshold: float | None = None,
-    ) -> list[Instances]:
-        """See :class:`risam_cli.segmenters.segmenter.Segmenter`."""
-        bar = THRESHOLDS.instance if instance_threshold is None else instance_threshold
-
-        def decode(row: int, numbers: list[int]) -> Instances:
-            image = features[row]
-            grids, scores, nothing, distinct = [], [], [], []
-            for number in numbers:
-                with self.autocast():
-                    boxes, score, most = self._detect(image, texts.features[number], bar or 0.0)
-                    order, count = distinct_first(boxes)
-                    boxes, score = boxes[order], score[order]
-                    distinct.append(count)
-                    grids.append(self._masks(image, boxes, sizes[row]))
-                scores.append(score)
-                nothing.append(1 - most)
-            maps = GridMaps(torch.cat(grids), self._boxes.frame, sizes[row])
-            counts = [len(score) for score in scores]
-            return Instances(
-                maps, counts, torch.cat(scores), torch.stack(nothing), distinct=distinct
-            )
-
-        return by_image(rows, decode)
+    def decode_image(
+        self, image: _Image, texts: Sequence[_Prompt], size: tuple[int, int], bar: float
+    ) -> Instances:
+        """The boxes above the bar, those that repeat another last; see :class:`Published`."""
+        grids, scores, nothing, distinct = [], [], [], []
+        for prompt in texts:
+            with self.autocast():
+                boxes, score, most = self._detect(image, prompt, bar)
+                order, count = distinct_first(boxes)
+                boxes, score = boxes[order], score[order]
+                distinct.append(count)
+                grids.append(self._masks(image, boxes, size))
+            scores.append(score)
+            nothing.append(1 - most)
+        maps = GridMaps(torch.cat(grids), self._boxes.frame, size)
+        counts = [len(score) for score in scores]
+        return Instances(maps, counts, torch.cat(scores), torch.stack(nothing), distinct=distinct)
 
     def _detect(self, image: _Image, prompt: _Prompt, bar: float) -> tuple[Tensor, Tensor, Tensor]:
         """Corners (I, 4) in 0..1 and scores (I,) above the bar, best first; the best of all."""
@@ -351,7 +310,7 @@ def distinct_first(boxes: Tensor) -> tuple[list[int], int]:
     return kept + repeats, len(kept)
 
 
-def _box_segmenter(folder: Folder, device: torch.device) -> BoxSegmenter:
+def _box_segmenter(folder: Folder, device: torch.device) -> Sam | Sam2:
     """SAM, SAM-HQ or SAM 2, by the folder's config."""
     import transformers
 
@@ -368,12 +327,3 @@ def _box_segmenter(folder: Folder, device: torch.device) -> BoxSegmenter:
         f"{folder.name} is a {kind!r}, which makes no masks of boxes",
         "give a SAM, SAM-HQ or SAM 2 as the second part",
     )
-
-
-def load(folders: Sequence[Folder], device: torch.device, precision: torch.dtype) -> Segmenter:
-    """Loads a detector and a segmenter of boxes.
-
-    Raises:
-        ModelError: files that are missing, damaged, or another model's.
-    """
-    return GroundedSam(folders[0], folders[1], device, precision)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from risam_cli.errors import ModelError, RisamError
+from risam_cli.errors import RisamError
 from risam_cli.segmenters.names import KNOWN
 from risam_cli.segmenters.published import Folder, hash_folders
 from risam_cli.segmenters.resolve import Named, find_folders, load_segmenter
-from risam_cli.weights.folder import read_tensors
+from risam_cli.weights.folder import count_by_part, read_tensors
 
 
 def inspect_published(named: Named) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def inspect_published(named: Named) -> dict[str, Any]:
     parts: dict[str, int] = {}
     for folder in folders:
         for path in _weights(folder):
-            for name, count in _counts(path).items():
+            for name, count in count_by_part(path).items():
                 part = f"{folder.config().get('model_type')}.{name}"
                 parts[part] = parts.get(part, 0) + count
     known = next((one for one in KNOWN.values() if one.parts == named.parts), None)
@@ -71,21 +71,3 @@ def verify_published(named: Named, source: str) -> tuple[str, str | None, list[s
 
 def _weights(folder: Folder) -> list[Path]:
     return [path for path in folder.files() if path.suffix == ".safetensors"]
-
-
-def _counts(path: Path) -> dict[str, int]:
-    """Parameters of a weights file by the first part of their names."""
-    import math
-
-    from safetensors import SafetensorError, safe_open
-
-    counts: dict[str, int] = {}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                part = name.split(".")[0]
-                count = math.prod(file.get_slice(name).get_shape())
-                counts[part] = counts.get(part, 0) + count
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path} is damaged: {error}", "download it again") from error
-    return counts

@@ -8,7 +8,7 @@ values without a word, so missing and unexpected tensors are refused by name.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from risam_cli.data.images.frames import Filter, Fit, Frame
+from risam_cli.data.images.frames import Filter, Fit, Frame, Pixels
 from risam_cli.errors import ModelError
 from risam_cli.files.hashing import sha256_of_file
 from risam_cli.files.jsonlines import load_json, read_text
-from risam_cli.segmenters.segmenter import Capabilities, Instances, Thresholds
+from risam_cli.segmenters.segmenter import Capabilities, Instances, Texts, Thresholds
 from risam_cli.weights.folder import count_weights
 from risam_cli.weights.text import quiet
 
@@ -254,34 +254,35 @@ def _processor_numbers(folder: Folder) -> Mapping[str, Any]:
 class Published:
     """What all published segmenters have; see :class:`risam_cli.segmenters.segmenter.Segmenter`.
 
-    Expressions are encoded and decoded one by one: batched they differ in the last bits, and a
-    record must not depend on its neighbours.
+    Images and expressions are encoded and decoded one by one: batched they differ in the last bits,
+    and a record must not depend on its neighbours.
 
     Args:
-        kind, name, folders: see there; the folders in order.
-        frames, thresholds, capabilities, max_tokens: see there.
+        folders: by part, in order.
+        frames, max_tokens: see there.
+        network, tokenizer: loaded from the first folder.
         device, precision: where it runs; a lower precision than float32 by autocast.
     """
 
+    kind: str
+    thresholds: Thresholds
+    capabilities: Capabilities
+
     def __init__(
         self,
-        kind: str,
         folders: Mapping[str, Folder],
         frames: tuple[Frame, ...],
-        thresholds: Thresholds,
-        capabilities: Capabilities,
+        network: Any,
+        tokenizer: Any,
         max_tokens: int,
         device: torch.device,
         precision: torch.dtype,
     ) -> None:
-        self.kind = kind
         self.name = "+".join(folder.name for folder in folders.values())
-        self.folders = {part: folder.name for part, folder in folders.items()}
+        self.folders: Mapping[str, str] = {part: folder.name for part, folder in folders.items()}
         self.hash = hash_folders(list(folders.values()))
-        self.versions = {"transformers": version("transformers")}
+        self.versions: Mapping[str, str] = {"transformers": version("transformers")}
         self.frames = frames
-        self.thresholds = thresholds
-        self.capabilities = capabilities
         self.parameters = sum(
             count_weights(path)[0]
             for folder in folders.values()
@@ -291,6 +292,53 @@ class Published:
         self.max_tokens = max_tokens
         self.device = device
         self.precision = precision
+        self._network = network.to(device)
+        self._tokenizer = tokenizer
+
+    def encode_images(self, inputs: Sequence[Pixels]) -> list[Any]:
+        """What :meth:`encode_image` gives of each of B images."""
+        with self.autocast():
+            return [self.encode_image(inputs, row) for row in range(len(inputs[0].sizes))]
+
+    def encode_image(self, inputs: Sequence[Pixels], row: int) -> Any:
+        """Features of one of the images; called within :meth:`autocast`."""
+        raise NotImplementedError
+
+    def encode_texts(self, texts: Sequence[str]) -> Texts:
+        """What :meth:`encode_text` gives of each of E expressions."""
+        each = [self.encode_text(text) for text in texts]
+        return Texts([f for f, _, _ in each], [cut for _, cut, _ in each], [w for _, _, w in each])
+
+    def encode_text(self, text: str) -> tuple[Any, int, tuple[str, ...]]:
+        """Features of one expression, what it was cut to or 0, and its unknown words."""
+        raise NotImplementedError
+
+    def decode(
+        self,
+        features: Sequence[Any],
+        texts: Texts,
+        rows: Sequence[int],
+        sizes: Sequence[tuple[int, int]],
+        instance_threshold: float | None = None,
+    ) -> list[Instances]:
+        """What :meth:`decode_image` gives of each run of equal rows."""
+        bar = self.thresholds.instance if instance_threshold is None else instance_threshold
+        return [
+            self.decode_image(
+                features[row], [texts.features[k] for k, _ in group], sizes[row], bar or 0.0
+            )
+            for row, group in groupby(enumerate(rows), key=lambda item: item[1])
+        ]
+
+    def decode_image(
+        self, image: Any, texts: Sequence[Any], size: tuple[int, int], bar: float
+    ) -> Instances:
+        """Finds expressions in one image, features of both.
+
+        Args:
+            size: (H, W); bar: an instance counts where its score is greater.
+        """
+        raise NotImplementedError
 
     def autocast(self) -> torch.autocast:
         """The run's precision; nothing where that is float32."""
@@ -299,24 +347,22 @@ class Published:
             self.device.type, dtype=self.precision if lower else None, enabled=lower
         )
 
-    def tokens_of(
-        self, tokenizer: Any, text: str, **options: Any
-    ) -> tuple[Tensor, int, tuple[str, ...]]:
+    def tokens_of(self, text: str, **options: Any) -> tuple[Tensor, int, tuple[str, ...]]:
         """Token ids (1, L) of an expression, what it was cut to or 0, and its unknown words.
 
         A longer expression loses its last words, never its closing special tokens.
         """
         text = text[: 40 * self.max_tokens]  # no token of these vocabularies is so long
         options["verbose"] = False  # what is too long is cut, and said in the record
-        ids = tokenizer(text, **options)["input_ids"]
+        ids = self._tokenizer(text, **options)["input_ids"]
         cut = len(ids) > self.max_tokens
         if cut:
-            ids = tokenizer(text, truncation=True, max_length=self.max_tokens, **options)
+            ids = self._tokenizer(text, truncation=True, max_length=self.max_tokens, **options)
             ids = ids["input_ids"]
         return (
             torch.tensor([ids], device=self.device),
             self.max_tokens if cut else 0,
-            unknown_words(tokenizer, text),
+            unknown_words(self._tokenizer, text),
         )
 
 
@@ -331,11 +377,3 @@ def unknown_words(tokenizer: Any, text: str) -> tuple[str, ...]:
         span for token, span in zip(found.tokens, found.offsets, strict=True) if token == strange
     ]
     return tuple(dict.fromkeys(text[start:end] for start, end in spans if end > start))
-
-
-def by_image(rows: Sequence[int], decode: Callable[[int, list[int]], Instances]) -> list[Instances]:
-    """Calls ``decode`` with each run of equal rows and the numbers of its expressions."""
-    return [
-        decode(row, [number for number, _ in group])
-        for row, group in groupby(enumerate(rows), key=lambda item: item[1])
-    ]

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from risam_cli.segmenters.risam import RisamSegmenter
     from risam_cli.segmenters.segmenter import Segmenter
 
+_CLASSES = {
+    "clipseg": "ClipSeg",
+    "florence2": "Florence2",
+    "sam3": "Sam3",
+    "grounded-sam": "GroundedSam",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Named:
@@ -205,5 +212,5 @@ def load_segmenter(
     names = [*named.parts, *(DEFAULT_SECOND for _ in folders[len(named.parts) :])]
     module = importlib.import_module(f"risam_cli.segmenters.{kind.replace('-', '_')}")
     parts = [Folder(path, name) for path, name in zip(folders, names, strict=True)]
-    segmenter: Segmenter = module.load(parts, device, precision)
+    segmenter: Segmenter = getattr(module, _CLASSES[kind])(*parts, device, precision)
     return segmenter

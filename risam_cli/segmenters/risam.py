@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from risam_cli.data.images.frames import Pixels, sam_frame
+from risam_cli.data.images.frames import Frame, Pixels, sam_frame
 from risam_cli.segmenters.segmenter import (
     Capabilities,
     GridMaps,
@@ -39,9 +39,9 @@ class RisamSegmenter:
         self.loaded = loaded
         self.name = loaded.name
         self.hash = loaded.hash
-        self.folders = {"model": loaded.name}
-        self.versions: dict[str, str] = {}
-        self.frames = (sam_frame(loaded.image_size),)
+        self.folders: Mapping[str, str] = {"model": loaded.name}
+        self.versions: Mapping[str, str] = {}
+        self.frames: tuple[Frame, ...] = (sam_frame(loaded.image_size),)
         self.thresholds = Thresholds(loaded.threshold, loaded.no_target_threshold)
         self.parameters = sum(p.numel() for p in loaded.model.parameters())
         self.max_tokens = loaded.tokenizer.max_tokens

@@ -17,28 +17,21 @@ from risam_cli.data.images.frames import Pixels
 from risam_cli.segmenters.published import (
     Folder,
     Published,
-    by_image,
     load_tokenizer,
     load_weights,
     read_frame,
 )
-from risam_cli.segmenters.segmenter import (
-    Capabilities,
-    GridMaps,
-    Instances,
-    Segmenter,
-    Texts,
-    Thresholds,
-)
-
-THRESHOLDS = Thresholds(mask=0.5, no_target=1.0, instance=0.5)
-"""As its documentation has them."""
+from risam_cli.segmenters.segmenter import Capabilities, GridMaps, Instances, Thresholds
 
 _MAX_TOKENS = 32  # that its processor pads to
 
 
 class Sam3(Published):
     """See this module."""
+
+    kind = "sam3"
+    thresholds = Thresholds(mask=0.5, no_target=1.0, instance=0.5)  # as its documentation has them
+    capabilities = Capabilities(instances=True)
 
     def __init__(self, folder: Folder, device: torch.device, precision: torch.dtype) -> None:
         from transformers import Sam3Model
@@ -47,75 +40,53 @@ class Sam3(Published):
         network = load_weights(Sam3Model, folder)
         words: Any = network.config.text_config
         super().__init__(
-            "sam3",
             {"model": folder},
             (read_frame(folder, "stretch"),),
-            THRESHOLDS,
-            Capabilities(instances=True),
+            network,
+            load_tokenizer(folder, words.vocab_size),
             min(_MAX_TOKENS, int(words.max_position_embeddings)),
             device,
             precision,
         )
-        self._tokenizer = load_tokenizer(folder, words.vocab_size)
-        self._network: Any = network.to(device)
 
-    def encode_images(self, inputs: Sequence[Pixels]) -> list[Any]:
-        """What the vision encoder gives, image by image."""
-        pixels = inputs[0].values.contiguous()
+    def encode_image(self, inputs: Sequence[Pixels], row: int) -> Any:
+        """What the vision encoder gives."""
+        return self._network.get_vision_features(inputs[0].values[row : row + 1].contiguous())
+
+    def encode_text(self, text: str) -> tuple[tuple[Any, Tensor], int, tuple[str, ...]]:
+        """Text features with their attention mask, padded as the processor pads them."""
+        _, cut, unknown = self.tokens_of(text)
+        padded = self._tokenizer(
+            text[: 40 * self.max_tokens],
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_tokens,
+            return_tensors="pt",
+        ).to(self.device)
+        mask = padded["attention_mask"]
         with self.autocast():
-            return [
-                self._network.get_vision_features(pixels[row : row + 1])
-                for row in range(len(pixels))
-            ]
+            found = self._network.get_text_features(padded["input_ids"], attention_mask=mask)
+        return (found, mask), cut, unknown
 
-    def encode_texts(self, texts: Sequence[str]) -> Texts:
-        """Text features with their attention masks, padded as the processor pads them."""
-        features, cut_to, unknown = [], [], []
-        for text in texts:
-            _, cut, odd = self.tokens_of(self._tokenizer, text)
-            padded = self._tokenizer(
-                text[: 40 * self.max_tokens],
-                padding="max_length",
-                truncation=True,
-                max_length=self.max_tokens,
-                return_tensors="pt",
-            ).to(self.device)
-            mask = padded["attention_mask"]
-            with self.autocast():
-                found = self._network.get_text_features(padded["input_ids"], attention_mask=mask)
-            features.append((found, mask))
-            cut_to.append(cut)
-            unknown.append(odd)
-        return Texts(features, cut_to, unknown)
-
-    def decode(
+    def decode_image(
         self,
-        features: list[Any],
-        texts: Texts,
-        rows: Sequence[int],
-        sizes: Sequence[tuple[int, int]],
-        instance_threshold: float | None = None,
-    ) -> list[Instances]:
-        """See :class:`risam_cli.segmenters.segmenter.Segmenter`."""
-        bar = THRESHOLDS.instance if instance_threshold is None else instance_threshold
-
-        def decode(row: int, numbers: list[int]) -> Instances:
-            grids, scores, nothing = [], [], []
-            for number in numbers:
-                words, mask = texts.features[number]
-                with self.autocast():
-                    found = self._network(
-                        vision_embeds=features[row], text_embeds=words, attention_mask=mask
-                    )
-                grid, score, most = _kept(found, bar or 0.0)
-                grids.append(grid)
-                scores.append(score)
-                nothing.append(1 - most)
-            maps = GridMaps(torch.cat(grids), self.frames[0], sizes[row])
-            counts = [len(score) for score in scores]
-            return Instances(maps, counts, torch.cat(scores), torch.stack(nothing))
-
-        return by_image(rows, decode)
+        image: Any,
+        texts: Sequence[tuple[Any, Tensor]],
+        size: tuple[int, int],
+        bar: float,
+    ) -> Instances:
+        """The instances above the bar, best first; see :class:`Published`."""
+        grids, scores, nothing = [], [], []
+        for words, mask in texts:
+            with self.autocast():
+                found = self._network(vision_embeds=image, text_embeds=words, attention_mask=mask)
+            grid, score, most = _kept(found, bar)
+            grids.append(grid)
+            scores.append(score)
+            nothing.append(1 - most)
+        maps = GridMaps(torch.cat(grids), self.frames[0], size)
+        counts = [len(score) for score in scores]
+        return Instances(maps, counts, torch.cat(scores), torch.stack(nothing))
 
 
 def _kept(found: Any, bar: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,12 +99,3 @@ def _kept(found: Any, bar: float) -> tuple[Tensor, Tensor, Tensor]:
     kept = (scores > bar).nonzero().flatten()
     kept = kept[scores[kept].argsort(descending=True, stable=True)]
     return found.pred_masks[0, kept].float(), scores[kept], scores.max()
-
-
-def load(folders: Sequence[Folder], device: torch.device, precision: torch.dtype) -> Segmenter:
-    """Loads SAM 3 from one folder.
-
-    Raises:
-        ModelError: files that are missing, damaged, or another model's.
-    """
-    return Sam3(folders[0], device, precision)

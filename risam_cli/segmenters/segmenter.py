@@ -24,9 +24,6 @@ from risam_cli.data.images.frames import Frame, Pixels
 if TYPE_CHECKING:
     import torch
 
-    from risam_cli.model.image_encoder import EncoderFeatures
-    from risam_cli.model.mutual_aware_attention import AttentionMaps
-
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
@@ -156,28 +153,17 @@ class Segmenter(Protocol):
         max_tokens: the most tokens of an expression, special ones included.
     """
 
-    @property
-    def kind(self) -> str: ...  # noqa: D102
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def hash(self) -> str: ...  # noqa: D102
-    @property
-    def folders(self) -> Mapping[str, str]: ...  # noqa: D102
-    @property
-    def versions(self) -> Mapping[str, str]: ...  # noqa: D102
-    @property
-    def frames(self) -> tuple[Frame, ...]: ...  # noqa: D102
-    @property
-    def thresholds(self) -> Thresholds: ...  # noqa: D102
-    @property
-    def capabilities(self) -> Capabilities: ...  # noqa: D102
-    @property
-    def parameters(self) -> int: ...  # noqa: D102
-    @property
-    def max_tokens(self) -> int: ...  # noqa: D102
-    @property
-    def device(self) -> torch.device: ...  # noqa: D102
+    kind: str
+    name: str
+    hash: str
+    folders: Mapping[str, str]
+    versions: Mapping[str, str]
+    frames: tuple[Frame, ...]
+    thresholds: Thresholds
+    capabilities: Capabilities
+    parameters: int
+    max_tokens: int
+    device: torch.device
 
     def encode_images(self, inputs: Sequence[Pixels]) -> Any:
         """Encodes B images.
@@ -211,20 +197,3 @@ class Segmenter(Protocol):
         Returns:
             One entry for each run of equal rows.
         """
-
-
-class FeatureKeeper(Segmenter, Protocol):
-    """A segmenter whose backbone's outputs may be kept on disk and used again."""
-
-    def backbone(self, inputs: Sequence[Pixels]) -> EncoderFeatures:
-        """What is kept of B images."""
-
-    def from_backbone(self, kept: EncoderFeatures) -> Any:
-        """The features that :meth:`encode_images` gives."""
-
-
-class Attentive(Segmenter, Protocol):
-    """A segmenter that shows where it looked."""
-
-    def attention(self, features: Any, texts: Texts, rows: Sequence[int]) -> list[AttentionMaps]:
-        """The two attention maps of every block; none without blocks."""

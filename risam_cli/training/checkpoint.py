@@ -364,7 +364,23 @@ def restore(
             or one whose values fit nothing.
     """
     try:
-        _restore(state, module, untrained, optimizer, scaler, average)
+        untrained.load(state["model"], state["untrained"])
+        if state["module"]:
+            module.load_state_dict(state["module"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise ModelError(
+                f"the checkpoint's optimizer is that of another version: {error}",
+                "resume with that version, or start over from its best/ by init_from",
+            ) from error
+        if state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
+        if average is not None:
+            average.updates = state["updates"]
+            with torch.no_grad():
+                for name, value in state["average"].items():
+                    average.average[name].copy_(value)
     except ModelError:
         raise
     except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, ValueError) as error:
@@ -372,33 +388,6 @@ def restore(
         raise ModelError(
             f"the checkpoint does not fit the model: {reason}", f"start without {setting('resume')}"
         ) from error
-
-
-def _restore(
-    state: dict[str, Any],
-    module: nn.Module,
-    untrained: Untrained,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    average: MovingAverage | None,
-) -> None:
-    untrained.load(state["model"], state["untrained"])
-    if state["module"]:
-        module.load_state_dict(state["module"])
-    try:
-        optimizer.load_state_dict(state["optimizer"])
-    except ValueError as error:
-        raise ModelError(
-            f"the checkpoint's optimizer is that of another version: {error}",
-            "resume with that version, or start over from its best/ by init_from",
-        ) from error
-    if state.get("scaler"):
-        scaler.load_state_dict(state["scaler"])
-    if average is not None:
-        average.updates = state["updates"]
-        with torch.no_grad():
-            for name, value in state["average"].items():
-                average.average[name].copy_(value)
 
 
 # --- weights kept for averaging -------------------------------------------------------------------

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from risam_cli.console.console import Console
+from risam_cli.drawing.drawing import encode_webp
 from risam_cli.errors import reason_of
 from risam_cli.files.jsonlines import load_json
 from risam_cli.files.write import sync_file, sync_folder, write_file, writing
@@ -114,9 +114,9 @@ class TrainingLog:
         with writing(folder):
             folder.mkdir(exist_ok=True)
         for example in examples:
-            _write(folder / f"{example.key}-truth.webp", example.truth)
+            write_file(folder / f"{example.key}-truth.webp", encode_webp(example.truth, _QUALITY))
             step = f"stage{place.stage + 1}-step{place.step:08d}"
-            _write(folder / f"{example.key}-{step}.webp", example.answer)
+            write_file(folder / f"{example.key}-{step}.webp", encode_webp(example.answer, _QUALITY))
             pair = _beside(example.truth, example.answer)
             self._tell_board(
                 "add_image", f"{name}/{example.key}", pair, place.step, dataformats="HWC"
@@ -170,13 +170,6 @@ def _known(row: Mapping[str, Any], place: Place) -> bool:
     if at == (place.stage, place.step) and row["kind"] != "train":
         return place.validated == place.step
     return at <= (place.stage, place.step)
-
-
-def _write(path: Path, rgb: NDArray[np.uint8]) -> None:
-    done, data = cv2.imencode(".webp", rgb[..., ::-1], [cv2.IMWRITE_WEBP_QUALITY, _QUALITY])
-    if not done:
-        raise RuntimeError("OpenCV was built without WebP")
-    write_file(path, data.tobytes())
 
 
 def _beside(left: NDArray[np.uint8], right: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -43,13 +43,13 @@ class NotFinite(Exception):
     """A loss or gradient that is NaN or infinite; no weight has been touched.
 
     Attributes:
-        what: "loss" or "gradient"; value: what it is; parts: of the step's parts, in the order of
-            processes, which ones it came from.
+        parts: of the step's parts, in the order of processes, which ones it came from.
+
+    Args:
+        what: "loss" or "gradient"; value: what it is.
     """
 
     def __init__(self, what: str, value: float, parts: list[list[int]]) -> None:
-        self.what = what
-        self.value = value
         self.parts = parts
         super().__init__(f"{what} is {value}")
 

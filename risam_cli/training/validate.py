@@ -20,7 +20,6 @@ from risam_cli.metrics.figures import ExpressionScore, summarize
 from risam_cli.model.fast.prepare import inference_forms
 from risam_cli.settings.train import TrainSettings
 from risam_cli.training.data.collate import (
-    DenseBatch,
     ReferringBatch,
     ReferringCollate,
     begin_worker,
@@ -32,6 +31,8 @@ from risam_cli.training.log import Example
 from risam_cli.training.losses import DenseTask, ReferringTask, inside
 from risam_cli.training.optimize import to_device
 
+_IMAGES = 16  # of a batch
+
 
 @torch.no_grad()
 def validate_referring(
@@ -41,7 +42,6 @@ def validate_referring(
     threshold: float,
     no_target_threshold: float,
     *,
-    images_per_step: int = 16,
     workers: int = 0,
     processes: Processes | None = None,
     between: Callable[[], None] = lambda: None,
@@ -56,11 +56,27 @@ def validate_referring(
         between: called before each batch; what it raises ends the validation.
     """
     processes = processes or Processes()
-    every = range(0, len(data), images_per_step)
-    mine = [
-        list(range(begin, min(begin + images_per_step, len(data))))
-        for begin in every[processes.rank :: processes.world]
-    ]
+    device = next(task.module.parameters()).device
+    found: list[tuple[int, Sequence[ExpressionScore]]] = []
+    with answering(task.module, device):
+        for number, batch in _own_batches(data, collate, processes, device, between, workers):
+            scores = _scores(number, batch, task.decode(batch), threshold, no_target_threshold)
+            found.append((number, scores))
+    together = sorted(part for parts in processes.gather(found) for part in parts)
+    return summarize([score for _, scores in together for score in scores])
+
+
+def _own_batches(
+    data: Any,
+    collate: Callable[[Any], Any],
+    processes: Processes,
+    device: torch.device,
+    between: Callable[[], None],
+    workers: int = 0,
+) -> Iterator[tuple[int, Any]]:
+    """The batches of this process on its device, with their numbers among those of all."""
+    starts = range(processes.rank * _IMAGES, len(data), processes.world * _IMAGES)
+    mine = [list(range(k, min(k + _IMAGES, len(data)))) for k in starts]
     loader: DataLoader[Any] = DataLoader(
         data,
         batch_sampler=mine,
@@ -68,17 +84,9 @@ def validate_referring(
         num_workers=min(workers, len(mine)),
         worker_init_fn=begin_worker,
     )
-    device = next(task.module.parameters()).device
-    found: list[tuple[int, Sequence[ExpressionScore]]] = []
-    with answering(task.module, device):
-        for turn, batch in enumerate(loader):
-            between()
-            number = processes.rank + turn * processes.world
-            batch = to_device(batch, device)
-            scores = _scores(number, batch, task.decode(batch), threshold, no_target_threshold)
-            found.append((number, scores))
-    together = sorted(part for parts in processes.gather(found) for part in parts)
-    return summarize([score for _, scores in together for score in scores])
+    for turn, batch in enumerate(loader):
+        between()
+        yield processes.rank + turn * processes.world, to_device(batch, device)
 
 
 @contextmanager
@@ -215,7 +223,7 @@ class Validation:
                     Example(
                         key=f"example{number:02d}",
                         held_out=name,
-                        image=name_of(self.held_out[name], index),
+                        image=self.held_out[name].name_of(index),
                         text=text,
                         truth=_drawn(example, truth, text),
                         answer=_drawn(example, answer, text),
@@ -228,12 +236,6 @@ def _drawn(example: ReferringExample, mask: NDArray[np.bool_], text: str) -> NDA
     """The mask over a picture that is dark elsewhere, so that it shows at a thumbnail's size."""
     dark = example.image // 2
     return draw_overlay(np.where(mask[..., None], example.image, dark), [mask], [text])
-
-
-def name_of(data: Any, index: int) -> str:
-    """An example's own name, or its number."""
-    name: Callable[[int], str] = getattr(data, "name_of", str)
-    return name(index)
 
 
 def fixed_examples(held_out: Mapping[str, Examples], count: int) -> list[tuple[str, int, int]]:
@@ -266,22 +268,16 @@ def validate_dense(
 ) -> dict[str, float]:
     """Accuracies of the dense head on scenes of the validation split; processes take turns."""
     scenes = RefShapes("mixed", "val", DENSE_VALIDATION_SCENES, size=size)
-    data: Any = DenseScenes(scenes, cells)
-    batches = [list(range(k, min(k + 16, len(data)))) for k in range(0, len(data), 16)]
-    loader: DataLoader[DenseBatch] = DataLoader(
-        data, batch_sampler=batches[processes.rank :: processes.world], collate_fn=collate_dense
-    )
+    data = DenseScenes(scenes, cells)
     found: list[tuple[int, dict[str, float]]] = []
     with torch.no_grad(), answering(task.module, device):
-        for turn, batch in enumerate(loader):
-            between()
-            figures = task.loss(to_device(batch, device))[1]
-            number = processes.rank + turn * processes.world
+        for number, batch in _own_batches(data, collate_dense, processes, device, between):
+            figures = task.loss(batch)[1]
             found.append((number, {name: float(value) for name, value in figures.items()}))
     sums: dict[str, float] = {}
     together = [part for parts in processes.gather(found) for part in parts]
     for _, part in sorted(together, key=lambda part: part[0]):
         for name, value in part.items():
-            sums[name] = sums.get(name, 0.0) + value / len(batches)
+            sums[name] = sums.get(name, 0.0) + value / len(together)
     # Below zero, so that any referring stage is better: this model cannot answer yet.
     return {**sums, "best": -1 + (sums["shape"] + sums["color"] + sums["size"]) / 4}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -20,19 +19,8 @@ from risam_cli.model.rivals.sam import DeepFeatures, SamMaskDecoder
 from risam_cli.model.text_encoder import TextEncoder
 from risam_cli.settings.model import ImageEncoderSettings, ModelSettings, TextEncoderSettings
 from risam_cli.weights import lora
-from risam_cli.weights.tokenizer import TextTokenizer, tokenizer_from_words, with_learned_words
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-
-@dataclass(frozen=True)
-class TextParts:
-    """A text backbone with all that is needed to build it again."""
-
-    backbone: nn.Module
-    config: PretrainedConfig
-    tokenizer: TextTokenizer
+from risam_cli.weights.text import TextParts, grow_embeddings, pretrained_text, small_bert
+from risam_cli.weights.tokenizer import tokenizer_from_words, with_learned_words
 
 
 def build_image_encoder(settings: ImageEncoderSettings) -> ImageEncoder:
@@ -191,10 +179,9 @@ def new_text_parts(settings: TextEncoderSettings, texts: Iterable[str] = ()) -> 
         texts: the training expressions, for an encoder that learns words from them.
     """
     from risam_cli.data.refshapes.vocabulary import VOCABULARY
-    from risam_cli.weights.text import pretrained_text, small_bert
 
     if settings.source is not None:
-        parts = TextParts(*pretrained_text(settings.source, settings.max_tokens))
+        parts = pretrained_text(settings.source, settings.max_tokens)
         if settings.learns_words:
             parts = learn_words(parts, texts)
     else:
@@ -202,19 +189,17 @@ def new_text_parts(settings: TextEncoderSettings, texts: Iterable[str] = ()) -> 
         if settings.learns_words:
             tokenizer = with_learned_words(tokenizer, texts)
         sizes = settings.hidden, settings.layers, settings.heads, settings.max_tokens
-        parts = TextParts(*small_bert(tokenizer, *sizes))
+        parts = small_bert(tokenizer, *sizes)
     add_lora(parts.backbone, parts.config.model_type, settings)
     return parts
 
 
 def learn_words(text: TextParts, texts: Iterable[str]) -> TextParts:
     """The text encoder with what it does not know of the texts' words added, if anything."""
-    from risam_cli.weights.text import grow_embeddings
-
     tokenizer = with_learned_words(text.tokenizer.tokenizer, texts)
     if tokenizer is text.tokenizer.tokenizer:
         return text
-    return TextParts(*grow_embeddings((text.backbone, text.config, text.tokenizer), tokenizer))
+    return grow_embeddings(text, tokenizer)
 
 
 def add_lora(backbone: nn.Module, kind: str, settings: TextEncoderSettings) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from risam_cli.errors import OutputError, setting
 from risam_cli.weights import folder as model_folders
@@ -33,7 +32,7 @@ def export_model(source: str | Path | None, output: Path, *, merged: bool) -> No
     folder = model_folders.find_model(source)
     loaded = load_model(folder, device=torch.device("cpu"), keep_lora=not merged)
     stored = model_folders.read_model_folder(folder)
-    settings, card, readme = dict(stored.settings), _card(folder), _readme(folder)
+    settings, card, readme = dict(stored.settings), model_folders.read_card(folder), _readme(folder)
     weights = loaded.model.state_dict()
     if merged:
         model = loaded.settings
@@ -60,11 +59,6 @@ def export_model(source: str | Path | None, output: Path, *, merged: bool) -> No
         readme,
         () if merged else stored.needs,
     )
-
-
-def _card(folder: Path) -> dict[str, Any]:
-    card: dict[str, Any] = model_folders.inspect_model_folder(folder)["card"]
-    return card
 
 
 def _readme(folder: Path) -> str:

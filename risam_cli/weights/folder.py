@@ -274,14 +274,33 @@ def count_weights(path: Path) -> tuple[int, int]:
     Raises:
         ModelError: a file that is cut, or whose header lies.
     """
+    counts = _counts(path, "download the folder again")
+    return sum(counts.values()), len(counts)
+
+
+def count_by_part(path: Path) -> dict[str, int]:
+    """Values of a safetensors file by the first part of their tensors' names, from its header.
+
+    Raises:
+        ModelError: as :func:`count_weights`.
+    """
+    parts: dict[str, int] = {}
+    for name, count in _counts(path, "download it again").items():
+        part = name.split(".")[0]
+        parts[part] = parts.get(part, 0) + count
+    return parts
+
+
+def _counts(path: Path, fix: str) -> dict[str, int]:
+    """Values of each tensor; ``fix`` ends the message where the file is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+            names = file.keys()
+            return {name: math.prod(file.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{path} is damaged: {error}", "download the folder again") from error
-    return sum(math.prod(shape) for shape in shapes), len(shapes)
+        raise ModelError(f"{path} is damaged: {error}", fix) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -358,22 +377,8 @@ def inspect_model_folder(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: as :func:`read_model_folder`.
     """
-    from safetensors import SafetensorError, safe_open
-
     stored = read_model_folder(folder)
-    parts: dict[str, int] = {}
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                count = 1
-                for side in file.get_slice(name).get_shape():
-                    count *= side
-                part = name.split(".")[0]
-                parts[part] = parts.get(part, 0) + count
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(
-            f"{folder / WEIGHTS_FILE} is damaged: {error}", "download it again"
-        ) from error
+    parts = count_by_part(folder / WEIGHTS_FILE)
     return {
         "path": str(folder),
         "hash": stored.hash,

@@ -140,7 +140,7 @@ def fill(model: Risam, needed: Needed, folder: Path) -> None:
         return
     from risam_cli.weights.text import pretrained_text
 
-    backbone = pretrained_text(str(place), max_tokens=1 << 30)[0]
+    backbone = pretrained_text(str(place), max_tokens=1 << 30).backbone
     try:
         model.text_encoder.backbone.load_state_dict(backbone.state_dict())
     except RuntimeError as error:

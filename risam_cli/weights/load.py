@@ -19,8 +19,9 @@ from risam_cli.settings.load import check
 from risam_cli.settings.model import ModelSettings, TextEncoderSettings
 from risam_cli.weights import folder as model_folders
 from risam_cli.weights import frozen, lora
-from risam_cli.weights.build import TextParts, add_lora, build_model
+from risam_cli.weights.build import add_lora, build_model
 from risam_cli.weights.plausible import require_plausible
+from risam_cli.weights.text import text_from_folder
 from risam_cli.weights.tokenizer import TextTokenizer
 
 
@@ -70,8 +71,6 @@ def load_model(
         ModelError: a missing or damaged file, or weights that do not fit the settings.
         UsageError: ``compiled`` on a device where that gains nothing.
     """
-    from risam_cli.weights.text import text_from_folder
-
     if compiled and device.type != "cuda":
         raise UsageError(
             f"{setting('compile')} on {device}: compiled blocks are slower there than PyTorch's "
@@ -84,7 +83,7 @@ def load_model(
     settings = check(ModelSettings, stored.settings, str(folder / model_folders.CONFIG_FILE))
     needs = frozen.parse_needed(stored.needs, str(folder / model_folders.CONFIG_FILE))
     _require_plausible(stored, settings, needs)
-    text = TextParts(*text_from_folder(stored, settings.text_encoder.max_tokens))
+    text = text_from_folder(stored, settings.text_encoder.max_tokens)
     model = build_model(settings, text)
     for needed in needs:
         frozen.fill(model, needed, folder)

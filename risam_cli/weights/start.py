@@ -20,9 +20,10 @@ from risam_cli.settings.model import ModelSettings, TextEncoderSettings
 from risam_cli.settings.train import TrainSettings
 from risam_cli.weights import folder as model_folders
 from risam_cli.weights import frozen, lora
-from risam_cli.weights.build import TextParts, add_lora, build_model, learn_words, new_text_parts
+from risam_cli.weights.build import add_lora, build_model, learn_words, new_text_parts
 from risam_cli.weights.load import LoadedModel, load_model
 from risam_cli.weights.sam import load_sam_decoder, load_sam_encoder
+from risam_cli.weights.text import TextParts
 from risam_cli.weights.tokenizer import TextTokenizer
 from risam_cli.weights.torch_files import load_plain
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from risam_cli.errors import ModelError
@@ -21,7 +22,14 @@ if TYPE_CHECKING:
 
     from risam_cli.weights.folder import StoredModel
 
-    Parts = tuple[nn.Module, PretrainedConfig, TextTokenizer]
+
+@dataclass(frozen=True)
+class TextParts:
+    """A text backbone with all that is needed to build it again."""
+
+    backbone: nn.Module
+    config: PretrainedConfig
+    tokenizer: TextTokenizer
 
 
 @contextmanager
@@ -42,7 +50,7 @@ def quiet() -> Iterator[None]:
 
 def small_bert(
     tokenizer: Tokenizer, hidden: int, layers: int, heads: int, max_tokens: int
-) -> Parts:
+) -> TextParts:
     """A BERT over a tokenizer's words with random weights and no dropout."""
     from transformers import BertConfig
 
@@ -57,10 +65,10 @@ def small_bert(
         attention_probs_dropout_prob=0.0,
         pad_token_id=0,
     )
-    return _backbone(config), config, TextTokenizer(tokenizer, max_tokens, 0)
+    return TextParts(_backbone(config), config, TextTokenizer(tokenizer, max_tokens, 0))
 
 
-def pretrained_text(source: str, max_tokens: int) -> Parts:
+def pretrained_text(source: str, max_tokens: int) -> TextParts:
     """A CLIP or BERT text encoder by folder or hub name, with its tokenizer.
 
     Raises:
@@ -107,10 +115,11 @@ def pretrained_text(source: str, max_tokens: int) -> Parts:
     limit = min(max_tokens, int(config.max_position_embeddings))
     # transformers 5 keeps a file's half precision, which nothing behind the backbone has.
     backbone = backbone.float()
-    return backbone, config, TextTokenizer(fast, limit, int(tokenizer.pad_token_id or 0))
+    pad_id = int(tokenizer.pad_token_id or 0)
+    return TextParts(backbone, config, TextTokenizer(fast, limit, pad_id))
 
 
-def grow_embeddings(parts: Parts, tokenizer: Tokenizer) -> Parts:
+def grow_embeddings(text: TextParts, tokenizer: Tokenizer) -> TextParts:
     """The same encoder over a tokenizer that begins with its own tokens and has more behind them.
 
     The new embeddings are drawn with the spread of the old, which stay as they are.
@@ -121,8 +130,8 @@ def grow_embeddings(parts: Parts, tokenizer: Tokenizer) -> Parts:
     import torch
     from torch import nn
 
-    backbone: Any = parts[0]
-    config: Any = parts[1]
+    backbone: Any = text.backbone
+    config: Any = text.config
     embeddings: Any = getattr(backbone, "embeddings", None)
     table = getattr(embeddings, "word_embeddings", None)
     if not isinstance(table, nn.Embedding):
@@ -141,10 +150,11 @@ def grow_embeddings(parts: Parts, tokenizer: Tokenizer) -> Parts:
     else:
         config.vocab_size = len(wider.weight)
     backbone.config = config
-    return backbone, config, TextTokenizer(tokenizer, parts[2].max_tokens, parts[2].pad_id)
+    before = text.tokenizer
+    return TextParts(backbone, config, TextTokenizer(tokenizer, before.max_tokens, before.pad_id))
 
 
-def text_from_folder(stored: StoredModel, max_tokens: int) -> Parts:
+def text_from_folder(stored: StoredModel, max_tokens: int) -> TextParts:
     """The text encoder of a model folder, with random weights until the folder's are loaded.
 
     Raises:
@@ -172,7 +182,8 @@ def text_from_folder(stored: StoredModel, max_tokens: int) -> Parts:
             "download the folder again",
         ) from error
     limit = min(max_tokens, int(config.max_position_embeddings))
-    return backbone, config, TextTokenizer(tokenizer, limit, int(config.pad_token_id or 0))
+    pad_id = int(config.pad_token_id or 0)
+    return TextParts(backbone, config, TextTokenizer(tokenizer, limit, pad_id))
 
 
 def _require_room(config: Any, stored: StoredModel) -> None:

@@ -187,7 +187,7 @@ def test_words_of_the_small_vocabulary_and_of_clip(tmp_path: Path) -> None:
         ("star", False, False),
         ("[SEP]", True, False),
     ]
-    _, _, clip = pretrained_text(str(make_clip(tmp_path / "clip")), 16)
+    clip = pretrained_text(str(make_clip(tmp_path / "clip")), 16).tokenizer
     text = "reds, circle"
     pieces = clip.pieces(text)
     assert [piece.text for piece in pieces] == told(clip, text)

@@ -66,7 +66,9 @@ def test_scattered_records_of_an_image_come_together(tmp_path):
     source = write_jsonl(tmp_path / "p.jsonl", rows)
     with Source(source, pytest.fail) as opened:
         assert (len(opened), opened.images) == (9, 3)
-        groups = [(g.image, [p.expression for p in g.predictions]) for g in opened.groups()]
+        groups = [
+            (g.image, [one.prediction.expression for one in g.records]) for g in opened.groups()
+        ]
     assert groups == [("0.jpg", list("036")), ("1.jpg", list("147")), ("2.jpg", list("258"))]
     assert export(source, "--to", "yolo", "-o", tmp_path / "out") == 0
     assert len((tmp_path / "out" / "labels" / "0.txt").read_text().splitlines()) == 3

@@ -18,7 +18,6 @@ from support.predict_fakes import SIZE, FakeModel, FakeNetwork
 
 from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.images import read_for_encoder
-from risam_cli.data.images.transforms import to_pixels
 from risam_cli.errors import DataError, ModelError, OutputError
 from risam_cli.inference.compute import Compute, ComputeSettings, Job, NetworkAnswer
 from risam_cli.inference.finish import ImageResult
@@ -242,14 +241,9 @@ def test_a_device_that_fails_in_one_lane_ends_the_run_after_what_came_before(
             broken.set()
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    first, second = (
-        int(
-            (to_pixels([read_for_encoder(path, [sam_frame(SIZE)]).rgb], SIZE, CPU)[0, 0] > 0)
-            .sum(1)
-            .amax()
-        )
-        for path in pictures[:2]
-    )
+    frame = sam_frame(SIZE)
+    inputs = [frame.batch([read_for_encoder(path, [frame]).rgb]).values for path in pictures[:2]]
+    first, second = (int((one[0, 0] > 0).sum(1).amax()) for one in inputs)
     assert first != second
     results = predict_samples(
         numbered(sample(path, "x") for path in pictures),

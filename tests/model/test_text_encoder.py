@@ -16,9 +16,10 @@ from support.text_folders import clip_config, clip_tokenizer_files, make_bert, m
 from risam_cli.errors import ModelError
 from risam_cli.model.text_encoder import TextEncoder, TextFeatures
 from risam_cli.settings.model import TextEncoderSettings
-from risam_cli.weights.build import TextParts, build_model, new_text_parts
+from risam_cli.weights.build import build_model, new_text_parts
 from risam_cli.weights.folder import write_model_folder
 from risam_cli.weights.load import load_model
+from risam_cli.weights.text import TextParts
 
 MAKERS: dict[str, Callable[[Path], Path]] = {"clip": make_clip, "bert": make_bert}
 

@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
-from risam_cli.segmenters import clipseg, florence2, grounded_sam, sam3
+from risam_cli.segmenters.clipseg import ClipSeg
+from risam_cli.segmenters.florence2 import Florence2
+from risam_cli.segmenters.grounded_sam import GroundedSam
 from risam_cli.segmenters.published import Folder
+from risam_cli.segmenters.sam3 import Sam3
 from risam_cli.segmenters.segmenter import Instances
 
 TEXTS = [
@@ -51,8 +54,8 @@ def pictures() -> list[NDArray[np.uint8]]:
     return found
 
 
-def load(module: Any, root: Path, *names: str) -> Any:
-    return module.load([Folder(root / name, name) for name in names], CPU, torch.float32)
+def load(kind: type[Any], root: Path, *names: str) -> Any:
+    return kind(*(Folder(root / name, name) for name in names), CPU, torch.float32)
 
 
 def ask(segmenter: Any, picture: NDArray[np.uint8], texts: list[str]) -> Instances:
@@ -225,21 +228,21 @@ def documented_sam(
 
 
 def test_clipseg_is_equal(folders: Path, pictures: list[NDArray[np.uint8]]) -> None:
-    segmenter = load(clipseg, folders, "clipseg")
+    segmenter = load(ClipSeg, folders, "clipseg")
     for picture in pictures:
         theirs = documented_clipseg(folders / "clipseg", picture, TEXTS)
         same(answers(segmenter, picture, TEXTS), theirs, 1.0)
 
 
 def test_sam3_is_equal(folders: Path, pictures: list[NDArray[np.uint8]]) -> None:
-    segmenter = load(sam3, folders, "sam3")
+    segmenter = load(Sam3, folders, "sam3")
     for picture in pictures:
         theirs = documented_sam3(folders / "sam3", picture, TEXTS)
         same(answers(segmenter, picture, TEXTS), theirs, 0.999)
 
 
 def test_florence2_is_equal(folders: Path, pictures: list[NDArray[np.uint8]]) -> None:
-    segmenter = load(florence2, folders, "florence2")
+    segmenter = load(Florence2, folders, "florence2")
     for picture in pictures:
         theirs = documented_florence2(folders / "florence2", picture, TEXTS)
         same(answers(segmenter, picture, TEXTS), theirs, 1.0)
@@ -261,7 +264,7 @@ def test_grounded_sam_is_equal(
     second: str,
     least: float,
 ) -> None:
-    segmenter = load(grounded_sam, folders, detector, second)
+    segmenter = load(GroundedSam, folders, detector, second)
     processor = transformers.GroundingDinoProcessor.from_pretrained(folders / detector)
     network = transformers.AutoModelForZeroShotObjectDetection.from_pretrained(folders / detector)
     for picture in pictures:
@@ -274,20 +277,20 @@ def test_grounded_sam_is_equal(
 
 
 KINDS = [
-    (clipseg, ("clipseg",)),
-    (florence2, ("florence2",)),
-    (sam3, ("sam3",)),
-    (grounded_sam, ("dino", "sam")),
-    (grounded_sam, ("dino", "sam-hq")),
-    (grounded_sam, ("mm", "sam2")),
+    (ClipSeg, ("clipseg",)),
+    (Florence2, ("florence2",)),
+    (Sam3, ("sam3",)),
+    (GroundedSam, ("dino", "sam")),
+    (GroundedSam, ("dino", "sam-hq")),
+    (GroundedSam, ("mm", "sam2")),
 ]
 
 
-@pytest.mark.parametrize(("module", "names"), KINDS, ids=lambda value: str(value)[-20:])
+@pytest.mark.parametrize(("kind", "names"), KINDS, ids=lambda value: str(value)[-20:])
 def test_eight_expressions_are_eight_single_calls(
-    folders: Path, pictures: list[NDArray[np.uint8]], module: Any, names: tuple[str, ...]
+    folders: Path, pictures: list[NDArray[np.uint8]], kind: type[Any], names: tuple[str, ...]
 ) -> None:
-    segmenter = load(module, folders, *names)
+    segmenter = load(kind, folders, *names)
     picture = pictures[0]
     together = ask(segmenter, picture, TEXTS)
     start = 0
@@ -302,11 +305,11 @@ def test_eight_expressions_are_eight_single_calls(
         start += together.counts[number]
 
 
-@pytest.mark.parametrize(("module", "names"), KINDS, ids=lambda value: str(value)[-20:])
+@pytest.mark.parametrize(("kind", "names"), KINDS, ids=lambda value: str(value)[-20:])
 def test_an_image_does_not_depend_on_its_neighbours(
-    folders: Path, pictures: list[NDArray[np.uint8]], module: Any, names: tuple[str, ...]
+    folders: Path, pictures: list[NDArray[np.uint8]], kind: type[Any], names: tuple[str, ...]
 ) -> None:
-    segmenter = load(module, folders, *names)
+    segmenter = load(kind, folders, *names)
     inputs = [frame.batch([frame.resize(p) for p in pictures]) for frame in segmenter.frames]
     features = segmenter.encode_images(inputs)
     texts = segmenter.encode_texts([*TEXTS[:2], *TEXTS[:2]])

@@ -13,7 +13,8 @@ from risam_cli.model.risam import Risam
 from risam_cli.settings.load import check
 from risam_cli.settings.model import ModelSettings
 from risam_cli.settings.presets import PRESETS
-from risam_cli.weights.build import TextParts, build_model, new_text_parts
+from risam_cli.weights.build import build_model, new_text_parts
+from risam_cli.weights.text import TextParts
 
 # Of segment_anything's encoders, counted on its own modules below.
 ENCODERS = {"vit_b": 89_670_912, "vit_l": 308_278_272, "vit_h": 637_026_048}

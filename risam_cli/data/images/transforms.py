@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -38,22 +37,6 @@ def resize_for_encoder(rgb: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     shrinks = height < rgb.shape[0] or width < rgb.shape[1]
     how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(rgb, (width, height), interpolation=how), np.uint8)
-
-
-def to_pixels(
-    images: Sequence[NDArray[np.uint8]], size: int, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Normalizes and pads images of (h, w, 3) uint8, longest side ``size``, on the device.
-
-    Returns:
-        (B, 3, size, size) float32, zero in the padding.
-    """
-    import torch
-
-    batch = torch.zeros(len(images), size, size, 3, dtype=torch.uint8)
-    for row, image in zip(batch, images, strict=True):
-        row[: image.shape[0], : image.shape[1]] = torch.from_numpy(image)
-    return normalize(batch.to(device), [image.shape[:2] for image in images])
 
 
 def normalize(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,26 +201,8 @@ def _annotation_texts(annotation: dict[str, Any]) -> list[str]:
     return texts + single
 
 
-def _attributes(
-    instances: Instances, image_id: Any, parts: tuple[Any, ...] | None
-) -> dict[str, Any]:
-    out: dict[str, Any] = {"image_id": image_id}
-    if parts is None:
-        return out
-    out["referents"] = len(parts)
-    category = instances.category(parts)
-    if category is not None:
-        out["category"] = category
-    rivals = instances.rivals(image_id, parts)
-    if rivals is not None:
-        out["distractors"] = rivals
-    return out
-
-
 def _group(instances: Instances, image_id: Any, folder: Path, spoken: Sequence[_Spoken]) -> Group:
-    image = instances.image(image_id)
-    size = instances.size(image)
-    file_name = image["file_name"]
+    file_name = instances.image(image_id)["file_name"]
     known: dict[tuple[Any, ...], dict[str, Any]] = {}  # equal facts are held once
     phrases = []
     for k, one in enumerate(spoken):
@@ -230,13 +211,11 @@ def _group(instances: Instances, image_id: Any, folder: Path, spoken: Sequence[_
             mark: dict[str, Any] = {"pseudo": True} if one.pseudo else {}
             if one.columns:
                 mark["columns"] = dict(one.columns)
-            known[fact] = {**_attributes(instances, image_id, one.parts), **mark}
+            facts = {} if one.parts is None else instances.facts(image_id, one.parts)
+            known[fact] = {"image_id": image_id, **facts, **mark}
         name = one.id or f"{file_name}#{k}"
         phrases.append(Phrase(name, one.text, one.parts, known[fact]))
-    draw = partial(instances.draw, image_id=image_id, size=size or (1, 1))
-    redraw = partial(instances.redraw, size=size or (1, 1))
-    path = _image_path(folder, file_name)
-    return Group(file_name, path, size, tuple(phrases), draw, redraw=redraw)
+    return instances.group(image_id, _image_path(folder, file_name), phrases)
 
 
 def _image_folder(path: Path, instances: Instances) -> Path:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from risam_cli.data.identity import id_key
 from risam_cli.data.readers.jsonstream import iter_json
-from risam_cli.data.readers.source import Truth
+from risam_cli.data.readers.source import Group, Phrase, Truth
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief
 from risam_cli.masks import rle as masks
@@ -119,6 +120,27 @@ class Instances:
         scale = np.array([side / size[1], side / size[0]])
         scaled = [(np.reshape(polygon, (-1, 2)) * scale).ravel() for polygon in polygons]
         return masks.from_polygons(scaled, (side, side), where=where)
+
+    def group(self, image_id: Any, path: Path, phrases: Sequence[Phrase]) -> Group:
+        """An image with its expressions, whose parts are annotations; ``path`` is of its file.
+
+        Raises:
+            DataError: as :meth:`image` and :meth:`size`.
+        """
+        image = self.image(image_id)
+        size = self.size(image)
+        draw = partial(self.draw, image_id=image_id, size=size or (1, 1))
+        redraw = partial(self.redraw, size=size or (1, 1))
+        return Group(image["file_name"], path, size, tuple(phrases), draw, redraw=redraw)
+
+    def facts(self, image_id: Any, ann_ids: tuple[Any, ...]) -> dict[str, Any]:
+        """Attributes of an expression by its referents: how many, their category, its rivals."""
+        facts = {
+            "referents": len(ann_ids),
+            "category": self.category(ann_ids),
+            "distractors": self.rivals(image_id, ann_ids),
+        }
+        return {key: value for key, value in facts.items() if value is not None}
 
     def rivals(self, image_id: Any, ann_ids: tuple[Any, ...]) -> int | None:
         """How many objects of the referents' categories the image holds beside the referents.

@@ -28,14 +28,13 @@ from risam_cli.data.identity import (
     is_tail,
 )
 from risam_cli.data.readers.names import Record
-from risam_cli.data.readers.results import PREDICTIONS, Results
+from risam_cli.data.readers.results import Results
 from risam_cli.data.readers.source import OnFailure, SampleSource
 from risam_cli.errors import DataError
 from risam_cli.files.jsonlines import brief
 from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Failure, Rle, Sample
 
-FILE_NAME = PREDICTIONS
 _COMPARED = 1000  # expressions that are looked at before a file is taken for another data set's
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,14 +213,8 @@ def _groups(
         shared: dict[str, Any] = {
             "image_id": ref["image_id"],
             "ref_id": ref["ref_id"],
-            "referents": len(parts),
+            **instances.facts(ref["image_id"], parts),
         }
-        category = instances.category(parts)
-        rivals = instances.rivals(ref["image_id"], parts)
-        if category is not None:
-            shared["category"] = category
-        if rivals is not None:
-            shared["distractors"] = rivals
         phrases = by_image.setdefault(ref["image_id"], [])
         of_image = columns.of(instances.image(ref["image_id"]))
         for sent_id, text, raw, own in ref["sentences"]:
@@ -229,15 +222,10 @@ def _groups(
             if found := {**of_image, **own}:
                 attributes = {**attributes, "columns": found}
             phrases.append(Phrase(sent_id, text, parts, attributes))
-    groups = []
-    for image_id, phrases in by_image.items():
-        image = instances.image(image_id)
-        size = instances.size(image)
-        draw = partial(instances.draw, image_id=image_id, size=size or (1, 1))
-        redraw = partial(instances.redraw, size=size or (1, 1))
-        path = folder / image["file_name"]
-        groups.append(Group(image["file_name"], path, size, tuple(phrases), draw, redraw=redraw))
-    return groups
+    return [
+        instances.group(image_id, folder / instances.image(image_id)["file_name"], phrases)
+        for image_id, phrases in by_image.items()
+    ]
 
 
 def _drawable(instances: Instances, ann_ids: tuple[Any, ...]) -> tuple[Any, ...]:

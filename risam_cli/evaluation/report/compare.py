@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -486,20 +486,13 @@ def _score(row: dict[str, Any]) -> ExpressionScore:
 
 
 def _take(table: ScoreTable, rows: np.ndarray[Any, np.dtype[np.int64]]) -> ScoreTable:
-    _, cluster = np.unique(table.cluster[rows], return_inverse=True)
-    return ScoreTable(
-        table.intersection[rows],
-        table.union[rows],
-        table.pred_area[rows],
-        table.gt_area[rows],
-        table.gt_no_target[rows],
-        table.pred_no_target[rows],
-        table.missing[rows],
-        table.score[rows],
-        table.no_target_probability[rows],
-        np.asarray(cluster, np.int64),
-        {name: column[rows] for name, column in table.slices.items()},
-    )
+    columns: dict[str, Any] = {
+        one.name: getattr(table, one.name)[rows] for one in fields(table) if one.name != "slices"
+    }
+    _, cluster = np.unique(columns["cluster"], return_inverse=True)
+    columns["cluster"] = np.asarray(cluster, np.int64)
+    slices = {name: column[rows] for name, column in table.slices.items()}
+    return ScoreTable(**columns, slices=slices)
 
 
 def _remarks(other: Report, first: ScoreTable, second: ScoreTable, protocol: Protocol) -> list[str]:

@@ -95,10 +95,9 @@ def image_key(path: Path | str) -> str:
     return identity.image_key(os.path.realpath(path))
 
 
-def image_keys(source: SampleSource, aliases: Mapping[str, str] | None = None) -> set[str]:
-    """The images of a split; ``aliases`` gives some keys another name, such as COCO's number."""
-    keys = {image_key(group.path) for group in source.chosen()}
-    return {(aliases or {}).get(key, key) for key in keys}
+def image_keys(source: SampleSource) -> set[str]:
+    """The images of a split."""
+    return {image_key(group.path) for group in source.chosen()}
 
 
 def without_images(
@@ -107,7 +106,8 @@ def without_images(
     """The source without the images whose keys are held out, and how many that were.
 
     Args:
-        source: unlimited; held_out: of :func:`image_key`; aliases: as :func:`image_keys`.
+        source: unlimited; held_out: of :func:`image_key`.
+        aliases: gives some keys another name, such as COCO's number.
     """
     kept, images, expressions = [], 0, 0
     for index in source.order if source.order is not None else range(len(source.groups)):

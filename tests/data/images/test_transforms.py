@@ -11,6 +11,7 @@ from support.networks import noise
 from torch import Tensor
 from torch.nn import functional as F
 
+from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.transforms import (
     PIXEL_MEAN,
     PIXEL_STD,
@@ -18,7 +19,6 @@ from risam_cli.data.images.transforms import (
     logits_to_size,
     normalize,
     resize_for_encoder,
-    to_pixels,
 )
 from risam_cli.training.data.dataset import soft_target
 
@@ -78,7 +78,7 @@ def test_an_image_of_the_right_size_is_not_touched() -> None:
 def test_pixels_are_normalized_by_sams_figures_and_padding_is_zero() -> None:
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, s, dtype=np.uint8) for s in ((16, 10, 3), (8, 16, 3))]
-    pixels = to_pixels(images, 16)
+    pixels = sam_frame(16).batch(images).values
     assert pixels.shape == (2, 3, 16, 16)
     assert pixels.dtype == torch.float32
     for row, image in zip(pixels, images, strict=True):
