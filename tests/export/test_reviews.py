@@ -263,6 +263,10 @@ GOOD = '<box label="good" xtl="0" ytl="0" xbr="3" ybr="3"/>'
         ('<mask label="x" rle="0, 6" left="9" top="0" width="2" height="3"/>', "leaves the image"),
         ('<mask label="x" rle="0, 6" left="-1" top="0" width="2" height="3"/>', "leaves the image"),
         ('<mask label="x" rle="9" left="0" top="0" width="999999" height="999999"/>', "do not fit"),
+        (
+            f'<mask label="x" rle="{"9" * 30}" left="0" top="0" width="2" height="3"/>',
+            "cannot be read",
+        ),
         ('<mask label="x" rle="" left="0" top="0" width="2" height="3"/>', "cannot be read"),
     ],
 )

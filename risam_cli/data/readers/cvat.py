@@ -190,12 +190,12 @@ def _shape(kind: str, given: Mapping[str, str], beside: Mapping[str, str]) -> Sh
         return Shape(**found, **_outline(kind, given))
     except DataError as error:
         return Shape(**found, wrong=error.message)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, OverflowError) as error:
         return Shape(**found, wrong=f"a {kind} that cannot be read: {error!r:.80}")
 
 
 def _outline(kind: str, given: Mapping[str, str]) -> dict[str, Any]:
-    """What it covers. Raises DataError, KeyError or ValueError."""
+    """What it covers. Raises DataError, KeyError, ValueError or OverflowError."""
     turned = float(given.get("rotation", "0"))
     if kind == "polygon":
         points = given["points"].replace(";", ",").split(",")

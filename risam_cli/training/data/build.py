@@ -29,7 +29,7 @@ from risam_cli.training.data.dataset import (
     ReferringSamples,
     ReferringScenes,
 )
-from risam_cli.training.data.mixed import MixedExamples, image_key, image_keys, without_images
+from risam_cli.training.data.mixed import MixedExamples, image_key, without_images
 from risam_cli.weights.tokenizer import KnownWords, TextTokenizer
 from risam_cli.weights.trained_on import TrainedOn, files_trained_on, scenes_trained_on
 
@@ -295,7 +295,10 @@ def open_source(key: str, data: CocoData | BenchmarkData) -> SampleSource:
 def _keys_of(source: SampleSource) -> set[str]:
     """The images of a split; PhraseCut's by COCO's numbers, where its image list gives them."""
     numbers = coco_numbers(source) if source.dataset == "phrasecut" else {}
-    return image_keys(source, {image_key(path): f"coco/{n}" for path, n in numbers.items()})
+    return {
+        f"coco/{numbers[path]}" if path in numbers else image_key(path)
+        for path in (group.path for group in source.chosen())
+    }
 
 
 def _named(data: OneData) -> str:

@@ -95,11 +95,6 @@ def image_key(path: Path | str) -> str:
     return identity.image_key(os.path.realpath(path))
 
 
-def image_keys(source: SampleSource) -> set[str]:
-    """The images of a split."""
-    return {image_key(group.path) for group in source.chosen()}
-
-
 def without_images(
     source: SampleSource, held_out: Collection[str], aliases: Mapping[str, str] | None = None
 ) -> tuple[SampleSource, Dropped]:
