@@ -292,14 +292,16 @@ class GroundedSam(Published):
         instance_threshold: float | None = None,
     ) -> list[Instances]:
         """See :class:`risam_cli.segmenters.segmenter.Segmenter`."""
-        bar = THRESHOLDS.instance if instance_threshold is None else instance_threshold
+        threshold = THRESHOLDS.instance if instance_threshold is None else instance_threshold
 
         def decode(row: int, numbers: list[int]) -> Instances:
             image = features[row]
             grids, scores, nothing, distinct = [], [], [], []
             for number in numbers:
                 with self.autocast():
-                    boxes, score, most = self._detect(image, texts.features[number], bar or 0.0)
+                    boxes, score, most = self._detect(
+                        image, texts.features[number], threshold or 0.0
+                    )
                     order, count = distinct_first(boxes)
                     boxes, score = boxes[order], score[order]
                     distinct.append(count)
@@ -314,13 +316,15 @@ class GroundedSam(Published):
 
         return by_image(rows, decode)
 
-    def _detect(self, image: _Image, prompt: _Prompt, bar: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Corners (I, 4) in 0..1 and scores (I,) above the bar, best first; the best of all."""
+    def _detect(
+        self, image: _Image, prompt: _Prompt, threshold: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Corners (I, 4) in 0..1 and scores (I,) above the threshold, best first; the best."""
         with self._seen.recall(image.seen):
             found = self._network(pixel_values=image.pixels, pixel_mask=image.mask, **prompt.tokens)
         likely = found.logits[0].float().sigmoid()  # (queries, tokens)
         scores = likely[:, prompt.own].mean(1) if len(prompt.own) else likely[:, 0] * 0
-        kept = (scores > bar).nonzero().flatten()
+        kept = (scores > threshold).nonzero().flatten()
         kept = kept[scores[kept].argsort(descending=True, stable=True)]
         x, y, width, height = found.pred_boxes[0, kept].float().unbind(1)
         sides = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
@@ -365,7 +369,7 @@ def _box_segmenter(folder: Folder, device: torch.device) -> BoxSegmenter:
         network = load_weights(transformers.Sam2Model, folder)  # which leaves a video's parts out
         return Sam2(network, read_frame(folder, "stretch"), device)
     raise ModelError(
-        f"{folder.name} is a {kind!r}, which makes no masks of boxes",
+        f"{folder.name} is a {kind!r}, which cannot make masks from boxes",
         "give a SAM, SAM-HQ or SAM 2 as the second part",
     )
 

@@ -97,7 +97,7 @@ class Sam3(Published):
         instance_threshold: float | None = None,
     ) -> list[Instances]:
         """See :class:`risam_cli.segmenters.segmenter.Segmenter`."""
-        bar = THRESHOLDS.instance if instance_threshold is None else instance_threshold
+        threshold = THRESHOLDS.instance if instance_threshold is None else instance_threshold
 
         def decode(row: int, numbers: list[int]) -> Instances:
             grids, scores, nothing = [], [], []
@@ -107,7 +107,7 @@ class Sam3(Published):
                     found = self._network(
                         vision_embeds=features[row], text_embeds=words, attention_mask=mask
                     )
-                grid, score, most = _kept(found, bar or 0.0)
+                grid, score, most = _kept(found, threshold or 0.0)
                 grids.append(grid)
                 scores.append(score)
                 nothing.append(1 - most)
@@ -118,14 +118,14 @@ class Sam3(Published):
         return by_image(rows, decode)
 
 
-def _kept(found: Any, bar: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask logits (I, h, w) and scores (I,) of the instances above the bar, best first; the best
-    score of all.
+def _kept(found: Any, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask logits (I, h, w) and scores (I,) of the instances above the threshold, best first; the
+    best score of all.
     """
     scores = found.pred_logits[0].float().sigmoid()
     if found.presence_logits is not None:
         scores = scores * found.presence_logits[0].float().sigmoid()
-    kept = (scores > bar).nonzero().flatten()
+    kept = (scores > threshold).nonzero().flatten()
     kept = kept[scores[kept].argsort(descending=True, stable=True)]
     return found.pred_masks[0, kept].float(), scores[kept], scores.max()
 

@@ -558,7 +558,7 @@ def test_broken_lines_and_expressions_of_a_manifest_are_told(
     assert "lists/all.jsonl, line 2" in failure["message"]
     Path("lists/all.jsonl").write_text(rows[1] + "\n")
     assert explain_alone("lists/all.jsonl", "--overwrite") == 1
-    assert "no image is there; the first failure: lists/all.jsonl" in capsys.readouterr().err
+    assert "there is no image; the first failure: lists/all.jsonl" in capsys.readouterr().err
 
 
 def test_what_is_told_of_an_explanation_is_one_line(model_folder: Path, tmp_path: Path) -> None:
