@@ -205,7 +205,7 @@ def test_binary_results_are_refused_and_not_run(tmp_path: Path, capsys: Any, kin
         with open(path, "wb") as file:
             (np.save if kind == "numpy" else np.savez)(file, BLOCK)
     assert export(path, "--to", "coco", "-o", tmp_path / "out") == 1
-    assert "is a binary file, of which nothing is run or read" in capsys.readouterr().err
+    assert "is a binary file, which is neither run nor read" in capsys.readouterr().err
 
 
 def test_a_list_without_a_usable_record_says_why(tmp_path: Path, capsys: Any) -> None:
