@@ -123,7 +123,7 @@ class RemoteRun:
 
     def _fetch(self) -> None:
         """The run that the store holds, to go on with it here."""
-        get_console().info(f"fetching the run in {self.url}")
+        get_console().info(f"downloading the run in {self.url}")
         with RunFolder(self.local) as folder:
             for name in (*_RECORDS, LEDGER):
                 get_file(str(self._object(name)), folder.staging / name)
@@ -184,7 +184,7 @@ class _Told:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        kept = f"what was made is kept in {self._run.local}"
+        kept = f"the results are kept in {self._run.local}"
         there = (self._run.local / LEDGER).exists()
         if isinstance(error, StoreError):
             message, *fixes = error.args
