@@ -88,8 +88,8 @@ class Florence2(Published):
 
         if "auto_map" in folder.config():
             raise ModelError(
-                f"{folder.name} is Florence-2 as it was first published, with code of its own that "
-                "would have to run",
+                f"{folder.name} is Florence-2 as it was first published, with its own code, "
+                "which would have to be run",
                 "name florence-community/Florence-2-base-ft, or another of florence-community",
             )
         network = load_weights(Florence2ForConditionalGeneration, folder)

@@ -70,7 +70,7 @@ class Folder:
         except (OSError, ValueError) as error:
             raise ModelError(f"{path} cannot be read: {error}", _FIX) from None
         if not isinstance(value, dict):
-            raise ModelError(f"{path} holds no JSON object", _FIX)
+            raise ModelError(f"{path} does not hold a JSON object", _FIX)
         return value
 
     def files(self) -> list[Path]:
@@ -143,7 +143,7 @@ def _explained(folder: Folder, kind: type[Any], error: Exception) -> ModelError:
         except Exception as damage:  # safetensors has an error of its own
             reason = " ".join(str(damage).split())[:120]
             return ModelError(
-                f"{folder.path / name} is damaged or cut short: {reason}", "download it again"
+                f"{folder.path / name} is damaged or truncated: {reason}", "download it again"
             )
     reason = " ".join(str(error).split())[:200]
     return ModelError(f"{folder.name}: cannot load it as {kind.__name__}: {reason}", _FIX)

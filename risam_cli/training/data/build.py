@@ -153,8 +153,8 @@ class DataBuilder:
         samples = PackedSamples(source.iterate())
         if out := samples.without_pixels:
             self.console.warn(
-                f"{key}: {len(out)} expressions are left out: they have a target, but its mask no "
-                f"pixel; the first is {out[0]!r}"
+                f"{key}: {len(out)} expressions are left out: they have a target, but its mask has "
+                f"no pixel; the first is {out[0]!r}"
             )
         if not len(samples):
             raise ConfigError(
