@@ -93,7 +93,7 @@ def test_a_folder_of_images_that_changed(tmp_path: Path, capfd: Any) -> None:
     run.go()
     assert run.encoded == 3
     said = capfd.readouterr().err
-    assert "6 kept, 2 new, 1 gone, and deleted with their masks, 1 to do again" in said
+    assert "6 kept, 2 new, 1 gone, and deleted with their masks, 1 to compute again" in said
     assert "5.png: the image has changed since; computed again" in said
     Run([images], tmp_path / "fresh").go()
     assert contents(out) == contents(tmp_path / "fresh")

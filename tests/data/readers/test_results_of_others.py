@@ -176,7 +176,7 @@ def test_ids_that_name_nothing_are_told(tmp_path: Path, capsys: Any) -> None:
     ]
     source = written(tmp_path / "coco_instances_results.json", rows)
     exported(tmp_path, source)
-    assert "2 results name their image by an id only, which is taken" in capsys.readouterr().err
+    assert "2 results name their image only by an id, which is taken" in capsys.readouterr().err
     images = [{"id": n, "file_name": f"{n}.png", "height": 48, "width": 64} for n in (1, 2)]
     file = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
     exported(tmp_path, source, "--annotations", written(tmp_path / "coco.json", file))
