@@ -499,5 +499,5 @@ def test_an_image_in_a_store_is_named_by_its_url(model: risam_cli.Model, tiny_im
     assert found.image == "memory://api/a.png"
     assert _same(found, model.predict(tiny_images / "a.png", "the star"))
     memory.rm("/api", recursive=True)
-    with pytest.raises(ImageError, match=r"memory://api/a\.png: there is no such"):
+    with pytest.raises(ImageError, match=r"memory://api/a\.png: no such"):
         model.predict("memory://api/a.png", "the star")

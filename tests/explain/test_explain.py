@@ -551,7 +551,7 @@ def test_broken_lines_and_expressions_of_a_manifest_are_told(
     Path("lists/all.jsonl").write_text("\n".join(rows) + "\n")
     assert explain_alone("lists/all.jsonl") == 3
     told = capsys.readouterr().err
-    assert "1 images bring expressions of their own, which are not explained" in told
+    assert "1 images have expressions of their own, which are not explained" in told
     assert "1 images explained" in told
     assert Path("out/images/b/0-the-star.png").is_file()
     failure = json.loads(Path("out/failures.jsonl").read_text())

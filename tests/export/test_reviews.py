@@ -251,7 +251,7 @@ GOOD = '<box label="good" xtl="0" ytl="0" xbr="3" ybr="3"/>'
 @pytest.mark.parametrize(
     ("shape", "told"),
     [
-        ('<polyline label="x" points="0,0;3,3"/>', "a polyline covers nothing"),
+        ('<polyline label="x" points="0,0;3,3"/>', "a polyline has no area"),
         ('<polygon label="x" points="0,0;3,3"/>', "at least three points"),
         ('<polygon label="x" points="0,0;3,q;4,4"/>', "cannot be read"),
         ('<polygon label="x" points="0,0;nan,3;4,4"/>', "not a finite number"),
@@ -324,7 +324,7 @@ def test_an_image_of_absurd_size_draws_nothing(tmp_path: Path) -> None:
         ({"imagePath": None}, "'imagePath'"),
         ({"imageHeight": None}, "'imageHeight'"),
         ({"imageWidth": -3}, "'imageWidth'"),
-        ({"shapes": [7]}, "no shape"),
+        ({"shapes": [7]}, "not a shape"),
         (
             {"shapes": [{"label": "x", "shape_type": "line", "points": [[0, 0], [1, 1]]}]},
             "a 'line'",

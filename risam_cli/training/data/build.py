@@ -309,7 +309,7 @@ def _require_images(key: str, source: SampleSource) -> None:
             missing.append(group.path)
     if missing:
         raise DataError(
-            f"{key}: {len(missing)} of {len(source.order or source.groups)} images are not there, "
+            f"{key}: {len(missing)} of {len(source.order or source.groups)} images are missing, "
             f"first {missing[0]}",
             f"give the folder of the images as {key}.images",
         )

@@ -356,7 +356,7 @@ WRONG_DATA: dict[str, tuple[Any, type[Exception], str]] = {
     "an empty folder": (
         lambda d: {"dataset": "refcoco", "root": str(d / "phrasecut/images")},
         DataError,
-        r"train: the annotations were not found; looked for: .*give by train\.root the folder",
+        r"train: the annotations were not found; looked for: .*name with train\.root the folder",
     ),
     "an image that is not there": (
         _without_image,
