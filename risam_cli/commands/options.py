@@ -224,7 +224,7 @@ def decode_option(function: F) -> F:
     return click.option(
         "--full-decode",
         is_flag=True,
-        help="Decode large JPEGs at full resolution. By default a JPEG of more than four times the "
+        help="Decode large JPEGs at full resolution. By default a JPEG of at least four times the "
         "encoder's size is decoded at reduced scale, in half the time.",
     )(function)
 
