@@ -10,7 +10,7 @@
     │   └── ImageError    one image that cannot be read; an item's failure, never the run's
     ├── OutputError       an output folder that cannot be used or written
     ├── MachineError      out of files, memory or threads: every later item would meet it too
-    └── Interrupted       exit 130: stopped by the user; what was done is kept
+    └── Interrupted       exit 130: stopped by the user; finished work is kept
 
 A message that speaks of a setting holds its key, written by :func:`setting`, not the name that one
 front end has for it. The front end in charge (:func:`use_front_end`) puts its own name there: the

@@ -99,5 +99,5 @@ def test_confined_data_read_no_image_elsewhere(
     for name in ("../png/../m.png", str(tmp_path / "m.png")):
         path.write_text(path.read_text().replace("a.tif", name))
         assert main([*call, str(tmp_path / "image"), "--confine"]) == 1
-        assert f"{name!r} lies outside of {root}" in capfd.readouterr().err
+        assert f"{name!r} is outside of {root}" in capfd.readouterr().err
         path.write_text(path.read_text().replace(name, "a.tif"))

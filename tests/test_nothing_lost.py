@@ -347,7 +347,7 @@ def test_a_lost_checkpoint_is_told_of_and_an_earlier_one_taken(
     assert checkpoints.to_resume() == tmp_path / "last.pt"
     (tmp_path / "last.pt").unlink()
     assert checkpoints.to_resume() == tmp_path / "stage1-step00000002.pt"
-    assert "last.pt is missing; going on from stage1-step00000002.pt" in capsys.readouterr().err
+    assert "last.pt is missing; continuing from stage1-step00000002.pt" in capsys.readouterr().err
     for path in checkpoints.others():
         path.unlink()
     with pytest.raises(ModelError, match="no earlier checkpoint"):

@@ -58,7 +58,7 @@ def samples_of(
         texts = common if own is None else texts_of(own)
         if texts is None:
             raise UsageError(
-                f"image {number} comes without an expression",
+                f"image {number} has no expression",
                 "give expressions, or pairs of an image and its expressions",
             )
         sample, source = sample_of(image, texts, frames, number, full_decode=full_decode)
@@ -85,7 +85,7 @@ def sample_of(
             kind = "None" if image is None else f"a {type(image).__name__}"
             raise UsageError(
                 f"image {number} is {kind}",
-                "give a path, a file's bytes, an image of Pillow's or a numpy array",
+                "give a path, a file's bytes, a Pillow image or a numpy array",
             )
         name = getattr(image, "filename", "") or name
         ready = memory_for_encoder(image, frames, name, MAX_PIXELS, full_decode=full_decode)
@@ -104,7 +104,7 @@ def _decoded(image: Any, name: str) -> Any:
     if hasattr(image, "read") and not isinstance(image, Image.Image):
         data = image.read()
         if data == b"" and image.seekable() and image.tell():
-            raise ImageError(f"{name}: the file is open at its end", "go back by seek(0)")
+            raise ImageError(f"{name}: the file is positioned at its end", "rewind it with seek(0)")
         return Image.fromarray(bytes_to_rgb(data, name, MAX_PIXELS))
     return image
 
@@ -165,7 +165,7 @@ def points_of(points: Iterable[Any]) -> tuple[tuple[float, float], ...]:
         UsageError: one is not.
     """
     if not isinstance(points, Iterable):
-        raise UsageError(f"points {points!r} is no list", "give pairs of x and y in pixels")
+        raise UsageError(f"points {points!r} is not a list", "give pairs of x and y in pixels")
     found = []
     for point in points:
         try:

@@ -36,26 +36,25 @@ def _parse_figures(ctx: click.Context, param: click.Parameter, value: str | None
     type=choice(FORMATS),
     default="text",
     show_default=True,
-    help="How the table is written, on stdout.",
+    help="Format of the table on stdout.",
 )
 @click.option(
     "--figures",
     "chosen",
     metavar="LIST",
     callback=_parse_figures,
-    help="Only these, comma separated, such as oiou,miou,pr@0.5.  [default: all]",
+    help="Only these figures, comma separated, such as oiou,miou,pr@0.5.  [default: all]",
 )
-@click.option("--slices", is_flag=True, help="Also the differences in each slice.")
+@click.option("--slices", is_flag=True, help="Also show the differences in each slice.")
 @verbosity_options
 def command(reports: tuple[str, ...], form: str, chosen: frozenset[str], slices: bool) -> None:
     """Put any number of eval reports side by side, on the expressions that all of them scored.
 
     REPORT is a report.json of `risam eval`, or its folder; NAME is what its run is called in the
-    table. Each run is held against the first one of its split: the difference of every figure, its
+    table. Each run is compared with the first one of its split: the difference of every figure, its
     95 % interval by a bootstrap that is paired by image, and its p-value. Reports of several splits
-    give a table each, in LaTeX one with the splits beside each other. One report alone gives its
-    figures with their own intervals. Figures are per cent; in CSV
-    they are fractions in 0..1.
+    give one table each, in LaTeX one table with the splits side by side. A single report gives its
+    figures with their own intervals. Figures are per cent; in CSV they are fractions in 0..1.
 
     \b
     Examples:

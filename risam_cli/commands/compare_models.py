@@ -64,8 +64,8 @@ def command(**options: Any) -> int:
     """Draw several models' masks side by side, after Figure 2 of the paper.
 
     Writes one picture, comparison.png, with a row for each image and expression: the image, the
-    true mask where --truth gives it, each model's mask, and beneath it its IoU, or its own score
-    where the truth is not known.
+    true mask if --truth gives it, each model's mask, and below it its IoU, or its own score if the
+    truth is unknown.
 
     \b
     Examples:
@@ -185,7 +185,7 @@ def _read_truth(path: Path, shape: tuple[int, ...]) -> Rle:
     if (height, width) != tuple(shape):
         raise UsageError(
             f"{path} is {width}x{height}, its image {shape[1]}x{shape[0]}",
-            "give the mask of this image, as large as it is",
+            "give the mask of this image, at the image's size",
         )
     return found
 

@@ -95,11 +95,10 @@ def command(model: str | None, device: str, precision: str, quick: bool, as_json
 
     Prints versions, the device and the precision that would be chosen and why, cores, memory,
     image formats, and the time of a forward pass: one 256x256 image with 4 expressions, the median
-    of 5. Then reads and encodes for some seconds, and says which precision, batch size and number
-    of workers this machine is best served by. On a CPU it also measures which kernel multiplies
-    fastest, how many patches are best computed at a time and how many threads an image is best
-    given, and keeps that for the other commands. Exit code 0 where `risam predict` can run, else 1
-    with a fix for each problem.
+    of 5. Then reads and encodes for some seconds, and recommends a precision, batch size and number
+    of workers for this machine. On a CPU it also measures which kernel multiplies fastest, and the
+    best number of patches at a time and of threads per image, and stores the result for the other
+    commands. Exit code 0 if `risam predict` can run, else 1 with a fix for each problem.
 
     \b
     Examples:
@@ -262,7 +261,7 @@ def _calibrated(encoder: ImageEncoder) -> Facts:
     try:
         keep(encoder.image_size, found)
     except OutputError as error:
-        get_console().warn(f"what was measured is not kept: {error}")
+        get_console().warn(f"the measurements could not be saved: {error}")
     return {**found.model_dump(), "file": str(path_of_calibration())}
 
 
@@ -309,11 +308,11 @@ def _why_device(asked: str, device: torch.device) -> str:
     if asked != "auto":
         return "asked for"
     if device.type == "cuda":
-        return "a CUDA GPU is there"
+        return "a CUDA GPU is available"
     if device.type == "mps":
-        return "no CUDA GPU, but Apple's MPS is there"
+        return "no CUDA GPU, but Apple's MPS is available"
     if torch.version.cuda is None and torch.version.hip is None:
-        return "this build of torch knows no GPU, and there is no MPS"
+        return "this build of torch has no GPU support, and there is no MPS"
     return "torch finds no GPU, and there is no MPS"
 
 

@@ -55,7 +55,7 @@ PROTOCOLS = ("native", "lavt", "cris", "gres", "lisa", "phrasecut")
     "image_root",
     type=Place(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Where image file names start.  [default: looked for near --root]",
+    help="Folder that image file names are relative to.  [default: looked for near --root]",
 )
 @click.option(
     "--split",
@@ -100,13 +100,13 @@ PROTOCOLS = ("native", "lavt", "cris", "gres", "lisa", "phrasecut")
     "--only-every",
     type=click.IntRange(min=2),
     metavar="N",
-    help="Of N images score the first alone: what training has held out with only_every: N.",
+    help="Score only the first of every N images: what training held out with only_every: N.",
 )
 @click.option(
     "--leave-out-every",
     type=click.IntRange(min=2),
     metavar="N",
-    help="Of N images score all but the first.",
+    help="Score all but the first of every N images.",
 )
 @click.option(
     "--limit", type=click.IntRange(min=1), metavar="N", help="Score at most N expressions."
@@ -115,17 +115,17 @@ PROTOCOLS = ("native", "lavt", "cris", "gres", "lisa", "phrasecut")
     "--shuffle",
     type=click.IntRange(min=0),
     metavar="SEED",
-    help="Take images in the order of this seed, for a quick look with --limit.",
+    help="Shuffle the images with this seed, for a quick look with --limit.",
 )
 @click.option(
     "--slice",
     "slices",
     multiple=True,
     metavar="NAME[:BINS]",
-    help="Also figures by this: length (words) or size (% of the image) in bins, such as "
+    help="Also report figures by length (words) or size (% of the image) in bins, such as "
     "length:1-3,4-7, or a column of the data, such as weather or weather:sun,rain. Repeatable.",
 )
-@click.option("--skip-missing", is_flag=True, help="Missing images are no reason to exit with 3.")
+@click.option("--skip-missing", is_flag=True, help="Do not exit with 3 because of missing images.")
 @click.option(
     "--threshold",
     type=float,

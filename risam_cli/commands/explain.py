@@ -100,13 +100,13 @@ def _parse_points(
 def command(**options: Any) -> int:
     """Show what the network looked at, after Figure 1 of the paper.
 
-    IMAGE is an image file, or a folder, a pattern or a manifest of images. Of several, each image
-    has a page of its own, and index.html leads to them.
+    IMAGE is an image file, or a folder, a pattern or a manifest of images. If there are
+    several, each image has its own page, and index.html links to them.
 
-    For each word the regions that it attends to (Language-Guided Attention), for points of the
-    image the words that inform them most (Vision-Guided Attention), and the predicted mask: a
-    picture for each expression, and one page, explain.html, that opens anywhere and answers to
-    mouse, touch and keyboard.
+    Shows for each word the regions that it attends to (Language-Guided Attention), for points of
+    the image the words that inform them most (Vision-Guided Attention), and the predicted mask.
+    Writes a picture for each expression, and one page, explain.html, that opens offline and
+    responds to mouse, touch and keyboard.
 
     \b
     Examples:
@@ -144,7 +144,7 @@ def _explain(
         return EXIT_OK
     if given.unasked:
         console.warn(
-            f"{given.unasked} images bring expressions of their own, which are not explained: only "
+            f"{given.unasked} images have expressions of their own, which are not explained: only "
             "those given by -e are"
         )
     explain = _explainer(given, expressions, **options)
@@ -213,7 +213,7 @@ def _given(inputs: tuple[str, ...], expressions: tuple[str, ...], output: Path) 
             unasked.add(key)
     if not images:
         why = f"; the first failure: {failures[0].message}" if failures else ""
-        message = f"{', '.join(inputs)}: no image is there{why}"
+        message = f"{', '.join(inputs)}: there is no image{why}"
         raise DataError(message, "name image files or a folder")
     single = not failures and len(inputs) == 1 and list(images) == list(found.arguments)
     return _Given(images, tuple(failures), single, len(unasked))
@@ -276,7 +276,8 @@ def _explainer(
     shown = Shown(points, grid, block, head)
     segmenter = _segmenter(model, settings, shown)
     session = Session(segmenter, compute_settings(segmenter, settings))
-    bar = segmenter.thresholds.no_target if no_target_threshold is None else no_target_threshold
+    if no_target_threshold is None:
+        no_target_threshold = segmenter.thresholds.no_target
 
     def explain(image: str) -> Explanation:
         path = given.images[image]
@@ -287,7 +288,7 @@ def _explainer(
             segmenter.loaded.tokenizer,
             segmenter.name,
             segmenter.hash,
-            bar,
+            no_target_threshold,
             session.encode(scaled),
             image,
             rgb,

@@ -53,7 +53,7 @@ def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
 @click.option(
     "--image-root",
     type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Where relative image paths begin.  [default: the working folder]",
+    help="Folder that image paths are relative to.  [default: the working folder]",
 )
 @click.option(
     "--annotations",
@@ -63,7 +63,7 @@ def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
 @click.option(
     "--category-map",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="JSON, YAML or CSV from expression to category; `*` is for all others.",
+    help="JSON, YAML or CSV that maps expressions to categories; `*` stands for all others.",
 )
 @names_option
 @click.option("--one-class", metavar="NAME", help="One category for all masks.")
@@ -86,14 +86,14 @@ def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
     "--agree-with",
     type=click.Path(path_type=Path, allow_dash=False),
     metavar="PREDICTIONS",
-    help="Skip masks that these, such as another model's, do not have too.",
+    help="Skip masks that these predictions, such as another model's, do not have.",
 )
 @click.option(
     "--min-iou",
     type=float,
     metavar="P",
     callback=check_unit,
-    help="--agree-with: from which IoU on two masks agree.  [default: 0.7]",
+    help="--agree-with: lowest IoU at which two masks agree.  [default: 0.7]",
 )
 @click.option(
     "--simplify",
@@ -154,7 +154,7 @@ def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
     help="cutout: margin around the mask.",
 )
 @click.option(
-    "--copy-images", is_flag=True, help="coco, yolo, labelme, cvat: copy the images along."
+    "--copy-images", is_flag=True, help="coco, yolo, labelme, cvat: also copy the images."
 )
 @click.option(
     "--max-pixels",
@@ -199,8 +199,8 @@ def command(
     (instances.json) or results, a folder of PNG masks with a manifest (columns image, expression,
     mask), what CVAT or labelme saved after a review, or `-` for JSONL on stdin.
 
-    What is lost on the way (holes, overlaps, polygons against masks) is told at the end, and with
-    --json on stdout.
+    What is lost in the conversion (holes, overlaps, polygons against masks) is reported at the
+    end, and with --json on stdout.
 
     \b
     Examples:

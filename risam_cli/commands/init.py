@@ -28,7 +28,8 @@ _USAGE = """\
     "--images",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where the file names of the images start.  [default: beside ANNOTATIONS, or in images/]",
+    help="Folder that image file names are relative to.  [default: beside ANNOTATIONS, or in "
+    "images/]",
 )
 @click.option(
     "-o",
@@ -39,13 +40,13 @@ _USAGE = """\
     show_default=True,
     help="The file to write.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace FILE if it is there.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
 @verbosity_options
 def command(annotations: Path, images: Path | None, output: Path, overwrite: bool) -> None:
     """Write a commented YAML file that trains on your own data.
 
-    ANNOTATIONS is a COCO-style JSON file of images, masks and expressions. What is found in it
-    decides what the file says: which images are held out, whether words must be learned, how many
+    ANNOTATIONS is a COCO-style JSON file of images, masks and expressions. Its content
+    determines the settings: which images are held out, whether words must be learned, how many
     steps make a first try. Nothing else is needed to train.
 
     \b

@@ -24,14 +24,14 @@ from risam_cli.console.console import get_console
 @json_option
 @verbosity_options
 def command(folders: tuple[Path, ...], output: Path, overwrite: bool, as_json: bool) -> None:
-    """Put the output folders of all shards of one run together.
+    """Merge the output folders of all shards of one run.
 
-    DIR is the output folder of `risam predict --shard I/N`, or a folder that holds all of them as
-    torchrun makes it with --no-merge. The result is what one run without shards would have
-    written, byte for byte (but for times in run.json), and can be resumed and exported like it.
+    DIR is the output folder of `risam predict --shard I/N`, or a folder that holds all of them, as
+    made by torchrun with --no-merge. The result is what one run without shards would have written,
+    byte for byte (except for times in run.json), and can be resumed and exported like it.
 
-    Refused are shards of different inputs, models or settings, unfinished ones, and sets in which
-    one is missing or doubled.
+    Shards of different inputs, models or settings, unfinished shards, and sets with a missing or
+    duplicate shard are refused.
 
     \b
     Examples:

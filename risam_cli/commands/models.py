@@ -49,15 +49,15 @@ def command() -> None:
     metavar="DIR",
     multiple=True,
     type=click.Path(path_type=Path, file_okay=False),
-    help="Also the model folders below DIR; may be given several times.",
+    help="Also list the model folders below DIR; may be given several times.",
 )
 @json_option
 @verbosity_options
 def list_models(folders: tuple[Path, ...], as_json: bool) -> int:
     """List the bundled models, those below each --dir, and the published ones that have a name.
 
-    Of a published model it says whether it is in the Hugging Face cache, so that it needs no
-    network, its licence, what it is good at, and its publishers' own figures. A folder that looks
+    For a published model it shows whether it is in the Hugging Face cache and needs no network, its
+    licence, what it is good at, and its publishers' own figures. A folder that looks
     like a model but cannot be read is listed with the reason (exit code 3).
 
     \b
@@ -159,8 +159,8 @@ def _show(facts: dict[str, Any], as_json: bool) -> None:
 def verify(model: str | None, as_json: bool) -> int:
     """Check a model folder: every file, every tensor, and that they fit each other.
 
-    The weights are loaded just as `risam predict` loads them, and looked through for values that
-    are not finite. Exit code 1 where anything is wrong, with one line for each problem.
+    The weights are loaded just as `risam predict` loads them, and checked for values that are
+    not finite. Exit code 1 if anything is wrong, with one line for each problem.
 
     \b
     Examples:
@@ -200,8 +200,8 @@ def verify(model: str | None, as_json: bool) -> int:
 def fetch(model: str) -> None:
     """Download a published model ahead of its use, into the Hugging Face cache.
 
-    NAME is a short name, a name on the Hugging Face hub, or KIND:NAME[+SECOND]. What is there
-    already is not downloaded again. Prints the folder of each part.
+    NAME is a short name, a name on the Hugging Face hub, or KIND:NAME[+SECOND]. What is
+    already there is not downloaded again. Prints the folder of each part.
 
     \b
     Examples:

@@ -182,7 +182,7 @@ def device_options(function: F) -> F:
             type=choice(PRECISIONS),
             default="auto",
             show_default=True,
-            help="auto is bf16 where the device has it fast, else fp32.",
+            help="auto is bf16 if it is fast on the device, else fp32.",
         ),
     )(function)
 
@@ -207,7 +207,7 @@ def batch_options(function: F) -> F:
             metavar="N",
             default=8,
             show_default=True,
-            help="Images per batch; halved automatically where memory runs out.",
+            help="Images per batch; halved automatically if memory runs out.",
         ),
         click.option(
             "--workers",
@@ -224,7 +224,7 @@ def decode_option(function: F) -> F:
     return click.option(
         "--full-decode",
         is_flag=True,
-        help="Decode large JPEGs at full resolution. By default a JPEG of more than four times the "
+        help="Decode large JPEGs at full resolution. By default a JPEG of at least four times the "
         "encoder's size is decoded at reduced scale, in half the time.",
     )(function)
 
@@ -275,8 +275,8 @@ def cache_options(function: F) -> F:
             "--feature-cache",
             type=click.Path(path_type=Path, file_okay=False),
             metavar="DIR",
-            help="Store the image encoder's features here, in half precision, and reuse those that "
-            "are there. Several runs may share it.",
+            help="Store the image encoder's features here, in half precision, and reuse "
+            "existing ones. Several runs may share the folder.",
         ),
         click.option(
             "--feature-cache-limit",
@@ -306,12 +306,12 @@ def threshold_options(function: F) -> F:
     return _stack(
         click.option(
             "--threshold",
-            help="Least probability of a pixel in the mask.  [default: the model's]",
+            help="Pixels above this probability are in the mask.  [default: the model's]",
             **unit,
         ),
         click.option(
             "--no-target-threshold",
-            help="The mask is empty where `nothing fits` is at least this probable.  "
+            help="The mask is empty above this probability of `nothing fits`.  "
             "[default: the model's]",
             **unit,
         ),
@@ -329,7 +329,7 @@ def instance_options(function: F) -> F:
             type=choice(("union", "best")),
             default="union",
             show_default=True,
-            help="Of several instances of an expression: one mask of all, or the best alone.",
+            help="For several instances of an expression: one mask of all, or only the best.",
         ),
         click.option(
             "--instance-threshold",
@@ -337,7 +337,7 @@ def instance_options(function: F) -> F:
             metavar="P",
             default=None,
             callback=check_unit,
-            help="Least score of an instance.  [default: the model's]",
+            help="Instances above this score count.  [default: the model's]",
         ),
     )(function)
 
@@ -372,7 +372,7 @@ class _Folder(Place):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
-            self.fail("it is empty (a variable that is not set?); name a folder.", param, ctx)
+            self.fail("it is empty (an unset variable?); name a folder.", param, ctx)
         found = super().convert(value, param, ctx)
         if "://" in str(found) and not self._remote:
             self.fail(f"{value!r}: a folder on a disk is needed here.", param, ctx)
@@ -403,9 +403,8 @@ def names_option(function: F) -> F:
     return click.option(
         "--names",
         type=choice(("relative", "base", "absolute")),
-        help="What images that are named by absolute paths are called in the output: from the "
-        "folder that all have in common, by the file's name alone, or by the whole path.  "
-        "[default: relative]",
+        help="How images given by absolute paths are named in the output: from the folder that "
+        "all share, by the file's name only, or by the whole path.  [default: relative]",
     )(function)
 
 

@@ -86,7 +86,7 @@ def _parse_timeout(ctx: click.Context, param: click.Parameter, value: float) -> 
     "given",
     multiple=True,
     metavar="TEXT",
-    help="Ask this of every image that has no expression of its own. May be given several times.",
+    help="Expression for every image that has none of its own. May be given several times.",
 )
 @click.option(
     "--expressions",
@@ -145,7 +145,7 @@ def _parse_timeout(ctx: click.Context, param: click.Parameter, value: float) -> 
     "--shard",
     metavar="I/N",
     help="Process only part I of N, counted from 0.  [default: all; under torchrun, each process "
-    "its part, put together at the end]",
+    "its part, merged at the end]",
 )
 @click.option(
     "--no-merge",
@@ -181,7 +181,7 @@ def _parse_timeout(ctx: click.Context, param: click.Parameter, value: float) -> 
     "-0",
     "null_separated",
     is_flag=True,
-    help="- takes paths that end in NUL, as find -print0 writes them.",
+    help="With -: paths are NUL-terminated, as written by find -print0.",
 )
 @click.option(
     "--dry-run",
@@ -320,7 +320,7 @@ def _predict_together(options: _Options, ranks: Ranks) -> int:
     if not _inputs(options, options.output).repeatable:
         raise UsageError(
             "stdin and pipes can be read by one process, not by those of torchrun",
-            "write what they bring to a manifest",
+            "write their content to a manifest",
         )
     if options.remote is not None and options.no_merge:
         raise UsageError("--no-merge needs an -o on a disk", "use --shard, each part with its -o")
@@ -355,7 +355,7 @@ def _inputs(options: _Options, output: Path) -> Inputs:
     for argument in options.inputs:
         if os.path.isdir(argument) and os.path.realpath(argument) == os.path.realpath(output):
             raise UsageError(
-                f"-o {output} is the input folder too", "give the results a folder of their own"
+                f"-o {output} is also the input folder", "give the results their own folder"
             )
     if options.null_separated and "-" not in options.inputs:
         raise UsageError("-0 is for paths on stdin", "name - among the inputs")
@@ -395,17 +395,17 @@ def _asking_again(options: _Options, output: Path) -> _Options:
     if not expressions:
         named = ", ".join(repr(text) for text in before[:_NAMED])
         more = f" and {len(before) - _NAMED} more" if len(before) > _NAMED else ""
-        get_console().info(f"asking again what {output} asked: {named}{more}")
+        get_console().info(f"using the expressions of the run in {output}: {named}{more}")
     elif not options.retry_failed:
         return options  # the inputs of a run may change
     elif sorted(expressions) != sorted(before):
         missing = [repr(text) for text in before if text not in expressions]
         surplus = [repr(text) for text in expressions if text not in before]
-        told = [f"does not ask {', '.join(missing)}"] if missing else []
-        told += [f"asks {', '.join(surplus)} too"] if surplus else []
+        told = [f"leaves out {', '.join(missing)}"] if missing else []
+        told += [f"adds {', '.join(surplus)}"] if surplus else []
         raise UsageError(
-            f"--retry-failed {' and '.join(told)}, other than the run in {output}",
-            "leave out -e and --expressions: the same is asked again",
+            f"--retry-failed {' and '.join(told)}, unlike the run in {output}",
+            "leave out -e and --expressions to use the same expressions",
         )
     return replace(options, given=before, expressions_file=None)
 
@@ -542,14 +542,14 @@ def _dry_run(options: _Options, inputs: Inputs, shard: Shard, output: Path) -> i
     for reason, number in sorted(inputs.skipped.items()):
         say(f"skipped: {number} {reason}")
     before = f", {found.done} done already" if found.done else ""
-    before += f", {found.failed} that failed before and are not tried again" * bool(found.failed)
+    before += f", {found.failed} that failed before and are not retried" * bool(found.failed)
     holds = " (holds a run already)" if earlier is None and (output / LEDGER).exists() else ""
     say(
         f"{found.images} images, {found.records} records to make, {found.bad} that would fail"
         f"{before}; output: {output}{holds}"
     )
     if not found.entries:
-        raise DataError("the inputs name no image", "check the paths")
+        raise DataError("the inputs contain no image", "check the paths")
     return EXIT_SOME_FAILED if found.bad or found.failed else EXIT_OK
 
 

@@ -35,7 +35,8 @@ def _check_splits(ctx: click.Context, param: click.Parameter, value: str) -> tup
     type=choice((*FAMILIES, "all")),
     default="all",
     show_default=True,
-    help="After RefCOCO, RefCOCO+ (no place words), G-Ref (relations), gRefCOCO (several or none).",
+    help="Modelled on RefCOCO, RefCOCO+ (no place words), G-Ref (relations), gRefCOCO (several or "
+    "none).",
 )
 @click.option(
     "--splits",
@@ -51,7 +52,7 @@ def _check_splits(ctx: click.Context, param: click.Parameter, value: str) -> tup
     "--scenes",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Scenes of every split.  [default: train 40000, the others 500]",
+    help="Scenes per split.  [default: train 40000, the others 500]",
 )
 @click.option(
     "--expressions",
@@ -59,7 +60,7 @@ def _check_splits(ctx: click.Context, param: click.Parameter, value: str) -> tup
     metavar="N",
     default=6,
     show_default=True,
-    help="Expressions of every scene.",
+    help="Expressions per scene.",
 )
 @click.option(
     "--size",
@@ -82,19 +83,20 @@ def _check_splits(ctx: click.Context, param: click.Parameter, value: str) -> tup
     type=choice(FORMATS),
     default="own",
     show_default=True,
-    help="own is refer, and grefcoco for grefshapes.",
+    help="own means refer, or grefcoco for grefshapes.",
 )
 @click.option(
     "--image-format",
     type=choice(IMAGE_FORMATS),
     default="jpg",
     show_default=True,
-    help="jpg is named as the benchmarks name theirs; png keeps every pixel.",
+    help="jpg is named like the benchmarks' images; png keeps every pixel.",
 )
 @click.option(
     "--polygons",
     is_flag=True,
-    help="Masks as polygons, holes bridged, where these are exact; for loaders that take no RLE.",
+    help="Write masks as polygons, with bridged holes, if these are exact; for loaders that cannot "
+    "read RLE.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote.")
 @json_option
@@ -150,12 +152,12 @@ def command(
         if counts["left_out"]:
             console.warn(
                 f"{counts['left_out']} phrases without a target are not written: "
-                "PhraseCut's format has no words for them"
+                "PhraseCut's format cannot express them"
             )
         if counts.get("kept_as_rle"):
             console.warn(
-                f"{counts['kept_as_rle']} of {counts['annotations']} masks are no exact set of "
-                "polygons and stay RLE"
+                f"{counts['kept_as_rle']} of {counts['annotations']} masks cannot be written "
+                "exactly as polygons and stay RLE"
             )
         written.append(about)
     if as_json:

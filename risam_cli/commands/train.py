@@ -54,11 +54,11 @@ def command(
     overwrite: bool,
     print_config: bool,
 ) -> int | None:
-    """Train a model as CONFIG, a YAML file, says.
+    """Train a model by the settings in CONFIG, a YAML file.
 
     The file is checked as a whole before anything loads. Writes checkpoints/, metrics.jsonl,
     config.resolved.yaml, tensorboard/, pictures/, training.html and best/, a folder that --model
-    takes. Ctrl-C ends it after the present step, with a checkpoint; once more ends it at once.
+    takes. Ctrl-C ends it after the current step, with a checkpoint; a second Ctrl-C at once.
 
     \b
     Examples:

@@ -216,7 +216,7 @@ def _tell_surplus(index: PredictionIndex, source: SampleSource, asked: EvalReque
     taken = [("limit", asked.limit)] if asked.limit is not None else []
     if taken := [*taken, *filter(None, [asked.part])]:
         why = ", ".join(setting(key, value) for key, value in taken)
-        get_console().info(told(f"{index.unused} predictions were not looked at ({why})"))
+        get_console().info(told(f"{index.unused} predictions were ignored ({why})"))
         return 0
     first = ""
     with TextIOWrapper(create(path), "utf-8", "backslashreplace") as stream:

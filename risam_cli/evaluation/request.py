@@ -127,8 +127,8 @@ class EvalRequest:
         if self.root is None and self.part is not None:
             key, every = self.part
             raise UsageError(
-                f"{setting(key, every)} takes a part of files, and these scenes are drawn",
-                f"take fewer of them by {setting('limit')}",
+                f"{setting(key, every)} applies to files, but these scenes are drawn",
+                f"use fewer of them with {setting('limit')}",
             )
         if self.split is None and self.root is None:
             raise UsageError(

@@ -117,8 +117,8 @@ def _seen_other_content(entries: Sequence[TrainedOn], source: SampleSource) -> S
         if alike and entry.files and entry.files[0].name == own:
             return Seen(
                 remarks=(
-                    f"this model was trained on {entry.told()}, when that file had other content: "
-                    "images may be among these that were in its training",
+                    f"this model was trained on {entry.told()}, when that file had different "
+                    "content: some of these images may have been in its training",
                 )
             )
     return Seen(0)

@@ -24,7 +24,7 @@ class Explainer:
 
     Attributes:
         name, hash: the model's.
-        bar: probability of "nothing fits" above which a mask is emptied.
+        no_target_threshold: probability of "nothing fits" above which a mask is emptied.
         image: the image's name; rgb: (H, W, 3) uint8.
     """
 
@@ -32,7 +32,7 @@ class Explainer:
     tokenizer: TextTokenizer
     name: str
     hash: str
-    bar: float
+    no_target_threshold: float
     encoded: Encoded
     image: str
     rgb: NDArray[np.uint8]
@@ -66,7 +66,7 @@ class Explainer:
         for x, y in shown.points:
             attention.region_at(x, y)
         sample = Sample(self.image, Path(self.image), (Expression(f"{self.image}#0", text),))
-        found = self.session.ask(self.encoded, sample, self.bar)
+        found = self.session.ask(self.encoded, sample, self.no_target_threshold)
         if found.failures:
             raise ModelError(found.failures[0].message)
         return Explained(found.predictions[0], attention)

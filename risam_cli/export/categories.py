@@ -250,7 +250,9 @@ def read_map(path: Path) -> ByMap:
                 "give one whole number from 0 for each category",
             )
     if len(set(numbers.values())) < len(numbers):
-        raise DataError(f"category map {path}: two categories have one number", "number them apart")
+        raise DataError(
+            f"category map {path}: two categories have one number", "give each its own number"
+        )
     return ByMap(names, path, numbers)
 
 

@@ -58,9 +58,9 @@ class Yolo(Format):
                 )
         elif image.target != image.own_name:
             self.context.tally.note(
-                "labels are not called as their image, so readers will not find them by name; "
+                "labels are not named like their image, so readers will not find them by name; "
                 "mapping.jsonl says which belongs to which, "
-                + told(f"{setting('copy_images')} names both alike")
+                + told(f"{setting('copy_images')} names both the same")
             )
         self._mapping.add(json.dumps(row) + "\n")
 
@@ -93,7 +93,7 @@ class Yolo(Format):
             if not self.context.copy_images:
                 self.context.tally.remarks.append(
                     "labels only: data.yaml names images/train and images/val, where the images "
-                    + told(f"are to be put; {setting('copy_images')} copies them there")
+                    + told(f"must be placed; {setting('copy_images')} copies them there")
                 )
         head = {**places, "nc": len(names), "names": names}
         text = yaml.safe_dump(head, allow_unicode=True, sort_keys=False, width=1 << 20)

@@ -133,7 +133,7 @@ class FolderLock:
         by = "" if owner is None else f" (process {owner.pid} on {host})"
         return Taken(
             f"{self.folder}: another run is writing to this folder{by}",
-            f"wait for it, or choose another output folder; if no such process lives, "
+            f"wait for it, or choose another output folder; if no such process is running, "
             f"delete {self._path}",
         )
 

@@ -140,4 +140,4 @@ def _unzipped(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
     except zlib.error as error:
         raise DataError(f"{name}: the gzip file is damaged ({error})", "copy it again") from None
     if not unzip.eof:
-        raise DataError(f"{name}: the gzip file is cut short", "copy it again")
+        raise DataError(f"{name}: the gzip file is truncated", "copy it again")

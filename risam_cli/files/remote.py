@@ -114,7 +114,7 @@ def refuse(error: Exception, url: str) -> NoReturn:
         )
         raised.of_all = True
     elif isinstance(error, ValueError) and "rotocol" in text:
-        raised = StoreError(f"{url}: no kind of storage is called {scheme}://", "check the address")
+        raised = StoreError(f"{url}: unknown storage type {scheme}://", "check the address")
     elif type(error).__name__ in _NO_CREDENTIALS or any(sign in str(error) for sign in _REFUSED):
         raised = StoreError(
             f"{url}: the credentials for {scheme}:// are missing or refused ({text})",
@@ -123,12 +123,12 @@ def refuse(error: Exception, url: str) -> NoReturn:
         )
         raised.of_all = True
     elif isinstance(error, FileNotFoundError) and _has_no_bucket(url):
-        raised = StoreError(f"{url}: there is no such bucket", "check the address")
+        raised = StoreError(f"{url}: no such bucket", "check the address")
     elif isinstance(error, FileNotFoundError) or status in (404, 410):
-        raised = StoreError(f"{url}: there is no such object", "check the address")
+        raised = StoreError(f"{url}: no such object", "check the address")
     elif isinstance(error, PermissionError) or status in (401, 403):
         raised = StoreError(
-            f"{url}: the store refuses access ({text})", "check the address and your rights"
+            f"{url}: the store refuses access ({text})", "check the address and your permissions"
         )
     elif isinstance(error, NotImplementedError):
         raised = StoreError(f"{url}: {scheme}:// cannot be written to", "choose another store")

@@ -270,7 +270,7 @@ def read_object(path: RemotePath, most: int | None = None) -> tuple[bytes, Objec
         part = {} if wanted == info.size else {"start": 0, "end": wanted}
         data: bytes = fs.cat_file(inner, **part)
         if wanted is not None and len(data) != wanted:
-            raise ConnectionError(f"{len(data)} of {wanted} bytes came")
+            raise ConnectionError(f"{len(data)} of {wanted} bytes were received")
         return data, info
 
     return patiently(once, path.url)
@@ -293,7 +293,7 @@ def read_member(path: TarPath) -> bytes:
         fs, inner = file_system(url)
         data: bytes = fs.cat_file(inner, start=path.start, end=end)
         if len(data) != path.size:
-            raise ConnectionError(f"{len(data)} of {path.size} bytes came")
+            raise ConnectionError(f"{len(data)} of {path.size} bytes were received")
         return data
 
     return patiently(once, str(path))
@@ -397,7 +397,7 @@ class _RemoteFile(io.RawIOBase):
             raise
         if not data and most and self._size is not None and self._at < self._size:
             self._file = None
-            raise ConnectionError(f"{self._at} of {self._size} bytes came")
+            raise ConnectionError(f"{self._at} of {self._size} bytes were received")
         return data
 
     def _skip(self) -> None:

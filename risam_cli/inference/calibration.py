@@ -103,7 +103,7 @@ def calibration() -> Calibration:
     except FileNotFoundError:
         return default
     except (OSError, ValidationError):
-        get_console().warn(f"{path} is damaged: not used; `risam doctor` writes it anew")
+        get_console().warn(f"{path} is damaged and not used; `risam doctor` writes it again")
         return default
     of_this = (kept.processor, kept.torch) == (default.processor, default.torch)
     return kept if of_this else default

@@ -53,7 +53,7 @@ Select = Literal["union", "best", "all"]
 """What becomes of several instances of an expression: one mask of all, the best alone, or each."""
 
 _TEXTS_KEPT = 512  # expressions whose text features are kept
-_NOT_FINITE = "the network gave numbers that are not finite"
+_NOT_FINITE = "the network returned numbers that are not finite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -578,7 +578,7 @@ def _explained(error: Exception) -> tuple[str, str]:
     if is_device_lost(error):
         raise ModelError(
             f"the device failed: {text}",
-            f"what was done is kept; continue with {setting('resume')} once it works again",
+            f"finished work is kept; continue with {setting('resume')} once it works again",
         ) from error
     if is_out_of_memory(error):
         fix = told(f"use a smaller model or {setting('device', 'cpu')}")

@@ -241,7 +241,7 @@ class FeatureStore:
             self.counts.damaged += 1
             told = self.counts.damaged
         if told <= _TOLD:
-            get_console().warn(f"feature cache: {path} is damaged ({why}); it is made again")
+            get_console().warn(f"feature cache: {path} is damaged ({why}); it is computed again")
         with contextlib.suppress(OSError):
             path.unlink()
             self._release(size)
@@ -385,7 +385,7 @@ def _parse(place: Bytes, key: str) -> Entry:
     """
     length = int.from_bytes(place[:8].tobytes(), "little")
     if len(place) < 8 + length or length < _CRC_AT + 8:
-        raise ValueError("it is cut short")
+        raise ValueError("it is truncated")
     text = place[8 : 8 + length].tobytes()
     data = place[8 + length :]
     blank = text[:_CRC_AT] + _NO_CRC + text[_CRC_AT + 8 :]
@@ -394,7 +394,7 @@ def _parse(place: Bytes, key: str) -> Entry:
     described = load_json(text)
     notes = described.pop("__metadata__")
     if notes["key"] != key:
-        raise ValueError("it is of another picture")
+        raise ValueError("it belongs to another picture")
     # The length before the header has no checksum: another one would move where data begin.
     if max(one["data_offsets"][1] for one in described.values()) != len(data):
         raise ValueError("its header has another length")

@@ -292,7 +292,7 @@ class ProcessLoader(_Loader, threading.Thread):
                 self._drive()
         except Exception as caught:  # no processes to be had: raised where images are taken
             error = RisamError(
-                f"images cannot be read in processes of their own: {caught}",
+                f"images cannot be read in separate processes: {caught}",
                 "use 0 workers, which reads them in threads",
             )
             with self._changed:

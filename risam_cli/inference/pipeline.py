@@ -192,8 +192,8 @@ def _require_instances(segmenter: Segmenter, settings: PredictSettings) -> None:
     """Raises UsageError where instances are asked of a model that knows none."""
     if settings.select == "all" and not segmenter.capabilities.instances:
         raise UsageError(
-            f"{segmenter.name}, a {segmenter.kind}, does not tell instances from each other",
-            "ask it for one mask an expression",
+            f"{segmenter.name}, a {segmenter.kind}, does not distinguish instances",
+            "use one mask per expression",
         )
     if settings.instance_threshold is not None and segmenter.thresholds.instance is None:
         raise UsageError(

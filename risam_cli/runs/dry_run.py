@@ -29,7 +29,7 @@ class DryRun:
         bad: expressions and lines that would fail.
         covered: entries that are not to be done any more, and what came of them:
         done: expressions that an earlier run has answered.
-        failed: expressions and lines that failed in it and are not tried again.
+        failed: expressions and lines that failed in it and are not retried.
         first: the first few entries, one line each.
     """
 
@@ -106,7 +106,7 @@ def look_through(
                 problem = str(error)
         if not problem and entry.sample.size not in {None, size}:
             height, width = size
-            problem = f"{entry.sample.path}: {width}x{height}, which is not what its data set says"
+            problem = f"{entry.sample.path}: {width}x{height}, which differs from its data set"
         if problem:
             found.bad += len(entry.sample.expressions)
             where = f"{entry.where}: " if entry.where else ""

@@ -172,7 +172,7 @@ class RunFolder(OutputFolder):
             self.write(RUN, text)
         except OutputError as error:
             raise OutputError(
-                f"{error.message}; what was done is kept",
+                f"{error.message}; finished work is kept",
                 f"{error.fix}, then continue with {setting('resume')}",
             ) from error
 

@@ -175,7 +175,7 @@ def _read_part(folder: Path) -> Part:
         index, count = run["settings"]["shard"]
         fits = all(type(v) is int for v in (index, count)) and 0 <= index < count
     except FileNotFoundError:
-        raise DataError(f"{folder} has no {RUN}", "let its run begin at least") from None
+        raise DataError(f"{folder} has no {RUN}", "its run must at least have started") from None
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(
             f"{path} is not what `risam predict` writes", "run the shard again"

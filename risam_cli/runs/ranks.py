@@ -172,8 +172,7 @@ class Ranks:
                 if index > self.shard.index:  # which sees it too, and tells
                     time.sleep(_GRACE)
                 raise UsageError(
-                    f"the processes of this run do not work alike: {changed} (process {index} and "
-                    f"this one)",
+                    f"the processes of this run differ: {changed} (process {index} and this one)",
                     "start all of them with the same options, model and installation",
                 )
 

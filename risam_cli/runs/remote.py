@@ -123,7 +123,7 @@ class RemoteRun:
 
     def _fetch(self) -> None:
         """The run that the store holds, to go on with it here."""
-        get_console().info(f"fetching the run in {self.url}")
+        get_console().info(f"downloading the run in {self.url}")
         with RunFolder(self.local) as folder:
             for name in (*_RECORDS, LEDGER):
                 get_file(str(self._object(name)), folder.staging / name)
@@ -173,7 +173,7 @@ class RemoteRun:
     @contextmanager
     def _told(self) -> Iterator[None]:
         """What a store says against the output, as an error of the output."""
-        kept = f"what was made is kept in {self.local}"
+        kept = f"the results are kept in {self.local}"
         try:
             yield
         except StoreError as error:

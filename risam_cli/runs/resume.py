@@ -258,8 +258,8 @@ def follow_inputs(
         "kept": count,
         "new": new,
         "gone, and deleted with their masks": gone,
-        "to do again": again,
-        "of other shards now, and deleted here": elsewhere,
+        "to compute again": again,
+        "now in other shards, and deleted here": elsewhere,
     }
     parts = [f"{n} {what}" for what, n in counts.items() if n or what in ("kept", "new")]
     get_console().info(f"the inputs changed: {', '.join(parts)}")
@@ -328,10 +328,10 @@ def _is_to_do_again(folder: RunFolder, kept: Kept, line: LedgerLine, entry: Entr
     if entry.key != line.key or failed:
         return True
     if line.entry in kept.broken:
-        get_console().warn(f"{entry.image}: its record or mask is damaged; done again")
+        get_console().warn(f"{entry.image}: its record or mask is damaged; computed again")
         return True
     if _image_changed(line, entry):
-        get_console().info(f"{entry.image}: the image changed since; done again")
+        get_console().info(f"{entry.image}: the image has changed since; computed again")
         return True
     return False
 
@@ -349,5 +349,5 @@ def _image_changed(line: LedgerLine, entry: Entry) -> bool:
     try:
         return within(TIMEOUT, lambda: file_sha256(path)) != line.image
     except TimeoutError:
-        get_console().warn(f"{entry.image}: {timed_out(TIMEOUT)}; what it gave is kept")
+        get_console().warn(f"{entry.image}: {timed_out(TIMEOUT)}; its results are kept")
         return False

@@ -103,8 +103,8 @@ def run_predict(
         stream: gets every record once it is on the disk.
 
     Raises:
-        Interrupted: by Ctrl-C or SIGTERM; what was done is kept.
-        RisamError: the run could not begin, or not go on; what was done is kept.
+        Interrupted: by Ctrl-C or SIGTERM; finished work is kept.
+        RisamError: the run could not begin, or not go on; finished work is kept.
     """
     identity = identity_of(plan, segmenter)
     if plan.ranks is not None:  # before anything is left that differs
@@ -243,12 +243,12 @@ class _Run:
         if self._too_many_failures():
             raise RisamError(
                 f"stopped: {self.failed} items failed, more than {setting('max_failures')} "
-                f"{self.plan.max_failures}; what was done is kept",
+                f"{self.plan.max_failures}; finished work is kept",
                 f"see failures.jsonl; continue with {setting('resume')}",
             )
         if asked.requested and not complete:
             raise Interrupted(
-                "interrupted; what was done is kept", f"continue with {setting('resume')}"
+                "interrupted; finished work is kept", f"continue with {setting('resume')}"
             )
 
     def _todo(self) -> Iterator[tuple[Sample, tuple[Entry, Place]]]:
@@ -327,7 +327,7 @@ class _Run:
         for reason, number in sorted(self.plan.inputs.skipped.items()):
             console.info(f"skipped: {number} {reason}")
         if self.entries == 0:
-            console.warn("the inputs name no image")
+            console.warn("the inputs contain no image")
         rate = f", {self.images / seconds:.3g} images/s" if self.images and seconds else ""
         console.info(
             f"{records} records in {self.folder.path}: {records - nothing - empty} with a mask, "
@@ -342,7 +342,7 @@ class _Run:
             return EXIT_OK
         console.warn(
             f"{failed} items failed: see {self.folder.failures}; once that is fixed, "
-            + told(f"{setting('retry_failed', True)} does them again")
+            + told(f"{setting('retry_failed', True)} retries them")
         )
         return EXIT_SOME_FAILED
 
@@ -479,15 +479,15 @@ def plan_to_go_on(folder: Path, plan: RunPlan, segmenter: Segmenter) -> RunPlan:
     changed = _changes(before, now)
     if changed:
         get_console().warn(
-            f"the earlier part of this run was computed otherwise ({changed}); last digits may "
-            + told(f"differ from a run in one go, {setting('overwrite')} starts over")
+            f"the earlier part of this run was computed differently ({changed}); last digits may "
+            + told(f"differ from an uninterrupted run; {setting('overwrite')} starts over")
         )
     if ran_by.get("product") in PRODUCTS:
         plan = replace(plan, settings=replace(plan.settings, product=ran_by["product"]))
     changed = _changes({key: ran_by.get(key) for key in _limits(plan)}, _limits(plan))
     if not changed or plan.retry_failed:
         return plan
-    get_console().info(f"other limits than before ({changed}): what failed is tried again")
+    get_console().info(f"the limits changed ({changed}): failed items are retried")
     return replace(plan, retry_failed=True)
 
 
@@ -497,7 +497,7 @@ def to_go_on(error: RisamError) -> RisamError:
         return error
     message, *fixes = error.args
     fix = ", then ".join(filter(None, [" or ".join(fixes), f"continue with {setting('resume')}"]))
-    return type(error)(f"{message}; what was done is kept", fix)
+    return type(error)(f"{message}; finished work is kept", fix)
 
 
 def _threads(plan: RunPlan, segmenter: Segmenter) -> int | None:

@@ -469,7 +469,7 @@ def _as_output_error(error: BaseException, folder: Path) -> BaseException:
     """A message with a way out for what the system says about disks and pipes."""
     if isinstance(error, BrokenPipeError):
         return OutputError(
-            "the reader of stdout is gone; what was done is kept",
+            "the reader of stdout is gone; finished work is kept",
             f"continue with {setting('resume')}",
         )
     if (machine := machine_error(error)) is not None:

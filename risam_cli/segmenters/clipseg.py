@@ -68,7 +68,7 @@ class ClipSeg(Published):
         image: tuple[Tensor, ...],
         texts: Sequence[Tensor],
         size: tuple[int, int],
-        bar: float,
+        threshold: float,
     ) -> Instances:
         """One map an expression; see :class:`Published`."""
         with self.autocast():

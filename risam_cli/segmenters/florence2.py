@@ -83,8 +83,8 @@ class Florence2(Published):
 
         if "auto_map" in folder.config():
             raise ModelError(
-                f"{folder.name} is Florence-2 as it was first published, with code of its own that "
-                "would have to run",
+                f"{folder.name} is Florence-2 as it was first published, with its own code, "
+                "which would have to be run",
                 "name florence-community/Florence-2-base-ft, or another of florence-community",
             )
         network = load_weights(Florence2ForConditionalGeneration, folder)
@@ -150,7 +150,7 @@ class Florence2(Published):
         return self._network.get_input_embeddings()(prompt["input_ids"]), cut, unknown
 
     def decode_image(
-        self, image: Tensor, texts: Sequence[Tensor], size: tuple[int, int], bar: float
+        self, image: Tensor, texts: Sequence[Tensor], size: tuple[int, int], threshold: float
     ) -> Instances:
         """All polygons of each answer; see :class:`Published`."""
         instances, counts, scores, nothing, notes = [], [], [], [], []

@@ -256,13 +256,13 @@ class GroundedSam(Published):
         return prompt, self.max_tokens if cut or ids.shape[1] > room else 0, unknown
 
     def decode_image(
-        self, image: _Image, texts: Sequence[_Prompt], size: tuple[int, int], bar: float
+        self, image: _Image, texts: Sequence[_Prompt], size: tuple[int, int], threshold: float
     ) -> Instances:
-        """The boxes above the bar, those that repeat another last; see :class:`Published`."""
+        """The boxes above the threshold, those that repeat another last; see :class:`Published`."""
         grids, scores, nothing, distinct = [], [], [], []
         for prompt in texts:
             with self.autocast():
-                boxes, score, most = self._detect(image, prompt, bar)
+                boxes, score, most = self._detect(image, prompt, threshold)
                 order, count = distinct_first(boxes)
                 boxes, score = boxes[order], score[order]
                 distinct.append(count)
@@ -273,13 +273,15 @@ class GroundedSam(Published):
         counts = [len(score) for score in scores]
         return Instances(maps, counts, torch.cat(scores), torch.stack(nothing), distinct=distinct)
 
-    def _detect(self, image: _Image, prompt: _Prompt, bar: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Corners (I, 4) in 0..1 and scores (I,) above the bar, best first; the best of all."""
+    def _detect(
+        self, image: _Image, prompt: _Prompt, threshold: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Corners (I, 4) in 0..1 and scores (I,) above the threshold, best first; the best."""
         with self._seen.recall(image.seen):
             found = self._network(pixel_values=image.pixels, pixel_mask=image.mask, **prompt.tokens)
         likely = found.logits[0].float().sigmoid()  # (queries, tokens)
         scores = likely[:, prompt.own].mean(1) if len(prompt.own) else likely[:, 0] * 0
-        kept = (scores > bar).nonzero().flatten()
+        kept = (scores > threshold).nonzero().flatten()
         kept = kept[scores[kept].argsort(descending=True, stable=True)]
         x, y, width, height = found.pred_boxes[0, kept].float().unbind(1)
         sides = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
@@ -324,6 +326,6 @@ def _box_segmenter(folder: Folder, device: torch.device) -> Sam | Sam2:
         network = load_weights(transformers.Sam2Model, folder)  # which leaves a video's parts out
         return Sam2(network, read_frame(folder, "stretch"), device)
     raise ModelError(
-        f"{folder.name} is a {kind!r}, which makes no masks of boxes",
+        f"{folder.name} is a {kind!r}, which cannot make masks from boxes",
         "give a SAM, SAM-HQ or SAM 2 as the second part",
     )

@@ -86,8 +86,8 @@ def fetch(name: str, *, download: bool = True) -> Path:
     except GatedRepoError:
         page = f"https://huggingface.co/{name}"
         raise ModelError(
-            f"{name} is gated: its owner must let you have it",
-            f"ask for access at {page}, then log in with 'hf auth login'",
+            f"{name} is gated: its owner must grant you access",
+            f"request access at {page}, then log in with 'hf auth login'",
         ) from None
     except RepositoryNotFoundError:
         raise ModelError(
@@ -115,6 +115,6 @@ def _absent(name: str, why: str) -> ModelError:
 
     return ModelError(
         f"{name} is not in the cache {constants.HF_HUB_CACHE} and cannot be downloaded: {why}",
-        f"where there is a network, 'hf download {name} --local-dir DIR' gets its files "
-        f"({_FILES}); copy DIR here and name it in place of the hub's name",
+        f"where there is a network, 'hf download {name} --local-dir DIR' downloads its files "
+        f"({_FILES}); copy DIR here and give it in place of the hub's name",
     )

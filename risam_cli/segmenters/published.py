@@ -70,7 +70,7 @@ class Folder:
         except (OSError, ValueError) as error:
             raise ModelError(f"{path} cannot be read: {error}", _FIX) from None
         if not isinstance(value, dict):
-            raise ModelError(f"{path} holds no JSON object", _FIX)
+            raise ModelError(f"{path} does not hold a JSON object", _FIX)
         return value
 
     def files(self) -> list[Path]:
@@ -143,7 +143,7 @@ def _explained(folder: Folder, kind: type[Any], error: Exception) -> ModelError:
         except Exception as damage:  # safetensors has an error of its own
             reason = " ".join(str(damage).split())[:120]
             return ModelError(
-                f"{folder.path / name} is damaged or cut short: {reason}", "download it again"
+                f"{folder.path / name} is damaged or truncated: {reason}", "download it again"
             )
     reason = " ".join(str(error).split())[:200]
     return ModelError(f"{folder.name}: cannot load it as {kind.__name__}: {reason}", _FIX)
@@ -322,21 +322,21 @@ class Published:
         instance_threshold: float | None = None,
     ) -> list[Instances]:
         """What :meth:`decode_image` gives of each run of equal rows."""
-        bar = self.thresholds.instance if instance_threshold is None else instance_threshold
+        threshold = self.thresholds.instance if instance_threshold is None else instance_threshold
         return [
             self.decode_image(
-                features[row], [texts.features[k] for k, _ in group], sizes[row], bar or 0.0
+                features[row], [texts.features[k] for k, _ in group], sizes[row], threshold or 0.0
             )
             for row, group in groupby(enumerate(rows), key=lambda item: item[1])
         ]
 
     def decode_image(
-        self, image: Any, texts: Sequence[Any], size: tuple[int, int], bar: float
+        self, image: Any, texts: Sequence[Any], size: tuple[int, int], threshold: float
     ) -> Instances:
         """Finds expressions in one image, features of both.
 
         Args:
-            size: (H, W); bar: an instance counts where its score is greater.
+            size: (H, W); threshold: an instance counts where its score is greater.
         """
         raise NotImplementedError
 

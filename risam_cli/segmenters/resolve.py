@@ -113,7 +113,7 @@ def kind_of_folder(folder: Path) -> str:
     fix = f"published models that work: {', '.join(KINDS)}"
     if kind in BOX_SEGMENTERS:
         fix = f"name a detector before it: grounded-sam:IDEA-Research/grounding-dino-tiny+{folder}"
-    raise ModelError(f"{folder} is a {kind!r}, which takes no expressions here", fix)
+    raise ModelError(f"{folder} is a {kind!r}, which does not take expressions here", fix)
 
 
 def find_folders(named: Named, *, download: bool = True) -> tuple[str, tuple[Path, ...]]:

@@ -73,14 +73,14 @@ class Sam3(Published):
         image: Any,
         texts: Sequence[tuple[Any, Tensor]],
         size: tuple[int, int],
-        bar: float,
+        threshold: float,
     ) -> Instances:
-        """The instances above the bar, best first; see :class:`Published`."""
+        """The instances above the threshold, best first; see :class:`Published`."""
         grids, scores, nothing = [], [], []
         for words, mask in texts:
             with self.autocast():
                 found = self._network(vision_embeds=image, text_embeds=words, attention_mask=mask)
-            grid, score, most = _kept(found, bar)
+            grid, score, most = _kept(found, threshold)
             grids.append(grid)
             scores.append(score)
             nothing.append(1 - most)
@@ -89,13 +89,13 @@ class Sam3(Published):
         return Instances(maps, counts, torch.cat(scores), torch.stack(nothing))
 
 
-def _kept(found: Any, bar: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask logits (I, h, w) and scores (I,) of the instances above the bar, best first; the best
-    score of all.
+def _kept(found: Any, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask logits (I, h, w) and scores (I,) of the instances above the threshold, best first; the
+    best score of all.
     """
     scores = found.pred_logits[0].float().sigmoid()
     if found.presence_logits is not None:
         scores = scores * found.presence_logits[0].float().sigmoid()
-    kept = (scores > bar).nonzero().flatten()
+    kept = (scores > threshold).nonzero().flatten()
     kept = kept[scores[kept].argsort(descending=True, stable=True)]
     return found.pred_masks[0, kept].float(), scores[kept], scores.max()

@@ -32,7 +32,7 @@ class Settings(BaseModel):
         for key, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(str(key))
             if isinstance(value, bool) and field and str(field.annotation).find("bool") < 0:
-                raise OddNumber(key, value, "it takes no truth value")
+                raise OddNumber(key, value, "it does not take true or false")
             items = value if isinstance(value, list | tuple) else [value]
             if any(type(item) is int and not -_MOST <= item < _MOST for item in items):
                 raise OddNumber(key, value, "the number is beyond 63 bits")

@@ -39,7 +39,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     other = path.parent / base
     if other.resolve() in seen:
         raise ConfigError(
-            f"{path}: extends = {base!r} comes back to a file that extends it", "break the ring"
+            f"{path}: extends = {base!r} leads back to a file that extends it", "break the cycle"
         )
     return merge(_read(other, seen), values)
 

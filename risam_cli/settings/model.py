@@ -106,7 +106,7 @@ class TextEncoderSettings(Settings):
     @model_validator(mode="after")
     def _one_origin(self) -> TextEncoderSettings:
         if self.lora is not None and not self.trainable:
-            raise ValueError("lora is what is trained of a frozen encoder; leave trainable out")
+            raise ValueError("lora already freezes the encoder; leave trainable out")
         if (self.source is None) == (self.vocabulary is None):
             raise ValueError("give either source (a folder or hub name) or vocabulary")
         if self.vocabulary == "data" and not (self.trainable and self.lora is None):

@@ -278,7 +278,7 @@ class Checkpoints:
         if self.last.is_file():
             return self.last
         if others := self.others():
-            get_console().warn(f"{self.last} is missing; going on from {others[-1].name}")
+            get_console().warn(f"{self.last} is missing; continuing from {others[-1].name}")
             return others[-1]
         if self.progress.exists():
             raise ModelError(
@@ -449,11 +449,11 @@ class KeptWeights:
                 ) from error
             if not whole:
                 raise ModelError(
-                    f"{self._path(step)} is damaged: it is not what was written, by its checksum",
+                    f"{self._path(step)} is damaged: its checksum does not match",
                     "set averaging to null",
                 )
             if sums and held.keys() != sums.keys():
-                raise ModelError(f"{self._path(step)} is of another network", "remove it")
+                raise ModelError(f"{self._path(step)} belongs to another network", "remove it")
             for name, value in held.items():
                 sums[name] = sums.get(name, 0) + value.double() / len(place.kept)
         return sums
@@ -471,7 +471,7 @@ def weights_in(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterat
     """
     trained = _trained(module)
     if weights.keys() != trained.keys():
-        raise ModelError("the kept weights are of another network", "set averaging to null")
+        raise ModelError("the kept weights belong to another network", "set averaging to null")
     before = {name: p.detach().clone() for name, p in trained.items()}
     try:
         with torch.no_grad():

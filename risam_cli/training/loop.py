@@ -261,7 +261,7 @@ class TrainingRun:
             place.best, place.stage_best, place.since_best = -1.0, -math.inf, 0
             place.kept = [(step, -1.0) for step, _ in place.kept]
             self.console.warn(
-                "best_by or val is another than before, so its figures are no longer compared: "
+                "best_by or val has changed, so its figures are no longer compared: "
                 "the next validation's weights become best/"
             )
 
@@ -278,7 +278,7 @@ class TrainingRun:
         if told := settings_that_differ(was, self.settings, stage):
             return told
         learned = self.settings.model.text_encoder.learns_words
-        return "the words of the training expressions are others" if learned else ""
+        return "the words of the training expressions have changed" if learned else ""
 
     def run(self) -> None:
         """Runs all stages that are not yet done; each is built when its turn comes."""
@@ -544,7 +544,7 @@ class TrainingRun:
 
     def _interrupted(self) -> Interrupted:
         return Interrupted(
-            f"interrupted after step {self.place.step}; {self.checkpoints.last} holds it",
+            f"interrupted after step {self.place.step}; {self.checkpoints.last} was saved",
             f"continue with {setting('resume')}",
         )
 

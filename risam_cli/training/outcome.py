@@ -45,7 +45,7 @@ def warnings_of(settings: TrainSettings, figures: Figures) -> Iterator[str]:
         most = "nearly all" if max(nothing.values()) <= DEGENERATE else "most"
         why = ""
         if best_by.rpartition(".")[2] in ("miou", "giou"):
-            why = f"; {NAMES.get(best_by, best_by)} counts a right 'nothing' as 1"
+            why = f"; {NAMES.get(best_by, best_by)} counts a correct 'nothing' as 1"
         yield (
             f"the best model by {best_by} answers 'nothing' to {most} expressions that have a "
             f"target in {_told(nothing, 'T-acc')}{why}: {_advice(best_by, 'oiou')}"

@@ -88,7 +88,7 @@ def starter_file(annotations: Path, images: Path | None, file: Path, usage: str)
     missing = [group.path for group in source.groups if not group.path.is_file()]
     if missing:
         raise DataError(
-            f"{len(missing)} of {count} images are not there, first {missing[0]}",
+            f"{len(missing)} of {count} images are missing, first {missing[0]}",
             f"give their folder by {setting('images', 'DIR')}",
         )
     facts, words = _facts(source)

@@ -31,8 +31,8 @@ def with_text_source(
         fetch(PRETRAINED_TEXT)
     except ModelError as error:
         console.warn(
-            f"text encoder: {error.message}; instead, one that starts from nothing learns the "
-            "words of the training expressions"
+            f"text encoder: {error.message}; instead, a new one learns the words of the "
+            "training expressions from scratch"
         )
         return _changed(settings, {"source": None, "vocabulary": "data", "lora": None})
     return _changed(settings, {"source": PRETRAINED_TEXT})

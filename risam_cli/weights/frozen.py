@@ -54,7 +54,7 @@ def describe(part: str, path: str) -> Needed:
     """
     place = _place(part, path)
     if place is None:
-        raise ModelError(f"no weights at {path}", "give a file or folder that is there")
+        raise ModelError(f"no weights at {path}", "give a file or folder that exists")
     # A name on the hub is kept whole; of a path on some machine, the last part.
     name = Path(path).name if Path(path).exists() else path
     return Needed(part, name, path, *_identity(place))
@@ -119,7 +119,9 @@ def find(needed: Needed, folder: Path) -> Path:
         "a folder merged by risam models export needs none"
     )
     if others:
-        raise ModelError(f"model folder {folder} needs {want}, but {others[0]} is another one", fix)
+        raise ModelError(
+            f"model folder {folder} needs {want}, but {others[0]} is a different one", fix
+        )
     raise ModelError(
         f"model folder {folder} needs {want}, which is not at {', '.join(dict.fromkeys(looked))}",
         fix,

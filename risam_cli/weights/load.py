@@ -144,7 +144,7 @@ def _load_lora(
     own = {name: tensor for name, tensor in model.state_dict().items() if lora.is_lora(name)}
     if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in side.items()}:
         raise ModelError(
-            f"{where}: its LoRA weights fit no other layers", "download the folder again"
+            f"{where}: its LoRA weights do not fit its layers", "download the folder again"
         )
     model.load_state_dict(dict(side), strict=False)
 

@@ -165,9 +165,9 @@ def weight_files(folder: Path) -> list[Path]:
             ) from error
         for shard in shards:
             if not isinstance(shard, str) or Path(shard).name != shard:
-                raise ModelError(f"{path} names a file outside its folder: {shard!r}", "mend it")
+                raise ModelError(f"{path} names a file outside its folder: {shard!r}", "fix it")
             if not (folder / shard).is_file():
-                raise ModelError(f"{path} names {shard!r}, which is not there", "download it again")
+                raise ModelError(f"{path} names {shard!r}, which is missing", "download it again")
         return [folder / shard for shard in sorted(shards)]
     raise ModelError(f"folder {folder} holds none of {', '.join(_FOLDER_FILES)}", _WANTED)
 
@@ -285,7 +285,7 @@ def _resized(path: Path, weights: Mapping[str, Tensor], encoder: ImageEncoder) -
     # Known before it is resized, which takes a multiple of its memory.
     fits = len(shape) == 4 and shape[0] == 1 and shape[3] == encoder.pos_embed.shape[3]
     if not fits or shape[1] != shape[2] or not 0 < shape[1] <= _MOST_SIDE:
-        raise ModelError(f"{path}: pos_embed is {shape}, no square grid", _WANTED)
+        raise ModelError(f"{path}: pos_embed is {shape}, not a square grid", _WANTED)
     theirs, ours = positions.shape[1], encoder.pos_embed.shape[1]
     out["pos_embed"] = resize_pos_embed(positions, ours, ours)
     blocks: Any = encoder.blocks

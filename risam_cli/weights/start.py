@@ -61,7 +61,7 @@ def start_model(
     for needed in needs:
         console.info(
             f"{needed.part.replace('_', ' ')}: {needed.name} stays frozen; model folders name it "
-            f"and its SHA-256 {needed.sha256}, and do not hold it"
+            f"and its SHA-256 {needed.sha256}, but do not contain it"
         )
     return model, text, tuple(needs)
 
@@ -102,7 +102,7 @@ def _load_sam(model: Risam, path: Path, console: Console) -> None:
         load_sam_decoder(decoder, path)
     else:
         console.warn(
-            f"the mask decoder starts from nothing: its (dim, heads, layers, ffn_dim) are "
+            f"the mask decoder starts from scratch: its (dim, heads, layers, ffn_dim) are "
             f"{decoder.size}, SAM's {SamMaskDecoder.SAM_SIZE}"
         )
 
@@ -125,7 +125,7 @@ def _from_model_folder(
     elif ours is not None and ours != theirs:
         raise ConfigError(
             f"model.text_encoder.lora is not that of init_from {source}",
-            "give it the same values, or leave it out to add it into the weights",
+            "give it the same values, or leave it out to merge it into the weights",
         )
     tokens = min(settings.text_encoder.max_tokens, int(config.max_position_embeddings))
     known = loaded.tokenizer
@@ -154,8 +154,8 @@ def _require_same(settings: ModelSettings, loaded: LoadedModel, source: str) -> 
         if value != held and not new:
             raise ConfigError(
                 f"model.{key} is {value!r}, init_from {source} has {held!r}",
-                "give the model section the values of that folder's config.json, or take its "
-                "image encoder alone, by init_encoder_from",
+                "give the model section the values of that folder's config.json, or take only "
+                "its image encoder, with init_encoder_from",
             )
 
 

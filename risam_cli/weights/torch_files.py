@@ -64,7 +64,7 @@ def seal_file(path: Path) -> None:
     with open(path, "r+b") as file:
         file.seek(-_END, os.SEEK_END)
         if file.read(4) != b"PK\5\6":
-            raise ValueError(f"{path} is no file of torch.save, or sealed already")
+            raise ValueError(f"{path} is not a file of torch.save, or is sealed already")
         file.seek(-2, os.SEEK_END)
         file.write(_SEAL.to_bytes(2, "little"))
         file.seek(0)
@@ -90,7 +90,7 @@ def require_sealed(path: Path) -> None:
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {reason_of(error)}") from error
     if said != _MARK + digest.hexdigest().encode():
-        raise ModelError(f"{path} is damaged: it is not what was written, by its checksum", _FIX)
+        raise ModelError(f"{path} is damaged: its checksum does not match", _FIX)
 
 
 def _require_stored(path: Path) -> None:
@@ -98,7 +98,7 @@ def _require_stored(path: Path) -> None:
     with zipfile.ZipFile(path) as file:
         members = file.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise ValueError("it holds packed members, which torch does not write")
+        raise ValueError("it holds compressed members, which torch does not write")
     if sum(member.file_size for member in members) > path.stat().st_size:
         raise ValueError("its members claim to be longer than the file")
 

@@ -310,7 +310,7 @@ def test_wrong_usage_is_a_usage_error(model: risam_cli.Model) -> None:
             model.predict(given, expressions, **options)
     with pytest.raises(UsageError, match="the images are a int"):
         model.predict_iter(5, "star")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="comes without an expression"):
+    with pytest.raises(UsageError, match="has no expression"):
         list(model.predict_iter([image]))
     with pytest.raises(UsageError, match="on_error 'skip' is unknown"):
         model.predict_iter([image], "star", on_error="skip")  # type: ignore[arg-type]
@@ -426,7 +426,7 @@ def test_a_files_bytes_are_what_the_file_is(
     (of_bytes,) = model.predict(wrap(path.read_bytes()), TEXTS[:1])
     assert np.array_equal(of_file.mask, of_bytes.mask)
     assert of_file.score == of_bytes.score
-    with pytest.raises(ImageError, match="image 0: the file is cut short"):
+    with pytest.raises(ImageError, match="image 0: the file is truncated"):
         model.predict(wrap(path.read_bytes()[:200]), TEXTS[:1])
     with pytest.raises(ImageError, match="holds text, not an image"):
         model.predict(wrap(b"<html>no such page</html>"), TEXTS[:1])
@@ -475,7 +475,7 @@ def at_end(data: bytes) -> io.BytesIO:
         (None, UsageError, "image 0 is None"),
         (5, UsageError, "image 0 is a int"),
         (b"", ImageError, "the file is empty"),
-        (at_end(b"bytes"), ImageError, "open at its end; go back by seek"),
+        (at_end(b"bytes"), ImageError, "positioned at its end; rewind it with seek"),
         (io.StringIO("text"), ImageError, "open the file in binary mode"),
     ],
 )
@@ -499,5 +499,5 @@ def test_an_image_in_a_store_is_named_by_its_url(model: risam_cli.Model, tiny_im
     assert found.image == "memory://api/a.png"
     assert _same(found, model.predict(tiny_images / "a.png", "the star"))
     memory.rm("/api", recursive=True)
-    with pytest.raises(ImageError, match=r"memory://api/a\.png: there is no such"):
+    with pytest.raises(ImageError, match=r"memory://api/a\.png: no such"):
         model.predict("memory://api/a.png", "the star")

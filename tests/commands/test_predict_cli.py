@@ -188,17 +188,20 @@ def test_what_was_asked_need_not_be_typed_again(
     capfd.readouterr()
     # Others than were asked would throw everything away: one line says which, and how.
     for given, told in (
-        (["the ring"], "does not ask 'the star'"),
-        (["the star", "the ring", "a cup"], "asks 'a cup' too"),
-        (["a cup"], "does not ask 'the ring', 'the star' and asks 'a cup' too"),
+        (["the ring"], "leaves out 'the star'"),
+        (["the star", "the ring", "a cup"], "adds 'a cup'"),
+        (["a cup"], "leaves out 'the ring', 'the star' and adds 'a cup'"),
     ):
         code = predict(tiny_images, *(f"-e{text}" for text in given), "--retry-failed")
         said = capfd.readouterr().err
         assert code == 2
-        assert f"--retry-failed {told}, other than the run in out; leave out -e" in said
+        assert f"--retry-failed {told}, unlike the run in out; leave out -e" in said
     assert contents(Path("out")) == before
     assert predict(tiny_images, "--retry-failed") == 0
-    assert "asking again what out asked: 'the ring', 'the star'\n" in capfd.readouterr().err
+    assert (
+        "using the expressions of the run in out: 'the ring', 'the star'\n"
+        in capfd.readouterr().err
+    )
     assert predict(tiny_images, *asked, "-o", "fresh") == 0
     assert contents(Path("out")) == contents(Path("fresh"))
     # In another order, and where --resume leaves them out.
@@ -237,7 +240,7 @@ def test_failures_over_the_limit_stop_the_run(
     for name in ("b.jpg", "c.png"):
         (tiny_images / name).write_text("broken")
     assert predict(tiny_images, "-e", "x", "--max-failures", "0") == 1
-    assert "--max-failures 0; what was done is kept" in capfd.readouterr().err
+    assert "--max-failures 0; finished work is kept" in capfd.readouterr().err
     assert predict(tiny_images, "-e", "x", "--resume") == 3
     assert len(records()) == 4
 
@@ -282,7 +285,7 @@ def test_a_reader_of_the_stream_that_leaves(model_folder: Path, tiny_images: Pat
         check=False,
     )
     assert done.returncode == 1
-    assert "the reader of stdout is gone; what was done is kept" in done.stderr
+    assert "the reader of stdout is gone; finished work is kept" in done.stderr
     assert "Exception ignored" not in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -334,7 +337,7 @@ def test_a_killed_run_holds_no_lock(predict: Call, tiny_images: Path, tmp_path: 
         (["list.json", "-e", "x"], 1, "list.json"),
         (["a.png", "-e", "x", "-o", "a.png"], 2, "a.png"),
         (["a.png", "-e", "x", "-o", "a.png/below"], 1, "a.png"),
-        ([".", "-e", "x", "-o", "."], 2, "input folder too"),
+        ([".", "-e", "x", "-o", "."], 2, "also the input folder"),
         (["a.png", "-e", "x", "--image-root", "gone"], 2, "gone"),
     ],
 )
@@ -392,7 +395,7 @@ def bad_images(folder: Path) -> dict[str, str]:
     return {
         "bad_empty.jpg": "0 bytes",
         "bad_text.jpg": "holds text",
-        "bad_cut.jpg": "cut short",
+        "bad_cut.jpg": "truncated",
         "bad_noise.png": "not an image",
         "bad_link.jpg": "no such file",
         "bad_pipe.jpg": "not a regular file",
@@ -495,9 +498,7 @@ def test_a_dry_run_counts_what_is_done(
     assert predict(tiny_images, *phrases, "--limit", "3") == 3
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
     left = "3 images, 6 records to make, 0 that would fail, 4 done already"
-    assert told("--resume") == (
-        f"{left}, 2 that failed before and are not tried again; output: out"
-    )
+    assert told("--resume") == (f"{left}, 2 that failed before and are not retried; output: out")
     assert told("--retry-failed") == (
         "4 images, 6 records to make, 2 that would fail, 4 done already; output: out"
     )
@@ -514,7 +515,7 @@ def test_a_dry_run_counts_what_is_done(
     assert (
         said.out == "0 images, 0 records to make, 0 that would fail, 12 done already; output: out\n"
     )
-    assert "asking again what out asked: 'x', 'y'" in said.err
+    assert "using the expressions of the run in out: 'x', 'y'" in said.err
 
 
 def test_a_dry_run_keeps_stdout_for_records(

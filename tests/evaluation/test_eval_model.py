@@ -444,7 +444,7 @@ def test_processes_of_torchrun_score_as_one(
     assert (as_rank(2).code, as_rank(0).code) == (0, 0)
     assert not (out / "report.json").exists()
     assert as_rank(0).code == 1  # as one: an interrupted run is refused without a word
-    assert "not work alike" in as_rank(1, "--threshold", "0.3", "--resume").err
+    assert "processes of this run differ" in as_rank(1, "--threshold", "0.3", "--resume").err
     last = as_rank(1, "--resume")
     assert last.code == 3, last.err
     assert sum(seen) == 2  # of three images, one is broken

@@ -195,7 +195,7 @@ def test_a_name_without_a_suffix_that_two_images_share_is_refused(
     rows = [row("red", image="x", expression="it"), row("blue", image="x", expression="it")]
     run = evaluate(args, rows)
     assert run.code == 3
-    assert "'x' may be x.jpg or x.png; name images by their whole paths" in run.err
+    assert "'x' may be x.jpg or x.png; name images by their full paths" in run.err
     exact = [
         row("red", image="x.jpg", expression="it"),
         row("blue", image="x.png", expression="it"),

@@ -145,7 +145,7 @@ def test_predictions_are_scored_on_a_part(tmp_path: Path, evaluate: Any) -> None
     theirs = write_records(tmp_path / "p.jsonl", records)
     asked = ("--dataset", "coco", "--root", path, "--predictions", theirs)
     done = evaluate(*asked, "--leave-out-every", 2)
-    assert "1 predictions were not looked at (--leave-out-every 2)" in done.err
+    assert "1 predictions were ignored (--leave-out-every 2)" in done.err
     assert {row["image"] for row in done.rows()} == {B}
     assert done.report.dataset.leave_out_every == 2
     assert not (done.folder / "surplus.jsonl").exists()
@@ -174,7 +174,7 @@ def test_parts_that_cannot_be_are_told(
 def test_scenes_that_are_drawn_have_no_part(evaluate: Any) -> None:
     done = evaluate("--dataset", "refshapes", "--split", "val", "--only-every", 5)
     assert done.code == 2
-    assert "--only-every 5 takes a part of files, and these scenes are drawn" in done.err
+    assert "--only-every 5 applies to files, but these scenes are drawn" in done.err
 
 
 # --- what a model has seen ------------------------------------------------------------------------
@@ -230,9 +230,7 @@ def test_a_file_that_changed_since_is_told_of(
     path.write_text(path.read_text() + "\n")
     asked = ("--dataset", "coco", "--root", path, "--model", model)
     done = evaluate(*asked)
-    told = (
-        "this model was trained on pairs.json, leave_out_every 2, when that file had other content"
-    )
+    told = "trained on pairs.json, leave_out_every 2, when that file had different content"
     assert told in done.err
     assert done.report.answers.images_in_training is None
     path.rename(tmp_path / "others.json")

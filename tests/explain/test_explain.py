@@ -551,14 +551,14 @@ def test_broken_lines_and_expressions_of_a_manifest_are_told(
     Path("lists/all.jsonl").write_text("\n".join(rows) + "\n")
     assert explain_alone("lists/all.jsonl") == 3
     told = capsys.readouterr().err
-    assert "1 images bring expressions of their own, which are not explained" in told
+    assert "1 images have expressions of their own, which are not explained" in told
     assert "1 images explained" in told
     assert Path("out/images/b/0-the-star.png").is_file()
     failure = json.loads(Path("out/failures.jsonl").read_text())
     assert "lists/all.jsonl, line 2" in failure["message"]
     Path("lists/all.jsonl").write_text(rows[1] + "\n")
     assert explain_alone("lists/all.jsonl", "--overwrite") == 1
-    assert "no image is there; the first failure: lists/all.jsonl" in capsys.readouterr().err
+    assert "there is no image; the first failure: lists/all.jsonl" in capsys.readouterr().err
 
 
 def test_what_is_told_of_an_explanation_is_one_line(model_folder: Path, tmp_path: Path) -> None:

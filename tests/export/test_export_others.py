@@ -118,7 +118,7 @@ def test_labels_that_cannot_be_called_as_their_image_are_told_and_mapped(tmp_pat
         row for row in rows if row["label"] != f"labels/{row['image'].removesuffix('.jpg')}.txt"
     ]
     renamed = [row for row in renamed if row["label"] != "labels/a.txt"]
-    assert f"{len(renamed)} labels are not called as their image" in told
+    assert f"{len(renamed)} labels are not named like their image" in told
     assert all((out / row["label"]).is_file() for row in rows)
     assert len({row["label"] for row in rows}) == len(ODD)
 

@@ -212,8 +212,8 @@ OUTSIDE = (
     [
         (HEAD + BOMB, "document type declaration"),
         (HEAD + OUTSIDE, "document type declaration"),
-        (HEAD + "<annotations><image name='a' width='3'", "not XML, or is cut short"),
-        (HEAD + "<html><body/></html>", "no file of CVAT"),
+        (HEAD + "<annotations><image name='a' width='3'", "not XML, or is truncated"),
+        (HEAD + "<html><body/></html>", "not a CVAT file"),
         (HEAD + "<annotations><track id='0' label='x'/></annotations>", "of a video"),
         (HEAD + "<annotations><image name='a' width='x' height='3'/></annotations>", "no height"),
         (HEAD + "<annotations><image width='3' height='3'/></annotations>", "no name"),
@@ -251,7 +251,7 @@ GOOD = '<box label="good" xtl="0" ytl="0" xbr="3" ybr="3"/>'
 @pytest.mark.parametrize(
     ("shape", "told"),
     [
-        ('<polyline label="x" points="0,0;3,3"/>', "a polyline covers nothing"),
+        ('<polyline label="x" points="0,0;3,3"/>', "a polyline has no area"),
         ('<polygon label="x" points="0,0;3,3"/>', "at least three points"),
         ('<polygon label="x" points="0,0;3,q;4,4"/>', "cannot be read"),
         ('<polygon label="x" points="0,0;nan,3;4,4"/>', "not a finite number"),
@@ -328,7 +328,7 @@ def test_an_image_of_absurd_size_draws_nothing(tmp_path: Path) -> None:
         ({"imagePath": None}, "'imagePath'"),
         ({"imageHeight": None}, "'imageHeight'"),
         ({"imageWidth": -3}, "'imageWidth'"),
-        ({"shapes": [7]}, "no shape"),
+        ({"shapes": [7]}, "not a shape"),
         (
             {"shapes": [{"label": "x", "shape_type": "line", "points": [[0, 0], [1, 1]]}]},
             "a 'line'",
@@ -340,7 +340,7 @@ def test_an_image_of_absurd_size_draws_nothing(tmp_path: Path) -> None:
                     {"label": "x", "shape_type": "mask", "points": [[0, 0]] * 2, "mask": "aa"}
                 ]
             },
-            "no PNG",
+            "not a PNG",
         ),
         ({"shapes": [{"label": "x", "points": [[0, "q"], [1, 1], [2, 0]]}]}, "cannot be read"),
         ({"shapes": [{"label": 3, "points": [[0, 0], [9, 0], [9, 9]]}]}, "no label"),

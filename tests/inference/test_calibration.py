@@ -110,7 +110,7 @@ def test_a_damaged_file_is_told_of_and_not_gone_by(
     path_of_calibration().parent.mkdir(parents=True)
     path_of_calibration().write_text(content)
     assert calibration().by_side == {}
-    assert "is damaged: not used; `risam doctor` writes it anew" in capsys.readouterr().err
+    assert "is damaged and not used; `risam doctor` writes it again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

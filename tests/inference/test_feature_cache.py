@@ -157,7 +157,7 @@ def test_damage_is_made_anew_and_changes_nothing(
     assert encoded == [1]
     assert said(first) == said(second)
     told = capsys.readouterr().err
-    assert f"{one} is damaged (its checksum is wrong); it is made again" in told
+    assert f"{one} is damaged (its checksum is wrong); it is computed again" in told
     assert "3 read, 1 added" in told
     assert "1 were damaged" in told
     assert one.read_bytes() != data

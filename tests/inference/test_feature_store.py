@@ -95,7 +95,7 @@ def test_an_entry_under_another_name_is_damage(
     other.parent.mkdir(exist_ok=True)
     shutil.copy(files(tmp_path)[0], other)
     assert store.read(KEYS[1]) is None
-    assert "of another picture" in capsys.readouterr().err
+    assert "belongs to another picture" in capsys.readouterr().err
     assert store.read(KEYS[0]) is not None
 
 

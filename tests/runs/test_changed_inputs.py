@@ -1,4 +1,4 @@
-"""Going on with inputs that changed: what was done is kept by content, in the order of today."""
+"""Going on with inputs that changed: finished work is kept by content, in the order of today."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ NAMES = ["1.png", "2.png", "sub/0.png", "4.png", "5.png", "sub/6.png", "gone.png
         ([1, 2, 5], [5, 2, 1], "3 kept, 0 new"),
         ([1, 2, 5, 7], [7, 0, 5, 2], "3 kept, 1 new, 1 gone"),
         ([1, 3, 5, 6, 7], [0, 1, 3, 6, 7], "2 kept, 1 new, 1 gone, and deleted with their masks, 2 "
-         "to do again"),
+         "to compute again"),
     ],
 )  # fmt: skip
 def test_what_was_done_is_kept_and_the_difference_computed(
@@ -93,8 +93,8 @@ def test_a_folder_of_images_that_changed(tmp_path: Path, capfd: Any) -> None:
     run.go()
     assert run.encoded == 3
     said = capfd.readouterr().err
-    assert "6 kept, 2 new, 1 gone, and deleted with their masks, 1 to do again" in said
-    assert "5.png: the image changed since; done again" in said
+    assert "6 kept, 2 new, 1 gone, and deleted with their masks, 1 to compute again" in said
+    assert "5.png: the image has changed since; computed again" in said
     Run([images], tmp_path / "fresh").go()
     assert contents(out) == contents(tmp_path / "fresh")
 

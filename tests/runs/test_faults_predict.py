@@ -169,7 +169,7 @@ def test_a_file_where_the_masks_go_is_named(whole: tuple[Path, Path], tmp_path: 
     pictures, out = whole[0], tmp_path / "out"
     out.mkdir()
     (out / "masks").write_text("mine")
-    with pytest.raises(OutputError, match=r"masks.*what was done is kept"):
+    with pytest.raises(OutputError, match=r"masks.*finished work is kept"):
         Run([pictures], out, saving=ALL).go()
     assert (out / "masks").read_text() == "mine"
     (out / "masks").unlink()

@@ -428,7 +428,7 @@ def test_a_signal_ends_the_run_after_its_batch(
 
     run.model.network.before_encode = send
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match="what was done is kept"):
+    with pytest.raises(Interrupted, match="finished work is kept"):
         run.go()
     assert signal.getsignal(number) is before
     assert run_json(out)["status"] == "interrupted"

@@ -148,8 +148,12 @@ def test_processes_that_do_not_work_alike_are_told_in_one_line(
     out = tmp_path / "out"
     assert rank(0, tiny_images, *ASK, "-o", out, "-q") == 0
     assert rank(1, tiny_images, *ASK, "-o", out, "-q", "--threshold", "0.25") == 2
-    assert [line for line in capfd.readouterr().err.splitlines() if "not work alike" in line] == [
-        "error: process 1 of 2: the processes of this run do not work alike: threshold is 0.5 and "
+    assert [
+        line
+        for line in capfd.readouterr().err.splitlines()
+        if "processes of this run differ" in line
+    ] == [
+        "error: process 1 of 2: the processes of this run differ: threshold is 0.5 and "
         "0.25 (process 0 and this one); start all of them with the same options, model and "
         "installation"
     ]

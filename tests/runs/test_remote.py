@@ -97,7 +97,7 @@ def test_an_upload_that_breaks_off_counts_for_nothing_and_goes_on(
 
     def until_it_breaks(path: Path, url: str) -> None:
         if len(sent) == 5:
-            raise StoreError(f"{url}: the store refuses access (no)", "check your rights")
+            raise StoreError(f"{url}: the store refuses access (no)", "check your permissions")
         put(path, url)
         sent.append(url)
 
@@ -108,7 +108,7 @@ def test_an_upload_that_breaks_off_counts_for_nothing_and_goes_on(
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1
     assert "the store refuses access" in said[0]
-    assert "what was made is kept in" in said[0]
+    assert "the results are kept in" in said[0]
     assert "go on with --resume" in said[0]
     assert not memory.exists("/results/run/ledger.jsonl")
     first = set(sent)

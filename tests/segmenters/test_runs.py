@@ -277,7 +277,7 @@ def test_what_published_models_cannot_do_is_told_in_one_line(
     segmenter: Any, pictures: Path, tmp_path: Path
 ) -> None:
     model = segmenter("clipseg")
-    with pytest.raises(UsageError, match="does not tell instances"):
+    with pytest.raises(UsageError, match="does not distinguish instances"):
         run(model, pictures, tmp_path / "a", select="all").go()
     with pytest.raises(UsageError, match="scores no instances"):
         run(model, pictures, tmp_path / "b", instance_threshold=0.3).go()

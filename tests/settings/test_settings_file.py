@@ -27,7 +27,7 @@ def test_what_a_file_does_not_set_comes_from_the_one_it_extends(tmp_path: Path) 
     ("text", "message"),
     [
         ("extends: nothing.yaml\n", "cannot read .*nothing.yaml"),
-        ("extends: a.yaml\n", "comes back to a file that extends it"),
+        ("extends: a.yaml\n", "leads back to a file that extends it"),
         ("extends: [b.yaml]\n", "is not a file name"),
         ("extends: list.yaml\n", "list.yaml holds no settings"),
     ],

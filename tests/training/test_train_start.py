@@ -315,7 +315,7 @@ def test_a_best_model_that_answers_all_alike_is_warned_about(
         (
             {"a.t_acc": 0.31, "a.n_acc": 1.0, "b.t_acc": 0.9}, "miou",
             ["the best model by miou answers 'nothing' to most expressions that have a target in a "
-             "(T-acc 0.310); mIoU counts a right 'nothing' as 1: train longer, or set best_by to "
+             "(T-acc 0.310); mIoU counts a correct 'nothing' as 1: train longer, or set best_by to "
              "oiou"],
         ),
         (
@@ -408,7 +408,7 @@ def test_other_texts_are_other_settings_where_words_are_learned(tmp_path: Path) 
     run(tmp_path / "run", **changes, **_mine(tmp_path / "mine", **STRANGE))
     data = _mine(tmp_path / "mine2", green_star="a cat")
     Path(tmp_path / "mine/pairs.json").write_text((tmp_path / "mine2/pairs.json").read_text())
-    told = "belongs to other settings: the words of the training expressions are others; resume"
+    told = "belongs to other settings: the words of the training expressions have changed; resume"
     with pytest.raises(ModelError, match=told):
         run(tmp_path / "run", resume=True, **changes, **_same(data, tmp_path))
 

@@ -221,7 +221,7 @@ def test_a_sam_checkpoint_fills_the_encoder_and_the_baselines_decoder(
     assert same == (size == "SAM's")
     told = capsys.readouterr().err
     assert "SHA-256" in told
-    assert ("the mask decoder starts from nothing" in told) == (size == "another")
+    assert ("the mask decoder starts from scratch" in told) == (size == "another")
 
 
 # --- what does not go together --------------------------------------------------------------------

@@ -175,14 +175,14 @@ def test_another_file_of_that_name_is_refused(made: Path, moved: Path) -> None:
     _point_nowhere(moved)
     _put_beside(made, moved)
     sam_file(moved.parent / "sam.pth", seed=5)
-    with pytest.raises(ModelError, match=r"sam\.pth is another one"):
+    with pytest.raises(ModelError, match=r"sam\.pth is a different one"):
         load_model(moved, device=CPU)
     shutil.copy(made / "sam.pth", moved.parent)
     weights = moved.parent / "text/model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(ModelError, match=r"needs text \(.*text is another one"):
+    with pytest.raises(ModelError, match=r"needs text \(.*text is a different one"):
         load_model(moved, device=CPU)
 
 

@@ -213,7 +213,7 @@ UNFIT: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no square": (
         _edit(lambda w: w.update({"image_encoder.pos_embed": torch.ones(1, 10, 9, 32)})),
-        r"pos_embed is \(1, 10, 9, 32\), no square",
+        r"pos_embed is \(1, 10, 9, 32\), not a square",
     ),
     "no sam": (
         _edit(lambda w: (w.clear(), w.update({"visual.conv1.weight": torch.ones(1)}))),
@@ -306,7 +306,7 @@ def test_a_path_with_nothing_is_named(tmp_path: Path) -> None:
     ("index", "message"),
     [
         ('{"weight_map": {"a": "../../etc/passwd"}}', "names a file outside its folder"),
-        ('{"weight_map": {"a": "model-1.safetensors"}}', "which is not there"),
+        ('{"weight_map": {"a": "model-1.safetensors"}}', "which is missing"),
         ('{"weight_map": [1]}', "not an index of weights"),
         ("[" * 100_000, "not an index of weights"),
     ],

@@ -78,7 +78,7 @@ class Metered(io.BufferedIOBase):
         self._reads -= 1
         if self._left < 0 or self._reads < 0:
             raise ImageError(
-                f"{self._name}: it holds more than a picture of its size can take (over "
+                f"{self._name}: it holds more data than a picture of its size can have (over "
                 f"{self._most >> 20} MiB, or too many parts)",
                 "save it again",
             )

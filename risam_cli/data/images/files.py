@@ -93,7 +93,7 @@ def require_inside(path: Path, root: Path, where: str) -> None:
         is_out = whole != inside and not whole.startswith(os.path.join(inside, ""))
     if is_out:
         raise DataError(
-            f"{where} lies outside of {inside}, to which files are confined",
+            f"{where} is outside of {inside}, to which files are confined",
             f"name the folder that holds all images with {setting('image_root')}",
         )
 
@@ -144,7 +144,7 @@ def _fetch(path: RemotePath | TarPath, most: int | None = None) -> _Fetched:
         require_machine(error)
         raise ImageError(f"{path}: {reason_of(error)}") from None
     if isinstance(path, TarPath) and len(data) < path.size:
-        raise ImageError(f"{path}: the tar is cut short within it", "copy or download it again")
+        raise ImageError(f"{path}: the tar is truncated within it", "copy or download it again")
     if not data:
         raise ImageError(f"{path}: the file is empty (0 bytes)", "copy or download it again")
     return _Fetched(data, stamp)
@@ -171,12 +171,12 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         raise ImageError(
             f"{path}: no such file",
             "check the path",
-            f"say by {setting('image_root')} where paths start",
+            f"name the folder where paths start with {setting('image_root')}",
         ) from None
     except PermissionError:
         raise ImageError(f"{path}: permission denied", "make the file readable") from None
     except ValueError as error:  # a NUL byte
-        raise ImageError(f"{path}: not a path that a file can have ({error})") from None
+        raise ImageError(f"{path}: not a valid file path ({error})") from None
     except OSError as error:
         require_machine(error)
         raise ImageError(f"{path}: {reason_of(error)}") from None

@@ -250,7 +250,7 @@ def decoding(path: Path) -> Iterator[None]:
         text = " ".join(str(error).split())
         if "truncated" in text.lower() or isinstance(error, EOFError):
             raise ImageError(
-                f"{path}: the file is cut short ({text})", "copy or download it again"
+                f"{path}: the file is truncated ({text})", "copy or download it again"
             ) from None
         detail = text or type(error).__name__
         raise ImageError(f"{path}: the image is damaged ({detail})") from None
@@ -416,7 +416,7 @@ def _what_else(head: bytes) -> str:
             "convert it to JPEG or PNG"
         )
     if head[:3] == b"\xff\xd8\xff" or head[:8] == b"\x89PNG\r\n\x1a\n":
-        return "the file is cut short or damaged within its header; copy or download it again"
+        return "the file is truncated or damaged within its header; copy or download it again"
     try:
         # Not to the end: the last character may be cut.
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)

@@ -61,7 +61,7 @@ def bytes_to_rgb(data: bytes, name: str, max_pixels: int) -> Rgb:
     if data == b"":
         raise ImageError(f"{name}: the file is empty")
     if not isinstance(data, bytes):
-        raise ImageError(f"{name}: no bytes of an image", "open the file in binary mode")
+        raise ImageError(f"{name}: not the bytes of an image", "open the file in binary mode")
     with decoding(Path(name)):
         return to_rgb(open_image(io.BytesIO(data), Path(name), max_pixels))
 

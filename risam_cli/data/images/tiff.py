@@ -183,8 +183,8 @@ def require_readable(tiff: Tiff, name: str, bands: Sequence[int] | None) -> None
     """
     if bands is None and tiff.is_multiband:
         raise ImageError(
-            f"{name}: {tiff.describe()}, and nothing says which are red, green and blue",
-            f"say which by {setting('bands', '3,2,1')}",
+            f"{name}: {tiff.describe()}, and it is not known which are red, green and blue",
+            f"say which with {setting('bands', '3,2,1')}",
             "convert it: gdal_translate -b 3 -b 2 -b 1 -ot Byte -scale in.tif out.tif",
         )
     if bands is not None and max(bands) > tiff.samples:
@@ -226,7 +226,7 @@ def _samples(file: BinaryIO, tiff: Tiff, name: str) -> NDArray[Any]:
     else:
         block = (min(int(tags.get(_ROWS, tiff.height)), tiff.height), tiff.width)
     if min(block) < 1:
-        raise ImageError(f"{name}: the image is damaged (blocks of no size)")
+        raise ImageError(f"{name}: the image is damaged (blocks of zero size)")
     down, across = -(-tiff.height // block[0]), -(-tiff.width // block[1])
     if each < down * across or len(sizes) < len(offsets):
         raise ImageError(f"{name}: the image is damaged (blocks are missing)")

@@ -114,7 +114,7 @@ class Inputs:
             in the working folder for stdin.
         exclude: a folder that is not walked into: the output.
         confine: refuse images that a manifest or a stream names outside of where its paths start.
-        null_separated: stdin holds paths that end in NUL.
+        null_separated: stdin holds NUL-terminated paths.
         skipped: filled while iterating: why files were skipped, and how many.
     """
 
@@ -392,11 +392,11 @@ class Inputs:
         """The file of an image that a manifest names, in whichever spelling it is there.
 
         Raises:
-            DataError: it can be no file, or lies outside of ``base`` and only what is inside may be
+            DataError: it can be no file, or is outside of ``base`` and only what is inside may be
                 read.
         """
         if "\0" in image:
-            raise DataError(f"{where}: {image!r} is not a path that a file can have")
+            raise DataError(f"{where}: {image!r} is not a valid file path")
         found = join(base, image)
         if not isinstance(found, RemotePath) and not isinstance(base, RemotePath):
             found = Path(existing(str(found)))
@@ -463,7 +463,7 @@ class Inputs:
 
     def _check(self, argument: str) -> None:
         if "\0" in argument:
-            raise UsageError(f"{argument!r} is not a path that a file can have")
+            raise UsageError(f"{argument!r} is not a valid file path")
         if is_url(argument):
             self._check_url(argument)
         elif not os.path.lexists(argument):
@@ -521,7 +521,7 @@ class Inputs:
             if not found:
                 raise DataError(
                     f"{argument}: matches no file {where}",
-                    "check the pattern; * ? [ ] stand for characters, [[] for [ itself",
+                    "check the pattern; * ? [ ] are wildcards, [[] is a literal [",
                 )
             for path in found:
                 if os.path.isdir(path) or is_image_name(path):

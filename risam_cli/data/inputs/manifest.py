@@ -98,7 +98,7 @@ def read_stream(stream: BinaryIO, name: str, *, paths: bool, null: bool) -> Iter
                 raise DataError(f"{where}: longer than {MAX_LINE >> 20} MiB", "split it")
             if paths and not null and b"\0" in line:
                 raise DataError(
-                    f"{where}: paths that end in NUL", f"give {setting('null_separated')}"
+                    f"{where}: NUL-terminated paths", f"give {setting('null_separated')}"
                 )
             if null or (paths and line.lstrip(b"\xef\xbb\xbf \t")[:1] not in b"{["):
                 yield Row(where, short, os.fsdecode(line))
@@ -115,7 +115,7 @@ def _object(line: bytes, where: str, paths: bool) -> Any:
         if paths or line.lstrip()[:1] in b"{[":
             raise
         raise DataError(
-            error.message, "write JSON Lines; paths are taken where expressions are given"
+            error.message, "write JSON Lines; plain paths are accepted if expressions are given"
         ) from None
 
 

@@ -85,8 +85,8 @@ def read_tar(path: Path) -> Iterator[TarSample]:
     """
     if not str(path).lower().endswith(".tar"):
         raise DataError(
-            f"{path}: members of a packed tar cannot be read one by one",
-            "unpack it to a plain .tar; images are packed already",
+            f"{path}: members of a compressed tar cannot be read one by one",
+            "decompress it to a plain .tar; images are compressed already",
         )
     last, end = TarSample(""), 0
     try:
@@ -108,7 +108,7 @@ def read_tar(path: Path) -> Iterator[TarSample]:
             raise tarfile.ReadError(f"{size} bytes of {end} or more")
     except tarfile.TarError as error:
         where = f"in or after {last.key!r}" if last.key else "at its beginning"
-        message = f"{path}: the tar is cut or damaged {where} ({reason_of(error)})"
+        message = f"{path}: the tar is truncated or damaged {where} ({reason_of(error)})"
         yield TarSample("", error=f"{message}; copy or download it again")
         return
     except OSError as error:

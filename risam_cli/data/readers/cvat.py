@@ -94,7 +94,7 @@ def _images(stream: BinaryIO, path: Path) -> Iterator[_Image]:
         reader.feed(b"", last=True)
         yield from reader.taken()
     except expat.ExpatError as error:
-        raise DataError(f"{path} is not XML, or is cut short: {error}", _FIX) from None
+        raise DataError(f"{path} is not XML, or is truncated: {error}", _FIX) from None
     except (zipfile.BadZipFile, EOFError, OSError) as error:
         raise DataError(f"{path} cannot be read: {error}", "download it again") from None
 
@@ -144,7 +144,7 @@ class _Reader:
         if self._depth > _DEEPEST:
             raise DataError(f"{self._path}: elements nested {_DEEPEST} deep", _FIX)
         if self._depth == 1 and name != "annotations":
-            raise DataError(f"{self._path} is no file of CVAT: it begins with <{name}>", _FIX)
+            raise DataError(f"{self._path} is not a CVAT file: it begins with <{name}>", _FIX)
         if name == "track":
             raise DataError(f"{self._path} is of a video: it has tracks", _FIX)
         if name == "image" and self._depth == 2:
@@ -209,7 +209,7 @@ def _outline(kind: str, given: Mapping[str, str]) -> dict[str, Any]:
     if kind == "mask":
         left, top, width, height = (int(given[k]) for k in ("left", "top", "width", "height"))
         return {"mask": _unrolled(given["rle"], (height, width)), "corner": (left, top)}
-    raise DataError(f"a {kind} covers nothing; draw a polygon or a mask")
+    raise DataError(f"a {kind} has no area; draw a polygon or a mask")
 
 
 def _unrolled(text: str, size: tuple[int, int]) -> NDArray[np.bool_]:

@@ -108,7 +108,7 @@ def _image(found: Mapping[str, Any], file: Path) -> tuple[str, tuple[int, int]]:
 
 def _shape(one: Any) -> Shape:
     if not isinstance(one, Mapping):
-        return Shape("", wrong=f"{brief(one)} is no shape")
+        return Shape("", wrong=f"{brief(one)} is not a shape")
     label, text, exported = (
         value if isinstance(value, str) else ""
         for value in (one.get("label"), one.get("description"), one.get("exported_label"))
@@ -146,7 +146,7 @@ def _outline(kind: Any, one: Mapping[str, Any]) -> dict[str, Any]:
         (x, y), (rim_x, rim_y) = points
         radius = float(np.hypot(rim_x - x, rim_y - y))
         return {"polygons": [ellipse(x, y, radius, radius)]}
-    raise DataError(f"a {brief(kind)} covers nothing; draw a polygon or a mask")
+    raise DataError(f"a {brief(kind)} has no area; draw a polygon or a mask")
 
 
 def _pixels(text: Any) -> NDArray[np.bool_]:
@@ -168,4 +168,4 @@ def _pixels(text: Any) -> NDArray[np.bool_]:
         SyntaxError,
         ValueError,
     ) as error:
-        raise DataError(f"a mask that is no PNG: {error!s:.80}") from None
+        raise DataError(f"a mask that is not a PNG: {error!s:.80}") from None

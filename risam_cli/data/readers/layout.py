@@ -63,7 +63,7 @@ def missing(paths: Sequence[Path], what: str) -> DataError:
         shown.append(f"… {len(paths) - _MOST_LISTED} more")
     return DataError(
         f"{what} were not found; looked for: {', '.join(shown)}",
-        f"give by {setting('root')} the folder that holds the data set, or its own folder",
+        f"name with {setting('root')} the folder that holds the data set, or its own folder",
     )
 
 

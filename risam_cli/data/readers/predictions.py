@@ -180,7 +180,7 @@ class PredictionIndex:
         if len(keys) > 1:
             raise DataError(
                 f"{self.path}: {image!r} may be {keys[0]} or {keys[1]}",
-                "name images by their whole paths",
+                "name images by their full paths",
             )
         found = []
         for one in by_key[keys[0]] if keys else ():
@@ -221,8 +221,8 @@ class PredictionIndex:
         lines = self._results.notes()
         if self._respelled:
             lines.append(
-                f"{self._respelled} predictions name their image otherwise than the data set; they "
-                f"are taken by their ids and expressions ({self._first_respelled})"
+                f"{self._respelled} predictions do not name their image like the data set; they "
+                f"are matched by their ids and expressions ({self._first_respelled})"
             )
         if self._differing:
             lines.append(
@@ -375,7 +375,7 @@ class PredictionIndex:
         if alike:
             raise DataError(
                 f"{self.path}: {found.record['image']!r} may be {sample.image} or {alike[0]}",
-                "name images by their whole paths, or give ids",
+                "name images by their full paths, or give ids",
             )
         return True
 

@@ -223,7 +223,7 @@ class Results:
         category = id_text(record.get("category_id"))
         if self.names is None:
             if "image_id" in record and record["image"] == id_text(record["image_id"]):
-                what = "results name their image by an id only, which is taken for its name"
+                what = "results name their image only by an id, which is taken as its name"
                 self._note(what, first)
         elif category is not None and category not in self.names.categories:
             self._note(
@@ -294,7 +294,7 @@ class Results:
         if b"\0" in start or start.startswith(_PICKLE):
             stream.close()
             raise DataError(
-                f"{self.path} is a binary file, of which nothing is run or read",
+                f"{self.path} is a binary file, which is neither run nor read",
                 "write its masks as COCO results or as JSON Lines",
             )
         head = start.decode("utf-8-sig", "replace").lstrip()
@@ -338,7 +338,7 @@ class Results:
         if not {"mask", "segmentation"} & {*table.columns}:
             raise DataError(
                 f"manifest {self.path} has no column {', '.join(_absent(table.columns))}",
-                "its first line names the columns image, expression, mask and, at will, id, score",
+                "its first line names the columns image, expression, mask, optionally id and score",
             )
         for row in table:
             if row.error is not None:

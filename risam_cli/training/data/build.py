@@ -156,8 +156,8 @@ class DataBuilder:
         samples = PackedSamples(source.iterate())
         if out := samples.without_pixels:
             self.console.warn(
-                f"{key}: {len(out)} expressions are left out: they have a target, but its mask no "
-                f"pixel; the first is {out[0]!r}"
+                f"{key}: {len(out)} expressions are left out: they have a target, but its mask has "
+                f"no pixel; the first is {out[0]!r}"
             )
         if not len(samples):
             raise ConfigError(
@@ -323,7 +323,7 @@ def _require_images(key: str, source: SampleSource) -> None:
             missing.append(group.path)
     if missing:
         raise DataError(
-            f"{key}: {len(missing)} of {len(source.order or source.groups)} images are not there, "
+            f"{key}: {len(missing)} of {len(source.order or source.groups)} images are missing, "
             f"first {missing[0]}",
             f"give the folder of the images as {key}.images",
         )

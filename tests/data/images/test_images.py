@@ -266,10 +266,10 @@ def broken_files(folder: Path) -> dict[str, str]:
         "zero.jpg": (b"", "0 bytes"),
         "text.jpg": ("schön, a shopping list\n".encode(), "holds text"),
         "page.png": (b"<!doctype html><html>", "holds text"),
-        "cut.jpg": (jpeg.getvalue()[:2000], "cut short"),
-        "cut.png": (png.getvalue()[:4000], "cut short"),
-        "head.jpg": (jpeg.getvalue()[:3], "cut short or damaged"),
-        "head.png": (png.getvalue()[:12], "cut short or damaged"),
+        "cut.jpg": (jpeg.getvalue()[:2000], "truncated"),
+        "cut.png": (png.getvalue()[:4000], "truncated"),
+        "head.jpg": (jpeg.getvalue()[:3], "truncated or damaged"),
+        "head.png": (png.getvalue()[:12], "truncated or damaged"),
         "noise.webp": (bytes(range(128, 256)) * 9, "not an image of a known kind"),
         "photo.heic": (b"\0\0\0\x18ftypheic" + bytes(40), "pip install 'risam[heif]'"),
         "page.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "holds text"),
@@ -296,7 +296,7 @@ def test_what_is_no_file_says_so(tmp_path: Path) -> None:
         tmp_path / "none.jpg": "no such file",
         tmp_path: "is a folder",
         tmp_path / "pipe.jpg": "not a regular file",
-        Path("a\0b.jpg"): "not a path",
+        Path("a\0b.jpg"): "not a valid file path",
         tmp_path / ("x" * 300 + ".jpg"): "name too long",
     }
     for path, text in cases.items():

@@ -197,7 +197,7 @@ BAD_LINES = [
     ('{"image": "a.jpg", "expression": "x", "id": true}', "'id' is True"),
     ('{"image": "a.jpg", "expression": "x", "id": "taken"}', "'taken' was given before"),
     ('{"image": "a.jpg", "expression": "half \\ud83d"}', "not Unicode text"),
-    ('{"image": "a\\u0000.jpg", "expression": "x"}', "not a path"),
+    ('{"image": "a\\u0000.jpg", "expression": "x"}', "not a valid file path"),
     ('{"image": "a.jpg", "expression": "' + "x" * MAX_LINE + '"}', "longer than"),
     ("[" * 200_000, "nested too deep"),
     ('{"image": "a.jpg", "id": ' + "1" * 5000 + "}", "not JSON"),
@@ -254,7 +254,7 @@ def test_image_root_moves_where_paths_start_and_how_far_they_may_go(tmp_path: Pa
     assert os.path.normpath(found[3].sample.path) == str(tmp_path.parent / "d.jpg")
     confined = list(Inputs([str(path)], image_root=tmp_path, confine=True))
     assert [entry.sample is not None for entry in confined] == [True, True, True, False]
-    assert "'../d.jpg' lies outside of" in wrong(confined)[0]
+    assert "'../d.jpg' is outside of" in wrong(confined)[0]
     everything = entries(path, image_root=Path("/"))
     assert everything[2].sample.path == tmp_path / "c.jpg"
 
@@ -326,7 +326,7 @@ def test_coco_files(tmp_path: Path) -> None:
     inputs = Inputs([str(path)], confine=True)
     found = list(inputs)
     assert asked(found) == [("11", "x"), ("12", "y")]
-    assert "lies outside" in wrong(found)[0]
+    assert "is outside" in wrong(found)[0]
     assert found[1].failures[0].id == "13"
     assert inputs.skipped == {"images without an expression": 1}
     assert found[0].sample.size == (4, 6)

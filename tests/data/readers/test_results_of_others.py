@@ -188,7 +188,7 @@ def test_ids_that_name_nothing_are_told(tmp_path: Path, capsys: Any) -> None:
     ]
     source = written(tmp_path / "coco_instances_results.json", rows)
     exported(tmp_path, source)
-    assert "2 results name their image by an id only, which is taken" in capsys.readouterr().err
+    assert "2 results name their image only by an id, which is taken" in capsys.readouterr().err
     images = [{"id": n, "file_name": f"{n}.png", "height": 48, "width": 64} for n in (1, 2)]
     file = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
     exported(tmp_path, source, "--annotations", written(tmp_path / "coco.json", file))
@@ -217,7 +217,7 @@ def test_binary_results_are_refused_and_not_run(tmp_path: Path, capsys: Any, kin
         with open(path, "wb") as file:
             (np.save if kind == "numpy" else np.savez)(file, BLOCK)
     assert export(path, "--to", "coco", "-o", tmp_path / "out") == 1
-    assert "is a binary file, of which nothing is run or read" in capsys.readouterr().err
+    assert "is a binary file, which is neither run nor read" in capsys.readouterr().err
 
 
 def test_a_list_without_a_usable_record_says_why(tmp_path: Path, capsys: Any) -> None:

@@ -373,12 +373,12 @@ WRONG_DATA: dict[str, tuple[Any, type[Exception], str]] = {
     "an empty folder": (
         lambda d: {"dataset": "refcoco", "root": str(d / "phrasecut/images")},
         DataError,
-        r"train: the annotations were not found; looked for: .*give by train\.root the folder",
+        r"train: the annotations were not found; looked for: .*name with train\.root the folder",
     ),
     "an image that is not there": (
         _without_image,
         DataError,
-        r"train: 1 of 4 images are not there, first .*; give the folder .* train\.images",
+        r"train: 1 of 4 images are missing, first .*; give the folder .* train\.images",
     ),
     "splits by another": (
         lambda d: {"dataset": "refcoco", "root": str(d), "split_by": "umd"},
@@ -458,7 +458,7 @@ def test_a_missing_folder_is_named_before_anything_is_built(
     ("augment", "message"),
     [
         ({"flip": 1.5}, r"augment\.flip = 1\.5: .*less than or equal to 1"),
-        ({"flip": True}, r"augment\.flip = True: it takes no truth value"),
+        ({"flip": True}, r"augment\.flip = True: it does not take true or false"),
         ({"flp": 0.5}, r"unknown key 'augment\.flp'"),
         ({"shrink": 0}, r"augment\.shrink = 0: .*greater than 0"),
     ],
