@@ -104,7 +104,7 @@ def test_what_cannot_be_trained_on_is_told_and_nothing_written(
     file.write_text("mine")
     assert "already exists; choose another --output, or give --overwrite" in told()
     file.unlink()
-    assert "2 of 2 images are not there" in told("--images", str(tmp_path))
+    assert "2 of 2 images are missing" in told("--images", str(tmp_path))
     path.write_text(json.dumps({**content, "expressions": []}))
     assert "holds no expressions; add a list 'expressions'" in told()
     path.unlink()

@@ -66,7 +66,7 @@ def _damaged_image(data: dict[str, Any]) -> None:
     ("spoil", "message", "fix"),
     [
         (_no_expressions, "holds no expressions", "'expressions'"),
-        (_no_images, r"train: 2 of 2 images are not there", "as train.images"),
+        (_no_images, r"train: 2 of 2 images are missing", "as train.images"),
         (_damaged_image, r"\.png", ""),
     ],
 )
