@@ -22,6 +22,7 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -381,6 +382,10 @@ class ProcessLoader(_Loader, threading.Thread):
 
     def _died(self, hands: _Hands, error: Exception) -> None:
         """Counts a death against the images that dead processes had in hand."""
+        # What a dead process no longer sends is noticed before its end is known.
+        living = [process for process in self._context.started if process.is_alive()]
+        if len(living) == len(self._context.started):
+            wait([process.sentinel for process in living], _GRACE)
         dead = [(k, p) for k, p in enumerate(self._context.started) if p.exitcode is not None]
         ends = {hands.held_by(worker): process.exitcode for worker, process in dead}
         guilty = {n: end for n, end in ends.items() if n in self._in_flight}

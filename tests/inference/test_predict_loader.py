@@ -37,6 +37,8 @@ from risam_cli.inference.loader import (
     ImageLoader,
     ProcessLoader,
     _fit_shared_memory,
+    _Hands,
+    _Task,
     open_loader,
 )
 from risam_cli.inference.loading import Loaded, LoaderSettings, load_image
@@ -105,6 +107,26 @@ def test_a_death_costs_nothing_but_its_own_image(tmp_path: Path) -> None:
     for path, one in zip(paths, results, strict=True):
         if one.image is not None:
             assert one.image.sha256 == file_sha256(path)
+
+
+def test_a_death_that_is_known_late_costs_the_image_that_was_in_hand(tmp_path: Path) -> None:
+    """Of a dead process' last image the rest cannot be read, some time before its end is known."""
+    with open_loader(settings(2)) as loader:
+        assert isinstance(loader, ProcessLoader)
+        innocent, deadly = (
+            _Task(number, tmp_path / f"{number}.png", Future()) for number in range(2)
+        )
+        loader._in_flight = {0: innocent, 1: deadly}
+        processes = [loader._context.Process(target=time.sleep, args=(60,)) for _ in range(2)]
+        for process in processes:
+            process.start()
+        hands = _Hands(loader._context, 2)
+        hands.take(1, deadly.number)
+        threading.Timer(0.2, processes[1].kill).start()
+        loader._died(hands, ConnectionResetError())
+        assert (innocent.deaths, deadly.deaths) == (0, 1)
+        loader._in_flight = {}
+        processes[0].kill()
 
 
 def test_processes_that_die_between_two_images_are_replaced(tmp_path: Path) -> None:
