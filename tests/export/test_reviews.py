@@ -384,6 +384,21 @@ def test_a_labelme_file_that_is_wrong_costs_itself_alone(
     assert "c.json is not JSON" in damaged["message"]
 
 
+@pytest.mark.parametrize("name", ["a.json", ""])
+def test_a_labelme_image_may_have_many_flags(name: str, tmp_path: Path) -> None:
+    text = {
+        "flags": {f"a question about the whole image, number {k}": False for k in range(50)},
+        "shapes": [{"label": "good", "points": [[0, 0], [3, 0], [3, 3], [0, 3]]}],
+        "imagePath": "a.png",
+        "imageHeight": 10,
+        "imageWidth": 10,
+    }
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "a.json").write_text(json.dumps(text))
+    found = coco(tmp_path / "given" / name, tmp_path / "out")
+    assert [one["area"] for one in found["annotations"]] == [9]
+
+
 def test_reviewed_records_say_so(exported: Callable[..., Path], tmp_path: Path) -> None:
     with Results(exported("cvat")) as found:
         assert found.reviewed
