@@ -310,6 +310,19 @@ def test_xml_may_be_in_any_encoding_that_it_declares(
     assert [one["expression"] for one in found["annotations"]] == ["le carr\u00e9"]
 
 
+def test_images_of_one_name_in_two_tasks_of_a_project_are_not_one(tmp_path: Path) -> None:
+    path = tmp_path / "annotations.xml"
+    images = "".join(
+        f'<image name="a.png" task_id="{task}" width="10" height="10">{GOOD}</image>'
+        for task in (1, 2)
+    )
+    path.write_text(f"<annotations>{images}</annotations>")
+    found = coco(path, tmp_path / "out", code=3)
+    assert [one["area"] for one in found["annotations"]] == [9]
+    [failure] = failures(tmp_path / "out")
+    assert "tasks 1 and 2 both have an image of this name" in failure["message"]
+
+
 def test_an_image_of_absurd_size_draws_nothing(tmp_path: Path) -> None:
     path = tmp_path / "annotations.xml"
     mask = '<mask label="x" rle="0, 1" left="0" top="0" width="1" height="1"/>'
@@ -369,6 +382,21 @@ def test_a_labelme_file_that_is_wrong_costs_itself_alone(
     assert told in wrong["message"]
     assert "b.json" in wrong["message"]
     assert "c.json is not JSON" in damaged["message"]
+
+
+@pytest.mark.parametrize("name", ["a.json", ""])
+def test_a_labelme_image_may_have_many_flags(name: str, tmp_path: Path) -> None:
+    text = {
+        "flags": {f"a question about the whole image, number {k}": False for k in range(50)},
+        "shapes": [{"label": "good", "points": [[0, 0], [3, 0], [3, 3], [0, 3]]}],
+        "imagePath": "a.png",
+        "imageHeight": 10,
+        "imageWidth": 10,
+    }
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "a.json").write_text(json.dumps(text))
+    found = coco(tmp_path / "given" / name, tmp_path / "out")
+    assert [one["area"] for one in found["annotations"]] == [9]
 
 
 def test_reviewed_records_say_so(exported: Callable[..., Path], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from xml.parsers import expat
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.data.readers.shapes import Shape, ellipse, placed, records_of, rectangle
+from risam_cli.data.readers.shapes import ERROR, Shape, ellipse, placed, records_of, rectangle
 from risam_cli.errors import DataError, reason_of
 
 NAME = "annotations.xml"
@@ -69,6 +69,7 @@ def cvat_records(
         DataError: it is not XML, not of images, damaged, or hostile.
     """
     folders = [start or Path(), path.parent / "images", path.parent]
+    tasks: dict[str, str | None] = {}  # of a project, by the names of its images
     for number, image in enumerate(_images(stream, path), 1):
         name = image.attributes.get("name", "")
         where = f"{path}, image {name!r}"
@@ -78,6 +79,11 @@ def cvat_records(
             raise DataError(f"{where}: it has no height and width", _FIX) from None
         if not name:
             raise DataError(f"{path}, image {number}: it has no name", _FIX)
+        task = image.attributes.get("task_id")
+        if image.shapes and tasks.setdefault(name, task) != task:
+            told = f"{where}: tasks {tasks[name]} and {task} both have an image of this name"
+            yield number, {ERROR: f"{told}; export one task at a time"}
+            continue
         name = placed(name, folders, start or Path()) or name
         for record in records_of(name, size, image.shapes, where):
             yield number, record

@@ -29,7 +29,7 @@ from risam_cli.data.readers.cvat import cvat_records, open_zip
 from risam_cli.data.readers.instances import segmentation_to_rle
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.labelme import FOLDER as LABELME
-from risam_cli.data.readers.labelme import holds_labelme, is_labelme, labelme_records
+from risam_cli.data.readers.labelme import HEAD, holds_labelme, is_labelme, labelme_records
 from risam_cli.data.readers.mask_files import read_mask_file
 from risam_cli.data.readers.names import IMAGE_KEYS, TEXT_KEYS, Names, Record, spoken
 from risam_cli.data.readers.shapes import ERROR
@@ -287,11 +287,11 @@ class Results:
         name = self.path.name.lower().removesuffix(".gz")
         if name.endswith((".csv", ".tsv")):
             return self._spooled(self._of_table(stream), "line", stream)
-        start = stream.read(1 << 10)
+        start = stream.read(HEAD)
         stream.seek(0)
         if start.startswith(b"PK\3\4") and (inner := open_zip(stream, self.path)) is not None:
             start, stream = b"<", inner
-        if b"\0" in start or start.startswith(_PICKLE):
+        if b"\0" in start[: 1 << 10] or start.startswith(_PICKLE):
             stream.close()
             raise DataError(
                 f"{self.path} is a binary file, which is neither run nor read",
