@@ -35,6 +35,7 @@ TURNED = {
     "arrow turning anticlockwise": "arrow turning clockwise",
     "left t-shirt": "right t-shirt",
     "3rd from right": "3rd from left",
+    "second shelf from the top": "second shelf from the top",
     "bright upright copyright leftovers": "bright upright copyright leftovers",
     "leftover pizza on the left": "leftover pizza on the right",
     "the bottom-left cup": "the bottom-right cup",
@@ -76,6 +77,8 @@ UNTURNABLE = [
     "arrow turning counter clockwise",
     "arrow turning anti-clockwise",
     "southpaw",
+    "second giraffe",
+    "the 3rd man",
 ]
 
 
