@@ -204,9 +204,14 @@ _COLORS = re.compile(
         "shining|glowing|glow|lit|unlit|sunlit|sunny|faded|faint|blurry|clear|ripe|unripe|rotten|"
         "burnt|burned|tanned|tinted|skin|skinned|monochrome|sepia|denim|wooden|wood|metal|"
         "metallic|chrome|brass|brick|rusty|stained|dirty|clean|camouflage|camo|plaid|striped|"
-        "zebra|contrast|tone|hue|caucasian|african|asian"
+        "zebra|contrast|tone|hue|caucasian|african|asian|"
+        "purplish|whitish|orangish|redder|reddest|bluer|bluest|whiter|whitest|palest|multicolor|"
+        "multicolour|multicoloured|bicolor|tricolor|coloring|colouring|fuchsia|mauve|plum|charcoal|"
+        "chocolate|rose|rosy|ruby|emerald|tawny|hazel|taupe|azure|ochre|vermilion|platinum|sandy|"
+        "pastel|graying|greying|yellowed|checkered|darkened|lighted|lighting|illuminated|backlit|"
+        "silhouette|b&w"
     )
-    + r")(?:ish|er|est|s|y)?(?![a-z])",
+    + r")(?:ish|er|est|ly|ness|s|y|shirt|haired)?(?![a-z])",
     re.IGNORECASE,
 )
 
