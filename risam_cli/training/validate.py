@@ -113,7 +113,9 @@ def _scores(
     within = inside(batch, truth) > 0
     mask = (logits.sigmoid() > threshold) & within
     none = decoded.no_target_logits.float().sigmoid() > no_target_threshold
-    target = (truth > 0.5) & within
+    # An object smaller than a cell is the cells that it covers most of: it is not nothing.
+    most = truth.amax(dim=(1, 2), keepdim=True).clamp(min=1e-6)
+    target = ((truth > 0.5) | ((most <= 0.5) & (truth >= most))) & within
     both = (mask & target).sum(dim=(1, 2)).tolist()
     either = (mask | target).sum(dim=(1, 2)).tolist()
     predicted, true = mask.sum(dim=(1, 2)).tolist(), target.sum(dim=(1, 2)).tolist()

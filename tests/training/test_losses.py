@@ -9,8 +9,11 @@ import torch
 from support.networks import noise
 from torch import Tensor
 
+from risam_cli.metrics.figures import summarize
 from risam_cli.model.mask_decoder import Decoded
+from risam_cli.training.data.collate import ReferringBatch
 from risam_cli.training.losses import LossParts, ReferringLoss, dense_loss
+from risam_cli.training.validate import _scores
 
 LOG2 = math.log(2)
 
@@ -258,3 +261,24 @@ def test_an_expression_of_weight_one_half_counts_half(gamma: float) -> None:
     assert total([0, 1, 2], [0.5, 1.0, 1.0]) != pytest.approx(once, rel=1e-3)
     # Only the proportions count.
     assert total([0, 1, 2], [0.25, 0.25, 0.25]) == pytest.approx(once, rel=1e-6)
+
+
+def test_a_target_smaller_than_a_cell_is_not_found_by_an_empty_mask() -> None:
+    targets = torch.zeros(2, 4, 4, dtype=torch.uint8)
+    targets[0, 1, 1] = 40
+    batch = ReferringBatch(
+        images=torch.zeros(1, 4, 4, 3, dtype=torch.uint8),
+        fitted=torch.tensor([[4, 4]]),
+        image_index=torch.zeros(2, dtype=torch.long),
+        input_ids=torch.zeros(2, 1),
+        attention_mask=torch.ones(2, 1),
+        targets=targets,
+        no_target=torch.tensor([0.0, 1.0]),
+        weights=torch.ones(2),
+    )
+    logits = torch.full((2, 4, 4), -9.0)
+    empty = _scores(0, batch, Decoded(logits, torch.ones(2), torch.zeros(2)), 0.5, 0.5)
+    assert summarize(empty)["miou"] == 0.5
+    logits[0, 1, 1] = 9
+    found = _scores(0, batch, Decoded(logits, torch.ones(2), torch.zeros(2)), 0.5, 0.5)
+    assert summarize(found)["miou"] == 1

@@ -86,11 +86,11 @@ def open_phrasecut(
         image_root = find_images(places, first) or folder / "images"
     groups = []
     for image_id, tasks in by_image.items():
-        polygons = {str(task["task_id"]): task["Polygons"] for task in tasks}
+        polygons = [(str(task["task_id"]), task["Polygons"]) for task in tasks]
         size, _, in_coco = images[image_id]
         draw = partial(_draw, polygons=polygons, size=size, where=str(task_files[0]))
         own = columns or Columns()
-        phrases = tuple(_phrase(task, words, in_coco, own) for task in tasks)
+        phrases = tuple(_phrase(task, k, words, in_coco, own) for k, task in enumerate(tasks))
         file_name = f"{image_id}.jpg"
         groups.append(Group(file_name, image_root / file_name, size, phrases, draw))
     notes = [f"{n} phrases of {s} images were left out" for s, n in left_out.items() if n]
@@ -199,7 +199,9 @@ def _word_lists(folders: list[Path]) -> dict[str, list[str]]:
     return found
 
 
-def _phrase(task: dict[str, Any], known: _Words, in_coco: bool, columns: Columns) -> Phrase:
+def _phrase(
+    task: dict[str, Any], number: int, known: _Words, in_coco: bool, columns: Columns
+) -> Phrase:
     ranks = known.ranks
     attributes: dict[str, Any] = {
         "image_id": task["image_id"],
@@ -231,14 +233,17 @@ def _phrase(task: dict[str, Any], known: _Words, in_coco: bool, columns: Columns
             attributes["phrasecut_category_rank"] = rank
     if own := columns.of(task):
         attributes["columns"] = own
-    task_id = str(task["task_id"])
-    return Phrase(task_id, task["phrase"], (task_id,), attributes)
+    # Its number among the image's, as ids may be given twice.
+    return Phrase(str(task["task_id"]), task["phrase"], (number,), attributes)
 
 
-def _draw(task_id: str, *, polygons: dict[str, Any], size: tuple[int, int], where: str) -> Rle:
+def _draw(
+    number: int, *, polygons: list[tuple[str, Any]], size: tuple[int, int], where: str
+) -> Rle:
     """Union of a task's polygons, drawn as PhraseCut's ``polygons_to_mask`` does."""
     rings = []
-    for instance in polygons[task_id]:
+    task_id, instances = polygons[number]
+    for instance in instances:
         for polygon in instance if isinstance(instance, list) else [None]:
             rings.append(_points(polygon, f"{where}: task {task_id}"))
     steps = sum(

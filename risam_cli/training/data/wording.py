@@ -8,8 +8,9 @@ do clockwise and counterclockwise. That is right for sides of the picture and fo
 alike: in a mirror a left hand is a right hand. It cannot be told, and the picture stays as it is,
 for what can be read (digits, letters, quotes, brands, "says", "number", clocks), for directions
 that a mirror does not turn into words (east, port, left field), for other senses of "left" and
-"right" ("left over", "is left", "right behind", "right way up"), and for words that look like a
-misspelt left or right or are not of this alphabet.
+"right" ("left over", "is left", "right behind", "right way up"), for "second" and the like that do
+not say from where they count, and for words that look like a misspelt left or right or are not of
+this alphabet.
 """
 
 from __future__ import annotations
@@ -100,6 +101,11 @@ _MISSPELT = re.compile(
 )
 _SPELT = {*_TWINS, "leftover", "leftovers", "rigid", "rigged", "rigging", "rig", "rights", "lefts"}
 _ORDINAL = re.compile(r"\b(?:\d*(?:1st|2nd|3rd)|\d*\dth)\b", re.IGNORECASE)
+# "the second giraffe" is mostly counted from the left, "the second from the top" is not.
+_COUNTED = re.compile(
+    rf"(?:{_ORDINAL.pattern}|\b(?:first|second|third|fourth|fifth|sixth|last)\b)(?!.*\bfrom\b)",
+    re.IGNORECASE,
+)
 _T_SHIRT = re.compile(r"\b[tv][\s-](?=shirts?\b|neck\b)", re.IGNORECASE)
 _LETTER = re.compile(r"(?<![\w'-])(?:[b-hj-z])(?![\w'])", re.IGNORECASE)
 _QUOTES = re.compile('["“”„«»`#]')
@@ -120,7 +126,7 @@ def flipped(text: str) -> str | None:
         return None
     if _READ.search(text) or _NOT_TURNED.search(text) or _REMAINING.search(text):
         return None
-    if _may_be_a_side(text):
+    if _may_be_a_side(text) or (_COUNTED.search(text) and not _TURNS.search(text)):
         return None
     for found in _ADVERB.finditer(text):
         if not _NOUN_BEFORE.search(text[: found.start()]):
@@ -198,9 +204,14 @@ _COLORS = re.compile(
         "shining|glowing|glow|lit|unlit|sunlit|sunny|faded|faint|blurry|clear|ripe|unripe|rotten|"
         "burnt|burned|tanned|tinted|skin|skinned|monochrome|sepia|denim|wooden|wood|metal|"
         "metallic|chrome|brass|brick|rusty|stained|dirty|clean|camouflage|camo|plaid|striped|"
-        "zebra|contrast|tone|hue|caucasian|african|asian"
+        "zebra|contrast|tone|hue|caucasian|african|asian|"
+        "purplish|whitish|orangish|redder|reddest|bluer|bluest|whiter|whitest|palest|multicolor|"
+        "multicolour|multicoloured|bicolor|tricolor|coloring|colouring|fuchsia|mauve|plum|charcoal|"
+        "chocolate|rose|rosy|ruby|emerald|tawny|hazel|taupe|azure|ochre|vermilion|platinum|sandy|"
+        "pastel|graying|greying|yellowed|checkered|darkened|lighted|lighting|illuminated|backlit|"
+        "silhouette|b&w"
     )
-    + r")(?:ish|er|est|s|y)?(?![a-z])",
+    + r")(?:ish|er|est|ly|ness|s|y|shirt|haired)?(?![a-z])",
     re.IGNORECASE,
 )
 

@@ -270,6 +270,16 @@ def test_a_phrasecut_id_of_any_kind_is_its_text(tmp_path: Path, odd: Any) -> Non
     assert str(odd) in by_id(open_phrasecut(folder, "val"))
 
 
+def test_phrasecut_phrases_with_one_id_keep_their_own_masks(tmp_path: Path) -> None:
+    folder = write_phrasecut(tmp_path)
+    tasks = json.loads((folder / "refer_val.json").read_text())
+    twice = [{**task, "task_id": "7__1"} for task in tasks if task["image_id"] == 7]
+    (folder / "refer_val.json").write_text(json.dumps(twice))
+    found = by_id(open_phrasecut(folder, "val"))
+    for name, task in zip(("7__1", "7__1#1"), twice, strict=True):
+        assert_mask(found[name], phrasecut_mask(task["Polygons"], PHRASECUT_SIZE))
+
+
 def test_phrasecut_with_the_other_name_of_its_image_list(tmp_path: Path) -> None:
     folder = write_phrasecut(tmp_path)
     (folder / "image_data_split3000.json").rename(folder / "image_data_split.json")

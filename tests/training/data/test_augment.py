@@ -35,6 +35,7 @@ TURNED = {
     "arrow turning anticlockwise": "arrow turning clockwise",
     "left t-shirt": "right t-shirt",
     "3rd from right": "3rd from left",
+    "second shelf from the top": "second shelf from the top",
     "bright upright copyright leftovers": "bright upright copyright leftovers",
     "leftover pizza on the left": "leftover pizza on the right",
     "the bottom-left cup": "the bottom-right cup",
@@ -76,6 +77,8 @@ UNTURNABLE = [
     "arrow turning counter clockwise",
     "arrow turning anti-clockwise",
     "southpaw",
+    "second giraffe",
+    "the 3rd man",
 ]
 
 
@@ -216,12 +219,21 @@ def test_which_expressions_survive_cutting(text: str, expected: bool) -> None:
     assert survives_cutting(text) is expected
 
 
-@pytest.mark.parametrize("text", ["red shirt", "Blonde girl", "darker horse", "reddish", "blk cat"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("red shirt", "Blonde girl", "darker horse", "reddish", "blk cat"),
+        *("purplish cup", "whitest dog", "redder apple", "brightly dressed man", "redshirt"),
+        *("multicolor kite", "a fuchsia dress", "rosy cheeks", "backlit bottle", "b&w cat"),
+    ],
+)
 def test_words_of_color_are_seen(text: str) -> None:
     assert speaks_of_color(text)
 
 
-@pytest.mark.parametrize("text", ["the tank", "a credit card", "man on the left", "bored kid"])
+@pytest.mark.parametrize(
+    "text", ["the tank", "a credit card", "man on the left", "bored kid", "a reddit mug"]
+)
 def test_other_words_are_no_colors(text: str) -> None:
     assert not speaks_of_color(text)
 
