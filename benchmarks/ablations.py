@@ -4,10 +4,11 @@
     python benchmarks/ablations.py -o runs/ablations [--only A,B] [--jobs N] [--until N]
 
 Trains each variant under the same budget, data and seeds from one image encoder, evaluates each on
-scenes that training never drew, writes what was found to ``--results`` and prints the tables. What
-already exists is taken as it is, so that a cut run goes on; ``--until`` cuts every run at a step,
-to be gone on with by a later call; ``--table`` only reads. Runs of another budget have other
-folders, and stay in the results.
+scenes that training never drew, writes what was found to ``--results``, each expression's IoU to an
+``.npz`` of the same name, and prints the tables. What already exists is taken as it is, so that a
+cut run goes on; ``--until`` cuts every run at a step, to be gone on with by a later call;
+``--table`` only reads the results, which outlive the runs' folders. Runs of another budget have
+other folders, and stay in the results.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from plot import charts
 
 from risam_cli.data.refshapes.dataset import FAMILIES
 from risam_cli.drawing import svg
+from risam_cli.files.write import write_file
 from risam_cli.metrics.figures import Terms
 from risam_cli.metrics.intervals import Change, compare, intervals
 
@@ -152,6 +155,7 @@ def main() -> None:
     parser.add_argument("--until", type=int, help="cut each run at this step")
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--seeds", type=int, default=3, help="of RISAM and its rivals")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--all-seeds", action="store_true", help="as many of every variant")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each")
     parser.add_argument("--limit", type=int, default=240, help="expressions of a family")
@@ -174,18 +178,20 @@ def main() -> None:
 
     if not options.table:
         with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(one, planned(names, options.seeds, options.all_seeds)))
+            seeds = range(options.first_seed, options.first_seed + options.seeds)
+            list(pool.map(one, planned(names, seeds, options.all_seeds)))
     keep(options.results, runs, budget)
     drawn = draw(json.loads(options.results.read_text("utf-8")), budget)
     options.results.with_suffix(".svg").write_text(drawn, encoding="utf-8")
-    print(table(runs), "", curves(json.loads(options.results.read_text("utf-8"))), sep="\n")
+    results = json.loads(options.results.read_text("utf-8"))
+    print(table(answers(options.results), budget.name), "", curves(results), sep="\n")
 
 
-def planned(names: Sequence[str], seeds: int, all_seeds: bool) -> list[tuple[str, int]]:
+def planned(names: Sequence[str], seeds: range, all_seeds: bool) -> list[tuple[str, int]]:
     """Variants and seeds, what the table needs most first."""
-    first = [(name, 0) for name in names]
-    more = [(name, seed) for seed in range(1, seeds) for name in names if name in REPEATED]
-    others = [(n, s) for s in range(1, seeds) for n in names if n not in REPEATED]
+    first = [(name, seeds[0]) for name in names]
+    more = [(name, seed) for seed in seeds[1:] for name in names if name in REPEATED]
+    others = [(n, s) for s in seeds[1:] for n in names if n not in REPEATED]
     return first + more + (others if all_seeds else [])
 
 
@@ -279,17 +285,44 @@ def keep(results: Path, output: Path, budget: Budget) -> None:
     known: dict[str, Any] = {}
     if results.is_file():
         known = {row["run"]: row for row in json.loads(results.read_text("utf-8"))["runs"]}
+    answered = answers(results)
     for folder in sorted(output.glob("*-[0-9]*")):
         name, _, seed = folder.name.rpartition("-")
         if found := log(folder):
             row = summary(name, int(seed), found, budget)
-            row["scores"] = scores(folder)
+            row["scores"] = None
+            if (folder / f"eval-{FAMILIES[-1]}" / "report.json").is_file():
+                answered[row["run"]] = read(folder)
+                row["scores"] = scores(answered[row["run"]])
             known[row["run"]] = row
     text = json.dumps({"runs": [known[key] for key in sorted(known)]}, indent=1) + "\n"
-    results.parent.mkdir(parents=True, exist_ok=True)
-    new = results.with_suffix(".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(results)
+    write_file(results, text)
+    packed = {run: np.stack(astuple(found)).astype(np.float32) for run, found in answered.items()}
+    write_file(results.with_suffix(".npz"), partial(save, packed))
+
+
+def save(arrays: Mapping[str, NDArray[np.float32]], file: Path) -> None:
+    """Writes arrays to a file under just that name."""
+    with file.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)
+
+
+def answers(results: Path) -> dict[str, Expressions]:
+    """What the finished runs of the results answered, by ``BUDGET/VARIANT-SEED``."""
+    file = results.with_suffix(".npz")
+    if not file.is_file():
+        return {}
+    with np.load(file) as packed:
+        return {
+            run: Expressions(
+                iou.astype(np.float64),
+                clusters.astype(np.int64),
+                family.astype(np.int64),
+                empty.astype(bool),
+                said_empty.astype(bool),
+            )
+            for run, (iou, clusters, family, empty, said_empty) in packed.items()
+        }
 
 
 def summary(
@@ -323,11 +356,9 @@ def summary(
     }
 
 
-def scores(folder: Path) -> dict[str, float] | None:
+def scores(found: Expressions) -> dict[str, float]:
     """A finished run's figures by ``risam eval``, of all families' expressions together."""
-    if not (folder / f"eval-{FAMILIES[-1]}" / "report.json").is_file():
-        return None
-    terms = figures(read(folder))
+    terms = figures(found)
     return {name: round(float(a.sum() / b.sum()), 4) for name, (a, b) in terms.items()}
 
 
@@ -422,13 +453,13 @@ def mean_terms(runs: Sequence[Expressions]) -> Terms:
     }
 
 
-def table(output: Path) -> str:
+def table(answered: Mapping[str, Expressions], budget: str) -> str:
     """Markdown: each variant's figures, and its difference to RISAM with the same seeds."""
     found = {
         name: {
-            int(folder.name.rpartition("-")[2]): read(folder)
-            for folder in sorted(output.glob(f"{name}-[0-9]*"))
-            if (folder / f"eval-{FAMILIES[-1]}" / "report.json").is_file()
+            int(run.rpartition("-")[2]): answered[run]
+            for run in sorted(answered)
+            if run.rpartition("-")[0] == f"{budget}/{name}"
         }
         for name in VARIANTS
     }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -215,3 +217,40 @@ def test_what_a_benchmark_imports_of_the_package_is_there(path: Path) -> None:
                         f"{node.module}.{alias.name}"
                     )
                     assert found, f"{node.module} has no {alias.name}"
+
+
+def _run(folder: Path, families: list[str], ious: list[float]) -> None:
+    """A finished run's folder as the ablations read it: one validation, an answer to each image."""
+    folder.mkdir(parents=True)
+    point = {"kind": "val", "step": 8, "expressions": 64, "seconds": 1.0}
+    point |= {f"{family}.miou": 0.5 for family in families}
+    point |= {"grefshapes.n_acc": 0.25, "grefshapes.t_acc": 1.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(point) + "\n")
+    for family in families:
+        report = folder / f"eval-{family}"
+        report.mkdir()
+        answers = [
+            {"image": n, "iou": iou, "gt_no_target": n == 2, "answered_none": n == 2}
+            for n, iou in enumerate(ious)
+        ]
+        (report / "per_expression.jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
+        (report / "report.json").write_text("{}")
+
+
+def test_the_table_of_ablations_outlives_the_runs(benchmarks: Any, tmp_path: Path) -> None:
+    ablations = benchmarks("ablations")
+    families = list(ablations.FAMILIES)
+    runs, results = tmp_path / "8x1", tmp_path / "results.json"
+    _run(runs / "risam-1", families, [0.9, 0.7, 1.0])
+    _run(runs / "no_adapters-1", families, [0.6, 0.4, 1.0])
+    budget = ablations.Budget(8, 1, None, "last.pt", 3, "bf16", "here")
+    ablations.keep(results, runs, budget)
+    before = ablations.table(ablations.answers(results), budget.name)
+    shutil.rmtree(runs)
+    ablations.keep(results, runs, budget)  # finds nothing new, keeps what is there
+    assert ablations.table(ablations.answers(results), budget.name) == before
+    rows = {line.split(" | ")[0]: line for line in before.splitlines()}
+    assert "0.867" in rows["| RISAM"]
+    assert "0.667" in rows["| without adapters"]
+    assert "-0.200" in rows["| without adapters"]
+    assert json.loads(results.read_text())["runs"][0]["scores"]["N-acc"] == 1.0
