@@ -25,7 +25,7 @@ from risam_cli.files.write import (
 from risam_cli.outputs.gallery import remove_pages
 from risam_cli.outputs.naming import GALLERY, MASKS, OVERLAYS
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
-from risam_cli.runs.ledger import LEDGER, own_path, read_all_lines, read_redone
+from risam_cli.runs.ledger import LEDGER, own_path, read_marks, read_redone
 
 RUN = "run.json"
 _OWN = (PREDICTIONS, FAILURES, RUN, LEDGER)  # the ledger last: it says what is still to delete
@@ -105,8 +105,7 @@ class RunFolder(OutputFolder):
         """
         self.require_known()
         if self.ledger.exists():
-            for line in read_all_lines(self.ledger):
-                self.delete(mark.path for mark in line.files)
+            self.delete(mark.path for mark in read_marks(self.ledger))
         for redone, _ in read_redone(self.redo):
             self.delete(mark.path for mark in redone.line.files)
         self.redo.unlink(missing_ok=True)

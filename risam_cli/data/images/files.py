@@ -7,9 +7,8 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from risam_cli.errors import (
     DataError,
@@ -34,8 +33,7 @@ from risam_cli.files.store import (
 _HEAD = 1 << 16  # bytes
 
 
-@dataclass(frozen=True, slots=True)
-class FileStamp:
+class FileStamp(NamedTuple):
     """What a file system says about a file: if none of it changed, the content did not.
 
     Attributes:
