@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +23,16 @@ from risam_cli.errors import DataError, ImageError, reason_of
 from risam_cli.files.jsonlines import brief, load_json, read_text
 
 FOLDER = "labelme"
-HEAD = 1 << 16
-"""Bytes of a file that tell what it is: the image's own flags stand before the shapes."""
 
+_HEAD = 1 << 16  # bytes that are looked at: the image's own flags stand before the shapes
 _LOOKED_AT = 100  # files, before a folder is taken for another kind
 _LONGEST = 1 << 28  # bytes: labelme may keep the image in the file
 
 
-def is_labelme(head: str) -> bool:
-    """Whether a file that begins so is labelme's."""
+def is_labelme(file: BinaryIO) -> bool:
+    """Whether a file, open at its beginning, is labelme's; it is left there."""
+    head = file.read(_HEAD).decode("utf-8-sig", "replace").lstrip()
+    file.seek(0)
     return head[:1] == "{" and all(re.search(rf'"{key}"\s*:', head) for key in ("shapes", "flags"))
 
 
@@ -40,7 +41,7 @@ def holds_labelme(folder: Path) -> bool:
     for path in islice(_json_files(folder), _LOOKED_AT):
         try:
             with open(path, "rb") as file:
-                if is_labelme(file.read(HEAD).decode("utf-8-sig", "replace").lstrip()):
+                if is_labelme(file):
                     return True
         except OSError:
             continue

@@ -29,7 +29,7 @@ from risam_cli.data.readers.cvat import cvat_records, open_zip
 from risam_cli.data.readers.instances import segmentation_to_rle
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.labelme import FOLDER as LABELME
-from risam_cli.data.readers.labelme import HEAD, holds_labelme, is_labelme, labelme_records
+from risam_cli.data.readers.labelme import holds_labelme, is_labelme, labelme_records
 from risam_cli.data.readers.mask_files import read_mask_file
 from risam_cli.data.readers.names import IMAGE_KEYS, TEXT_KEYS, Names, Record, spoken
 from risam_cli.data.readers.shapes import ERROR
@@ -54,6 +54,7 @@ _COLUMNS = ("image", "expression", "mask", "segmentation", "id", "score", "no_ta
 _TEXTS = (*_ID_KEYS, *TEXT_KEYS)
 _JSON = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 _PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_HEAD = 1 << 16  # bytes of a file that tell what it is, white space before its text included
 _LONGEST_SINGLE = 1 << 23  # bytes of a file that is one record
 _LISTS = ("", "annotations", "predictions", "results")
 
@@ -287,7 +288,7 @@ class Results:
         name = self.path.name.lower().removesuffix(".gz")
         if name.endswith((".csv", ".tsv")):
             return self._spooled(self._of_table(stream), "line", stream)
-        start = stream.read(HEAD)
+        start = stream.read(_HEAD)
         stream.seek(0)
         if start.startswith(b"PK\3\4") and (inner := open_zip(stream, self.path)) is not None:
             start, stream = b"<", inner
@@ -302,7 +303,7 @@ class Results:
             self.reviewed = True
             rows = cvat_records(stream, self.path, self._image_root)
             return self._spooled(rows, "image", stream)
-        if is_labelme(head):
+        if is_labelme(stream):
             stream.close()
             return self._of_labelme()
         if name.endswith(".json") or head[:1] == "[":
