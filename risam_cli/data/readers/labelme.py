@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import os
 import re
@@ -14,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from risam_cli.data.images.bounds import allow_pixels, metered
 from risam_cli.data.readers.shapes import ERROR, Shape, ellipse, placed, records_of, rectangle
@@ -164,13 +163,5 @@ def _pixels(text: Any) -> NDArray[np.bool_]:
         with Image.open(metered(io.BytesIO(data), "it"), formats=["PNG"]) as image:
             allow_pixels(image)
             return np.asarray(image.convert("L")) != 0
-    except (
-        binascii.Error,
-        ImageError,
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as error:
+    except (ImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise DataError(f"a mask that is not a PNG: {error!s:.80}") from None

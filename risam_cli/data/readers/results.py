@@ -337,8 +337,9 @@ class Results:
     def _of_table(self, stream: BinaryIO) -> Iterator[tuple[int, Record]]:
         table = Table(stream, str(self.path), _COLUMNS)
         if not {"mask", "segmentation"} & {*table.columns}:
+            absent = [column for column in ("expression", "mask") if column not in table.columns]
             raise DataError(
-                f"manifest {self.path} has no column {', '.join(_absent(table.columns))}",
+                f"manifest {self.path} has no column {', '.join(absent)}",
                 "its first line names the columns image, expression, mask, optionally id and score",
             )
         for row in table:
@@ -426,9 +427,8 @@ class Results:
     def _with_text(self, item: Mapping[str, Any]) -> Mapping[str, Any]:
         """An annotation with the first of its own expressions, where that stands in a list."""
         listed = item.get("expressions")
-        texts = (
-            [text for text in listed if isinstance(text, str)] if isinstance(listed, list) else []
-        )
+        listed = listed if isinstance(listed, list) else []
+        texts = [text for text in listed if isinstance(text, str)]
         if texts and not any(item.get(key) for key in TEXT_KEYS):
             item = {**item, "expression": texts.pop(0)}
         for text in texts:
@@ -531,10 +531,6 @@ def _are_numbers(value: Any, count: int) -> bool:
         and len(value) == count
         and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
     )
-
-
-def _absent(columns: list[str]) -> list[str]:
-    return [column for column in ("expression", "mask") if column not in columns]
 
 
 def _stem(path: Path) -> str:
