@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,12 +39,9 @@ def is_labelme(file: BinaryIO) -> bool:
 def holds_labelme(folder: Path) -> bool:
     """Whether one of the first JSON files below a folder is labelme's."""
     for path in islice(_json_files(folder), _LOOKED_AT):
-        try:
-            with open(path, "rb") as file:
-                if is_labelme(file):
-                    return True
-        except OSError:
-            continue
+        with suppress(OSError), open(path, "rb") as file:
+            if is_labelme(file):
+                return True
     return False
 
 
