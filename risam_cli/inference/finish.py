@@ -273,11 +273,10 @@ class Finishers(Generic[T]):
             message = f"{entry.sample.image}: {expression.text!r}: {answer.error}"
             return _failure(entry.sample, number, "predict", answer.error_kind, message)
         nothing = answer.empty or answer.no_target > self._no_target_threshold
-        by_instance = answer.by_instance and not nothing
-        return [
-            self._prediction(entry.sample, expression, answer, nothing, instance)
-            for instance in (range(len(answer.masks)) if by_instance else [None])
-        ]
+        each: Sequence[int | None] = [None]
+        if answer.by_instance and not nothing:
+            each = range(len(answer.masks))
+        return [self._prediction(entry.sample, expression, answer, nothing, k) for k in each]
 
     def _prediction(
         self,
