@@ -132,7 +132,7 @@ def _rows(kind: str) -> Callable[[Path], None]:
     def run(path: Path) -> None:
         with open(path, "rb") as stream:
             if kind == "jsonl":
-                list(manifest.read_jsonl(stream, "m"))
+                list(manifest.read_stream(stream, "m"))
             else:
                 list(manifest.read_table(stream, "m"))
 

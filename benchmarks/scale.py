@@ -72,7 +72,7 @@ def _ledger(path: Path, names: int) -> list[Row]:
             line = LedgerLine(
                 k, "0" * 24, 1, "0" * 64, None, Span(400 * k, 400, k), Span(0, 0, 0), (mark,)
             )
-            file.write(seal(line.to_json()))
+            file.write(seal(line._asdict()))
     written = time.process_time() - started
     started = time.process_time()
     count = sum(1 for _ in read_lines(path))
@@ -101,7 +101,7 @@ def _merge(folder: Path, names: int) -> Row:
                 span = Span(records.tell(), len(record), zlib.crc32(record))
                 records.write(record)
                 line = LedgerLine(k, "0" * 24, 1, "0" * 64, None, span, Span(0, 0, 0), (mark,))
-                ledger.write(seal(line.to_json()))
+                ledger.write(seal(line._asdict()))
         (part / FAILURES).touch()
         run = {"status": "complete", "settings": own, "inputs": {"entries": names, "hash": "0"}}
         (part / RUN).write_text(json.dumps(run))

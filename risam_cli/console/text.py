@@ -24,16 +24,6 @@ def sanitize(text: str, *, keep_newlines: bool = False) -> str:
 
 
 def _escape(char: str) -> str:
-    named = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    if char in named:
-        return named[char]
-    code = ord(char)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps an undecodable byte
-        code -= 0xDC00
-    return (
-        f"\\x{code:02x}"
-        if code < 0x100
-        else f"\\u{code:04x}"
-        if code < 0x10000
-        else f"\\U{code:08x}"
-    )
+    if "\udc80" <= char <= "\udcff":  # how Python keeps an undecodable byte
+        char = chr(ord(char) - 0xDC00)
+    return char.encode("unicode_escape").decode("ascii")

@@ -57,17 +57,12 @@ def is_tail(key: str, other: str) -> bool:
     return own[-shared:] == others[-shared:]
 
 
-def stem_of(name: str) -> str:
-    """A file's name without folders and without what looks like a suffix."""
-    return PurePosixPath(image_tail(image_key(name))).stem
-
-
 def image_core(name: str) -> str:
     """What all usual spellings of an image's name share: no folder, no suffix, no REFER number.
 
     COCO's images of 2014 are named by their numbers alone since 2017.
     """
-    stem = stem_of(name)
+    stem = PurePosixPath(image_tail(image_key(name))).stem
     refer = _REFER_NAME.fullmatch(stem)
     stem = refer[1] if refer else stem
     coco = _COCO_NAME.fullmatch(stem)

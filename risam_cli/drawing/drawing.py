@@ -16,11 +16,7 @@ _SLACK = 0.4  # pixels that an outline may move, to save points
 
 def no_larger(rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """A picture (H, W, 3) scaled down to ``side`` pixels at its longer side; itself if smaller."""
-    scale = side / max(rgb.shape[:2])
-    if scale >= 1:
-        return rgb
-    size = max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale))
-    return np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8)
+    return rgb if max(rgb.shape[:2]) <= side else fitted(rgb, side, side)
 
 
 def svg_path(mask: NDArray[np.bool_]) -> str:

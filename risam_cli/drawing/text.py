@@ -42,7 +42,7 @@ def text_mask(text: str, size: int) -> Alpha:
         text: control characters are shown as escapes.
         size: height of the letters' box in pixels; ``h`` is the same for all text of one size.
     """
-    line = _one_line(text)
+    line = sanitize(text) or " "
     # Far above 0xFFFF OpenCV's fonts have no letters and write a question mark.
     line = "".join(c if ord(c) < 0x10000 else f"\\U{ord(c):08x}" for c in line)
     return _by_opencv(line, size) if _HAS_FACES else _by_pillow(line, size)
@@ -67,10 +67,6 @@ def _shorten(text: str, keep: int) -> str:
     head = (keep + 1) // 2
     tail = keep - head
     return text[:head].rstrip() + "..." + (text[-tail:].lstrip() if tail else "")
-
-
-def _one_line(text: str) -> str:
-    return sanitize(text) or " "
 
 
 def _by_opencv(line: str, size: int) -> Alpha:

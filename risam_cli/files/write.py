@@ -87,19 +87,17 @@ def make_file(
     part.parent.mkdir(parents=True, exist_ok=True)
     with create(part) as file:
         if callable(content):
-            mode = os.fstat(
-                file.fileno()
-            ).st_mode  # by the umask; safetensors grants the owner only
+            # By the umask; safetensors grants the owner only.
+            mode = os.fstat(file.fileno()).st_mode
             try:
                 content(part)
             except RuntimeError as error:  # torch tells of a full disk so
                 raise OSError(reason_of(error)) from error
             part.chmod(mode)
         else:
-            data = (
-                content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-            )
-            file.write(data)
+            if isinstance(content, str):
+                content = content.encode("utf-8", "backslashreplace")
+            file.write(content)
             file.flush()
             if sync:
                 os.fsync(file.fileno())

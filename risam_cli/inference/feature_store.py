@@ -125,7 +125,7 @@ class FeatureStore:
         try:
             with open(path, "rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
-                place = (allocate or _plain)(size)
+                place = allocate(size) if allocate else np.empty(size, np.uint8)
                 view = place.data
                 got = 0
                 while got < size and (more := file.readinto(view[got:])):
@@ -403,7 +403,3 @@ def _parse(place: Bytes, key: str) -> Entry:
         for name, one in described.items()
     }
     return Entry(arrays, notes)
-
-
-def _plain(size: int) -> Bytes:
-    return np.empty(size, np.uint8)

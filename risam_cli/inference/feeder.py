@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -66,22 +66,6 @@ class ImageJob(Generic[T]):
         return loaded
 
 
-@dataclass(slots=True)
-class _State(Generic[T]):
-    """All that the two threads share; guarded by the feeder's condition."""
-
-    jobs: deque[ImageJob[T]] = field(default_factory=deque)  # not yet taken, in order
-    open: dict[Path, ImageJob[T]] = field(default_factory=dict)  # the same, by path
-    read: int = 0  # samples read
-    out: int = 0  # samples whose result has left
-    loading: int = 0  # jobs at the head that are loaded or being loaded
-    waiting_since: float = float("inf")  # when the source was asked for the next sample
-    full: bool = False
-    ended: bool = False
-    stopped: bool = False
-    error: BaseException | None = None
-
-
 class Feeder(threading.Thread, Generic[T]):
     """Turns a stream of samples into batches of loaded images.
 
@@ -106,30 +90,36 @@ class Feeder(threading.Thread, Generic[T]):
         self._loader = loader
         self._lookahead = lookahead
         self._prefetch = prefetch
-        self._state: _State[T] = _State()
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # guards what follows
+        self._jobs: deque[ImageJob[T]] = deque()  # not yet taken, in order
+        self._open: dict[Path, ImageJob[T]] = {}  # the same, by path
+        self._read = 0  # samples read
+        self._out = 0  # samples whose result has left
+        self._loading = 0  # jobs at the head that are loaded or being loaded
+        self._waiting_since = float("inf")  # when the source was asked for the next sample
+        self._full = self._ended = self._stop_asked = False
+        self._error: BaseException | None = None
 
     def run(self) -> None:
         """Reads the source to its end; an error of the source is kept for the one who takes."""
-        state = self._state
         try:
             source = iter(self._samples)
             while True:
                 with self._changed:
-                    state.waiting_since = time.monotonic()
+                    self._waiting_since = time.monotonic()
                 carried = next(source, None)
                 with self._changed:
-                    state.waiting_since = float("inf")
+                    self._waiting_since = float("inf")
                     if carried is None:
                         break
                     self._wait_for_room()
-                    if state.stopped:
+                    if self._stop_asked:
                         break
                     self._add(*carried)
         except BaseException as error:  # raised again where the samples are taken
-            state.error = error
+            self._error = error
         with self._changed:
-            state.ended = True
+            self._ended = True
             self._changed.notify_all()
 
     def take(self, count: int, stop: threading.Event | None = None) -> list[ImageJob[T]] | None:
@@ -148,15 +138,14 @@ class Feeder(threading.Thread, Generic[T]):
         """
         with self._changed:
             while True:
-                state = self._state
-                if state.stopped or (stop is not None and stop.is_set()):
+                if self._stop_asked or (stop is not None and stop.is_set()):
                     return None
                 ready = self._ready(count)
                 if ready:
                     return [self._pop() for _ in range(ready)]
-                if state.ended and not state.jobs:
-                    if state.error is not None:
-                        raise state.error
+                if self._ended and not self._jobs:
+                    if self._error is not None:
+                        raise self._error
                     return None
                 self._changed.wait(_POLL)
                 self._loader.give_up_on_stalled()
@@ -164,48 +153,45 @@ class Feeder(threading.Thread, Generic[T]):
     def is_idle(self) -> bool:
         """Whether all was taken, and nothing more is to be had at once."""
         with self._changed:
-            return not self._state.jobs and self._is_quiet()
+            return not self._jobs and self._is_quiet()
 
     def answered(self, samples: int) -> None:
         """Says that the results of so many more samples have left."""
         with self._changed:
-            self._state.out += samples
+            self._out += samples
             self._changed.notify_all()
 
     def stop(self) -> None:
         """Ends reading and taking; the source's thread may still be waiting for its source."""
         with self._changed:
-            self._state.stopped = True
+            self._stop_asked = True
             self._changed.notify_all()
 
     # --- under the condition ----------------------------------------------------------------------
 
     def _wait_for_room(self) -> None:
-        state = self._state
-        while state.read - state.out >= self._lookahead and not state.stopped:
-            state.full = True
+        while self._read - self._out >= self._lookahead and not self._stop_asked:
+            self._full = True
             self._changed.notify_all()
             self._changed.wait(_POLL)
-        state.full = False
+        self._full = False
 
     def _add(self, sample: Sample, item: T) -> None:
-        state = self._state
-        job = state.open.get(sample.path) if sample.expressions else None
+        job = self._open.get(sample.path) if sample.expressions else None
         if job is None:
             job = ImageJob(sample.path, [])
             if sample.expressions:
-                state.open[sample.path] = job
-            state.jobs.append(job)
-        job.samples.append((state.read, sample, item))
-        state.read += 1
+                self._open[sample.path] = job
+            self._jobs.append(job)
+        job.samples.append((self._read, sample, item))
+        self._read += 1
         self._top_up()
 
     def _top_up(self) -> None:
         """Has the next images loaded, as many as may be in hand."""
-        state = self._state
-        while state.loading < min(len(state.jobs), self._prefetch):
-            job = state.jobs[state.loading]
-            state.loading += 1
+        while self._loading < min(len(self._jobs), self._prefetch):
+            job = self._jobs[self._loading]
+            self._loading += 1
             sample = job.samples[0][1]
             if not sample.expressions:  # it only keeps its place in the order
                 job.future = _at_once(_NOTHING)
@@ -221,26 +207,23 @@ class Feeder(threading.Thread, Generic[T]):
             self._changed.notify_all()
 
     def _pop(self) -> ImageJob[T]:
-        state = self._state
-        job = state.jobs.popleft()
-        if state.open.get(job.path) is job:
-            del state.open[job.path]
-        state.loading -= 1
+        job = self._jobs.popleft()
+        if self._open.get(job.path) is job:
+            del self._open[job.path]
+        self._loading -= 1
         self._top_up()
         return job
 
     def _is_quiet(self) -> bool:
         """Whether nothing more will come at once."""
-        state = self._state
-        return state.ended or state.full or time.monotonic() - state.waiting_since > _IDLE
+        return self._ended or self._full or time.monotonic() - self._waiting_since > _IDLE
 
     def _ready(self, count: int) -> int:
         """How many jobs at the head make a batch now; 0 to wait for more."""
-        state = self._state
         quiet = self._is_quiet()
         good = ready = 0
-        for job in state.jobs:
-            sealed = quiet or state.read - job.samples[0][0] >= self._lookahead // 2
+        for job in self._jobs:
+            sealed = quiet or self._read - job.samples[0][0] >= self._lookahead // 2
             if job.future is None or not job.future.done() or not sealed:
                 # What is being loaded is worth waiting for, so that batches are full.
                 return 0 if job.future is not None or not sealed else ready

@@ -273,25 +273,21 @@ class Finishers(Generic[T]):
             message = f"{entry.sample.image}: {expression.text!r}: {answer.error}"
             return _failure(entry.sample, number, "predict", answer.error_kind, message)
         nothing = answer.empty or answer.no_target > self._no_target_threshold
-        if nothing or not answer.by_instance:
-            return [self._prediction(entry.sample, expression, answer, 0, nothing, None)]
-        return [
-            self._prediction(entry.sample, expression, answer, k, nothing, k)
-            for k in range(len(answer.masks))
-        ]
+        each: Sequence[int | None] = [None]
+        if answer.by_instance and not nothing:
+            each = range(len(answer.masks))
+        return [self._prediction(entry.sample, expression, answer, nothing, k) for k in each]
 
     def _prediction(
         self,
         sample: Sample,
         expression: Expression,
         answer: NetworkAnswer,
-        which: int,
         nothing: bool,
         instance: int | None,
     ) -> tuple[Prediction, Raw | None]:
         """The record of one of an answer's masks."""
-        mask = unpacked(answer.masks[which])
-        iou = answer.scores[which]
+        mask, iou = unpacked(answer.masks[instance or 0]), answer.scores[instance or 0]
         shown = np.zeros_like(mask) if nothing else mask
         rle = masks.encode(shown)
         raw = None

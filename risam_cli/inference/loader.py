@@ -322,7 +322,6 @@ class ProcessLoader(_Loader, threading.Thread):
                 sampler=self._hand_out(),
                 num_workers=self.lanes,
                 prefetch_factor=self._ahead,
-                collate_fn=_as_it_is,
                 pin_memory=self._settings.pinned,
                 timeout=min(_TICK, self._settings.timeout),
                 worker_init_fn=_begin_worker,
@@ -506,11 +505,6 @@ class _Processes(_Clean):  # type: ignore[misc]
         for process in self.started:
             with suppress(ValueError, AttributeError):  # never started
                 process.kill()
-
-
-def _as_it_is(sent: Any) -> Any:
-    """In place of what makes batches."""
-    return sent
 
 
 def _begin_worker(worker: int) -> None:

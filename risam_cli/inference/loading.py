@@ -12,7 +12,7 @@ from risam_cli.data.images.bounds import SlowImage
 from risam_cli.data.images.files import FileStamp, file_stamp
 from risam_cli.data.images.frames import Frame
 from risam_cli.data.images.images import MAX_PIXELS, Bands, EncoderImage, read_for_encoder
-from risam_cli.errors import ImageError, MachineError, require_machine
+from risam_cli.errors import ImageError, machine_error
 
 if TYPE_CHECKING:
     from risam_cli.inference.compute import Ahead
@@ -111,9 +111,7 @@ def load_safely(load: Load, path: Path, settings: LoaderSettings) -> Loaded:
 
 def unexpected(path: Path, error: Exception, seconds: float = 0.0) -> Loaded:
     """The answer where a file's loading raised what no file should cause."""
-    try:
-        require_machine(error)
-    except MachineError as machine:
+    if (machine := machine_error(error)) is not None:
         return Loaded(None, machine.raw, None, seconds, by_machine=True)
     return failed(path, f"{type(error).__name__}: {error}", seconds)
 

@@ -32,7 +32,7 @@ from risam_cli.inference.device import (
 )
 from risam_cli.inference.feature_cache import FeatureCache
 from risam_cli.inference.feeder import Feeder, ImageJob
-from risam_cli.inference.finish import Finishers, ImageResult, MaskSink, Raw
+from risam_cli.inference.finish import Finishers, ImageResult, MaskSink
 from risam_cli.inference.loader import open_loader
 from risam_cli.inference.loading import TIMEOUT, Loaded, LoaderSettings
 from risam_cli.inference.mask_rules import MaskRule, at_image_size
@@ -42,16 +42,6 @@ from risam_cli.model.mutual_aware_attention import AttentionMaps
 from risam_cli.segmenters.risam import RisamSegmenter
 from risam_cli.segmenters.segmenter import Segmenter
 from risam_cli.types import Sample
-
-__all__ = [
-    "ImageResult",
-    "MaskSink",
-    "PredictSettings",
-    "Raw",
-    "compute_settings",
-    "predict_samples",
-]
-
 
 T = TypeVar("T")
 

@@ -25,7 +25,7 @@ from risam_cli.files.write import (
 from risam_cli.outputs.gallery import remove_pages
 from risam_cli.outputs.naming import GALLERY, MASKS, OVERLAYS
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
-from risam_cli.runs.ledger import LEDGER, own_path, read_all_lines, read_redone
+from risam_cli.runs.ledger import LEDGER, own_path, read_marks, read_redone
 
 RUN = "run.json"
 _OWN = (PREDICTIONS, FAILURES, RUN, LEDGER)  # the ledger last: it says what is still to delete
@@ -34,6 +34,10 @@ _SPLICED = (PREDICTIONS, FAILURES, LEDGER, RUN)  # in the order in which they ar
 
 class RunFolder(OutputFolder):
     """The output folder of a run of predict, or of a merge; see its base.
+
+    Attributes:
+        predictions, failures, ledger: the records, what has no record, what was done.
+        redo: entries that were computed again and are not yet in their places.
 
     Args:
         path: made if it is not there.
@@ -47,6 +51,8 @@ class RunFolder(OutputFolder):
     def __init__(self, path: Path) -> None:
         pictures = (MASKS, OVERLAYS, GALLERY)
         # Before the base, which closes where it fails.
+        self.predictions, self.failures = path / PREDICTIONS, path / FAILURES
+        self.ledger, self.redo = path / LEDGER, redo_of(path)
         self.incoming = path / PRIVATE / "incoming"
         self._retry = path / PRIVATE / "retry"
         self._gone = path / PRIVATE / "gone"
@@ -73,26 +79,6 @@ class RunFolder(OutputFolder):
                     path.unlink()
         super().close()
 
-    @property
-    def predictions(self) -> Path:
-        """The records."""
-        return self.path / PREDICTIONS
-
-    @property
-    def failures(self) -> Path:
-        """What has no record."""
-        return self.path / FAILURES
-
-    @property
-    def ledger(self) -> Path:
-        """What was done."""
-        return self.path / LEDGER
-
-    @property
-    def redo(self) -> Path:
-        """Entries that were computed again and are not yet in their places."""
-        return redo_of(self.path)
-
     def holds_run(self) -> bool:
         """Whether there is anything of a run in it."""
         return any((self.path / name).exists() for name in _OWN)
@@ -105,8 +91,7 @@ class RunFolder(OutputFolder):
         """
         self.require_known()
         if self.ledger.exists():
-            for line in read_all_lines(self.ledger):
-                self.delete(mark.path for mark in line.files)
+            self.delete(mark.path for mark in read_marks(self.ledger))
         for redone, _ in read_redone(self.redo):
             self.delete(mark.path for mark in redone.line.files)
         self.redo.unlink(missing_ok=True)
@@ -162,20 +147,6 @@ class RunFolder(OutputFolder):
         """All that failed was done again."""
         self._retry.unlink(missing_ok=True)
 
-    def write_run(self, text: str) -> None:
-        """Writes ``run.json``, whole or not at all.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        try:
-            self.write(RUN, text)
-        except OutputError as error:
-            raise OutputError(
-                f"{error.message}; finished work is kept",
-                f"{error.fix}, then continue with {setting('resume')}",
-            ) from error
-
     # --- replacing files together -----------------------------------------------------------------
 
     def spliced(self, name: str) -> Path:
@@ -194,8 +165,7 @@ class RunFolder(OutputFolder):
         if gone:
             write_file(self._gone, json.dumps(sorted(gone)))
         sync_tree(self.incoming)
-        marker = self.private / SPLICE
-        marker.touch()
+        (self.private / SPLICE).touch()
         sync_folder(self.private)
         self.finish_splice()
 

@@ -41,7 +41,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from risam_cli.data.images.files import FileStamp
 from risam_cli.errors import OutputError, reason_of
@@ -52,8 +52,7 @@ LEDGER = "ledger.jsonl"
 FORMAT = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """A slice of a file: where it starts, its bytes, and their CRC-32."""
 
     start: int
@@ -66,8 +65,7 @@ class Span:
         return self.start + self.length
 
 
-@dataclass(frozen=True, slots=True)
-class FileMark:
+class FileMark(NamedTuple):
     """A file that was written: its path relative to the output folder, bytes, CRC-32."""
 
     path: str
@@ -75,9 +73,8 @@ class FileMark:
     crc: int
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerLine:
-    """What was done for one entry; see the module's text."""
+class LedgerLine(NamedTuple):
+    """What was done for one entry; see the module's text. JSON has the fields by their names."""
 
     entry: int
     key: str
@@ -87,22 +84,6 @@ class LedgerLine:
     predictions: Span
     failures: Span
     files: tuple[FileMark, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in the ledger, without its checksum."""
-        stamp = self.stamp
-        return {
-            "entry": self.entry,
-            "key": self.key,
-            "items": self.items,
-            "image": self.image,
-            "stamp": None
-            if stamp is None
-            else [stamp.size, stamp.mtime_ns, stamp.ctime_ns, stamp.inode],
-            "predictions": _span_to_json(self.predictions),
-            "failures": _span_to_json(self.failures),
-            "files": [[mark.path, mark.size, mark.crc] for mark in self.files],
-        }
 
     @classmethod
     def from_json(cls, record: Any) -> LedgerLine:
@@ -135,10 +116,6 @@ def own_path(path: Any) -> str:
     if parts[0] not in {MASKS, OVERLAYS, GALLERY} or len(parts) < 2 or {"", ".", ".."} & set(parts):
         raise ValueError(path)
     return str(path)
-
-
-def _span_to_json(span: Span) -> list[int]:
-    return [span.start, span.length, span.crc]
 
 
 def header_line(identity: Mapping[str, Any]) -> bytes:
@@ -189,11 +166,13 @@ def read_lines(path: Path) -> Iterator[tuple[LedgerLine, int]]:
             yield line, end
 
 
-def read_all_lines(path: Path, start: int = 0) -> Iterator[LedgerLine]:
-    """Every line that is whole, from a place on, whatever stands between: to delete its files."""
+def read_marks(path: Path, start: int = 0) -> Iterator[FileMark]:
+    """The files of every line that is whole, from a place on, whatever stands between."""
     with open(path, "rb") as file:
         file.seek(start)
-        yield from (line for raw in file if (line := _parse(raw)) is not None)
+        for raw in file:
+            if (line := _parse(raw)) is not None:
+                yield from line.files
 
 
 def _parse(raw: bytes) -> LedgerLine | None:
@@ -223,7 +202,7 @@ class Redone:
         return seal(
             {
                 "attempt": self.attempt,
-                "line": self.line.to_json(),
+                "line": self.line._asdict(),
                 "predictions": self.predictions.decode("ascii"),
                 "failures": self.failures.decode("ascii"),
             }

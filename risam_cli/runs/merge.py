@@ -10,7 +10,7 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -276,7 +276,7 @@ class _Joined:
         self._to.write(data)
         self.lines += data.count(b"\n")
         start, self._end = self._end, self._end + span.length
-        return Span(start, span.length, span.crc)
+        return span._replace(start=start)
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -299,12 +299,11 @@ def _write(
         for place, line in _lines(parts):
             for mark in line.files:
                 _copy(parts[place].folder, folder.incoming, mark, link)
-            moved = replace(
-                line,
+            moved = line._replace(
                 predictions=predictions.add(place, line.predictions),
                 failures=failures.add(place, line.failures),
             )
-            ledger.write(seal(moved.to_json()))
+            ledger.write(seal(moved._asdict()))
             entries += 1
             files += len(line.files)
             advance()

@@ -113,7 +113,10 @@ class Ranks:
             resume, overwrite = self.settled(output, resume=resume, overwrite=overwrite)
         if overwrite:
             if self.leads:
-                _clear(output, whole, self.shard.count)
+                if whole:
+                    with RunFolder(output) as folder:
+                        folder.start_anew()
+                remove_parts(output, but=self.shard.count)
             return True
         if whole and not resume:
             raise holds_another(output)
@@ -279,13 +282,6 @@ def remove_parts(output: Path, but: int = 0) -> None:
             folder.start_anew()
         with suppress(OSError):
             path.rmdir()
-
-
-def _clear(output: Path, whole: bool, count: int) -> None:
-    if whole:
-        with RunFolder(output) as folder:
-            folder.start_anew()
-    remove_parts(output, but=count)
 
 
 def patiently(take: Callable[[], F]) -> F:

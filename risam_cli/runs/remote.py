@@ -34,7 +34,7 @@ from risam_cli.files.store import (
 from risam_cli.outputs.naming import GALLERY
 from risam_cli.outputs.records import FAILURES, PREDICTIONS
 from risam_cli.runs.folder import RUN, RunFolder
-from risam_cli.runs.ledger import LEDGER, FileMark, file_is_whole, read_all_lines
+from risam_cli.runs.ledger import LEDGER, FileMark, file_is_whole, read_marks
 from risam_cli.runs.ranks import holds_another
 
 _AT_ONCE = 8  # objects on their way
@@ -78,7 +78,7 @@ class RemoteRun:
         with self._told():
             stale = self._listed_there()
             remove_objects([str(self._object(LEDGER))])
-            marks = {mark.path: mark for mark in self._marks()}
+            marks = {mark.path: mark for mark in read_marks(self.local / LEDGER)}
             notes = self._notes()
             left = [mark for mark in marks.values() if notes.get(mark.path) != mark]
             with (
@@ -86,7 +86,7 @@ class RemoteRun:
                 open(self.local / PRIVATE / _NOTES, "ab") as noted,
             ):
                 for mark in self._uploaded(left):
-                    noted.write(seal({"path": mark.path, "size": mark.size, "crc": mark.crc}))
+                    noted.write(seal(mark._asdict()))
                     noted.flush()
                     progress.advance()
             pages = [path.relative_to(self.local).as_posix() for path in self._pages()]
@@ -118,8 +118,7 @@ class RemoteRun:
             return set()
         with tempfile.TemporaryDirectory() as folder:
             get_file(str(self._object(LEDGER)), Path(folder, LEDGER))
-            lines = read_all_lines(Path(folder, LEDGER))
-            return {mark.path for line in lines for mark in line.files}
+            return {mark.path for mark in read_marks(Path(folder, LEDGER))}
 
     def _fetch(self) -> None:
         """The run that the store holds, to go on with it here."""
@@ -127,9 +126,7 @@ class RemoteRun:
         with RunFolder(self.local) as folder:
             for name in (*_RECORDS, LEDGER):
                 get_file(str(self._object(name)), folder.staging / name)
-            marks = [
-                mark for line in read_all_lines(folder.staging / LEDGER) for mark in line.files
-            ]
+            marks = list(read_marks(folder.staging / LEDGER))
 
             def fetch(mark: FileMark) -> None:
                 part = folder.staging / hashlib.sha256(mark.path.encode()).hexdigest()
@@ -140,18 +137,12 @@ class RemoteRun:
             with ThreadPoolExecutor(_AT_ONCE, "risam-fetch") as pool:
                 list(pool.map(fetch, marks))
             noted = b"".join(
-                seal({"path": mark.path, "size": mark.size, "crc": mark.crc})
-                for mark in marks
-                if file_is_whole(folder.path, mark)
+                seal(mark._asdict()) for mark in marks if file_is_whole(folder.path, mark)
             )
             folder.place([(folder.staging / name, name) for name in (*_RECORDS, LEDGER)])
             (folder.private / _NOTES).write_bytes(noted)
 
     # --- the disk ---------------------------------------------------------------------------------
-
-    def _marks(self) -> Iterator[FileMark]:
-        for line in read_all_lines(self.local / LEDGER):
-            yield from line.files
 
     def _pages(self) -> list[Path]:
         """What a gallery has beside the items of images."""
@@ -165,9 +156,9 @@ class RemoteRun:
         found: dict[str, FileMark] = {}
         with suppress(FileNotFoundError), open(self.local / PRIVATE / _NOTES, "rb") as file:
             for line in file:
-                with suppress(ValueError, KeyError, TypeError):
-                    one = unseal(line)
-                    found[one["path"]] = FileMark(one["path"], one["size"], one["crc"])
+                with suppress(ValueError, TypeError):
+                    mark = FileMark(**unseal(line))
+                    found[mark.path] = mark
         return found
 
     @contextmanager

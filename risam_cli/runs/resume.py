@@ -10,7 +10,7 @@ import heapq
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from itertools import islice
 from operator import attrgetter
@@ -31,9 +31,9 @@ from risam_cli.runs.ledger import (
     LedgerLine,
     file_is_whole,
     header_line,
-    read_all_lines,
     read_header,
     read_lines,
+    read_marks,
     read_redone,
     read_span,
 )
@@ -79,8 +79,7 @@ def prepare(folder: RunFolder, identity: Mapping[str, Any]) -> Kept:
     kept.entries = sum(1 for _ in kept_lines(folder, kept))
     for paths in unlisted.values():
         folder.delete(paths)
-    for line in read_all_lines(folder.ledger, ends[0]):
-        folder.delete(mark.path for mark in line.files)
+    folder.delete(mark.path for mark in read_marks(folder.ledger, ends[0]))
     for path, end in zip((folder.ledger, folder.predictions, folder.failures), ends, strict=True):
         path.touch()
         if path.stat().st_size > end:
@@ -237,7 +236,7 @@ def follow_inputs(
                 continue
             line, texts = splice.read(found.pop(0))
             whole = not line.failures.length and line.entry not in kept.broken
-            line = replace(line, entry=entry.index)
+            line = line._replace(entry=entry.index)
             if not (mine and whole and splice.add(line, texts, entry)):
                 splice.drop(line)
                 elsewhere, again = elsewhere + (not mine), again + mine

@@ -256,14 +256,11 @@ class _Run:
 
         Read in the feeder's thread.
         """
-        todo = still_to_do(self.folder, self.kept, self._own_entries())
-        for entry, place in todo:
+        own = self.plan.shard.own(self._counted())
+        for entry, place in still_to_do(self.folder, self.kept, own):
             self.asked += 1
             # An entry that is wrong already keeps its place among the others.
             yield entry.sample or Sample(entry.image, Path(), ()), (entry, place)
-
-    def _own_entries(self) -> Iterator[Entry]:
-        yield from self.plan.shard.own(self._counted())
 
     def _counted(self) -> Iterator[Entry]:
         count = 0
@@ -402,7 +399,10 @@ class _Run:
             "feature_cache": None if self.cache is None else self.cache.report(),
         }
         text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-        self.folder.write_run(text)
+        try:
+            self.folder.write(RUN, text)
+        except OutputError as error:
+            raise to_go_on(error) from error
         return report
 
     def _seconds(self) -> dict[str, float]:

@@ -9,7 +9,6 @@ import shutil
 import zlib
 from collections.abc import Container, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from typing import BinaryIO, Self
 
 from risam_cli.data.inputs.inputs import Entry
@@ -130,8 +129,8 @@ class Splice:
         for out, text in zip(self._new, (records, failures), strict=False):
             spans.append(Span(out.tell(), len(text), zlib.crc32(text)))
             out.write(text)
-        line = replace(line, predictions=spans[0], failures=spans[1])
-        self._new[2].write(seal(line.to_json()))
+        line = line._replace(predictions=spans[0], failures=spans[1])
+        self._new[2].write(seal(line._asdict()))
         return True
 
     def _renamed(self, line: LedgerLine, records: bytes, entry: Entry) -> tuple[LedgerLine, bytes]:
@@ -154,14 +153,14 @@ class Splice:
         files = []
         for mark in line.files:
             name = names.get(mark.path) or names[mark.path.partition("/")[0]]
-            files.append(replace(mark, path=name))
+            files.append(mark._replace(path=name))
             if name != mark.path:
                 part = self._folder.incoming / name
                 part.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._folder.path / mark.path, part)
         self.drop(line)
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        return replace(line, key=entry.key, files=tuple(files)), text.encode()
+        return line._replace(key=entry.key, files=tuple(files)), text.encode()
 
     def drop(self, line: LedgerLine) -> None:
         """A line that will not be there any more: files that no other has are deleted."""

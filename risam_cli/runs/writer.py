@@ -357,16 +357,10 @@ class RunWriter:
         predictions, failures, ledger = files = self._open_files()
         lines = []
         for one in done:
-            spans = [
-                Span(file.tell(), len(text), zlib.crc32(text))
-                for file, text in (
-                    (predictions, one.predictions_text),
-                    (failures, one.failures_text),
-                )
-            ]
+            line = _ledger_line(one, predictions.tell(), failures.tell())
             predictions.write(one.predictions_text)
             failures.write(one.failures_text)
-            lines.append(seal(_ledger_line(one, *spans).to_json()))
+            lines.append(seal(line._asdict()))
         predictions.flush()
         failures.flush()
         ledger.write(b"".join(lines))
@@ -384,16 +378,8 @@ class RunWriter:
         """To the journal: the three files take it over once all that goes inside is there."""
         redo = self._redo = self._redo or self._open_redo()
         for one in done:
-            spans = [
-                Span(0, len(text), zlib.crc32(text))
-                for text in (one.predictions_text, one.failures_text)
-            ]
-            line = _ledger_line(one, *spans)
-            redo.write(
-                Redone(
-                    line, one.predictions_text, one.failures_text, self._folder.attempt
-                ).to_json()
-            )
+            texts = one.predictions_text, one.failures_text
+            redo.write(Redone(_ledger_line(one, 0, 0), *texts, self._folder.attempt).to_json())
         redo.flush()
         os.fsync(redo.fileno())
         self._publish(done)
@@ -436,16 +422,17 @@ def _require_there(ledger: BinaryIO, folder: RunFolder) -> None:
         )
 
 
-def _ledger_line(done: _Done, predictions: Span, failures: Span) -> LedgerLine:
-    entry = done.entry
+def _ledger_line(done: _Done, predictions: int, failures: int) -> LedgerLine:
+    """The line of an entry whose records and failures begin at these places."""
+    entry, records, rows = done.entry, done.predictions_text, done.failures_text
     return LedgerLine(
         entry.index,
         entry.key,
         len(done.result.predictions) + len(done.failures),
         done.result.sha256,
         done.result.stamp,
-        predictions,
-        failures,
+        Span(predictions, len(records), zlib.crc32(records)),
+        Span(failures, len(rows), zlib.crc32(rows)),
         tuple(staged.mark for staged in done.staged),
     )
 

@@ -88,16 +88,22 @@ def test_fill_lets_the_image_through_and_the_outline_is_the_pure_colour():
     assert tuple(drawn[70, 30]) == color(0)
 
 
-def test_few_masks_carry_their_phrases_and_none_covers_another(monkeypatch):
-    rgb, masks = scene(5)
-    plates = []
+@pytest.fixture
+def plates(monkeypatch):
+    """Where labels are drawn, filled as they are: x0, y0, x1, y1 of each."""
+    drawn = []
     draw = overlay._draw_tag
 
     def spy(canvas, tag, x, y, tint, size):
-        plates.append((x, y, x + tag.shape[1], y + tag.shape[0]))
+        drawn.append((x, y, x + tag.shape[1], y + tag.shape[0]))
         draw(canvas, tag, x, y, tint, size)
 
     monkeypatch.setattr(overlay, "_draw_tag", spy)
+    return drawn
+
+
+def test_few_masks_carry_their_phrases_and_none_covers_another(plates):
+    rgb, masks = scene(5)
     drawn = draw_overlay(rgb, masks, [f"block number {k}" for k in range(5)])
     assert drawn.shape == rgb.shape
     assert len(plates) == 5
@@ -106,16 +112,8 @@ def test_few_masks_carry_their_phrases_and_none_covers_another(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [7, 20])
-def test_many_masks_get_numbers_and_a_legend(count, monkeypatch):
+def test_many_masks_get_numbers_and_a_legend(count, plates):
     rgb, masks = scene(count)
-    plates = []
-    draw = overlay._draw_tag
-
-    def spy(canvas, tag, x, y, tint, size):
-        plates.append((x, y, x + tag.shape[1], y + tag.shape[0]))
-        draw(canvas, tag, x, y, tint, size)
-
-    monkeypatch.setattr(overlay, "_draw_tag", spy)
     drawn = draw_overlay(rgb, masks, [f"the block in place {k}" for k in range(count)])
     assert drawn.shape[0] > rgb.shape[0]
     assert drawn.shape[1] == rgb.shape[1]

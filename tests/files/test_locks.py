@@ -94,24 +94,30 @@ def lease_of(folder: Path, **more: object) -> Path:
     return path
 
 
-def test_the_lease_of_another_machine_counts_while_it_is_renewed(
-    tmp_path: Path, hasty: None
-) -> None:
-    path = lease_of(tmp_path)
+@contextmanager
+def renewed(path: Path) -> Iterator[None]:
+    """A lease that its holder renews meanwhile."""
     ended = threading.Event()
 
     def renew() -> None:
-        while not ended.wait(0.1):
+        while not ended.wait(0.05):
             os.utime(path)
 
     thread = threading.Thread(target=renew)
     thread.start()
     try:
-        with pytest.raises(OutputError, match="process 1 on elsewhere"):
-            FolderLock(tmp_path)
+        yield
     finally:
         ended.set()
         thread.join()
+
+
+def test_the_lease_of_another_machine_counts_while_it_is_renewed(
+    tmp_path: Path, hasty: None
+) -> None:
+    path = lease_of(tmp_path)
+    with renewed(path), pytest.raises(OutputError, match="process 1 on elsewhere"):
+        FolderLock(tmp_path)
     begun = time.monotonic()
     with FolderLock(tmp_path):
         assert time.monotonic() - begun >= 1.0
@@ -125,20 +131,8 @@ def test_containers_of_one_host_name_see_each_other(tmp_path: Path, hasty: None)
     host = f"{platform.node()}?pidns-{space:x}"
     for pid in (os.getpid(), 2**31 - 1):
         path = lease_of(tmp_path / str(pid), host=host, pid=pid)
-        ended = threading.Event()
-
-        def renew(path: Path = path, ended: threading.Event = ended) -> None:
-            while not ended.wait(0.05):
-                os.utime(path)
-
-        thread = threading.Thread(target=renew)
-        thread.start()
-        try:
-            with pytest.raises(OutputError, match="another run"):
-                FolderLock(tmp_path / str(pid))
-        finally:
-            ended.set()
-            thread.join()
+        with renewed(path), pytest.raises(OutputError, match="another run"):
+            FolderLock(tmp_path / str(pid))
 
 
 def test_a_drive_without_flock_and_one_with_it_share_the_lock(

@@ -7,9 +7,8 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from risam_cli.errors import (
     DataError,
@@ -34,8 +33,7 @@ from risam_cli.files.store import (
 _HEAD = 1 << 16  # bytes
 
 
-@dataclass(frozen=True, slots=True)
-class FileStamp:
+class FileStamp(NamedTuple):
     """What a file system says about a file: if none of it changed, the content did not.
 
     Attributes:
@@ -57,7 +55,9 @@ def file_stamp(path: Path) -> FileStamp | None:
             return _stamp_of_object(object_info(path))
         if isinstance(path, TarPath):
             above = file_stamp(path.tar)
-            return None if above is None else _stamp_of_member(path, above)
+            if above is None:
+                return None
+            return FileStamp(path.size, above.mtime_ns, path.start, above.size)
         return stamp_of(os.stat(path))
     except (OSError, ValueError, StoreError):
         return None
@@ -113,10 +113,6 @@ class _Fetched(io.BytesIO):
 
 def _stamp_of_object(info: ObjectInfo) -> FileStamp:
     return FileStamp(-1 if info.size is None else info.size, info.version, 0, 0)
-
-
-def _stamp_of_member(path: TarPath, tar: FileStamp) -> FileStamp:
-    return FileStamp(path.size, tar.mtime_ns, path.start, tar.size)
 
 
 def fetch_head(path: RemotePath) -> BinaryIO:

@@ -110,7 +110,6 @@ _BROKEN = (
     AttributeError,
     OverflowError,
     ZeroDivisionError,
-    NotImplementedError,
     AssertionError,
     RuntimeError,
     struct.error,

@@ -39,17 +39,18 @@ def pixels_to_rgb(image: Pixels, name: str) -> Rgb:
     Raises:
         ImageError: it is nothing of the kind.
     """
-    if isinstance(image, Image.Image):
-        return _pillow(image, name)
-    array = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
-    gray = array.ndim == 2 and array.dtype in (np.uint8, np.uint16, np.int32, np.float32)
-    coloured = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
-    if not (gray or coloured) or 0 in array.shape:
-        raise ImageError(
-            f"{name}: an array of shape {image.shape} and type {image.dtype} is not an image",
-            "give (H, W, 3) RGB, (H, W, 4) RGBA or (H, W) gray, as uint8 in 0..255",
-        )
-    return _pillow(Image.fromarray(np.ascontiguousarray(array)), name)
+    if not isinstance(image, Image.Image):
+        array = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+        gray = array.ndim == 2 and array.dtype in (np.uint8, np.uint16, np.int32, np.float32)
+        coloured = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
+        if not (gray or coloured) or 0 in array.shape:
+            raise ImageError(
+                f"{name}: an array of shape {image.shape} and type {image.dtype} is not an image",
+                "give (H, W, 3) RGB, (H, W, 4) RGBA or (H, W) gray, as uint8 in 0..255",
+            )
+        image = Image.fromarray(np.ascontiguousarray(array))
+    with decoding(Path(name)):
+        return to_rgb(image)
 
 
 def bytes_to_rgb(data: bytes, name: str, max_pixels: int) -> Rgb:
@@ -90,8 +91,3 @@ def memory_for_encoder(
     for view in views:
         digest.update(view.data)
     return EncoderImage(views, own_size, digest.hexdigest(), FileStamp(0, 0, 0, 0))
-
-
-def _pillow(image: Image.Image, name: str) -> Rgb:
-    with decoding(Path(name)):
-        return to_rgb(image)

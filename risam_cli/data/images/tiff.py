@@ -141,14 +141,11 @@ def read_header(file: BinaryIO) -> Tiff | None:
 
 def is_plain(tiff: Tiff) -> bool:
     """Whether Pillow reads it right: 8 bits and fewer of one, three or four bands."""
+    if not {*tiff.bits} <= {1, 2, 4, 8}:
+        return False
     if tiff.photometric not in (_WHITE_IS_0, _BLACK_IS_0, _RGB):
-        return {*tiff.bits} <= {1, 2, 4, 8} and tiff.kind in (1, 4)
-    return (
-        {*tiff.bits} <= {1, 2, 4, 8}
-        and tiff.kind == 1
-        and not tiff.is_multiband
-        and (tiff.samples in (tiff.own, tiff.own + 1))
-    )
+        return tiff.kind in (1, 4)
+    return tiff.kind == 1 and not tiff.is_multiband and 0 <= tiff.samples - tiff.own <= 1
 
 
 def read_picture(file: BinaryIO, tiff: Tiff, name: str, bands: Sequence[int] | None) -> Image.Image:

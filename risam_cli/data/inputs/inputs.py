@@ -252,10 +252,22 @@ class Inputs:
         yield from self._of_rows(rows, self.image_root or Path())
 
     def _of_path(self, path: str) -> Iterator[_Wish]:
+        yield from self._of_folder(path) if os.path.isdir(path) else self._of_file(path)
+
+    def _of_url(self, url: str) -> Iterator[_Wish]:
+        """As a path, of what lies in a store."""
+        for one in match_urls(url) if is_pattern(url) else [url]:
+            named = manifest.kind_of(one) is not None or is_tar(one) or is_image_name(one)
+            if named or kind_of(one) != "directory":  # an image's web address may end in anything
+                yield from self._of_file(one)
+            else:
+                for found in walk_remote(one, self.skipped, self._excluded()):
+                    yield self._of_image(found)
+
+    def _of_file(self, path: str) -> Iterator[_Wish]:
+        """What a file brings by its name, on a disk or in a store."""
         kind = manifest.kind_of(path)
-        if os.path.isdir(path):
-            yield from self._of_folder(path)
-        elif kind == "coco":
+        if kind == "coco":
             yield from self._of_coco(path)
         elif kind is not None:
             yield from self._of_manifest(path, kind)
@@ -263,30 +275,6 @@ class Inputs:
             yield from self._of_tar(path)
         else:
             yield self._of_image(path)
-
-    def _of_url(self, url: str) -> Iterator[_Wish]:
-        """As a path, of what lies in a store."""
-        if is_pattern(url):
-            for found in match_urls(url):
-                yield from self._of_object(found)
-        else:
-            yield from self._of_object(url)
-
-    def _of_object(self, url: str) -> Iterator[_Wish]:
-        kind = manifest.kind_of(url)
-        if kind == "coco":
-            yield from self._of_coco(url)
-        elif kind is not None:
-            yield from self._of_manifest(url, kind)
-        elif is_tar(url):
-            yield from self._of_tar(url)
-        elif is_image_name(url):
-            yield self._of_image(url)
-        elif kind_of(url) == "directory":
-            for found in walk_remote(url, self.skipped, self._excluded()):
-                yield self._of_image(found)
-        else:  # an address of the web need not end as an image's
-            yield self._of_image(url)
 
     def _of_tar(self, path: str) -> Iterator[_Wish]:
         for sample in self._tars.samples(path):
@@ -348,7 +336,7 @@ class Inputs:
         base = self.image_root or place(path).parent
         with manifest.open_manifest(place(path)) as stream:
             if kind == "jsonl":
-                rows = manifest.read_jsonl(stream, path)
+                rows = manifest.read_stream(stream, path)
             else:
                 rows = manifest.read_table(stream, path)
             yield from self._of_rows(rows, base)
@@ -478,10 +466,12 @@ class Inputs:
                     + (f"; skipped: {reasons}" * bool(reasons)),
                     "check the path",
                 )
-        elif _is_stream(argument):
-            return
-        else:
-            self._check_file(argument)
+        elif not _is_stream(argument):
+            kind = manifest.kind_of(argument)
+            if kind is not None:
+                self._check_manifest(argument, kind)
+            elif not is_tar(argument):
+                self._require_expressions(argument)
 
     def _refuse_phrase(self, argument: str) -> None:
         """Raises DataError where an argument is no path but reads like a phrase."""
@@ -523,20 +513,12 @@ class Inputs:
                     f"{argument}: matches no file {where}",
                     "check the pattern; * ? [ ] are wildcards, [[] is a literal [",
                 )
-            for path in found:
-                if os.path.isdir(path) or is_image_name(path):
-                    self._require_expressions(argument)
-                    return
-            return
-        if not is_image_name(argument):
-            raise DataError(f"{argument}: no such file or folder {where}", "check the path")
-        self._require_expressions(argument)
-
-    def _check_file(self, argument: str) -> None:
-        kind = manifest.kind_of(argument)
-        if kind is not None:
-            self._check_manifest(argument, kind)
-        elif not is_tar(argument):
+            images = any(os.path.isdir(path) or is_image_name(path) for path in found)
+        else:
+            images = is_image_name(argument)
+            if not images:
+                raise DataError(f"{argument}: no such file or folder {where}", "check the path")
+        if images:
             self._require_expressions(argument)
 
     def _check_manifest(self, argument: str, kind: str) -> None:
@@ -546,9 +528,7 @@ class Inputs:
                 self._require_expressions(argument)
         else:
             with manifest.open_manifest(place(argument)) as stream:
-                if kind == "jsonl":
-                    return
-                if not manifest.check_table(stream, argument):
+                if kind == "table" and not manifest.check_table(stream, argument):
                     self._require_expressions(argument)
 
     def _require_expressions(self, argument: str) -> None:

@@ -63,13 +63,11 @@ class Row:
     error: DataError | None = None
 
 
-def read_jsonl(stream: BinaryIO, name: str) -> Iterator[Row]:
-    """The rows of JSON Lines with ``image``, ``expression`` or ``expressions``, and ``id``."""
-    return read_stream(stream, name, paths=False, null=False)
-
-
-def read_stream(stream: BinaryIO, name: str, *, paths: bool, null: bool) -> Iterator[Row]:
-    """The rows of a stream: JSON Lines, and paths where expressions are given elsewhere.
+def read_stream(
+    stream: BinaryIO, name: str, *, paths: bool = False, null: bool = False
+) -> Iterator[Row]:
+    """The rows of a stream: JSON Lines with ``image``, ``expression`` or ``expressions``, and
+    ``id``; and paths where expressions are given elsewhere.
 
     Args:
         paths: a line that does not begin with ``{`` is the path of an image.

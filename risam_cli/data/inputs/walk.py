@@ -13,10 +13,6 @@ from risam_cli.errors import reason_of, require_machine
 from risam_cli.files.locks import PRIVATE
 from risam_cli.files.store import list_folder
 
-RUN_MARKER = PRIVATE
-"""A folder that every output folder holds; one with it is results, not input."""
-
-
 _MARKS = {
     "export.json": '"owns"',
     "report.json": '"schema_version"',
@@ -176,7 +172,7 @@ def _item(entry: os.DirEntry[str], skipped: Counter[str]) -> _Item | None:
 
 def _is_results(folder: str, exclude: str | None) -> bool:
     """Whether this tool wrote the folder: its pictures are no input."""
-    if os.path.isdir(os.path.join(folder, RUN_MARKER)):
+    if os.path.isdir(os.path.join(folder, PRIVATE)):
         return True
     if exclude is not None and os.path.realpath(folder) == exclude:
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -270,7 +270,7 @@ def segmentation_to_rle(
     if not isinstance(segmentation, list) or not segmentation:
         raise DataError(f"{where} has no segmentation", "give polygons or RLE")
     if all(isinstance(part, dict) for part in segmentation):
-        rles = list(_each_rle(segmentation, size, where))
+        rles = [masks.parse_rle(part, size=size, where=where) for part in segmentation]
         return masks.covered_once(rles, size) if once else masks.union(rles, size)
     if all(isinstance(part, (int, float)) for part in segmentation):
         segmentation = [segmentation]
@@ -288,8 +288,3 @@ def _compact(segmentation: Any) -> Any:
         return [array("d", part) if isinstance(part, list) else part for part in segmentation]
     except (TypeError, OverflowError):
         return segmentation
-
-
-def _each_rle(parts: list[Any], size: tuple[int, int], where: str) -> Iterator[Rle]:
-    for part in parts:
-        yield masks.parse_rle(part, size=size, where=where)

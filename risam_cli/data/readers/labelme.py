@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from risam_cli.data.images.bounds import allow_pixels, metered
 from risam_cli.data.readers.shapes import ERROR, Shape, ellipse, placed, records_of, rectangle
@@ -23,27 +23,25 @@ from risam_cli.errors import DataError, ImageError, reason_of
 from risam_cli.files.jsonlines import brief, load_json, read_text
 
 FOLDER = "labelme"
-HEAD = 1 << 16
-"""Bytes of a file that tell what it is: the image's own flags stand before the shapes."""
 
+_HEAD = 1 << 16  # bytes that are looked at: the image's own flags stand before the shapes
 _LOOKED_AT = 100  # files, before a folder is taken for another kind
 _LONGEST = 1 << 28  # bytes: labelme may keep the image in the file
 
 
-def is_labelme(head: str) -> bool:
-    """Whether a file that begins so is labelme's."""
+def is_labelme(file: BinaryIO) -> bool:
+    """Whether a file, open at its beginning, is labelme's; it is left there."""
+    head = file.read(_HEAD).decode("utf-8-sig", "replace").lstrip()
+    file.seek(0)
     return head[:1] == "{" and all(re.search(rf'"{key}"\s*:', head) for key in ("shapes", "flags"))
 
 
 def holds_labelme(folder: Path) -> bool:
     """Whether one of the first JSON files below a folder is labelme's."""
     for path in islice(_json_files(folder), _LOOKED_AT):
-        try:
-            with open(path, "rb") as file:
-                if is_labelme(file.read(HEAD).decode("utf-8-sig", "replace").lstrip()):
-                    return True
-        except OSError:
-            continue
+        with suppress(OSError), open(path, "rb") as file:
+            if is_labelme(file):
+                return True
     return False
 
 
@@ -163,13 +161,5 @@ def _pixels(text: Any) -> NDArray[np.bool_]:
         with Image.open(metered(io.BytesIO(data), "it"), formats=["PNG"]) as image:
             allow_pixels(image)
             return np.asarray(image.convert("L")) != 0
-    except (
-        binascii.Error,
-        ImageError,
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as error:
+    except (ImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise DataError(f"a mask that is not a PNG: {error!s:.80}") from None

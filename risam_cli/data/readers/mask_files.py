@@ -48,7 +48,7 @@ def read_mask_file(path: Path, where: str, doubt: Callable[[str], None], *, no_f
         # A pipe would be waited on for ever.
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_FILE:
             size = f"has {status.st_size >> 20} MiB" if status.st_size else "is not a regular file"
-            raise DataError(f"{where}: the mask {path} {size}", "give a PNG, 0 outside the mask")
+            raise DataError(f"{name} {size}", "give a PNG, 0 outside the mask")
         data = path.read_bytes()
         # The header first: a few bytes can stand for gigabytes of pixels.
         require_bounded(io.BytesIO(data), name)
@@ -58,22 +58,15 @@ def read_mask_file(path: Path, where: str, doubt: Callable[[str], None], *, no_f
             try:
                 image.load()
             except (OSError, ValueError, SyntaxError) as error:
-                raise DataError(
-                    f"{where}: the mask {path} is not an image that can be read ({error})",
-                    "copy or write it again",
-                ) from None
+                why = f"{name} is not an image that can be read ({error})"
+                raise DataError(why, "copy or write it again") from None
             return masks.encode(_inside(image, doubt))
     except Image.DecompressionBombError as error:
-        raise DataError(f"{where}: the mask {path} is too large: {error}", "cut it up") from None
+        raise DataError(f"{name} is too large: {error}", "cut it up") from None
     except (UnidentifiedImageError, SyntaxError):
-        raise DataError(
-            f"{where}: the mask {path} is not an image", "give a PNG, 0 outside the mask"
-        ) from None
+        raise DataError(f"{name} is not an image", "give a PNG, 0 outside the mask") from None
     except (OSError, ValueError) as error:  # ValueError: no name that a file can have
-        raise DataError(
-            f"{where}: the mask {path} cannot be read: {reason_of(error)}",
-            no_file,
-        ) from None
+        raise DataError(f"{name} cannot be read: {reason_of(error)}", no_file) from None
 
 
 def _inside(image: Image.Image, doubt: Callable[[str], None]) -> NDArray[np.bool_]:

@@ -237,7 +237,9 @@ class PredictionIndex:
         offsets, numbers = array("q"), array("q")
         by_id, by_pair, first = array("Q"), array("Q"), ""
         for number, offset, record in self._results.rows():
-            if isinstance(record, dict) and not _has_name(record):
+            if isinstance(record, dict) and not (
+                record["id"] or (record["image"] and record["expression"])
+            ):
                 record = DataError(
                     f"{self._results.place(number)}: neither id nor image and expression",
                     "name the expression that it answers",
@@ -414,11 +416,6 @@ class PredictionIndex:
     def _tell(self, record: Record, message: str) -> None:
         name, image, text = (str(record[key] or "") for key in ("id", "image", "expression"))
         self._on_failure(Failure(name, image, text, "match", "DataError", message))
-
-
-def _has_name(record: Record) -> bool:
-    """Whether it can be matched to an expression."""
-    return bool(record["id"] or (record["image"] and record["expression"]))
 
 
 def _gathered(found: Iterable[_Found]) -> list[list[_Found]]:

@@ -97,10 +97,14 @@ def open_refer(
     refs, splits = _split_refs(ref_file, split, columns)
     if not refs:
         raise wrong_split(f"{ref_file}", split, splits)
-    instances = _instances_of(instance_file, refs)
+    images = {ref["image_id"] for ref in refs}
+    annotations = {ann_id for ref in refs for ann_id in ref["ann_ids"]}
+    instances = read_instances(
+        instance_file, keep_image=images.__contains__, keep_annotation=annotations.__contains__
+    )
     spoken = [ref for ref in refs if ref["sentences"]]
-    images = _images(root, folder, image_root, instances, refs)
-    groups = _groups(instances, spoken, images, columns)
+    start = _image_folder(root, folder, image_root, instances, refs)
+    groups = _groups(instances, spoken, start, columns)
     notes = []
     if len(spoken) < len(refs):
         notes.append(f"{len(refs) - len(spoken)} refs without a sentence were left out")
@@ -179,15 +183,7 @@ def _checked(ref: dict[str, Any], where: str, columns: Columns) -> dict[str, Any
     }
 
 
-def _instances_of(path: Path, refs: Sequence[dict[str, Any]]) -> Instances:
-    images = {ref["image_id"] for ref in refs}
-    annotations = {ann_id for ref in refs for ann_id in ref["ann_ids"]}
-    return read_instances(
-        path, keep_image=images.__contains__, keep_annotation=annotations.__contains__
-    )
-
-
-def _images(
+def _image_folder(
     root: Path,
     folder: Path,
     image_root: Path | None,

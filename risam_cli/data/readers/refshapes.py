@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +20,7 @@ from risam_cli.data.readers.layout import missing, only_split
 from risam_cli.data.readers.phrasecut import open_phrasecut
 from risam_cli.data.readers.refer import open_refer
 from risam_cli.data.readers.source import Columns, Group, Phrase, SampleSource
+from risam_cli.drawing.png import encode_rgb
 from risam_cli.errors import DataError, OutputError, reason_of, setting
 from risam_cli.files.jsonlines import load_json
 from risam_cli.masks import rle as masks
@@ -188,14 +188,10 @@ def _write(path: Path, image: NDArray[np.uint8]) -> None:
     """Write a scene once, whole: another thread may be about to read it."""
     if path.exists():
         return
-    # Level 1: the file lives for minutes, and a scene compresses fast and well enough.
-    done, data = cv2.imencode(".png", image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    if not done:
-        raise OutputError(f"cannot write the scene {path}", "OpenCV was built without PNG")
     part = path.with_name(f".{path.name}.{threading.get_ident()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data.tobytes())
+        part.write_bytes(encode_rgb(image))
         part.replace(path)
     except OSError as error:
         raise OutputError(

@@ -29,7 +29,7 @@ from risam_cli.data.readers.cvat import cvat_records, open_zip
 from risam_cli.data.readers.instances import segmentation_to_rle
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.labelme import FOLDER as LABELME
-from risam_cli.data.readers.labelme import HEAD, holds_labelme, is_labelme, labelme_records
+from risam_cli.data.readers.labelme import holds_labelme, is_labelme, labelme_records
 from risam_cli.data.readers.mask_files import read_mask_file
 from risam_cli.data.readers.names import IMAGE_KEYS, TEXT_KEYS, Names, Record, spoken
 from risam_cli.data.readers.shapes import ERROR
@@ -54,6 +54,7 @@ _COLUMNS = ("image", "expression", "mask", "segmentation", "id", "score", "no_ta
 _TEXTS = (*_ID_KEYS, *TEXT_KEYS)
 _JSON = (".json", ".json.gz", ".jsonl", ".jsonl.gz")
 _PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_HEAD = 1 << 16  # bytes of a file that tell what it is, white space before its text included
 _LONGEST_SINGLE = 1 << 23  # bytes of a file that is one record
 _LISTS = ("", "annotations", "predictions", "results")
 
@@ -287,7 +288,7 @@ class Results:
         name = self.path.name.lower().removesuffix(".gz")
         if name.endswith((".csv", ".tsv")):
             return self._spooled(self._of_table(stream), "line", stream)
-        start = stream.read(HEAD)
+        start = stream.read(_HEAD)
         stream.seek(0)
         if start.startswith(b"PK\3\4") and (inner := open_zip(stream, self.path)) is not None:
             start, stream = b"<", inner
@@ -302,7 +303,7 @@ class Results:
             self.reviewed = True
             rows = cvat_records(stream, self.path, self._image_root)
             return self._spooled(rows, "image", stream)
-        if is_labelme(head):
+        if is_labelme(stream):
             stream.close()
             return self._of_labelme()
         if name.endswith(".json") or head[:1] == "[":
@@ -336,8 +337,9 @@ class Results:
     def _of_table(self, stream: BinaryIO) -> Iterator[tuple[int, Record]]:
         table = Table(stream, str(self.path), _COLUMNS)
         if not {"mask", "segmentation"} & {*table.columns}:
+            absent = [column for column in ("expression", "mask") if column not in table.columns]
             raise DataError(
-                f"manifest {self.path} has no column {', '.join(_absent(table.columns))}",
+                f"manifest {self.path} has no column {', '.join(absent)}",
                 "its first line names the columns image, expression, mask, optionally id and score",
             )
         for row in table:
@@ -425,9 +427,8 @@ class Results:
     def _with_text(self, item: Mapping[str, Any]) -> Mapping[str, Any]:
         """An annotation with the first of its own expressions, where that stands in a list."""
         listed = item.get("expressions")
-        texts = (
-            [text for text in listed if isinstance(text, str)] if isinstance(listed, list) else []
-        )
+        listed = listed if isinstance(listed, list) else []
+        texts = [text for text in listed if isinstance(text, str)]
         if texts and not any(item.get(key) for key in TEXT_KEYS):
             item = {**item, "expression": texts.pop(0)}
         for text in texts:
@@ -530,10 +531,6 @@ def _are_numbers(value: Any, count: int) -> bool:
         and len(value) == count
         and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
     )
-
-
-def _absent(columns: list[str]) -> list[str]:
-    return [column for column in ("expression", "mask") if column not in columns]
 
 
 def _stem(path: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,7 @@ class Shape:
         return masks.encode(canvas)
 
 
-@dataclass(slots=True)
-class _Object:
-    """The shapes of one object, with their numbers in the image."""
-
-    shapes: list[tuple[int, Shape]] = field(default_factory=list)
+_Object = list[tuple[int, Shape]]  # its shapes, with their numbers in the image
 
 
 def records_of(
@@ -102,13 +98,13 @@ def records_of(
     for number, shape in enumerate(shapes):
         key = (1, shape.group) if shape.group is not None else (0, number)
         objects = by_text.setdefault(shape.text, {})
-        objects.setdefault(key, _Object()).shapes.append((number, shape))
+        objects.setdefault(key, []).append((number, shape))
     for k, (text, objects) in enumerate(by_text.items()):
         for instance, one in enumerate(objects.values()):
             record: dict[str, Any] = {"id": f"{image}#{k}", "image": image, "expression": text}
             record |= {"height": size[0], "width": size[1]}
             record |= {"instance": instance} if len(objects) > 1 else {}
-            scores = [shape.score for _, shape in one.shapes if shape.score is not None]
+            scores = [shape.score for _, shape in one if shape.score is not None]
             record |= {"score": max(scores)} if scores else {}
             try:
                 yield {**record, "segmentation": _drawn(one, size, where)}
@@ -121,12 +117,12 @@ def _drawn(one: _Object, size: Size, where: str) -> Rle:
     if height * width > _MOST_PIXELS:
         raise DataError(f"{where}: {height} x {width} pixels are over {_MOST_PIXELS}")
     parts = []
-    for number, shape in one.shapes:
+    for number, shape in one:
         place = f"{where}, shape {number + 1} ({shape.label!r})"
         parts.append(shape.rle(size, place))
     drawn = masks.union(parts, size)
     if not masks.area(drawn):
-        number, shape = one.shapes[0]
+        number, shape = one[0]
         raise DataError(f"{where}, shape {number + 1} ({shape.label!r}): it holds no pixel")
     return drawn
 

@@ -196,13 +196,7 @@ def make_source(
     A second expression with an id becomes ``id#1``, a third ``id#2``, so that records can be told
     apart; a note says how many there were.
     """
-    seen: dict[str, int] = {}
-    unique = [_number_doubles(group, seen) for group in groups]
-    doubled = sum(
-        own is not given
-        for one, group in zip(unique, groups, strict=True)
-        for own, given in zip(one.phrases, group.phrases, strict=True)
-    )
+    unique, doubled = _number_doubles(groups)
     if doubled:
         notes = [*notes, f"{doubled} expressions shared an id with an earlier one (now id#k)"]
     total = {**(counts or {}), **_count(unique)}
@@ -229,16 +223,22 @@ def _referents(phrase: Phrase) -> int:
     return int(phrase.attributes.get("referents", len(phrase.parts)))
 
 
-def _number_doubles(group: Group, seen: dict[str, int]) -> Group:
-    phrases = []
-    for phrase in group.phrases:
-        name = phrase.id
-        while name in seen:  # the new one may be another's own
-            seen[phrase.id] += 1
-            name = f"{phrase.id}#{seen[phrase.id]}"
-        seen[name] = 0
-        phrases.append(phrase if name == phrase.id else replace(phrase, id=name))
-    return replace(group, phrases=tuple(phrases))
+def _number_doubles(groups: Sequence[Group]) -> tuple[list[Group], int]:
+    """The groups with ids that differ, and how many ids are new."""
+    seen: dict[str, int] = {}
+    unique, doubled = [], 0
+    for group in groups:
+        phrases = []
+        for phrase in group.phrases:
+            name = phrase.id
+            while name in seen:  # the new one may be another's own
+                seen[phrase.id] += 1
+                name = f"{phrase.id}#{seen[phrase.id]}"
+            seen[name] = 0
+            doubled += name != phrase.id
+            phrases.append(phrase if name == phrase.id else replace(phrase, id=name))
+        unique.append(replace(group, phrases=tuple(phrases)))
+    return unique, doubled
 
 
 def build_sample(

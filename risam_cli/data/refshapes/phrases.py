@@ -244,39 +244,34 @@ def write(dice: Dice, phrase: Phrase, grammar: str = "plain") -> str:
     Args:
         grammar: one of ``GRAMMARS``, or ``HELD_OUT_GRAMMAR``.
     """
-    if grammar == "telegraphic":
-        return " ".join(_telegraphic(dice, phrase))
-    if grammar == "fronted":
-        return " ".join(_fronted(dice, phrase))
-    if grammar == "joined":
-        return " ".join(_joined(dice, phrase))
-    if grammar == "clause":
-        return " ".join(_clause(dice, phrase))
+    words_of = {
+        "plain": _plain,
+        "telegraphic": _telegraphic,
+        "fronted": _fronted,
+        "joined": _joined,
+        HELD_OUT_GRAMMAR: _clause,
+    }
+    return " ".join(words_of[grammar](dice, phrase))
+
+
+def _plain(dice: Dice, phrase: Phrase) -> list[str]:
+    """As most people speak: "the small red circle on the left", "both stars that are red"."""
     plural = phrase.number != 1
     noun, tail = phrase.noun, ""
     bare = phrase.place is None and phrase.relation is None and phrase.extreme is None
     if bare and noun.color is not None and dice.unit() < 0.16:
         tail = f"that {'are' if plural else 'is'} {noun.color}"
         noun = replace(noun, color=None)
-    words = _noun_words(dice, noun, plural)
-    if phrase.extreme is not None:
-        words.insert(0, phrase.extreme)
-    words = _determine(dice, phrase, words) + ([tail] if tail else [])
+    words = _determine(dice, phrase, _noun_words(dice, noun, plural)) + ([tail] if tail else [])
     link = ["that", "are" if plural else "is"]
     if phrase.place is not None:
         if dice.unit() < 0.08:
             words += link
         words.append(PLACES[phrase.place])
-    if phrase.relation is not None and phrase.anchor is not None:
-        # After a place the link says that the relation belongs to the head, not to the place.
-        if phrase.place is not None or dice.unit() < 0.2:
-            words += link
-        words.append(dice.pick(RELATION_PHRASES[phrase.relation]))
-        words.append("the")
-        if phrase.anchor.extreme is not None:
-            words.append(phrase.anchor.extreme)
-        words += _noun_words(dice, phrase.anchor.noun, plural=False)
-    return " ".join(words)
+    # After a place the link says that the relation belongs to the head, not to the place.
+    if phrase.relation is not None and (phrase.place is not None or dice.unit() < 0.2):
+        words += link
+    return words + _related(dice, phrase, article=True)
 
 
 def _telegraphic(dice: Dice, phrase: Phrase) -> list[str]:
@@ -298,8 +293,6 @@ def _fronted(dice: Dice, phrase: Phrase) -> list[str]:
     where = [] if phrase.place is None else [PLACES[phrase.place]]
     where += _related(dice, phrase, article=True)
     words = _noun_words(dice, phrase.noun, phrase.number != 1)
-    if phrase.extreme is not None:
-        words.insert(0, phrase.extreme)
     return where + _determine(dice, phrase, words)
 
 
@@ -308,8 +301,6 @@ def _joined(dice: Dice, phrase: Phrase) -> list[str]:
     small and blue ring". So "and" does not always name a second thing.
     """
     words = _noun_words(dice, phrase.noun, phrase.number != 1, joined=True)
-    if phrase.extreme is not None:
-        words.insert(0, phrase.extreme)
     words = _determine(dice, phrase, words)
     related = _related(dice, phrase, article=True, joined=True)
     if phrase.place is not None:
@@ -321,8 +312,6 @@ def _clause(dice: Dice, phrase: Phrase) -> list[str]:
     """All that is said of it in a clause: "the star that is large and red and at the top"."""
     plural = phrase.number != 1
     words = _noun_words(dice, Noun(phrase.noun.shape), plural)
-    if phrase.extreme is not None:
-        words.insert(0, phrase.extreme)
     said = [[word] for word in (phrase.noun.size, phrase.noun.color) if word is not None]
     if phrase.place is not None:
         said.append([PLACES[phrase.place]])
@@ -354,7 +343,9 @@ def _noun_words(dice: Dice, noun: Noun, plural: bool, *, joined: bool = False) -
 
 
 def _determine(dice: Dice, phrase: Phrase, words: list[str]) -> list[str]:
-    """Puts "the", "a", "all", a number or nothing before a head's words."""
+    """Puts "the", "a", "all", a number or nothing, and a superlative before a head's words."""
+    if phrase.extreme is not None:
+        words = [phrase.extreme, *words]
     starts: tuple[str, ...]
     weights: tuple[int, ...]
     if phrase.number == 1:

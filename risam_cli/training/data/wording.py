@@ -148,16 +148,16 @@ def _like(word: str, model: str) -> str:
 # --- cutting --------------------------------------------------------------------------------------
 
 _PLACES = _pattern(
-    "left|right|leftmost|rightmost|topmost|bottommost|left-most|right-most|top-most|bottom-most|"
-    "lefthand|righthand|left-hand|right-hand|lefty|righty|leftie|rightie|leftest|rightest|lft|rt|"
+    "left|right|leftmost|rightmost|topmost|bottommost|"
+    "lefthand|righthand|lefty|righty|leftie|rightie|leftest|rightest|lft|rt|"
     "rght|lf|lt|l|r|top|bottom|btm|bot|upper|lower|up|down|middle|mid|center|centre|central|"
     "centered|far|farther|further|farthest|furthest|front|back|rear|foreground|background|fore|"
     "corner|corners|edge|edges|side|sides|border|end|ends|first|second|third|fourth|fifth|sixth|"
     "last|next|nearest|closest|near|nearer|closer|close|highest|lowest|high|higher|low|outer|"
     "inner|outermost|innermost|outside|inside|screen|picture|photo|image|pic|frame|shot|camera|"
     "viewer|us|you|cut|cropped|crop|partial|partially|partly|half|visible|whole|entire|full|"
-    "hidden|seen|showing|shown|row|column|line|corner|quadrant|clockwise|counterclockwise|"
-    "counter-clockwise|anticlockwise|o'clock|oclock|east|west|north|south|diagonal|adjacent"
+    "hidden|seen|showing|shown|row|column|line|quadrant|clockwise|counterclockwise|"
+    "anticlockwise|o'clock|oclock|east|west|north|south|diagonal|adjacent"
 )
 _RELATIONS = _pattern(
     "of|behind|between|among|amongst|above|below|beneath|under|underneath|over|against|across|"
@@ -178,8 +178,7 @@ def survives_cutting(text: str) -> bool:
     what speaks of the picture's own edge ("cut off", "half visible").
     """
     return not (
-        _PLACES.search(text)
-        or _PLACES.search(text.replace("-", " "))  # "top-left"
+        _PLACES.search(text.replace("-", " "))  # "top-left"
         or _TURNS.search(text)
         or _may_be_a_side(text)
         or _RELATIONS.search(text)
