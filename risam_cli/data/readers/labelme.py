@@ -26,6 +26,9 @@ FOLDER = "labelme"
 HEAD = 1 << 16
 """Bytes of a file that tell what it is: the image's own flags stand before the shapes."""
 
+# All boxes of X-AnyLabeling, whose files these are too, have four corners; ``rotation`` and
+# ``quadrilateral`` are its own.
+_BY_CORNERS = ("polygon", "oriented_rectangle", "rotation", "quadrilateral")
 _LOOKED_AT = 100  # files, before a folder is taken for another kind
 _LONGEST = 1 << 28  # bytes: labelme may keep the image in the file
 
@@ -138,7 +141,7 @@ def _shape(one: Any) -> Shape:
 def _outline(kind: Any, one: Mapping[str, Any]) -> dict[str, Any]:
     """What it covers. Raises DataError, KeyError, TypeError, ValueError or OverflowError."""
     points = [(float(x), float(y)) for x, y in one["points"]]
-    if kind == "polygon":
+    if kind in _BY_CORNERS or (kind == "rectangle" and len(points) == 4):
         return {"polygons": [[v for point in points for v in point]]}
     if kind == "mask":
         (left, top), _ = points
