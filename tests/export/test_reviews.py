@@ -415,6 +415,15 @@ def test_boxes_may_be_given_by_their_corners(
     assert sides == pytest.approx((min(xs), min(ys), max(xs), max(ys)), abs=1)
 
 
+def test_a_hidden_image_comes_back_from_labelme_too(tmp_path: Path) -> None:
+    names = {".a.png", "b.png"}
+    write_jsonl(tmp_path / "p.jsonl", [record(n, "the block", SHAPES["block"]) for n in names])
+    assert export(tmp_path / "p.jsonl", "--to", "labelme", "-o", str(tmp_path / "labels")) == 0
+    (tmp_path / "labels" / "labelme" / "._b.json").write_bytes(b"\0\5\26\7 of macOS")
+    found = coco(tmp_path / "labels", tmp_path / "out")
+    assert {one["file_name"] for one in found["images"]} == names
+
+
 @pytest.mark.parametrize("name", ["a.json", ""])
 def test_a_labelme_image_may_have_many_flags(name: str, tmp_path: Path) -> None:
     text = {

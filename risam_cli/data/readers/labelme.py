@@ -51,11 +51,11 @@ def holds_labelme(folder: Path) -> bool:
 
 
 def _json_files(folder: Path) -> Iterator[Path]:
-    """The JSON files below a folder, by name."""
+    """The JSON files below a folder, by name; not what macOS keeps beside them (``._a.json``)."""
     for place, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
-            if name.lower().endswith(".json") and not name.startswith("."):
+            if name.lower().endswith(".json") and not name.startswith("._"):
                 yield Path(place) / name
 
 
