@@ -36,6 +36,8 @@ class UnknownWords:
     def see(self, predictions: Iterable[Prediction]) -> None:
         """Takes note of records; tells of each new word, of the first few one by one."""
         for one in predictions:
+            if one.instance:  # its expression was counted with the first instance
+                continue
             before = len(self._words)
             for word in self.note(one.unknown_words)[: max(0, _SHOWN - before)]:
                 get_console().warn(f"the model {self._name} does not know the word {word!r}")

@@ -37,7 +37,8 @@ def write_gallery(folder: Path, write: Callable[[str, str], None], model: str = 
     unknown = UnknownWords(model or "the model")
     for row in _rows(folder):
         for record in row.records:
-            unknown.note(record.get("unknown_words", ()))
+            if not record.get("instance"):
+                unknown.note(record.get("unknown_words", ()))
         gallery.add(row)
     if text := unknown.summary():
         gallery.warning = f"{text}: {unknown.named()}"

@@ -384,6 +384,46 @@ def test_a_labelme_file_that_is_wrong_costs_itself_alone(
     assert "c.json is not JSON" in damaged["message"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "points", "area"),
+    [
+        ("rectangle", [[1, 2], [5, 2], [5, 8], [1, 8]], 24),
+        ("rectangle", [[5, 8], [1, 2]], 24),
+        ("oriented_rectangle", [[1, 2], [5, 2], [5, 8], [1, 8]], 24),
+        ("rotation", [[5, 0], [10, 5], [5, 10], [0, 5]], 50),
+        ("quadrilateral", [[0, 0], [6, 0], [4, 5], [2, 5]], 20),
+    ],
+)
+def test_boxes_may_be_given_by_their_corners(
+    kind: str, points: list[list[int]], area: int, tmp_path: Path
+) -> None:
+    """As labelme's turned boxes are, and all boxes of X-AnyLabeling."""
+    text = {
+        "version": "3.3.0",
+        "flags": {},
+        "shapes": [{"label": "good", "shape_type": kind, "points": points, "direction": 0.0}],
+        "imagePath": "a.png",
+        "imageHeight": 10,
+        "imageWidth": 10,
+    }
+    (tmp_path / "a.json").write_text(json.dumps(text))
+    found = coco(tmp_path / "a.json", tmp_path / "out")
+    assert [one["area"] for one in found["annotations"]] == [pytest.approx(area, abs=6)]
+    x, y, width, height = found["annotations"][0]["bbox"]
+    xs, ys = zip(*points, strict=True)
+    sides = (x, y, x + width, y + height)
+    assert sides == pytest.approx((min(xs), min(ys), max(xs), max(ys)), abs=1)
+
+
+def test_a_hidden_image_comes_back_from_labelme_too(tmp_path: Path) -> None:
+    names = {".a.png", "b.png"}
+    write_jsonl(tmp_path / "p.jsonl", [record(n, "the block", SHAPES["block"]) for n in names])
+    assert export(tmp_path / "p.jsonl", "--to", "labelme", "-o", str(tmp_path / "labels")) == 0
+    (tmp_path / "labels" / "labelme" / "._b.json").write_bytes(b"\0\5\26\7 of macOS")
+    found = coco(tmp_path / "labels", tmp_path / "out")
+    assert {one["file_name"] for one in found["images"]} == names
+
+
 @pytest.mark.parametrize("name", ["a.json", ""])
 def test_a_labelme_image_may_have_many_flags(name: str, tmp_path: Path) -> None:
     text = {

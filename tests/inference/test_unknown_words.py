@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,17 @@ def test_each_word_is_told_once_and_the_rest_is_counted(
     assert "15 of 18 expressions" in told
     assert "11 words" in told
     assert "florence2" in told
+
+
+def test_an_expression_of_several_instances_is_counted_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen = UnknownWords("mine")
+    seen.see([replace(prediction("dog"), instance=k) for k in range(3)])
+    seen.see([prediction()])
+    capsys.readouterr()
+    seen.tell()
+    assert "1 of 2 expressions" in capsys.readouterr().err
 
 
 def test_nothing_is_said_where_all_is_known(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,9 @@ from risam_cli.files.jsonlines import brief, load_json, read_text
 FOLDER = "labelme"
 
 _HEAD = 1 << 16  # bytes that are looked at: the image's own flags stand before the shapes
+# All boxes of X-AnyLabeling, whose files these are too, have four corners; ``rotation`` and
+# ``quadrilateral`` are its own.
+_BY_CORNERS = ("polygon", "oriented_rectangle", "rotation", "quadrilateral")
 _LOOKED_AT = 100  # files, before a folder is taken for another kind
 _LONGEST = 1 << 28  # bytes: labelme may keep the image in the file
 
@@ -46,11 +49,11 @@ def holds_labelme(folder: Path) -> bool:
 
 
 def _json_files(folder: Path) -> Iterator[Path]:
-    """The JSON files below a folder, by name."""
+    """The JSON files below a folder, by name; not what macOS keeps beside them (``._a.json``)."""
     for place, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
-            if name.lower().endswith(".json") and not name.startswith("."):
+            if name.lower().endswith(".json") and not name.startswith("._"):
                 yield Path(place) / name
 
 
@@ -136,7 +139,7 @@ def _shape(one: Any) -> Shape:
 def _outline(kind: Any, one: Mapping[str, Any]) -> dict[str, Any]:
     """What it covers. Raises DataError, KeyError, TypeError, ValueError or OverflowError."""
     points = [(float(x), float(y)) for x, y in one["points"]]
-    if kind == "polygon":
+    if kind in _BY_CORNERS or (kind == "rectangle" and len(points) == 4):
         return {"polygons": [[v for point in points for v in point]]}
     if kind == "mask":
         (left, top), _ = points
