@@ -9,6 +9,7 @@ import click
 
 from risam_cli.commands.options import json_option, output_option, verbosity_options
 from risam_cli.console.console import get_console
+from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED
 
 
 @click.command(name="merge")
@@ -23,7 +24,7 @@ from risam_cli.console.console import get_console
 @click.option("--overwrite", is_flag=True, help="Replace the run in the output folder.")
 @json_option
 @verbosity_options
-def command(folders: tuple[Path, ...], output: Path, overwrite: bool, as_json: bool) -> None:
+def command(folders: tuple[Path, ...], output: Path, overwrite: bool, as_json: bool) -> int:
     """Merge the output folders of all shards of one run.
 
     DIR is the output folder of `risam predict --shard I/N`, or a folder that holds all of them, as
@@ -31,7 +32,8 @@ def command(folders: tuple[Path, ...], output: Path, overwrite: bool, as_json: b
     byte for byte (except for times in run.json), and can be resumed and exported like it.
 
     Shards of different inputs, models or settings, unfinished shards, and sets with a missing or
-    duplicate shard are refused.
+    duplicate shard are refused. If items failed in the shards, the exit code is 3, as without
+    shards.
 
     \b
     Examples:
@@ -62,3 +64,4 @@ def command(folders: tuple[Path, ...], output: Path, overwrite: bool, as_json: b
                 }
             )
         )
+    return EXIT_SOME_FAILED if merged.failures else EXIT_OK

@@ -33,7 +33,7 @@ from risam_cli.commands.options import (
     verbosity_options,
 )
 from risam_cli.console.streams import require_open
-from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, UsageError
+from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 
 if TYPE_CHECKING:
     from risam_cli.data.inputs.inputs import Inputs
@@ -518,6 +518,7 @@ def _files(options: _Options, inputs: Inputs, folder: RunFolder) -> Names:
 
 def _dry_run(options: _Options, inputs: Inputs, shard: Shard, output: Path) -> int:
     """Says what would be done, on stdout; on stderr where stdout is promised to records."""
+    from risam_cli.console.console import get_console
     from risam_cli.files.store import RemotePath
     from risam_cli.runs.dry_run import DryRun, EarlierRun, look_through
     from risam_cli.runs.ledger import LEDGER
@@ -549,7 +550,7 @@ def _dry_run(options: _Options, inputs: Inputs, shard: Shard, output: Path) -> i
         f"{before}; output: {output}{holds}"
     )
     if not found.entries:
-        raise DataError("the inputs contain no image", "check the paths")
+        get_console().warn("the inputs contain no image")  # an empty list is done at once
     return EXIT_SOME_FAILED if found.bad or found.failed else EXIT_OK
 
 

@@ -41,6 +41,7 @@ from risam_cli.evaluation.request import (
     count,
 )
 from risam_cli.evaluation.scoring import (
+    ANSWERS_FILE,
     FailureLog,
     answers_from_predictions,
     count_missing_images,
@@ -137,6 +138,7 @@ def _evaluate(asked: EvalRequest) -> int:
                 done = answer_and_score(asked, source, protocol, folder, failures)
         report = _report(asked, source, protocol, done, other)
         write_reports(folder, report, gallery(done.run.scored, asked.bands))
+        _place_all(folder)
         done.finish()
     console.block(console_table(report))
     compared = report.comparison
@@ -146,6 +148,17 @@ def _evaluate(asked: EvalRequest) -> int:
     if asked.as_json:
         click.echo(json.dumps({name: f.value for name, f in report.figures.items()}))
     return _exit_code(report, asked.skip_missing)
+
+
+def _place_all(folder: OutputFolder) -> None:
+    """Move all that was written aside to its place, the report last; what is not there is gone."""
+    names = [name for name in reversed(WRITTEN) if name != ANSWERS_FILE]
+    there = [name for name in names if (folder.staging / name).exists()]
+    folder.require_held()
+    for name in names:
+        if name not in there:
+            (folder.path / name).unlink(missing_ok=True)
+    folder.place([(folder.staging / name, name) for name in there])
 
 
 @contextmanager
@@ -180,7 +193,7 @@ def _from_predictions(
         run = run_evaluation(source, answers, protocol, folder, console, asked.custom)
         for line in index.notes():
             console.warn(line)
-        surplus = _tell_surplus(index, source, asked)
+        surplus = _tell_surplus(index, source, asked, folder)
         answered = AnswersPart(
             kind="predictions",
             name=_predictions_name(asked.predictions),
@@ -204,13 +217,13 @@ def _from_predictions(
     return Done(run, answered, counts, timing)
 
 
-def _tell_surplus(index: PredictionIndex, source: SampleSource, asked: EvalRequest) -> int:
+def _tell_surplus(
+    index: PredictionIndex, source: SampleSource, asked: EvalRequest, folder: OutputFolder
+) -> int:
     """Count records that no expression asked for, and name them in ``surplus.jsonl``.
 
     They are no failures: a file may hold predictions of several splits.
     """
-    path = asked.output / SURPLUS_FILE
-    path.unlink(missing_ok=True)
     if not index.unused:
         return 0
     taken = [("limit", asked.limit)] if asked.limit is not None else []
@@ -219,14 +232,16 @@ def _tell_surplus(index: PredictionIndex, source: SampleSource, asked: EvalReque
         get_console().info(told(f"{index.unused} predictions were ignored ({why})"))
         return 0
     first = ""
-    with TextIOWrapper(create(path), "utf-8", "backslashreplace") as stream:
+    part = create(folder.staging / SURPLUS_FILE)
+    with TextIOWrapper(part, "utf-8", "backslashreplace") as stream:
         for name, image, text in index.surplus():
             first = first or name or f"{image}: {text}"
             row = {"id": name, "image": image, "expression": text}
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
     get_console().warn(
         f"{index.unused} predictions belong to no expression of {source.dataset} {source.split} "
-        f"(the first is {first}); all are in {path}"
+        f"(the first is {first}); all are in "
+        f"{folder.path / SURPLUS_FILE}"
     )
     return index.unused
 

@@ -30,6 +30,7 @@ from risam_cli.data.readers.predictions import Answer, PredictionIndex
 from risam_cli.data.readers.source import OnFailure, SampleSource
 from risam_cli.errors import DataError, setting
 from risam_cli.files.folder import OutputFolder
+from risam_cli.files.jsonlines import brief
 from risam_cli.files.write import create, sync_file, writing
 from risam_cli.masks import rle as masks
 from risam_cli.metrics.figures import ExpressionScore, ScoreTable, Tally, outcome, score_masks
@@ -269,7 +270,8 @@ def answers_from_predictions(
             try:
                 answer = index.find(sample, expression)
                 if answer is None and expression.target is not None:
-                    on_failure(_failure(sample, expression, "no prediction; it scores zero"))
+                    told = f"no prediction for {brief(expression.text)}; it scores zero"
+                    on_failure(_failure(sample, expression, told))
             except DataError as error:
                 answer = None
                 on_failure(_failure(sample, expression, f"{error}; it scores zero"))
@@ -373,9 +375,11 @@ _SHOWN = 5  # failures told on the console; all are in the file
 
 
 class FailureLog:
-    """Rows of ``failures.jsonl``, written as they come; the file exists only where there are any.
+    """Rows of ``failures.jsonl``, written aside as they come; there is a file only where there are
+    any. It comes into place with the reports, or at once where the run stops and no report stands.
 
     Attributes:
+        path: its place.
         by_stage: how many there were of each stage.
     """
 
@@ -385,13 +389,14 @@ class FailureLog:
         self._console = console
         self._lock = threading.Lock()
         self._stream: TextIO | None = None
-        self.path.unlink(missing_ok=True)
+        self._folder = folder
 
     def __call__(self, failure: Failure) -> None:
         """Take one failure in; from any thread."""
         with self._lock:
             if self._stream is None:
-                self._stream = TextIOWrapper(create(self.path), "utf-8", "backslashreplace")
+                part = create(self._folder.staging / FAILURES_FILE)
+                self._stream = TextIOWrapper(part, "utf-8", "backslashreplace")
             self._stream.write(json.dumps(asdict(failure), ensure_ascii=False) + "\n")
             self.by_stage[failure.stage] += 1
             told = len(self)
@@ -406,9 +411,12 @@ class FailureLog:
     def __enter__(self) -> FailureLog:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if self._stream is None:
+            return
+        self._stream.close()
+        if kind is not None and not (self._folder.path / "report.json").exists():
+            self._folder.place([(self._folder.staging / FAILURES_FILE, FAILURES_FILE)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,7 +425,7 @@ class EvalRun:
 
     Attributes:
         seconds: the whole run by the clock.
-        rows: the file of its expressions.
+        rows: the file of its expressions, yet to come into place.
     """
 
     scored: Scored
@@ -433,17 +441,16 @@ def run_evaluation(
     console: Console,
     custom: Sequence[CustomSlice] = (),
 ) -> EvalRun:
-    """Score every answered image and write ``per_expression.jsonl`` whole or not at all.
+    """Score every answered image and write ``per_expression.jsonl`` aside.
 
     Raises:
         DataError: nothing could be scored.
         OutputError: the file cannot be written.
     """
     started = time.perf_counter()
-    rows = folder.path / ROWS_FILE
     part = folder.staging / ROWS_FILE
     made: set[Path] = set()
-    with writing(rows):
+    with writing(folder.path / ROWS_FILE):
         with part.open("w", encoding="utf-8", errors="backslashreplace") as stream:
             scorer = Scorer(protocol, lambda line: _write_line(stream, line), custom)
             with console.progress("score", source.planned, "expressions") as progress:
@@ -458,8 +465,7 @@ def run_evaluation(
                 "see the failures above" if not scored.unscored else "its truth is unknown",
             )
         sync_file(part)
-    folder.place([(part, ROWS_FILE)])
-    return EvalRun(scored, time.perf_counter() - started, rows)
+    return EvalRun(scored, time.perf_counter() - started, part)
 
 
 def _tidy(made: set[Path], latest: Path, scorer: Scorer) -> None:

@@ -39,6 +39,11 @@ class Bin:
     low: float = math.nan
     high: float = math.nan
 
+    @property
+    def shown(self) -> str:
+        """The label with the dash of a range; words are the data's own."""
+        return self.label if math.isnan(self.low) else self.label.replace("-", "–")
+
     def holds(self, value: object) -> bool:
         """Whether a value of the column belongs here."""
         number = _number(value)
@@ -84,7 +89,7 @@ class CustomSlice:
     def as_slice(self) -> Slice:
         """The slice of its bins."""
         unit = f" {_COUNTED[self.name]}" if self.name in _COUNTED else ""
-        labels = tuple(f"{one.label.replace('-', '–')}{unit}" for one in self.bins)
+        labels = tuple(f"{one.shown}{unit}" for one in self.bins)
         return Slice(
             self.name,
             _title(self.name),
@@ -98,7 +103,7 @@ def parse_slice(text: str) -> CustomSlice:
     """A slice from its notation, see above.
 
     Raises:
-        UsageError: it is malformed, or a bin can never be reached.
+        UsageError: it is malformed, or a bin can never be reached or is called "other".
     """
     name, colon, rest = text.partition(":")
     name = name.strip()
@@ -111,6 +116,10 @@ def parse_slice(text: str) -> CustomSlice:
         return CustomSlice(name)
     bins = [_bin(part.strip(), written) for part in rest.split(",")]
     for number, one in enumerate(bins):
+        if one.label.lower() == OTHER:
+            raise UsageError(
+                f"{written}: {OTHER!r} is the level of what fits no bin", "leave this bin out"
+            )
         for before in bins[:number]:
             if one.label.lower() == before.label.lower() or _overlap(before, one):
                 raise UsageError(

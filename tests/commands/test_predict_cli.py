@@ -482,6 +482,15 @@ def test_a_dry_run_reads_everything_and_writes_nothing(
     assert "9 images, 3 records to make, 6 that would fail" in out
 
 
+def test_of_an_empty_list_a_dry_run_says_what_the_run_says(
+    predict: Call, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty.jsonl").touch()
+    for more in (["--dry-run"], []):
+        assert predict("empty.jsonl", *more) == 0
+        assert "warning: the inputs contain no image" in capfd.readouterr().err
+
+
 def test_a_dry_run_counts_what_is_done(
     predict: Call, tiny_images: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

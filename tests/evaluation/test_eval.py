@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ from risam_cli.data.readers.catalog import DATASETS
 from risam_cli.data.readers.refer import SPLIT_BY
 from risam_cli.data.readers.refshapes import BENCHMARKS
 from risam_cli.data.refshapes.dataset import FAMILIES
+from risam_cli.evaluation.report import assemble
 from risam_cli.metrics.figures import FIGURES
 from risam_cli.metrics.protocols import PROTOCOLS
 
@@ -148,6 +150,7 @@ def test_missing_surplus_and_doubled_predictions_are_named_and_counted(
     assert run.rows("surplus.jsonl") == [{"id": "777", "image": A, "expression": "unasked"}]
     assert "777" in run.err
     messages = [row["message"] for row in run.rows("failures.jsonl")]
+    assert sum("second prediction for 'the group'" in m for m in messages) == 1
     assert sum("second prediction" in m for m in messages) == 2
     assert sum("ends in the middle" in m for m in messages) == 1
 
@@ -155,6 +158,7 @@ def test_missing_surplus_and_doubled_predictions_are_named_and_counted(
     run = evaluate(*grefcoco, "--predictions", path)
     assert run.code == 3
     assert run.report.counts.missing == 3
+    assert f"{A}: no prediction for 'the two cats'; it scores zero" in run.err
     missing = {row["id"]: row for row in run.rows() if row["missing"]}
     assert sorted(missing) == ["11", "20", "50"]
     assert all(row["iou"] == 0 for row in missing.values())
@@ -322,6 +326,26 @@ def test_a_report_is_not_overwritten_unasked(
     run = evaluate(*grefcoco, "--predictions", path, output=taken / "below")
     assert run.code == 1
     assert "cannot write" in run.err
+
+
+@pytest.mark.parametrize("broken", ["answers", "page"])
+def test_a_run_that_fails_leaves_every_file_of_the_earlier_report(
+    broken: str, tmp_path: Path, evaluate: Any, grefcoco: list[Any], monkeypatch: Any
+) -> None:
+    records = grefcoco_records()
+    some = write_records(tmp_path / "some.jsonl", [*records[1:], {**records[1], "id": "surplus"}])
+    out = evaluate(*grefcoco, "--predictions", some).folder
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert {"failures.jsonl", "surplus.jsonl", "per_expression.jsonl"} < before.keys()
+    other = write_records(tmp_path / "other.jsonl", records if broken == "page" else [])
+    with monkeypatch.context() as patched:
+        if broken == "page":
+            patched.setattr(assemble, "to_json", Mock(side_effect=OSError(28, "disk full")))
+        assert evaluate(*grefcoco, "--predictions", other, "--overwrite", output=out).code == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    other = write_records(tmp_path / "other.jsonl", records)
+    assert evaluate(*grefcoco, "--predictions", other, "--overwrite", output=out).code == 0
+    assert not {"failures.jsonl", "surplus.jsonl"} & {path.name for path in out.iterdir()}
 
 
 def test_annotations_that_do_not_exist_are_failures(

@@ -148,7 +148,8 @@ class PredictionIndex:
         for other in (one for answer in found[1:] for one in answer):
             if not self._used[other.row]:
                 self.doubled += 1
-                self._tell(other.record, "a second prediction for one expression; not scored")
+                told = f"a second prediction for {brief(expression.text)}; not scored"
+                self._tell(other.record, told)
         self._used[[one.row for answer in found for one in answer]] = True
         where = f"{self.path}: prediction {expression.id!r}"
         size = self._size or sample.size

@@ -40,6 +40,7 @@ from risam_cli.evaluation.scoring import Scored, pick_cases
 from risam_cli.files.folder import OutputFolder
 from risam_cli.files.hashing import sha256_of_file
 from risam_cli.files.store import size_of
+from risam_cli.files.write import make_file, writing
 from risam_cli.metrics.curves import no_target_curve, risk_coverage
 from risam_cli.metrics.figures import Flags, Ints, ScoreTable, Terms, figures, outcome, terms
 from risam_cli.metrics.intervals import (
@@ -112,10 +113,14 @@ def gallery(scored: Scored, bands: Bands | None = None) -> dict[str, list[Pictur
 def write_reports(
     folder: OutputFolder, report: Report, pictures: Mapping[str, Sequence[Picture]]
 ) -> None:
-    """Write ``report.html``, ``report.md`` and last ``report.json``, each whole or not at all."""
-    folder.write(HTML_FILE, to_html(report, pictures))
-    folder.write(MARKDOWN_FILE, to_markdown(report))
-    folder.write(REPORT_FILE, to_json(report))
+    """Write ``report.html``, ``report.md`` and ``report.json`` aside, yet to come into place."""
+    for name, text in (
+        (HTML_FILE, to_html(report, pictures)),
+        (MARKDOWN_FILE, to_markdown(report)),
+        (REPORT_FILE, to_json(report)),
+    ):
+        with writing(folder.path / name):
+            make_file(folder.staging / name, text)
 
 
 def dataset_part(source: SampleSource, differences: Sequence[str], **more: object) -> DatasetPart:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from risam_cli.console.text import sanitize
 from risam_cli.data.identity import expression_key, image_core
-from risam_cli.errors import DataError, reason_of
+from risam_cli.errors import DataError, UsageError, reason_of
 from risam_cli.evaluation.report.schema import (
     SEED,
     ChangedExpression,
@@ -27,7 +27,15 @@ from risam_cli.evaluation.report.schema import (
 )
 from risam_cli.evaluation.scoring import ROWS_FILE
 from risam_cli.files.jsonlines import brief, parse_json, read_lines
-from risam_cli.metrics.figures import ExpressionScore, ScoreTable, Tally, Terms, outcome, terms
+from risam_cli.metrics.figures import (
+    ExpressionScore,
+    ScoreTable,
+    Tally,
+    Terms,
+    outcome,
+    summarize,
+    terms,
+)
 from risam_cli.metrics.intervals import Change, compare, intervals, masked
 from risam_cli.metrics.protocols import Protocol, get_protocol
 from risam_cli.metrics.slices import SLICE_FIGURES
@@ -36,6 +44,7 @@ REPORT_FILE = "report.json"
 _MOST_CHANGED = 20
 
 _LONGEST = 1 << 26  # bytes of a row
+_AGAIN = "write the report again with risam eval"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +100,7 @@ def comparison_part(
             other images or expressions in it, or its rows are damaged.
     """
     mine = _Rows(this_rows)
-    theirs = _Rows(other.rows)
+    theirs = _rows_of(other)
     shared, unlike = _shared([mine, theirs])
     if not shared:
         raise DataError(
@@ -220,7 +229,7 @@ def side_by_side(
 def _one_split(named: Sequence[tuple[str, Other]], *, with_slices: bool) -> SideBySide:
     others = [other for _, other in named]
     labels = _labels(named)
-    read = [_Rows(other.rows) for other in others]
+    read = [_rows_of(other) for other in others]
     shared, unlike = _shared(read)
     if not shared:
         raise DataError(
@@ -403,6 +412,29 @@ def slice_changes(
     return parts
 
 
+def _rows_of(other: Other) -> _Rows:
+    """The expressions of a report, which must give its figures.
+
+    Raises:
+        DataError: they do not: rows were lost or changed, or are another run's.
+    """
+    rows = _Rows(other.rows)
+    try:
+        found = summarize(rows.table, other.report.protocol.name)
+    except UsageError as error:  # no such protocol
+        raise DataError(f"{other.rows.parent / REPORT_FILE}: {error.message}", _AGAIN) from None
+    for name, figure in found.items():
+        noted = other.report.figures.get(name)
+        known = np.nan if noted is None or noted.value is None else noted.value
+        if not np.isclose(figure, known, rtol=0, atol=1e-9, equal_nan=True):
+            raise DataError(
+                f"{other.rows} does not belong to the report beside it: {name} of its "
+                f"{len(rows.table)} expressions is {figure:.6g}, the report says {known:.6g}",
+                _AGAIN,
+            )
+    return rows
+
+
 class _Rows:
     """A ``per_expression.jsonl`` as a table; ids stay in memory, texts are read again on demand.
 
@@ -422,7 +454,8 @@ class _Rows:
         columns: dict[str, array[int]] = {}
         for row in _read_rows(path):
             try:
-                self.places[row["id"]] = len(tally)
+                if self.places.setdefault(row["id"], len(tally)) != len(tally):
+                    raise ValueError(f"its id {brief(row['id'])} is that of an earlier row")
                 for name, label in (row.get("slices") or {}).items():
                     column = columns.setdefault(name, array("i"))
                     column.extend([-1] * (len(tally) - len(column)))
@@ -433,7 +466,9 @@ class _Rows:
                 )
                 tally.add(_score(row))
             except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-                raise DataError(f"{path}: row {len(tally) + 1} is damaged: {error!r}") from error
+                raise DataError(
+                    f"{path}: row {len(tally) + 1} is damaged: {error!r}", _AGAIN
+                ) from error
         self.labels = {name: tuple(known) for name, known in numbers.items()}
         for column in columns.values():
             column.extend([-1] * (len(tally) - len(column)))

@@ -269,7 +269,8 @@ def test_lone_surrogates_do_not_stop_a_report(tmp_path: Path, made: Any) -> None
     odd = report.model_copy(update={"command": ["risam", "\ud800"]})
     with OutputFolder(tmp_path, "eval", ()) as folder:
         write_reports(folder, odd.model_copy(update={"command": ["x"]}), pictures)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
+        names = sorted(p.name for p in folder.staging.iterdir())
+    assert names == ["report.html", "report.json", "report.md"]
     page = to_html(odd, pictures)
     (tmp_path / "odd.html").write_text(page, encoding="utf-8", errors="backslashreplace")
 

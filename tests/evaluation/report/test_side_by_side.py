@@ -9,12 +9,14 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from risam_cli.cli import main
 from risam_cli.masks import rle as masks
+from risam_cli.metrics.slicer import parse_slice
 
 Ask = Callable[..., str]
 
@@ -312,6 +314,7 @@ def test_differences_are_told_by_slice(reports: list[Path], ask: Ask, tmp_path: 
         ("length:1-4,4", "overlap"),
         ("length:short", "are numbers"),
         ("length:1,,3", "empty bin"),
+        ("weather:sun,Other", "'other' is the level of what fits no bin"),
         ("mood", "no expression of coco all has a column 'mood'"),
     ],
 )
@@ -396,6 +399,44 @@ def test_damaged_levels_are_told(reports: list[Path], ask: Ask, tmp_path: Path) 
     rows_file.write_text("\n".join([broken, *others]) + "\n")
     assert "row 1 is damaged" in ask(reports[1], tmp_path, code=1)
     # Rows of an earlier version know no levels.
-    plain = [{k: v for k, v in json.loads(line).items() if k != "slices"} for line in others]
+    plain = [
+        {k: v for k, v in json.loads(line).items() if k != "slices"} for line in (first, *others)
+    ]
     rows_file.write_text("".join(json.dumps(row) + "\n" for row in plain))
     assert "mIoU" in ask(tmp_path, reports[1], "--slices")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda rows: rows[:12], "of its 12 expressions is"),
+        (lambda rows: [rows[0] | {"intersection": 10**9}, *rows[1:]], "does not belong to the"),
+        (lambda rows: [*rows, rows[3]], "row 25 is damaged"),
+    ],
+)
+def test_rows_that_do_not_give_the_reports_figures_are_refused(
+    change: Any, told: str, reports: list[Path], ask: Ask, tmp_path: Path
+) -> None:
+    shutil.copytree(reports[1], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "per_expression.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in change(lines)))
+    for named in ([tmp_path], [reports[0], tmp_path], [tmp_path, reports[0]]):
+        said = ask(*named, code=1)
+        assert told in said
+        assert "write the report again" in said
+
+
+def test_a_protocol_of_another_version_is_told_with_its_report(
+    reports: list[Path], ask: Ask, tmp_path: Path
+) -> None:
+    shutil.copytree(reports[1], tmp_path, dirs_exist_ok=True)
+    report = json.loads((tmp_path / "report.json").read_text())
+    report["protocol"]["name"] = "later"
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    for named in ([tmp_path], [reports[0], tmp_path]):
+        assert f"{tmp_path / 'report.json'}: no protocol is named 'later'" in ask(*named, code=1)
+
+
+def test_levels_are_called_as_the_data_call_them() -> None:
+    assert parse_slice("weather:semi-dry,1-3").as_slice().levels == ("semi-dry", "1–3", "other")
