@@ -269,7 +269,13 @@ def answers_from_predictions(
             try:
                 answer = index.find(sample, expression)
                 if answer is None and expression.target is not None:
-                    on_failure(_failure(sample, expression, "no prediction; it scores zero"))
+                    on_failure(
+                        _failure(
+                            sample,
+                            expression,
+                            f"no prediction for {expression.text!r}; it scores zero",
+                        )
+                    )
             except DataError as error:
                 answer = None
                 on_failure(_failure(sample, expression, f"{error}; it scores zero"))
