@@ -23,7 +23,7 @@ from risam_cli.commands.options import (
     verbosity_options,
 )
 from risam_cli.console.console import get_console
-from risam_cli.console.text import sanitize
+from risam_cli.console.text import counted, sanitize
 from risam_cli.errors import EXIT_ERROR, EXIT_OK, OutputError, RisamError
 from risam_cli.version import __version__
 
@@ -329,7 +329,7 @@ def _shared(cores: Facts) -> str:
     lanes, threads = cores["lanes"], cores["threads"]
     if not threads:
         return ""
-    return f": {_number(lanes, 'image')} at a time, {_number(threads, 'thread')} each"
+    return f": {counted(lanes, 'image')} at a time, {counted(threads, 'thread')} each"
 
 
 def _chosen(found: Facts) -> str:
@@ -337,13 +337,9 @@ def _chosen(found: Facts) -> str:
     parts = [f"{kind} products by {by}" for kind, by in found["products"].items()]
     parts += [
         f"{found['tile']} patches at a time",
-        f"{_number(found['threads'], 'thread')} an image",
+        f"{counted(found['threads'], 'thread')} an image",
     ]
     return f"{', '.join(parts)}; kept in {found['file']}"
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _report(facts: Facts) -> str:

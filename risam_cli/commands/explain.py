@@ -21,6 +21,7 @@ from risam_cli.commands.options import (
     threshold_options,
     verbosity_options,
 )
+from risam_cli.console.text import counted
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -144,8 +145,8 @@ def _explain(
         return EXIT_OK
     if given.unasked:
         console.warn(
-            f"{given.unasked} images have expressions of their own, which are not explained: only "
-            "those given by -e are"
+            f"{counted(given.unasked, 'image has', 'images have')} expressions of their own, "
+            "which are not explained: only those given by -e are"
         )
     explain = _explainer(given, expressions, **options)
     failed = write_explanations(
@@ -157,9 +158,9 @@ def _explain(
         failures=given.failures,
     )
     explained = len(given.images) + len(given.failures) - failed
-    console.info(f"{explained} images explained: {output / INDEX}")
+    console.info(f"{counted(explained, 'image')} explained: {output / INDEX}")
     if failed:
-        console.warn(f"{failed} images failed: see {output / 'failures.jsonl'}")
+        console.warn(f"{counted(failed, 'image')} failed: see {output / 'failures.jsonl'}")
     return EXIT_SOME_FAILED if failed else EXIT_OK
 
 

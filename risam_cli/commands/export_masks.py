@@ -21,6 +21,7 @@ from risam_cli.commands.options import (
     verbosity_options,
 )
 from risam_cli.console.console import get_console
+from risam_cli.console.text import counted
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 
 if TYPE_CHECKING:
@@ -262,20 +263,22 @@ def _naming(category_map: Path | None, one_class: str | None) -> Naming:
 def _why_nothing(outcome: Outcome) -> str:
     tally = outcome.tally
     reasons = [
-        (tally.empty, "have an empty mask"),
-        (tally.filtered, "are filtered out (--min-score, --min-area)"),
-        (outcome.failures, "failed"),
+        (tally.empty, "with an empty mask"),
+        (tally.filtered, "filtered out (--min-score, --min-area)"),
+        (outcome.failures, "that failed"),
     ]
-    return ", ".join(f"{count} records {what}" for count, what in reasons if count)
+    return ", ".join(f"{counted(count, 'record')} {what}" for count, what in reasons if count)
 
 
 def _tell(outcome: Outcome, output: Path, kind: str) -> None:
     """The account, on stderr: what was written, and what was lost."""
     console, tally = get_console(), outcome.tally
-    parts = [f"{tally.masks} masks of {tally.images} images as {kind} in {output}"]
-    parts.append(f"{outcome.categories} {'category' if outcome.categories == 1 else 'categories'}")
+    parts = [
+        f"{counted(tally.masks, 'mask')} of {counted(tally.images, 'image')} as {kind} in {output}"
+    ]
+    parts.append(counted(outcome.categories, "category", "categories"))
     if tally.empty:
-        parts.append(f"{tally.empty} records with an empty mask")
+        parts.append(f"{counted(tally.empty, 'record')} with an empty mask")
     if tally.filtered:
         parts.append(f"{tally.filtered} filtered out")
     console.info(", ".join(parts))
@@ -295,11 +298,11 @@ def _tell(outcome: Outcome, output: Path, kind: str) -> None:
         )
     if tally.split:
         console.warn(
-            f"{tally.split} masks have several parts and became several objects; "
-            "--parts join keeps each as one"
+            f"{counted(tally.split, 'mask has', 'masks have')} several parts and became "
+            "several objects; --parts join keeps each as one"
         )
     if tally.hidden:
-        console.warn(f"{tally.hidden} pixels lie under another mask of their image and are lost")
+        console.warn(f"lost under another mask of the same image: {counted(tally.hidden, 'pixel')}")
     for line in (*(f"{count} {note}" for note, count in tally.notes.items()), *tally.remarks):
         console.warn(line)
     if outcome.failures:

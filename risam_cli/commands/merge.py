@@ -9,6 +9,7 @@ import click
 
 from risam_cli.commands.options import json_option, output_option, verbosity_options
 from risam_cli.console.console import get_console
+from risam_cli.console.text import counted
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED
 
 
@@ -46,10 +47,13 @@ def command(folders: tuple[Path, ...], output: Path, overwrite: bool, as_json: b
     parts = find_parts(folders)
     with console.progress("merge", parts[0].entries, "inputs") as progress:
         merged = merge_parts(parts, output, overwrite=overwrite, advance=progress.advance)
-    console.info(f"{merged.records} records of {len(parts)} shards in {output}")
+    console.info(
+        f"{counted(merged.records, 'record')} of {counted(len(parts), 'shard')} in {output}"
+    )
     if merged.failures:
         console.warn(
-            f"{merged.failures} items failed in their runs: see {output / 'failures.jsonl'}"
+            f"{counted(merged.failures, 'item')} failed in their runs: "
+            f"see {output / 'failures.jsonl'}"
         )
     if as_json:
         click.echo(

@@ -33,6 +33,7 @@ from risam_cli.commands.options import (
     verbosity_options,
 )
 from risam_cli.console.streams import require_open
+from risam_cli.console.text import counted
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 
 if TYPE_CHECKING:
@@ -546,7 +547,8 @@ def _dry_run(options: _Options, inputs: Inputs, shard: Shard, output: Path) -> i
     before += f", {found.failed} that failed before and are not retried" * bool(found.failed)
     holds = " (holds a run already)" if earlier is None and (output / LEDGER).exists() else ""
     say(
-        f"{found.images} images, {found.records} records to make, {found.bad} that would fail"
+        f"{counted(found.images, 'image')}, {counted(found.records, 'record')} to make, "
+        f"{found.bad} that would fail"
         f"{before}; output: {output}{holds}"
     )
     if not found.entries:

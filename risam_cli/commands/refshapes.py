@@ -10,6 +10,7 @@ import click
 from risam_cli.commands import completing
 from risam_cli.commands.options import choice, json_option, output_option, verbosity_options
 from risam_cli.console.console import get_console
+from risam_cli.console.text import counted
 from risam_cli.errors import EXIT_OK, OutputError
 
 # Said here again, and held to the data set's own by a test, so that --help imports little.
@@ -146,7 +147,8 @@ def command(
             about = write_family(plan, output, overwrite=overwrite, on_scene=progress.advance)
         counts = about["counts"]
         console.info(
-            f"{about['folder']}: {counts['images']} images, {counts['expressions']} expressions"
+            f"{about['folder']}: {counted(counts['images'], 'image')}, "
+            f"{counted(counts['expressions'], 'expression')}"
             f" ({counts['several']} of several objects, {counts['no_target']} of none)"
         )
         if counts["left_out"]:

@@ -5,6 +5,16 @@ from __future__ import annotations
 import unicodedata
 
 
+def counted(count: int, one: str, several: str = "") -> str:
+    """A number with its noun, such as ``1 image`` and ``2 images``.
+
+    Args:
+        one: what follows 1.
+        several: what follows any other number; by default ``one`` with an s.
+    """
+    return f"{count} {one if count == 1 else several or one + 's'}"
+
+
 def sanitize(text: str, *, keep_newlines: bool = False) -> str:
     r"""Text that is safe to show: control, format and surrogate characters as escapes.
 

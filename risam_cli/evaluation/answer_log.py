@@ -18,7 +18,7 @@ from risam_cli.data.images.files import file_sha256
 from risam_cli.data.readers.predictions import Answer, PredictionIndex
 from risam_cli.data.readers.results import MAX_LINE
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.errors import DataError, OutputError, setting
+from risam_cli.errors import DataError, Interrupted, OutputError, setting
 from risam_cli.evaluation.scoring import ANSWERS_FILE, Answered
 from risam_cli.files.folder import OutputFolder
 from risam_cli.files.jsonlines import seal, unseal
@@ -98,10 +98,14 @@ class AnswerLog:
     def __enter__(self) -> AnswerLog:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._stream.close()
         if self.known is not None:
             self.known.close()
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(
+                "interrupted; finished work is kept", f"continue with {setting('resume')}"
+            ) from error
 
     def write(self, answered: Answered, image: str | None) -> None:
         """Append the answers of one image; they are with the system before it counts as done.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from risam_cli.console.console import get_console
+from risam_cli.console.text import counted
 from risam_cli.segmenters.names import KNOWN
 from risam_cli.types import Prediction
 
@@ -46,8 +47,10 @@ class UnknownWords:
         """What they come to, in a line; empty where every word was known."""
         if not self._affected:
             return ""
-        words = f"{len(self._words)} word{'' if len(self._words) == 1 else 's'}"
-        text = f"{self._affected} of {self._records} expressions have words unknown to {self._name}"
+        words = counted(len(self._words), "word")
+        asked = counted(self._records, "expression")
+        has = "has" if self._affected == 1 else "have"
+        text = f"{self._affected} of {asked} {has} words unknown to {self._name}"
         if 2 * self._affected >= self._records:
             text += (
                 f"; their masks mean little: for photos name a model that knows such words, such "

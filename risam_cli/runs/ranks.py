@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from risam_cli.console.console import Console, get_console, set_console
+from risam_cli.console.text import counted
 from risam_cli.errors import (
     EXIT_OK,
     EXIT_SOME_FAILED,
@@ -215,10 +216,10 @@ class Ranks:
             raise
         remove_parts(output)
         console = get_console()
-        console.info(f"{merged.records} records of {len(parts)} processes in {output}")
+        console.info(f"{counted(merged.records, 'record')} of {len(parts)} processes in {output}")
         if not merged.failures:
             return EXIT_OK
-        console.warn(f"{merged.failures} items failed: see {output / 'failures.jsonl'}")
+        console.warn(f"{counted(merged.failures, 'item')} failed: see {output / 'failures.jsonl'}")
         return EXIT_SOME_FAILED
 
     def _noted(self, part: Path, name: str) -> dict[str, Any] | None:

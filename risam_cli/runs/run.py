@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from risam_cli.console.console import Progress, get_console
+from risam_cli.console.text import counted
 from risam_cli.data.inputs.inputs import Entry, Inputs
 from risam_cli.errors import (
     EXIT_OK,
@@ -242,7 +243,8 @@ class _Run:
         self.writing = writer.seconds
         if self._too_many_failures():
             raise RisamError(
-                f"stopped: {self.failed} items failed, more than {setting('max_failures')} "
+                f"stopped: {counted(self.failed, 'item')} failed, more than "
+                f"{setting('max_failures')} "
                 f"{self.plan.max_failures}; finished work is kept",
                 f"see failures.jsonl; continue with {setting('resume')}",
             )
@@ -327,7 +329,8 @@ class _Run:
             console.warn("the inputs contain no image")
         rate = f", {self.images / seconds:.3g} images/s" if self.images and seconds else ""
         console.info(
-            f"{records} records in {self.folder.path}: {records - nothing - empty} with a mask, "
+            f"{counted(records, 'record')} in {self.folder.path}: "
+            f"{records - nothing - empty} with a mask, "
             f"{nothing} where nothing fits{f', {empty} with an empty mask' if empty else ''}{rate}"
         )
         self.unknown.tell()
@@ -338,7 +341,7 @@ class _Run:
         if not failed:
             return EXIT_OK
         console.warn(
-            f"{failed} items failed: see {self.folder.failures}; once that is fixed, "
+            f"{counted(failed, 'item')} failed: see {self.folder.failures}; once that is fixed, "
             + told(f"{setting('retry_failed', True)} retries them")
         )
         return EXIT_SOME_FAILED

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from risam_cli.console.text import counted
 from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.errors import DataError, setting
@@ -138,7 +139,7 @@ def _facts(source: SampleSource) -> tuple[str, str]:
     sizes = sorted((group.size for group in source.groups if group.size), key=max)
     stored = model_folders.read_model_folder(model_folders.find_model(None))
     known = KnownWords(TextTokenizer(load_tokenizer(stored.tokenizer), 32, 0), texts)
-    facts = f"{len(source.groups)} images, {len(texts)} expressions"
+    facts = f"{counted(len(source.groups), 'image')}, {counted(len(texts), 'expression')}"
     if empty:
         facts += f" ({empty} of nothing in the image)"
     facts += f" of {known.words} words"

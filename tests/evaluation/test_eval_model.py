@@ -213,7 +213,9 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
                 return add(self, answered)
 
             patch.setattr(engine.Scorer, "add", cut)
-            assert evaluate("--protocol", protocol, output=folder).code == 130
+            run = evaluate("--protocol", protocol, output=folder)
+            assert run.code == 130
+            assert "error: interrupted; finished work is kept; continue with --resume" in run.err
         assert [p.name for p in folder.iterdir()] == ["answers.jsonl"]
         with (folder / "answers.jsonl").open("a") as stream:
             stream.write('{"id": "cut in the mid')

@@ -501,7 +501,7 @@ def test_each_image_is_explained_once_however_it_is_named(
     for _ in range(2):  # a pattern alone, of several images and of one
         assert explain_alone("mix/*.png", "--overwrite") == 0
         count = len(list(Path("mix").glob("*.png")))
-        assert f"{count} images explained" in capsys.readouterr().err
+        assert f"{count} image{'' if count == 1 else 's'} explained" in capsys.readouterr().err
         Path("mix/c.png").unlink(missing_ok=True)
 
 
@@ -514,7 +514,7 @@ def test_what_one_image_lacks_does_not_end_the_others(
         assert not Path("out").exists()
     capsys.readouterr()
     assert run("small.png", "-e", "the star", "--point", "50,20") == 3
-    assert "1 images explained" in capsys.readouterr().err
+    assert "1 image explained" in capsys.readouterr().err
     assert json.loads(Path("out/export.json").read_text())["complete"] is True
     assert Path("out/images/a/explain.html").is_file()
     failure = json.loads(Path("out/failures.jsonl").read_text())
@@ -535,7 +535,7 @@ def test_an_image_that_the_network_fails_at_does_not_end_the_others(
 
     monkeypatch.setattr(Session, "ask", fails_at_small)
     assert run("small.png", "-e", "the star") == 3
-    assert "1 images explained" in capsys.readouterr().err
+    assert "1 image explained" in capsys.readouterr().err
     assert Path("out/images/a/explain.html").is_file()
     failure = json.loads(Path("out/failures.jsonl").read_text())
     assert (failure["image"], failure["stage"]) == ("small.png", "predict")
@@ -551,8 +551,8 @@ def test_broken_lines_and_expressions_of_a_manifest_are_told(
     Path("lists/all.jsonl").write_text("\n".join(rows) + "\n")
     assert explain_alone("lists/all.jsonl") == 3
     told = capsys.readouterr().err
-    assert "1 images have expressions of their own, which are not explained" in told
-    assert "1 images explained" in told
+    assert "1 image has expressions of their own, which are not explained" in told
+    assert "1 image explained" in told
     assert Path("out/images/b/0-the-star.png").is_file()
     failure = json.loads(Path("out/failures.jsonl").read_text())
     assert "lists/all.jsonl, line 2" in failure["message"]

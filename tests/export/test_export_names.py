@@ -210,7 +210,7 @@ def test_a_gallery_counts_masks_and_says_who_made_it(tmp_path: Path) -> None:
 def test_an_export_of_nothing_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_jsonl(tmp_path / "p.jsonl", [record("a.png", "the x", EMPTY)])
     assert export(source, "--to", "coco", "-o", tmp_path / "out") == 0
-    assert "nothing was exported: 1 records have an empty mask" in capsys.readouterr().err
+    assert "nothing was exported: 1 record with an empty mask" in capsys.readouterr().err
 
 
 # --- annotation files -----------------------------------------------------------------------------

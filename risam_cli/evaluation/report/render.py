@@ -12,14 +12,14 @@ import cv2
 import numpy as np
 from jinja2 import Environment
 
-from risam_cli.console.text import sanitize
+from risam_cli.console.text import counted, sanitize
 from risam_cli.data.images.images import Bands, open_rgb
 from risam_cli.data.readers.refer import SPLIT_BY
 from risam_cli.drawing import svg
 from risam_cli.drawing.drawing import outline, webp_uri
 from risam_cli.drawing.html import page_environment
 from risam_cli.errors import ImageError, setting, told
-from risam_cli.evaluation.report.schema import ChangePart, Figure, Report, SlicePart
+from risam_cli.evaluation.report.schema import ChangePart, CountsPart, Figure, Report, SlicePart
 from risam_cli.evaluation.scoring import Case
 from risam_cli.metrics.figures import DEGENERATE, MOSTLY_NOTHING
 from risam_cli.metrics.intervals import LEAST_IMAGES
@@ -105,37 +105,40 @@ def cautions(report: Report) -> list[str]:
             f"Only {counts.scored} of the split's {data.counts['expressions']} expressions were "
             + told(f"scored ({setting('limit')}).")
         )
-    if counts.missing:
-        lines.append(f"{counts.missing} expressions have no answer and score zero.")
     if counts.failed:
-        lines.append(
-            f"{counts.failed} expressions failed and are in no figure: see failures.jsonl."
-        )
+        found = counted(counts.failed, "expression failed and is", "expressions failed and are")
+        lines.append(f"{found} in no figure: see failures.jsonl.")
+    absent = counted(counts.images_missing, "image is missing", "images are missing")
     if counts.skipped:
-        lines.append(
-            f"{counts.skipped} expressions are in no figure: {counts.images_missing} images are "
-            "missing."
-        )
+        found = counted(counts.skipped, "expression is", "expressions are")
+        lines.append(f"{found} in no figure: {absent}.")
     elif counts.images_missing:
-        lines.append(
-            f"{counts.images_missing} images are missing; pictures of them show masks only."
-        )
+        lines.append(f"{absent}; pictures show masks only.")
     if counts.surplus:
-        lines.append(f"{counts.surplus} predictions belong to no expression of this split.")
+        found = counted(counts.surplus, "prediction belongs", "predictions belong")
+        lines.append(f"{found} to no expression of this split.")
     if counts.doubled:
-        lines.append(f"{counts.doubled} predictions came a second time; the first was scored.")
+        found = counted(counts.doubled, "prediction")
+        lines.append(f"{found} came a second time; the first was scored.")
     if counts.malformed:
-        lines.append(f"{counts.malformed} lines of the predictions could not be read.")
+        found = counted(counts.malformed, "line")
+        lines.append(f"{found} of the predictions could not be read.")
     if counts.unscored:
-        lines.append(f"{counts.unscored} expressions have no known truth and are in no figure.")
+        found = counted(counts.unscored, "expression without", "expressions without")
+        lines.append(f"{found} a known truth: in no figure.")
     return [*lines, *data.count_differences, *data.notes]
 
 
 def remarks(report: Report) -> list[str]:
-    """What makes figures say less than they seem to: answers all alike, or few images."""
-    lines = list(report.answers.remarks)
+    """What makes figures say less than they seem to: answers missing or all alike, few images."""
+    counts, lines = report.counts, list(report.answers.remarks)
+    if counts.missing:
+        lacking = "has no answer and scores" if counts.missing == 1 else "have no answer and score"
+        lines.append(f"{counts.missing} of {counted(counts.scored, 'expression')} {lacking} zero.")
     n_acc, t_acc = (report.figures[name].value for name in ("n_acc", "t_acc"))
-    if t_acc is not None and t_acc < MOSTLY_NOTHING:
+    if t_acc is not None and _at_most(t_acc, counts.scored - counts.no_target, counts) < (
+        MOSTLY_NOTHING
+    ):
         lines.append(
             f"Nearly every expression with a target was answered “no target” (T-acc "
             f"{percent(t_acc)}): gIoU and N-acc are no merit here."
@@ -143,17 +146,22 @@ def remarks(report: Report) -> list[str]:
             else f"Most expressions with a target were answered “no target” (T-acc "
             f"{percent(t_acc)}): what gIoU and N-acc gain by that is lost there."
         )
-    if n_acc is not None and n_acc <= DEGENERATE:
+    if n_acc is not None and _at_most(n_acc, counts.no_target, counts) <= DEGENERATE:
         lines.append(
             f"Hardly any expression without a target was answered “no target” (N-acc "
             f"{percent(n_acc)}): these answers never say that nothing fits."
         )
-    if report.counts.images < LEAST_IMAGES:
+    if counts.images < LEAST_IMAGES:
         lines.append(
-            f"{report.counts.images} images are too few for intervals and p-values; they are given "
-            f"from {LEAST_IMAGES} images on."
+            f"{counted(counts.images, 'image is', 'images are')} too few for intervals and "
+            f"p-values; they are given from {LEAST_IMAGES} images on."
         )
     return lines
+
+
+def _at_most(accuracy: float, of: int, counts: CountsPart) -> float:
+    """What N-acc or T-acc would be had every missing answer been right: no answer is no habit."""
+    return accuracy + counts.missing / of if of else accuracy
 
 
 def _fit_text(report: Report) -> str:
@@ -388,8 +396,9 @@ def console_table(report: Report) -> str:
     """The headline as a table of plain text."""
     counts = report.counts
     lines = [
-        f"{title(report)}, protocol {report.protocol.name}: {counts.scored} expressions, "
-        f"{counts.images} images, {counts.no_target} without a target",
+        f"{title(report)}, protocol {report.protocol.name}: "
+        f"{counted(counts.scored, 'expression')}, "
+        f"{counts.no_target} of them without a target, {counted(counts.images, 'image')}",
         f"{'figure':<11} {'%':>7}   95 % interval",
     ]
     labels = labels_of(report)

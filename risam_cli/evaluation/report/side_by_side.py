@@ -8,7 +8,7 @@ import io
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from risam_cli.console.text import sanitize
+from risam_cli.console.text import counted, sanitize
 from risam_cli.errors import UsageError, setting
 from risam_cli.evaluation.report.compare import Row, SideBySide
 from risam_cli.evaluation.report.render import (
@@ -228,7 +228,7 @@ def _sections(
     """All expressions first, under no heading, then each level of each slice."""
     by_level: dict[str, list[Row]] = {"": list(table.rows)}
     for row in table.slices:
-        expressions = f"{row.expressions} expression{'' if row.expressions == 1 else 's'}"
+        expressions = counted(row.expressions, "expression")
         by_level.setdefault(f"{row.slice}: {row.level} ({expressions})", []).append(row)
     sections = []
     for heading, rows in by_level.items():
@@ -242,11 +242,13 @@ def _data(table: SideBySide) -> str:
 
 
 def _title(table: SideBySide) -> str:
-    what = f"{_data(table)}, protocol {table.protocol}: {table.shared} expressions of "
+    what = f"{_data(table)}, protocol {table.protocol}: {counted(table.shared, 'expression')} of "
+    images = counted(table.images, "image")
     if len(table.runs) == 1:
-        return f"{what}{table.images} images"
+        return f"{what}{images}"
+    every = "both" if len(table.runs) == 2 else f"all {len(table.runs)}"
     return (
-        f"{what}{table.images} images that all {len(table.runs)} runs scored; changes against "
+        f"{what}{images} that {every} runs scored; changes against "
         f"{table.runs[0]}, intervals paired by image"
     )
 
@@ -258,7 +260,7 @@ def _head(table: SideBySide) -> Sequence[str]:
 
 def _cells(row: Row, names: dict[str, str], table: SideBySide) -> tuple[str, ...]:
     if len(table.runs) == 1:
-        own = Figure(value=row.value, low=row.low, high=row.high)
+        own = Figure(value=row.value, low=row.low, high=row.high, images=row.images)
         bounds = "" if row.slice else interval(own)
         return (names[row.figure], row.run, percent(row.value), bounds)
     if row.change is None:

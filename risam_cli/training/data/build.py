@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from risam_cli.console.console import Console
+from risam_cli.console.text import counted
 from risam_cli.data.readers.catalog import open_dataset
 from risam_cli.data.readers.held_out import coco_numbers, held_out, is_held_out
 from risam_cli.data.readers.source import SampleSource
@@ -98,7 +99,9 @@ class DataBuilder:
             if not known.words:
                 continue
             if not known.unknown:
-                self.console.info(f"{key}: {known.words} words, all known to the text encoder")
+                self.console.info(
+                    f"{key}: {counted(known.words, 'word')}, all known to the text encoder"
+                )
                 continue
             message = (
                 f"{key}: {len(known.unknown)} of {known.words} words, in {known.expressions} of "
@@ -167,7 +170,8 @@ class DataBuilder:
                 else f"give another split as {key}.split",
             )
         self.console.info(
-            f"{key}: {_named(data)}, {len(samples)} images, {samples.expressions} expressions"
+            f"{key}: {_named(data)}, {counted(len(samples), 'image')}, "
+            f"{counted(samples.expressions, 'expression')}"
             + (f", {samples.pseudo} of them pseudo-labels" if samples.pseudo else "")
             + "".join(f"; {note}" for note in source.notes)
         )

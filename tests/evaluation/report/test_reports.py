@@ -194,7 +194,7 @@ def test_the_page_holds_every_part(made: Any) -> None:
         "Expression length",
         "Most worsened",
         "fitted: 0.4",
-        "1 expressions have no answer and score zero.",
+        "has no answer and scores zero.",
     ):
         assert words in page, words
     assert report.protocol.definition.split(">")[0] in page
@@ -450,7 +450,34 @@ def test_answers_that_are_mostly_nothing_or_never_are_told(
     made: Any, t_acc: float | None, n_acc: float, told: list[str]
 ) -> None:
     changed = {"t_acc": Figure(value=t_acc), "n_acc": Figure(value=n_acc)}
-    report = made[0].model_copy(update={"figures": {**made[0].figures, **changed}})
+    counts = made[0].counts.model_copy(update={"missing": 0})
+    report = made[0].model_copy(
+        update={"figures": {**made[0].figures, **changed}, "counts": counts}
+    )
+    lines = remarks(report)
+    assert len(lines) == len(told)
+    assert all(line.startswith(start) for line, start in zip(lines, told, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        (0, ["Nearly every", "Hardly any"]),
+        (3, ["3 of 6 expressions have no answer and score zero."]),
+    ],
+)
+def test_a_missing_answer_is_not_told_as_no_target(
+    made: Any, missing: int, told: list[str]
+) -> None:
+    nothing = Figure(value=0.0)
+    report = made[0].model_copy(
+        update={
+            "figures": {**made[0].figures, "t_acc": nothing, "n_acc": nothing},
+            "counts": made[0].counts.model_copy(
+                update={"scored": 6, "no_target": 2, "missing": missing}
+            ),
+        }
+    )
     lines = remarks(report)
     assert len(lines) == len(told)
     assert all(line.startswith(start) for line, start in zip(lines, told, strict=True))
