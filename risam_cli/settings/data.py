@@ -138,8 +138,10 @@ class MixedData(Settings):
         for name, weight in self.weights.items():
             if name not in self.members:
                 raise ValueError(f"weights has {name!r}, members are {', '.join(self.members)}")
-            if not 0 < weight < float("inf"):
-                raise ValueError(f"the weight of {name!r} is {weight}, it must be above 0")
+            if not 0 < weight <= 1000:
+                raise ValueError(
+                    f"the weight of {name!r} is {weight}, it must be above 0, at most 1000"
+                )
         return self
 
     def paths(self) -> Iterator[tuple[str, Path]]:
