@@ -397,6 +397,31 @@ def test_models_verify_notices_a_flipped_bit(tmp_path: Path, name: str, capsys: 
     assert f"{name} is damaged or was changed" in capsys.readouterr().err
 
 
+def test_no_model_is_made_of_one_with_a_flipped_bit(tmp_path: Path, capsys: Any) -> None:
+    """It would get checksums of its own, which hide the damage."""
+    folder = shutil.copytree(BUNDLED / "refshapes-tiny", tmp_path / "model")
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-9] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    settings = REPO / "configs/finetune_own_data.yaml"
+    train = ["train", str(settings), "--set", f"train.annotations={REPO}/sample_data/coco.json"]
+    train += ["--set", f"output={tmp_path}/out", "--set", "init_from=null", "--set"]
+    encoder = f"init_encoder_from={folder}"
+    for command in (
+        ["models", "export", str(folder), "-o", str(tmp_path / "out")],
+        ["models", "export", str(folder), "--merged", "-o", str(tmp_path / "out")],
+        [*train, f"init_from={folder}"],
+        [*train, encoder, "--set", "model=" + json.dumps(_settings_of(folder))],
+    ):
+        assert main(command) == 1
+        assert "model.safetensors is damaged or was changed" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def _settings_of(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text())["model"]
+
+
 def test_a_threshold_that_is_stored_is_no_damage(tmp_path: Path) -> None:
     folder = shutil.copytree(BUNDLED / "refshapes-tiny", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

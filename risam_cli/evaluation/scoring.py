@@ -529,7 +529,12 @@ def count_missing_images(source: SampleSource) -> tuple[int, int]:
 
 
 def images_nowhere(source: SampleSource, absent: int, looked: set[Path]) -> DataError:
-    """The error of a split of which no image is found."""
+    """The error of a split of which no image is found, or that has none."""
+    if not absent:
+        return DataError(
+            f"{source.dataset} {source.split} holds no expressions",
+            "give a file, a split or a part of one that has some",
+        )
     first = source.groups[0].image
     places = ", ".join(str(place) for place in sorted(looked)[:4])
     return DataError(

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from risam_cli.settings.base import Settings
 
 RefShapesFamily = Literal["refshapes", "refshapes+", "refshapesg", "grefshapes"]
+Share = Annotated[float, Field(gt=0)]
 
 
 class RefShapesData(Settings):
@@ -18,7 +19,7 @@ class RefShapesData(Settings):
 
     dataset: Literal["refshapes"]
     family: Literal["refshapes", "refshapes+", "refshapesg", "grefshapes", "mixed"] = "mixed"
-    mix: dict[RefShapesFamily, float] | None = Field(
+    mix: dict[RefShapesFamily, Share] | None = Field(
         None, description="shares of the families in mixed; None is equal ones"
     )
     split: Literal["train", "val", "testA", "testB", "testC"] = "train"
@@ -35,6 +36,12 @@ class RefShapesData(Settings):
         description="share of expressions whose noun is replaced by a word "
         "outside the vocabulary, and which then refer to nothing",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> RefShapesData:
+        if self.mix is not None and (self.family != "mixed" or not self.mix):
+            raise ValueError("mix gives shares of the family mixed, for one family at least")
+        return self
 
     def paths(self) -> Iterator[tuple[str, Path]]:
         """Keys and paths that must be there: none."""
@@ -131,8 +138,10 @@ class MixedData(Settings):
         for name, weight in self.weights.items():
             if name not in self.members:
                 raise ValueError(f"weights has {name!r}, members are {', '.join(self.members)}")
-            if not 0 < weight < float("inf"):
-                raise ValueError(f"the weight of {name!r} is {weight}, it must be above 0")
+            if not 0 < weight <= 1000:
+                raise ValueError(
+                    f"the weight of {name!r} is {weight}, it must be above 0, at most 1000"
+                )
         return self
 
     def paths(self) -> Iterator[tuple[str, Path]]:

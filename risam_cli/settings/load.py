@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from risam_cli.errors import ConfigError, DataError, reason_of, setting
 from risam_cli.files.jsonlines import brief, read_text
 from risam_cli.files.safe_yaml import load_yaml
-from risam_cli.settings.base import OddNumber, Settings
+from risam_cli.settings.base import OddValue, Settings
 
 EXTENDS = "extends"
 _LONGEST = 16 << 20  # bytes
@@ -102,7 +102,7 @@ def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     path = [str(part) for part in first["loc"]]
     odd = first.get("ctx", {}).get("error")
-    if isinstance(odd, OddNumber):
+    if isinstance(odd, OddValue):
         path.append(odd.key)
     key = ".".join(_as_written(kind, path))
     if first["type"] == "extra_forbidden":
@@ -116,7 +116,7 @@ def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[
         message, hint = f"{where}: key {key!r} is missing", "add it"
     else:
         text = first["msg"].removeprefix("Value error, ")
-        value = odd.value if isinstance(odd, OddNumber) else brief(first["input"])
+        value = odd.value if isinstance(odd, OddValue) else brief(first["input"])
         # What concerns several keys names them itself.
         message = f"{where}: {key} = {value}: {text}" if key else f"{where}: {text}"
         hint = f"see risam train, {setting('print_config')}, for the keys and their values"
@@ -199,7 +199,7 @@ def _set(values: Any, keys: list[str], value: Any, override: str) -> Any:
     head, rest = keys[0], keys[1:]
     if isinstance(values, list) and head == "*":
         return [_set(one, rest, value, override) for one in values]
-    if isinstance(values, list) and head.isdigit() and int(head) < len(values):
+    if isinstance(values, list) and head.isdecimal() and int(head) < len(values):
         number = int(head)
         return [_set(v, rest, value, override) if i == number else v for i, v in enumerate(values)]
     if values is None:

@@ -81,7 +81,12 @@ class OptimizerSettings(Settings):
         0.02, ge=0, description="of matrices; norms, biases, embeddings and position tables have 0"
     )
     beta2: float = Field(0.99, gt=0, lt=1)
-    clip_norm: float = Field(1.0, gt=0, description="the gradient's norm is clipped to this")
+    clip_norm: float = Field(
+        1.0,
+        gt=0,
+        allow_inf_nan=True,
+        description="the gradient's norm is clipped to this; .inf never clips",
+    )
     ema_decay: float = Field(0.999, ge=0, lt=1, description="0 keeps no moving average")
     schedule: Literal["cosine", "polynomial", "constant"] = Field(
         "cosine", description="schedule of the learning rate after the warm-up"
@@ -126,8 +131,8 @@ class TrainSettings(Settings):
     """Everything that ``risam train`` needs."""
 
     name: str
-    seed: int = Field(0, ge=0)
-    output: str
+    seed: int = Field(0, ge=0, lt=1 << 32)
+    output: str = Field(min_length=1)
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     workers: int = Field(1, ge=0, le=256)

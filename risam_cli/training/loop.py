@@ -522,6 +522,10 @@ class TrainingRun:
             self.untrained.load(self.state["model"], self.state["untrained"])
             self.state = None
         place = self.place
+        if stage.answers and not place.kept:
+            self.console.warn(
+                "averaging: the last stage has kept no weights, so there is nothing to average"
+            )
         if stage.answers and place.kept:
             mean = self.processes.first(lambda: kept.mean(place))
             with weights_in(stage.task.module, mean):

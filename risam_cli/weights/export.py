@@ -31,6 +31,7 @@ def export_model(source: str | Path | None, output: Path, *, merged: bool) -> No
         raise OutputError(f"{output} already exists", f"give another folder by {setting('output')}")
     folder = model_folders.find_model(source)
     loaded = load_model(folder, device=torch.device("cpu"), keep_lora=not merged)
+    model_folders.require_undamaged(folder)
     stored = model_folders.read_model_folder(folder)
     settings, card, readme = dict(stored.settings), model_folders.read_card(folder), _readme(folder)
     weights = loaded.model.state_dict()

@@ -205,9 +205,12 @@ def hash_folder(folder: Path) -> str:
 
 def damaged_files(folder: Path) -> list[str]:
     """Which files are not those that ``card.json`` says were written, one line each."""
-    sums = read_card(folder).get("sha256")
+    card = _read_json(folder / CARD_FILE) if (folder / CARD_FILE).exists() else {}
+    sums = card.get("sha256", {}) if isinstance(card, dict) else None
+    if not isinstance(sums, dict):
+        return [f"{folder / CARD_FILE} is damaged: it holds no checksums by name"]
     problems = []
-    for name, one in sums.items() if isinstance(sums, dict) else ():
+    for name, one in sums.items():
         wanted = one if isinstance(one, list) else [one]
         if name in NEEDED_FILES and (folder / name).is_file():
             found = sha256_of_file(folder / name)
@@ -217,6 +220,18 @@ def damaged_files(folder: Path) -> list[str]:
                     f"{CARD_FILE} has another"
                 )
     return problems
+
+
+def require_undamaged(folder: Path) -> None:
+    """For what makes another model of a folder, under checksums of its own.
+
+    Raises:
+        ModelError: a file is not the one that ``card.json`` says was written.
+    """
+    if problems := damaged_files(folder):
+        raise ModelError(
+            problems[0], f"copy it again, or delete 'sha256' in {CARD_FILE} if the change is yours"
+        )
 
 
 def replace_config(folder: Path, config: Mapping[str, Any]) -> None:

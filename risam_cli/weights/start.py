@@ -25,7 +25,7 @@ from risam_cli.weights.load import LoadedModel, load_model
 from risam_cli.weights.sam import load_sam_decoder, load_sam_encoder
 from risam_cli.weights.text import TextParts
 from risam_cli.weights.tokenizer import TextTokenizer
-from risam_cli.weights.torch_files import load_plain
+from risam_cli.weights.torch_files import load_plain, require_sealed
 
 
 def start_model(
@@ -116,6 +116,7 @@ def _from_model_folder(
     settings, source = run.model, str(run.init_from)
     ours = settings.text_encoder.lora
     loaded = load_model(source, device=torch.device("cpu"), keep_lora=ours is not None)
+    model_folders.require_undamaged(model_folders.find_model(source))
     _require_same(settings, loaded, source)
     theirs = loaded.settings.text_encoder.lora
     backbone = loaded.model.text_encoder.backbone
@@ -207,7 +208,9 @@ def start_encoder(encoder: ImageEncoder, source: str) -> None:
                 continue
             raise ModelError(
                 f"init_encoder_from {source} has no image encoder weight {name}",
-                "give the model section the values of that training",
+                "give the best/ of that run, which holds what it left frozen too"
+                if Path(source).is_file()
+                else "give the model section the values of that training",
             )
         if weights[name].shape != tensor.shape:
             raise ModelError(
@@ -233,10 +236,16 @@ def _tensors(source: str) -> Mapping[str, Tensor]:
             if not isinstance(model, dict) or not all(
                 isinstance(value, Tensor) for value in model.values()
             ):
-                raise ModelError(f"{path} is not a checkpoint of risam train", "give its last.pt")
+                raise ModelError(
+                    f"init_encoder_from {path} is not a checkpoint of risam train",
+                    "give the last.pt of a run; SAM's own file is model.image_encoder.checkpoint",
+                )
+            require_sealed(path)
             return model
         folder = model_folders.find_model(source)
-        if model_folders.read_model_folder(folder).needs:
+        stored = model_folders.read_model_folder(folder)
+        model_folders.require_undamaged(folder)
+        if stored.needs:
             return load_model(folder, device=torch.device("cpu")).model.state_dict()
         return load_file(folder / model_folders.WEIGHTS_FILE)
     except (

@@ -135,6 +135,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "nonesuch",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "text encoder"),
+    "a card of a list": (lambda f: (f / "card.json").write_text("[]"), "card.json is damaged"),
+    "no checksums": (lambda f: _edit(f / "card.json", lambda c: c.update(sha256="")), "card.json"),
     "NaN": (lambda f: _put_nan_in(f / "model.safetensors"), "NaN"),
 }
 

@@ -321,6 +321,15 @@ def test_fitting_needs_both_kinds_of_expression(evaluate: Any, data: Path, model
     assert (model / "config.json").read_bytes() == before
 
 
+def test_a_file_without_expressions_is_said_to_have_none(evaluate: Any, data: Path) -> None:
+    content = json.loads((data / "instances.json").read_text())
+    (data / "instances.json").write_text(json.dumps({**content, "expressions": []}))
+    run = evaluate()
+    assert run.code == 1
+    assert "coco all holds no expressions" in run.err
+    assert "internal error" not in run.err
+
+
 # --- RefShapes ------------------------------------------------------------------------------------
 
 

@@ -104,6 +104,15 @@ def test_a_run_cut_before_its_first_checkpoint_makes_way(tmp_path: Path) -> None
     assert [json.loads(row)["step"] for row in rows if '"train"' in row] == [1, 2, 3]
 
 
+def test_averaging_asked_of_a_finished_run_says_that_nothing_was_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "run", **QUICK)
+    run(tmp_path / "run", resume=True, **QUICK, averaging={"count": 2})
+    assert "warning: averaging: the last stage has kept no weights" in capsys.readouterr().err
+    assert not (tmp_path / "run/averaged").exists()
+
+
 def test_figures_of_another_validation_are_not_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ import torch
 from risam_cli.errors import ModelError
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.weights.start import start_encoder
+from risam_cli.weights.torch_files import seal_file
 
 
 def encoder(**changes: Any) -> ImageEncoder:
@@ -34,6 +35,7 @@ def encoder(**changes: Any) -> ImageEncoder:
 def write(path: Path, module: ImageEncoder) -> str:
     state = {f"image_encoder.{name}": value for name, value in module.state_dict().items()}
     torch.save({"format": 1, "model": {**state, "text_encoder.x": torch.ones(2)}}, path)
+    seal_file(path)
     return str(path)
 
 
@@ -103,6 +105,32 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: Any) -> None:
         torch.save(content, path)
     with pytest.raises(ModelError, match=r"last\.pt"):
         start_encoder(encoder(), str(path))
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    first = encoder()
+    path = Path(write(tmp_path / "last.pt", first))
+    data = bytearray(path.read_bytes())
+    data[data.find(first.pos_embed.detach().numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match=r"last\.pt is damaged"):
+        start_encoder(encoder(), str(path))
+
+
+def test_a_checkpoint_without_the_encoder_points_to_the_model(tmp_path: Path) -> None:
+    """Weights that no stage has trained are not in it."""
+    torch.save({"format": 2, "model": {"text_encoder.x": torch.ones(2)}}, tmp_path / "last.pt")
+    seal_file(tmp_path / "last.pt")
+    with pytest.raises(ModelError, match="has no image encoder weight") as raised:
+        start_encoder(encoder(), str(tmp_path / "last.pt"))
+    assert "best/" in raised.value.fix
+
+
+def test_a_sam_file_is_told_where_it_belongs(tmp_path: Path) -> None:
+    torch.save({"image_encoder.pos_embed": torch.ones(2)}, tmp_path / "sam.pth")
+    with pytest.raises(ModelError, match=r"init_encoder_from .*sam\.pth") as raised:
+        start_encoder(encoder(), str(tmp_path / "sam.pth"))
+    assert "model.image_encoder.checkpoint" in raised.value.fix
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:

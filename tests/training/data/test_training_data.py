@@ -423,6 +423,7 @@ def test_a_mix_of_which_nothing_is_left_is_refused(data: Path, tmp_path: Path) -
     ("change", "message"),
     [
         ({"weights": {"refcocoo": 1}}, "weights has 'refcocoo', members are refcoco, refcoco+"),
+        ({"weights": {"refcoco": 1e18}}, r"is 1e\+18, it must be above 0, at most 1000"),
         ({"weights": {"refcoco": 0}}, "the weight of 'refcoco' is 0.0, it must be above 0"),
         ({"members": {}}, "members = {}: .*at least 1"),
         ({"members": {"a": {"dataset": "mixed", "members": {}}}}, "'mixed'"),
