@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import errno
 import importlib
 import os
 import select
@@ -70,6 +72,15 @@ class LazyGroup(click.Group):
         command = module.command
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The subcommand that is meant; an unknown one is told with the name nearest to it."""
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        if near and args[0] not in COMMANDS:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand, past click's own answers to Ctrl-C and to a broken pipe.
@@ -178,7 +189,9 @@ def _told(error: Exception) -> str:
     if library:
         return f"{library} cannot be loaded: {reason_of(error)}; install it again"
     if isinstance(error, OSError):
-        place = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        # Whatever writes files names them, so a full disk without a name is what stdout goes to.
+        unnamed = "stdout: " if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        place = f"{os.fsdecode(error.filename)}: " if error.filename else unnamed
         return f"{place}{reason_of(error)}"
     again = "" if get_console().tracebacks else "; run again with --debug for the traceback"
     return f"internal error: {type(error).__name__}: {error}{again}"

@@ -325,7 +325,16 @@ def test_a_full_disk_under_stdout_is_told() -> None:
             check=False,
         )
     assert done.returncode == 1
-    assert done.stderr == "error: No space left on device\n"
+    assert done.stderr == "error: stdout: No space left on device\n"
+
+
+def test_a_mistyped_command_is_told_with_the_one_that_is_near(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["pedict", "photos"]) == 2
+    assert "No such command 'pedict'. Did you mean 'predict'?" in capsys.readouterr().err
+    assert main(["xyzzy"]) == 2
+    assert "No such command 'xyzzy'.\n" in capsys.readouterr().err
 
 
 def _leaves(command: click.Command, path: str) -> list[tuple[str, str]]:

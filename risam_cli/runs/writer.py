@@ -16,7 +16,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -370,9 +370,10 @@ class RunWriter:
         self._publish(done)  # not before all that is moved is listed on the disk
         _require_there(ledger, self._folder)
         if self._stream is not None:
-            for one in done:
-                self._stream.write(one.predictions_text)
-            self._stream.flush()
+            with _stdout_named():
+                for one in done:
+                    self._stream.write(one.predictions_text)
+                self._stream.flush()
 
     def _write_inside(self, done: list[_Done]) -> None:
         """To the journal: the three files take it over once all that goes inside is there."""
@@ -403,9 +404,9 @@ class RunWriter:
             names = (folder.predictions, folder.failures, folder.ledger)
             self._files = tuple(open(path, "ab") for path in names)  # noqa: SIM115 - see _run
             if self._stream is not None:
-                with open(folder.predictions, "rb") as before:
+                with open(folder.predictions, "rb") as before, _stdout_named():
                     shutil.copyfileobj(before, self._stream)
-                self._stream.flush()
+                    self._stream.flush()
         return self._files
 
 
@@ -444,6 +445,16 @@ def _placed(failure: Failure, where: str) -> Failure:
 
 def _lines(texts: Iterable[str]) -> bytes:
     return "".join(f"{text}\n" for text in texts).encode()
+
+
+@contextmanager
+def _stdout_named() -> Iterator[None]:
+    """Errors of the stream name it, and not the output folder."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = "stdout"
+        raise
 
 
 def _discard(stream: BinaryIO) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -82,8 +83,13 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
-def check(kind: type[AnySettings], raw: Any, where: str) -> AnySettings:
+def check(
+    kind: type[AnySettings], raw: Any, where: str, overrides: Sequence[str] = ()
+) -> AnySettings:
     """Makes settings of ``raw``.
+
+    Args:
+        where: the file that a message names; overrides: what was set on top of it, by ``--set``.
 
     Raises:
         ConfigError: one line naming place, key, value, and near or possible names.
@@ -91,10 +97,12 @@ def check(kind: type[AnySettings], raw: Any, where: str) -> AnySettings:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(*_explain(error, kind, where)) from error
+        raise ConfigError(*_explain(error, kind, where, overrides)) from error
 
 
-def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[str, str]:
+def _explain(
+    error: ValidationError, kind: type[Settings], where: str, overrides: Sequence[str]
+) -> tuple[str, str]:
     every = error.errors()
     # A list is also said to be too short where an item of it is wrong.
     problems = [p for p in every if not any(_is_below(q["loc"], p["loc"]) for q in every)]
@@ -105,6 +113,12 @@ def _explain(error: ValidationError, kind: type[Settings], where: str) -> tuple[
     if isinstance(odd, OddValue):
         path.append(odd.key)
     key = ".".join(_as_written(kind, path))
+    for override in overrides:
+        name = override.partition("=")[0]
+        if fnmatchcase(f"{key}.", f"{name}.*") or (
+            first["type"] == "extra_forbidden" and name.startswith(f"{key}.")
+        ):
+            where = setting("set", brief(override))
     if first["type"] == "extra_forbidden":
         known = _fields_at(kind, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1)

@@ -283,4 +283,4 @@ def load_settings(
     raw = read_settings_file(path)
     for override in overrides:
         raw = apply_override(raw, override)
-    return check(TrainSettings, complete(raw, stored), str(path))
+    return check(TrainSettings, complete(raw, stored), str(path), overrides)

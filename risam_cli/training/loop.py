@@ -248,7 +248,11 @@ class TrainingRun:
             if self.processes.leads and self.checkpoints.last.is_file():
                 self.checkpoints.follow(self.place)
                 self._prune()
-            self.console.info(f"resuming at stage {self.place.stage + 1}, step {self.place.step}")
+            if self.place.stage < len(self.settings.stages):
+                at = f"stage {self.place.stage + 1}, step {self.place.step}"
+                self.console.info(f"resuming at {at}")
+            else:
+                self.console.info(f"all stages of {self.folder} are trained already")
         else:
             self.console.info(f"nothing to resume in {self.folder}: starting at the first step")
         self.log.drop_rows_after(self.place)

@@ -349,6 +349,23 @@ def test_a_set_that_fits_nowhere_is_told(file: Path, override: str, message: str
     assert all(part in raised.value.message for part in message.split(" … "))
 
 
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("sede=1", "set='sede=1': unknown key 'sede'"),
+        ("modle.preset=tiny", "set='modle.preset=tiny': unknown key 'modle'"),
+        ("stages.*.steps=-3", "set='stages.*.steps=-3': stages.0.steps = -3"),
+        ("seed=7", "{file}: unknown key 'worker'"),
+    ],
+)
+def test_a_wrong_value_is_blamed_on_what_set_it(file: Path, override: str, place: str) -> None:
+    if override == "seed=7":
+        file.write_text(file.read_text() + "\nworker: 2\n")
+    with pytest.raises(ConfigError) as raised:
+        load_settings(file, [override])
+    assert raised.value.message.startswith(place.format(file=file))
+
+
 def test_overrides_do_not_write_into_what_they_are_given() -> None:
     raw = raw_settings()
     apply_override(raw, "stages.0.steps=99")
