@@ -248,8 +248,8 @@ def follow_inputs(
         gone = len(left)
         if gone > count + again + elsewhere:
             raise OutputError(
-                f"the inputs changed: {folder.path} holds results of {gone} that are not among "
-                f"them, and of {count + again + elsewhere} that are",
+                f"the images or expressions changed: {folder.path} holds results of {gone} "
+                f"that are not among them, and of {count + again + elsewhere} that are",
                 START_ANEW,
             )
         splice.finish()

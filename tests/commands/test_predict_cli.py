@@ -154,7 +154,7 @@ def test_a_folder_with_a_run_is_refused_resumed_or_begun_anew(
     assert capfd.readouterr().out == Path("out/predictions.jsonl").read_text()
     assert Path("out/predictions.jsonl").read_bytes().startswith(first)
     assert predict(tiny_images, "-e", "y", "--resume") == 1
-    assert "the inputs changed" in capfd.readouterr().err
+    assert "the images or expressions changed" in capfd.readouterr().err
     assert predict(tiny_images, "-e", "x", "--threshold", "0.3", "--resume") == 1
     assert "threshold was 0.5, is 0.3" in capfd.readouterr().err
     assert predict(tiny_images, "-e", "y", "--overwrite") == 0
