@@ -51,10 +51,7 @@ def command(folders: tuple[Path, ...], output: Path, overwrite: bool, as_json: b
         f"{counted(merged.records, 'record')} of {counted(len(parts), 'shard')} in {output}"
     )
     if merged.failures:
-        console.warn(
-            f"{counted(merged.failures, 'item')} failed in their runs: "
-            f"see {output / 'failures.jsonl'}"
-        )
+        console.warn(f"{counted(merged.failures, 'item')} failed: see {output / 'failures.jsonl'}")
     if as_json:
         click.echo(
             json.dumps(

@@ -146,7 +146,8 @@ def test_tables_of_every_kind_are_read_or_refused(tmp_path: Path, capsys: Any) -
         (tmp_path / name).write_bytes(data)
         code = entry.main(["predict", str(tmp_path / name), "--dry-run"])
         err = capsys.readouterr().err
-        assert code in ((0, 1, 3) if name == "nul.csv" else (1, 3)), (name, err)
+        # wide.csv holds no line below its header, which is a list of nothing.
+        assert code in ((0, 1, 3) if name in ("nul.csv", "wide.csv") else (1, 3)), (name, err)
         assert "internal error" not in err, name
 
 
