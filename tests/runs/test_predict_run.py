@@ -326,7 +326,10 @@ def test_another_run_is_refused_by_name(finished: tuple[Path, Path], tmp_path: P
         (replace(base, model=other_model), "model was"),
         (replace(base, saving=Saving(False, False, MAX_PIXELS)), "save was"),
         (replace(base, plan={"shard": Shard(0, 2)}), "shard was"),
-        (replace(base, e=["bright"]), "expressions changed: .* 8 that are not among them, and of 0 "),
+        (
+            replace(base, e=["bright"]),
+            "expressions changed: .* 8 that are not among them, and of 0",
+        ),
         (replace(base, e=["bright", "another"]), "expressions changed"),
         (replace(base, inputs=[pictures / "1.png"]), "7 that are not among them, and of 1 that"),
     ):
