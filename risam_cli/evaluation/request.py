@@ -16,11 +16,12 @@ from risam_cli.data.readers.refshapes import BENCHMARKS, open_refshapes, open_re
 from risam_cli.data.readers.source import Columns, SampleSource
 from risam_cli.errors import DataError, OutputError, UsageError, setting
 from risam_cli.evaluation.report.assemble import HTML_FILE, MARKDOWN_FILE
-from risam_cli.evaluation.report.compare import REPORT_FILE, Other, read_other
+from risam_cli.evaluation.report.compare import Other, read_other
 from risam_cli.evaluation.report.schema import AnswersPart, CountsPart, NoTargetFitPart, TimingPart
 from risam_cli.evaluation.scoring import (
     ANSWERS_FILE,
     FAILURES_FILE,
+    REPORT_FILE,
     ROWS_FILE,
     EvalRun,
 )
@@ -195,7 +196,7 @@ class EvalRequest:
         """The report to compare with, read before any work is done."""
         if self.compare is None:
             return None
-        mine = {self.output.resolve(), (self.output / "report.json").resolve()}
+        mine = {self.output.resolve(), (self.output / REPORT_FILE).resolve()}
         if self.compare.resolve() in mine:
             raise UsageError(
                 f"{setting('compare')} names the folder that {setting('output')} writes to",
@@ -209,7 +210,7 @@ class EvalRequest:
         # its lock; then all is done again.
         left = (self.output / ANSWERS_FILE, self.output / PRIVATE)
         cut_off = self.resume and any(path.exists() for path in left)
-        if (self.output / "report.json").exists() and not (self.overwrite or cut_off):
+        if (self.output / REPORT_FILE).exists() and not (self.overwrite or cut_off):
             raise OutputError(
                 f"{self.output} already holds a report",
                 f"choose another {setting('output')} or give {setting('overwrite')}",

@@ -366,6 +366,7 @@ def _failure(sample: Sample, expression: Expression, message: str) -> Failure:
 
 # --- one evaluation from answers to files: rows, failures, images that are missing ----------------
 
+REPORT_FILE = "report.json"
 ROWS_FILE = "per_expression.jsonl"
 FAILURES_FILE = "failures.jsonl"
 ANSWERS_FILE = "answers.jsonl"
@@ -415,7 +416,7 @@ class FailureLog:
         if self._stream is None:
             return
         self._stream.close()
-        if kind is not None and not (self._folder.path / "report.json").exists():
+        if kind is not None and not (self._folder.path / REPORT_FILE).exists():
             self._folder.place([(self._folder.staging / FAILURES_FILE, FAILURES_FILE)])
 
 

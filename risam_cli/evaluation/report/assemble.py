@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from risam_cli.data.images.images import Bands
 from risam_cli.data.readers.source import SampleSource
-from risam_cli.evaluation.report.compare import REPORT_FILE, Other, comparison_part
+from risam_cli.evaluation.report.compare import Other, comparison_part
 from risam_cli.evaluation.report.render import Picture, draw_cases, to_html, to_json, to_markdown
 from risam_cli.evaluation.report.schema import (
     SEED,
@@ -36,7 +36,7 @@ from risam_cli.evaluation.report.schema import (
     TimingPart,
     value,
 )
-from risam_cli.evaluation.scoring import Scored, pick_cases
+from risam_cli.evaluation.scoring import REPORT_FILE, Scored, pick_cases
 from risam_cli.files.folder import OutputFolder
 from risam_cli.files.hashing import sha256_of_file
 from risam_cli.files.store import size_of

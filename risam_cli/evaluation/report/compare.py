@@ -25,7 +25,7 @@ from risam_cli.evaluation.report.schema import (
     SlicePart,
     value,
 )
-from risam_cli.evaluation.scoring import ROWS_FILE
+from risam_cli.evaluation.scoring import REPORT_FILE, ROWS_FILE
 from risam_cli.files.jsonlines import brief, parse_json, read_lines
 from risam_cli.metrics.figures import (
     ExpressionScore,
@@ -40,7 +40,6 @@ from risam_cli.metrics.intervals import Change, compare, intervals, masked
 from risam_cli.metrics.protocols import Protocol, get_protocol
 from risam_cli.metrics.slices import SLICE_FIGURES
 
-REPORT_FILE = "report.json"
 _MOST_CHANGED = 20
 
 _LONGEST = 1 << 26  # bytes of a row
