@@ -89,7 +89,7 @@ def check(
     """Makes settings of ``raw``.
 
     Args:
-        where: the file that a message names; overrides: what was set on top of it, by ``--set``.
+        where: the file that a message names; overrides: KEY=VALUE pairs that were set on top of it.
 
     Raises:
         ConfigError: one line naming place, key, value, and near or possible names.
