@@ -184,7 +184,9 @@ def main() -> None:
     drawn = draw(json.loads(options.results.read_text("utf-8")), budget)
     options.results.with_suffix(".svg").write_text(drawn, encoding="utf-8")
     results = json.loads(options.results.read_text("utf-8"))
-    print(table(answers(options.results), budget.name), "", curves(results), sep="\n")
+    print(
+        table(answers(options.results), budget.name), curves(results), each_seed(results), sep="\n"
+    )
 
 
 def planned(names: Sequence[str], seeds: range, all_seeds: bool) -> list[tuple[str, int]]:
@@ -381,6 +383,29 @@ def curves(results: Mapping[str, Any]) -> str:
                 for s in at
             ]
             lines.append(f"| {row['label']} | {row['seed']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def each_seed(results: Mapping[str, Any]) -> str:
+    """Markdown: each finished run's mIoU; in brackets its gain in the last quarter of the steps."""
+    found: dict[str, dict[int, dict[str, str]]] = {}
+    for row in results["runs"]:
+        if not row["scores"]:
+            continue
+        at = {point["step"]: point["miou"] for point in row["curve"]}
+        every = max(1, row["steps"] // 8)
+        gain = at[8 * every] - at[6 * every]
+        seeds = found.setdefault(f"{row['steps']} steps of {row['images']} images", {})
+        cells = seeds.setdefault(row["seed"], {})
+        cells[row["variant"]] = f"{row['scores']['mIoU']:.3f} ({gain:+.3f})"
+    lines = []
+    for title, seeds in found.items():
+        lines += ["", f"| {title} | " + " | ".join(f"seed {seed}" for seed in sorted(seeds)) + " |"]
+        lines.append("|---" * (len(seeds) + 1) + "|")
+        for name, variant in VARIANTS.items():
+            cells = [seeds[seed].get(name, "") for seed in sorted(seeds)]
+            if any(cells):
+                lines.append(f"| {variant.label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -220,12 +220,14 @@ def test_what_a_benchmark_imports_of_the_package_is_there(path: Path) -> None:
 
 
 def _run(folder: Path, families: list[str], ious: list[float]) -> None:
-    """A finished run's folder as the ablations read it: one validation, an answer to each image."""
+    """A finished run's folder as the ablations read it: two validations, an answer per image."""
     folder.mkdir(parents=True)
-    point = {"kind": "val", "step": 8, "expressions": 64, "seconds": 1.0}
-    point |= {f"{family}.miou": 0.5 for family in families}
-    point |= {"grefshapes.n_acc": 0.25, "grefshapes.t_acc": 1.0}
-    (folder / "metrics.jsonl").write_text(json.dumps(point) + "\n")
+    with (folder / "metrics.jsonl").open("w") as log:
+        for step, miou in ((6, 0.375), (8, 0.5)):
+            point = {"kind": "val", "step": step, "expressions": 64, "seconds": 1.0}
+            point |= {f"{family}.miou": miou for family in families}
+            point |= {"grefshapes.n_acc": 0.25, "grefshapes.t_acc": 1.0}
+            log.write(json.dumps(point) + "\n")
     for family in families:
         report = folder / f"eval-{family}"
         report.mkdir()
@@ -253,4 +255,8 @@ def test_the_table_of_ablations_outlives_the_runs(benchmarks: Any, tmp_path: Pat
     assert "0.867" in rows["| RISAM"]
     assert "0.667" in rows["| without adapters"]
     assert "-0.200" in rows["| without adapters"]
-    assert json.loads(results.read_text())["runs"][0]["scores"]["N-acc"] == 1.0
+    kept = json.loads(results.read_text())
+    assert kept["runs"][0]["scores"]["N-acc"] == 1.0
+    seeds = ablations.each_seed(kept).splitlines()
+    assert seeds[1] == "| 8 steps of 1 images | seed 1 |"
+    assert "| RISAM | 0.867 (+0.125) |" in seeds
