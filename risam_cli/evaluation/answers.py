@@ -85,7 +85,6 @@ def answers_from_model(
     source: SampleSource,
     run: Run,
     log: AnswerLog,
-    no_target_threshold: float,
     protocol: Protocol,
     seconds: StageSeconds,
     on_failure: OnFailure,
@@ -95,7 +94,6 @@ def answers_from_model(
     Args:
         run: the predict engine, giving raw masks and probabilities.
         log: keeps the answers; what it knows from an interrupted run is not asked again.
-        no_target_threshold: probability above which the answer is "nothing fits".
     """
 
     def todo() -> Iterator[tuple[Sample, Answered | None]]:
@@ -109,14 +107,12 @@ def answers_from_model(
             yield recalled
             continue
         seconds.add(result.seconds, len(result.sample.expressions))
-        answered = _answered(result, no_target_threshold, protocol, on_failure)
+        answered = _answered(result, protocol, on_failure)
         log.write(answered, result.sha256)
         yield answered
 
 
-def _answered(
-    result: ImageResult, no_target_threshold: float, protocol: Protocol, on_failure: OnFailure
-) -> Answered:
+def _answered(result: ImageResult, protocol: Protocol, on_failure: OnFailure) -> Answered:
     """The expressions of an image that were predicted; the others are failures, not zeros."""
     for failure in result.failures:
         on_failure(failure)
@@ -132,18 +128,15 @@ def _answered(
             on_failure(_wrong_size(sample, expression, _size(raw)))
             continue
         kept.append(expression)
-        answers.append(_answer(prediction, raw, no_target_threshold, protocol))
+        answers.append(_answer(prediction, raw, protocol))
     return Answered(replace(sample, expressions=tuple(kept)), tuple(answers))
 
 
-def _answer(
-    prediction: Prediction, raw: Raw, no_target_threshold: float, protocol: Protocol
-) -> Answer:
+def _answer(prediction: Prediction, raw: Raw, protocol: Protocol) -> Answer:
     """Where the head is not asked, the score is the mask's own."""
     score = raw.iou if protocol.no_target == "mask" else prediction.score
     assert score is not None  # a model always gives one
-    nothing = raw.no_target > no_target_threshold
-    return Answer(raw.mask, nothing, min(1.0, max(0.0, score)), raw.no_target)
+    return Answer(raw.mask, prediction.no_target, min(1.0, max(0.0, score)), raw.no_target)
 
 
 def _size(raw: Raw) -> tuple[int, int]:
@@ -189,6 +182,8 @@ def answer_and_score(
             name=segmenter.name,
             sha256=segmenter.hash,
             no_target_threshold=threshold,
+            **instance_rules(segmenter, settings),
+            versions=dict(segmenter.versions),
             device=describe_device(settings.device),
             precision=precision_name(settings.precision),
             images_in_training=seen.images,
@@ -289,8 +284,7 @@ class _Asking:
                     unknown.see(result.predictions)
                     yield item, result
 
-            threshold, protocol = self.no_target_threshold, self.protocol
-            yield log, answers_from_model(source, run, log, threshold, protocol, seconds, failures)
+            yield log, answers_from_model(source, run, log, self.protocol, seconds, failures)
         unknown.tell()
 
 

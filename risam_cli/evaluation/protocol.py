@@ -31,5 +31,5 @@ def _stretched(canvas: int, maps: Maps, size: tuple[int, int], threshold: float)
 def _letterboxed(canvas: int, maps: Maps, size: tuple[int, int], threshold: float) -> Tensor:
     """Masks at the image's size, of probabilities that went through a letterboxed canvas."""
     own = maps.logits(size).sigmoid().cpu().numpy()
-    warped = np.stack([warp_through_letterbox(one, canvas) for one in own])
-    return torch.from_numpy(warped > threshold)
+    warped = [warp_through_letterbox(one, canvas) for one in own]
+    return torch.from_numpy(np.reshape(warped, own.shape) > threshold)

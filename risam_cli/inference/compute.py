@@ -200,8 +200,8 @@ class NetworkAnswer:
             as many as there are instances where those are wanted one by one.
         scores: of each mask, 0..1: its predicted IoU, or how sure the model is of it.
         no_target: probability that nothing fits, 0..1.
-        empty: no instance counts, so nothing fits whatever ``no_target`` says; the only mask is
-            then empty.
+        empty: no instance counts and has a pixel, so nothing fits whatever ``no_target`` says; the
+            only mask is then empty.
         by_instance: the masks are single instances.
         notes: what the user must know.
         unknown: words that the vocabulary does not have.
@@ -451,10 +451,7 @@ class Compute:
             features, texts, rows, sizes, self.settings.instance_threshold
         )
         groups = [list(group) for _, group in groupby(chunk, key=attrgetter("row"))]
-        single = self.settings.select != "all" and all(
-            count == 1 for one in found for count in one.counts
-        )
-        read = self._one_each if single else self._several
+        read = self._several if self.segmenter.capabilities.instances else self._one_each
         told = [self._notes(texts, found, k) for k in range(len(chunk))]
         answers = [
             answer if answer.error else replace(answer, notes=notes, unknown=texts.unknown[k])
@@ -506,6 +503,9 @@ class Compute:
                     continue
                 size = one.job.image.size
                 masks, kept = self._chosen(instances.maps[own], scores[own], size)
+                if empty := not masks:
+                    none = self._rule(instances.maps[:0], size, self.settings.threshold)
+                    masks, kept = (np.zeros(none.shape[1:], np.bool_),), (0.0,)
                 answers.append(
                     NetworkAnswer(
                         one.number,
@@ -513,8 +513,8 @@ class Compute:
                         masks,
                         kept,
                         no_target,
-                        empty=count == 0,
-                        by_instance=every and count > 0,
+                        empty=empty,
+                        by_instance=every and not empty,
                     )
                 )
         return answers
@@ -524,28 +524,30 @@ class Compute:
     ) -> tuple[tuple[Mask, ...], tuple[float, ...]]:
         """Masks and scores of one expression's instances, as they were wanted.
 
-        Some instances at a time, and on the host in bits: there may be hundreds.
+        One without a pixel is none. Some at a time, and on the host in bits: there may be hundreds.
         """
-        if not scores:
-            shape = self._rule(maps, size, self.settings.threshold).shape[1:]
-            return (np.zeros(shape, np.bool_),), (0.0,)
-        if self.settings.select == "best":
-            best = scores.index(max(scores))
-            maps, scores = maps[best : best + 1], scores[best : best + 1]
-        each = self.settings.select == "all"
+        select = self.settings.select
         step = max(1, self.settings.mask_bytes // (8 * size[0] * size[1]))
+        starts: Sequence[int] = range(0, len(scores), step)
+        if select == "best":
+            starts, step = sorted(range(len(scores)), key=lambda k: -scores[k]), 1
         union: Tensor | None = None
         masks: list[Mask] = []
-        for start in range(0, len(scores), step):
+        kept: list[float] = []
+        for start in starts:
             some = self._rule(maps[start : start + step], size, self.settings.threshold)
-            if each:
-                masks += to_bits(some)
-            else:
-                together = some.any(0, keepdim=True)
+            seen = some.flatten(1).any(1)
+            kept += [scores[start + k] for k in seen.nonzero().flatten().tolist()]
+            if select == "all":
+                masks += to_bits(some[seen])
+            elif seen.any():
+                together = some.any(0)
                 union = together if union is None else union | together
+                if select == "best":
+                    break
         if union is not None:
-            masks = [union[0].cpu().numpy()]
-        return tuple(masks), tuple(scores) if each else (max(scores),)
+            masks, kept = [union.cpu().numpy()], [max(kept)]
+        return tuple(masks), tuple(kept)
 
     def _notes(self, texts: Texts, found: Sequence[Instances], number: int) -> tuple[str, ...]:
         """What must be known of the answer to an expression of a chunk."""

@@ -193,7 +193,12 @@ def _require_instances(segmenter: Segmenter, settings: PredictSettings) -> None:
 
 
 def instance_rules(segmenter: Segmenter, settings: PredictSettings) -> dict[str, Any]:
-    """What decides which instances an answer is made of; nothing where a model knows none."""
+    """What decides which instances an answer is made of; nothing where a model knows none.
+
+    Raises:
+        UsageError: instances are asked of such a model.
+    """
+    _require_instances(segmenter, settings)
     if not segmenter.capabilities.instances:
         return {}
     own, given = segmenter.thresholds.instance, settings.instance_threshold

@@ -33,8 +33,8 @@ class Thresholds:
         mask: a pixel is in the mask where its probability is greater.
         no_target: the mask is emptied where the probability that nothing fits is greater; 1 leaves
             that to ``instance``.
-        instance: an instance counts where its score is greater; None where a model has always one
-            instance an expression. Where none counts, nothing fits.
+        instance: an instance counts where its score is greater and its mask has a pixel; None where
+            instances have no scores of their own. Where none counts, nothing fits.
         calibrated: a mask threshold that a protocol of evaluation asks for means what it says.
     """
 

@@ -388,3 +388,75 @@ def test_two_kinds_from_the_command_line_import_only_what_they_need(
     assert done.stdout.split(" ", 1)[0] == "0"
     assert "clipseg" not in done.stdout
     assert done.stdout.strip().endswith("False False")
+
+
+def without_pixels(found: list[Any], numbers: Any) -> list[Any]:
+    """What a segmenter found, with instances whose masks are empty."""
+    for one in found:
+        one.maps.grid[numbers] = -9.0
+    return found
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_an_instance_without_a_pixel_is_none(
+    kind: str, segmenter: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = segmenter(kind)
+    decode, every = model.decode, {"instance_threshold": 0.0}
+    run(model, pictures, tmp_path / "before", select="all", **every).go()
+    before = list(read_records(tmp_path / "before"))
+
+    monkeypatch.setattr(model, "decode", lambda *given: without_pixels(decode(*given), [0, 2]))
+    run(model, pictures, tmp_path / "fewer", select="all", **every).go()
+    run(model, pictures, tmp_path / "best", select="best", **every).go()
+    seen = [one for one in before if one.area and one.instance not in (0, 2)]
+    fewer = list(read_records(tmp_path / "fewer"))
+    assert [one.segmentation for one in fewer] == [one.segmentation for one in seen]
+    assert all(one.area for one in fewer)
+    best = list(read_records(tmp_path / "best"))
+    assert len(best) == 15
+    for record in best:
+        key = (record.image, record.expression)
+        first = next(one for one in fewer if (one.image, one.expression) == key)
+        assert first.instance == 0
+        assert (record.segmentation, record.score) == (first.segmentation, first.score)
+
+    monkeypatch.setattr(model, "decode", lambda *given: without_pixels(decode(*given), ...))
+    for select in ("all", "best", "union"):
+        run(
+            model, pictures, tmp_path / f"none-{select}", select=select, instance_threshold=0.0
+        ).go()
+        none = list(read_records(tmp_path / f"none-{select}"))
+        assert [(one.area, one.no_target, one.instance) for one in none] == [(0, True, None)] * 15
+
+
+@pytest.mark.parametrize("protocol", ["native", "lavt", "cris", "gres", "lisa", "phrasecut"])
+def test_no_instance_is_no_target_under_every_protocol(
+    protocol: str, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [
+        *("eval", "--dataset", "refshapes", "--family", "grefshapes", "--split", "val"),
+        *("--limit", "8", "--model", str(folders / "sam3"), "--instance-threshold", "1"),
+        *("--protocol", protocol, "--json", "-o", str(tmp_path)),
+    ]
+    assert main(asked) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["n_acc"], figures["t_acc"]) == (1.0, 0.0)
+    answers = json.loads((tmp_path / "report.json").read_text())["answers"]
+    assert (answers["instances"], answers["instance_threshold"]) == ("union", 1.0)
+    assert set(answers["versions"]) == {"transformers"}
+    assert "union of instances scored above 1" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("command", ["predict", "eval"])
+def test_instances_of_a_model_without_any_leave_no_run_behind(
+    command: str, folders: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {
+        "predict": ["predict", str(pictures / "0.png"), "-e", "the dog"],
+        "eval": ["eval", "--dataset", "refshapes", "--split", "val", "--limit", "2"],
+    }[command]
+    asked += ["--model", str(folders / "clipseg"), "-o", str(tmp_path / "out")]
+    assert main([*asked, "--instance-threshold", "0.3"]) == 2
+    assert "scores no instances" in capsys.readouterr().err
+    assert main(asked) == 0

@@ -183,7 +183,7 @@ def protocol_part(protocol: Protocol, kind: str, threshold: float | None = None)
             )
     if threshold is not None and threshold != protocol.threshold:
         remarks.append(
-            f"The mask threshold was set to {threshold:g} by hand; the protocol's own is "
+            f"The mask threshold was {threshold:g}; the protocol's own is "
             f"{protocol.threshold:g}. These are not this protocol's figures."
         )
     return ProtocolPart(

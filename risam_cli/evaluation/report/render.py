@@ -91,6 +91,7 @@ def _shared(report: Report) -> dict[str, Any]:
         "cautions": cautions(report),
         "slices": shown_slices(report),
         "fit_text": _fit_text(report),
+        "instances": _instances_text(report),
         "count_rows": _count_rows(report),
         "time_rows": _time_rows(report),
     }
@@ -162,6 +163,13 @@ def remarks(report: Report) -> list[str]:
 def _at_most(accuracy: float, of: int, counts: CountsPart) -> float:
     """What N-acc or T-acc would be had every missing answer been right: no answer is no habit."""
     return accuracy + counts.missing / of if of else accuracy
+
+
+def _instances_text(report: Report) -> str:
+    """Which instances an answer is made of, where the model tells them apart."""
+    threshold = report.answers.instance_threshold
+    above = "" if threshold is None else f" scored above {threshold:g}"
+    return f"{'best' if report.answers.instances == 'best' else 'union'} of instances{above}"
 
 
 def _fit_text(report: Report) -> str:
@@ -252,9 +260,10 @@ def _no_target_marks(report: Report) -> list[svg.Mark]:
     marks = []
     figures = report.figures
     n_acc, t_acc = figures["n_acc"].value, figures["t_acc"].value
-    threshold = report.answers.no_target_threshold
+    threshold, counts = report.answers.no_target_threshold, report.answers.instance_threshold
     if n_acc is not None and t_acc is not None and threshold is not None:
-        marks.append(svg.Mark(t_acc, n_acc, f"in use: {threshold:.3g}"))
+        own = f"{threshold:.3g}" if counts is None else f"instances above {counts:.3g}"
+        marks.append(svg.Mark(t_acc, n_acc, f"in use: {own}"))
     if report.no_target_fit is not None:
         fit = report.no_target_fit
         marks.append(svg.Mark(fit.t_acc, fit.n_acc, f"fitted: {fit.threshold:.3g}"))

@@ -89,13 +89,18 @@ class AnswersPart(_Part):
     """Whose masks were scored.
 
     ``images_in_training`` is how many of the images were in the model's training, by its card; null
-    where that does not tell. ``remarks`` say what follows.
+    where that does not tell. ``remarks`` say what follows. ``instances`` and
+    ``instance_threshold`` say which instances an answer is made of, where the model tells them
+    apart; ``versions`` are of the packages beside torch that its results depend on.
     """
 
     kind: Literal["model", "predictions"]
     name: str
     sha256: str | None = None
     no_target_threshold: float | None = None
+    instances: str | None = None
+    instance_threshold: float | None = None
+    versions: dict[str, str] = {}
     device: str | None = None
     precision: str | None = None
     records: int | None = None
