@@ -22,7 +22,7 @@ from support.eval_files import box_mask, image_file
 from risam_cli.data.readers.predictions import Answer
 from risam_cli.drawing import svg
 from risam_cli.evaluation.report import render
-from risam_cli.evaluation.report.assemble import RunFacts, assemble, gallery, write_reports
+from risam_cli.evaluation.report.assemble import Done, assemble, gallery, write_reports
 from risam_cli.evaluation.report.render import (
     ANSWER,
     TRUTH,
@@ -44,7 +44,7 @@ from risam_cli.evaluation.report.schema import (
     Report,
     TimingPart,
 )
-from risam_cli.evaluation.scoring import Answered, Case, Scored, Scorer, pick_cases
+from risam_cli.evaluation.scoring import Answered, Case, EvalRun, Scored, Scorer, pick_cases
 from risam_cli.files.folder import OutputFolder
 from risam_cli.masks import rle as masks
 from risam_cli.metrics.protocols import get_protocol
@@ -86,9 +86,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Any]:
     """A report with every part in it, all texts hostile, and its pictures."""
     folder = tmp_path_factory.mktemp("report")
     scored, rows = _scored(folder, HOSTILE)
-    facts = RunFacts(
-        command=["risam", "eval", HOSTILE],
-        dataset=DatasetPart(name=HOSTILE, split="val", notes=[HOSTILE], limit=120),
+    dataset = DatasetPart(name=HOSTILE, split="val", notes=[HOSTILE], limit=120)
+    done = Done(
+        EvalRun(scored, 4.0, rows),
         answers=AnswersPart(
             kind="model", name=HOSTILE, sha256="0" * 64, no_target_threshold=0.5, device="cpu"
         ),
@@ -100,7 +100,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Any]:
             threshold=0.4, before=0.5, n_acc=0.9, t_acc=0.8, giou=0.7, stored_in="model"
         ),
     )
-    report = assemble(facts, scored, get_protocol("native"), rows, None)
+    command = ["risam", "eval", HOSTILE]
+    report = assemble(command, dataset, get_protocol("native"), done, None)
     change = ChangePart(other=0.5, this=0.6, difference=0.1, low=-0.01, high=0.2, p=0.04)
     moved = ChangedExpression(id="1", image=HOSTILE, expression=HOSTILE, other=0.0, this=1.0)
     comparison = ComparisonPart(
