@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from risam_cli.commands.options import (
+    UNIT,
     bands_option,
-    check_unit,
     choice,
     confine_option,
     json_option,
@@ -68,14 +68,7 @@ def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
 )
 @names_option
 @click.option("--one-class", metavar="NAME", help="One category for all masks.")
-@click.option(
-    "--min-score",
-    type=float,
-    default=0.0,
-    metavar="P",
-    callback=check_unit,
-    help="Skip masks with a lower score.",
-)
+@click.option("--min-score", default=0.0, help="Skip masks with a lower score.", **UNIT)
 @click.option(
     "--min-area",
     type=click.IntRange(min=0),
@@ -91,10 +84,8 @@ def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
 )
 @click.option(
     "--min-iou",
-    type=float,
-    metavar="P",
-    callback=check_unit,
     help="--agree-with: lowest IoU at which two masks agree.  [default: 0.7]",
+    **UNIT,
 )
 @click.option(
     "--simplify",
