@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from risam_cli.console.text import first_of
 from risam_cli.data.identity import existing, id_text
 from risam_cli.data.images.files import require_inside
 from risam_cli.errors import DataError
@@ -299,9 +300,8 @@ def _note(
     if categories.unnamed:
         tally.note(f"records have no expression; their class is {UNNAMED!r}", categories.unnamed)
     if unfound := categories.without_mask():
-        named = ", ".join(repr(name) for name in unfound[:_NAMED])
-        more = f" and {len(unfound) - _NAMED} more" if len(unfound) > _NAMED else ""
-        tally.remarks.append(f"categories without a mask, which keep their class: {named}{more}")
+        named = first_of([repr(name) for name in unfound], _NAMED)
+        tally.remarks.append(f"categories without a mask, which keep their class: {named}")
     tally.remarks += source.notes()
 
 

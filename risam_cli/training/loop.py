@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from risam_cli.console.console import Progress, get_console
+from risam_cli.console.text import first_of
 from risam_cli.errors import ConfigError, Interrupted, OutputError, RisamError, setting
 from risam_cli.files.confine import require_own_tree
 from risam_cli.files.folder import OutputFolder
@@ -418,11 +419,10 @@ class TrainingRun:
             for index in indices
         ]
         name = getattr(stage.data, "name_of", str)
-        named = ", ".join(name(index) for index in bad[:_NAMED])
-        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        named = first_of([name(index) for index in bad], _NAMED)
         return RisamError(
             f"{error} at stage {stage.settings.name!r}, step {self.place.step}, in the batch of "
-            f"images {named}{more}",
+            f"images {named}",
             f"lower the learning rate, or look at these images{self.checkpoints.kept()}",
         )
 
