@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from risam_cli.data.images.images import Bands
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.evaluation.report.compare import Other, comparison_part
-from risam_cli.evaluation.report.render import Picture, draw_cases, to_html, to_json, to_markdown
+from risam_cli.evaluation.report.render import Picture, draw_case, to_html, to_json, to_markdown
 from risam_cli.evaluation.report.schema import (
-    SEED,
     AnswersPart,
     CountsPart,
     CurvesPart,
@@ -47,6 +46,7 @@ from risam_cli.metrics.intervals import (
     LEAST_IMAGES,
     LEVEL,
     REPLICATES,
+    SEED,
     count_images,
     intervals,
     masked,
@@ -89,7 +89,7 @@ def assemble(
     scored, rows = done.run.scored, done.run.rows
     table = scored.table
     parts = terms(table, protocol)
-    bounds = intervals(list(parts.values()), table.cluster, seed=SEED)
+    bounds = intervals(list(parts.values()), table.cluster)
     every = np.ones(len(table), np.bool_)
     levels = (_slice(parts, table, one) for one in scored.slices)
     slices = [part for part in levels if part.levels]
@@ -121,7 +121,7 @@ def gallery(scored: Scored, bands: Bands | None = None) -> dict[str, list[Pictur
         "Drawn at random": scored.typical,
     }
     return {
-        heading: draw_cases(pick_cases(cases, _CASES), bands)
+        heading: [draw_case(case, bands) for case in pick_cases(cases, _CASES)]
         for heading, cases in chosen.items()
         if cases
     }
@@ -224,7 +224,7 @@ def _slice(parts: Terms, table: ScoreTable, one: Slice) -> SlicePart:
     present, left_out = shown_levels(sizes, one.levels, most_frequent=one.open)
     names = [name for name in SLICE_FIGURES if name in parts]
     columns = (masked(parts[name], numbers == k) for k in present for name in names)
-    bounds = intervals(columns, table.cluster, seed=SEED)
+    bounds = intervals(columns, table.cluster)
     levels = []
     for row, k in enumerate(present):
         own = bounds[row * len(names) : (row + 1) * len(names)]

@@ -26,7 +26,7 @@ from risam_cli.evaluation.report.assemble import Done, assemble, gallery, write_
 from risam_cli.evaluation.report.render import (
     ANSWER,
     TRUTH,
-    draw_cases,
+    draw_case,
     remarks,
     to_html,
     to_json,
@@ -314,7 +314,7 @@ def _filled(path: str, width: int, height: int) -> np.ndarray[Any, Any]:
 def test_outlines_are_those_of_the_masks(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (60, 40), (40, 90, 140)).save(path)
-    made, none = draw_cases([_case(path), _case(path, answered_none=True)])
+    made, none = (draw_case(one) for one in (_case(path), _case(path, answered_none=True)))
     assert _pixels(made.uri).shape == (made.height, made.width, 3) == (213, 320, 3)
     assert np.abs(_pixels(made.uri) - (40, 90, 140)).max() < 8  # nothing is painted on the image
     scale = 320 / 60
@@ -330,19 +330,19 @@ def test_outlines_are_those_of_the_masks(tmp_path: Path) -> None:
 
 def test_holes_are_outlined_too(tmp_path: Path) -> None:
     ring = box_mask((5, 5, 35, 35), size=SIZE) & ~box_mask((15, 15, 25, 25), size=SIZE)
-    made = draw_cases([_case(tmp_path / "none.png", target=masks.encode(ring))])[0]
+    made = draw_case(_case(tmp_path / "none.png", target=masks.encode(ring)))
     assert made.truth.count("M") == 2
     found = _filled(made.truth, 320, 213)
     assert found.sum() / ring.sum() == pytest.approx((320 / 60) ** 2, rel=0.08)
 
 
 def test_pictures_without_their_image_say_so(tmp_path: Path) -> None:
-    gone = draw_cases([_case(tmp_path / "none.png")])[0]
+    gone = draw_case(_case(tmp_path / "none.png"))
     assert gone.note == "image not at hand"
     assert gone.truth
     path = tmp_path / "other.png"
     Image.new("RGB", (60, 50)).save(path)
-    assert "50x60" in draw_cases([_case(path)])[0].note
+    assert "50x60" in draw_case(_case(path)).note
 
 
 def test_a_target_of_one_pixel_is_still_drawn(tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_a_target_of_one_pixel_is_still_drawn(tmp_path: Path) -> None:
     tiny[1500, 1000] = True
     nothing = masks.empty((3000, 2000))
     case = _case(tmp_path / "none.png", target=masks.encode(tiny), prediction=nothing)
-    made = draw_cases([case])[0]
+    made = draw_case(case)
     found = np.argwhere(_filled(made.truth, made.width, made.height))
     assert len(found) > 0
     assert np.abs(found.mean(axis=0) - (160, 106.5)).max() < 2
