@@ -333,7 +333,7 @@ def _predict_together(options: _Options, ranks: Ranks) -> int:
     if not ranks.begin(options.output, resume=resume, overwrite=options.overwrite):
         whole = replace(options, resume=True, overwrite=False)
         return _predict_alone(whole, Shard(), options.output) if ranks.leads else EXIT_OK
-    part = ranks.part(options.output)
+    part = ranks.shard.folder(options.output)
     resume, overwrite = ranks.settled(part, resume=options.resume, overwrite=options.overwrite)
     own = replace(options, resume=resume, overwrite=overwrite)
     with ranks.quietly():

@@ -67,7 +67,7 @@ def evaluate(asked: EvalRequest) -> int:
 
 def _evaluate_together(asked: EvalRequest, ranks: Ranks) -> int:
     """Answer this process's part; where it is the last, score all, as one that resumes."""
-    part, output = ranks.part(asked.output), asked.output
+    part, output = ranks.shard.folder(asked.output), asked.output
     resume, overwrite = ranks.settled(
         part, PART_FILE, resume=asked.resume, overwrite=asked.overwrite
     )
