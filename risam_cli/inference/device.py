@@ -147,6 +147,14 @@ def release_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def keep_freed_memory() -> None:
     """Has glibc keep the memory of tensors that are gone for the next ones, 64 MiB at most.
 
@@ -447,10 +455,7 @@ def _shortest(step: Callable[[], object], device: torch.device, seconds: float) 
     while len(times) < 11:
         start = time.perf_counter()
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type == "mps":
-            torch.mps.synchronize()
+        synchronize(device)
         times.append(time.perf_counter() - start)
         if time.perf_counter() - began > seconds:
             break
