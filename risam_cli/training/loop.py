@@ -354,7 +354,8 @@ class TrainingRun:
         dealt = self._dealt(number, stage)
         batches = self._batches(dealt, stage)
         per_step = dealt.per_step(s.images_per_step)
-        with self._progress(stage) as progress:
+        shown = self.console.progress(f"stage {s.name}", s.steps, "steps", place.step)
+        with shown as progress:
             if self._owes_validation(stage):
                 self._validate(stage, stepper, average, kept)
             while place.step < s.steps and not place.stopped:
@@ -384,10 +385,6 @@ class TrainingRun:
         step = self.place.step
         due = step == stage.settings.steps or step % self.settings.validate_every == 0
         return due and self.place.validated < step
-
-    def _progress(self, stage: Stage) -> Any:
-        s = stage.settings
-        return self.console.progress(f"stage {s.name}", s.steps, "steps", self.place.step)
 
     def _tell(
         self, progress: Progress, stage: Stage, figures: Mapping[str, torch.Tensor], rate: float
