@@ -71,6 +71,15 @@ def photos() -> Path:
     return folder
 
 
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No network, and an empty cache of the Hugging Face hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def cli() -> Cli:
     """Run ``python -m risam_cli ARGS`` as a process of its own; its exit code is not checked.

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.records import contents
 
 from risam_cli.api.model import load
 from risam_cli.cli import main
@@ -52,15 +53,6 @@ def predict(model_folder: Path, images: Path, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="module")
 def whole(predict: Predict) -> Path:
     return predict("--batch-size", "1", "--workers", "0")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """All that a run leaves but run.json, which holds times; the ledger as well."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "run.json" and ".risam" not in path.parts
-    }
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.records import contents
 
 from risam_cli.cli import main
 
@@ -52,14 +53,6 @@ def predict(model_folder: Path, images: Path) -> Predict:
 
 def failures(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "run.json" and ".risam" not in path.parts
-    }
 
 
 # --- a drive that stalls --------------------------------------------------------------------------

@@ -75,12 +75,8 @@ def review(path: Path) -> None:
 
 
 @pytest.fixture
-def apart(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def apart(photos: Path, offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve photos in the working folder, no network, and an empty cache."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     for path in sorted(photos.iterdir())[:12]:

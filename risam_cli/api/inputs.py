@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image
 
 from risam_cli.data.images.frames import Frame
-from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.data.images.memory import Pixels, bytes_to_rgb, memory_for_encoder
 from risam_cli.data.inputs.inputs import MAX_CHARACTERS
 from risam_cli.errors import ImageError, UsageError
@@ -88,7 +87,7 @@ def sample_of(
                 "give a path, a file's bytes, a Pillow image or a numpy array",
             )
         name = getattr(image, "filename", "") or name
-        ready = memory_for_encoder(image, frames, name, MAX_PIXELS, full_decode=full_decode)
+        ready = memory_for_encoder(image, frames, name, full_decode=full_decode)
         loaded = Loaded(ready, "", None, 0.0)
     except ImageError as error:
         image, loaded = np.zeros((1, 1), np.uint8), Loaded(None, error.raw, None, 0.0)
@@ -100,12 +99,12 @@ def sample_of(
 def _decoded(image: Any, name: str) -> Any:
     """The picture of a file in memory, by the rules of files on disk; else what was given."""
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return Image.fromarray(bytes_to_rgb(bytes(image), name, MAX_PIXELS))
+        return Image.fromarray(bytes_to_rgb(bytes(image), name))
     if hasattr(image, "read") and not isinstance(image, Image.Image):
         data = image.read()
         if data == b"" and image.seekable() and image.tell():
             raise ImageError(f"{name}: the file is positioned at its end", "rewind it with seek(0)")
-        return Image.fromarray(bytes_to_rgb(data, name, MAX_PIXELS))
+        return Image.fromarray(bytes_to_rgb(data, name))
     return image
 
 

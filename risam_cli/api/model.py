@@ -46,7 +46,7 @@ from risam_cli.errors import (
     use_front_end,
 )
 from risam_cli.explain.attention import Attention, explain
-from risam_cli.explain.explainer import Explainer
+from risam_cli.explain.explainer import explain_image
 from risam_cli.explain.explanation import Shown
 from risam_cli.inference.device import choose_device, choose_precision, precision_name
 from risam_cli.inference.feeder import ReadySample
@@ -406,21 +406,21 @@ class EncodedImage:
             ImageError: the image cannot be read any more. ModelError: the network failed.
         """
         model = self._model
-        loaded = require_risam(model._segmenter, "explain").loaded
-        explainer = Explainer(
-            model._session(model._settings),
-            loaded.tokenizer,
-            loaded.name,
-            loaded.hash,
-            loaded.no_target_threshold,
-            self._encoded,
-            self.image,
-            source_rgb(self._source, self.size),
-        )
+        require_risam(model._segmenter, "explain")
+        rgb = source_rgb(self._source, self.size)
         block = None if block is None else whole_number("block", block)
         head = None if head is None else whole_number("head", head)
         shown = Shown(points_of(points), block=block, head=head)
-        return ExplanationResult.of(explainer.explain(texts_of(expressions), shown))
+        explanation = explain_image(
+            model._session(model._settings),
+            self._encoded,
+            self.image,
+            rgb,
+            texts_of(expressions),
+            shown,
+            model.no_target_threshold,
+        )
+        return ExplanationResult.of(explanation)
 
 
 def _error_of(failure: Failure) -> RisamError:

@@ -19,11 +19,12 @@ from risam_cli.data.images.images import open_rgb
 from risam_cli.data.images.memory import Pixels, pixels_to_rgb
 from risam_cli.drawing.drawing import no_larger
 from risam_cli.drawing.overlay import draw_overlay
-from risam_cli.drawing.png import encode_rgb, write_mask
+from risam_cli.drawing.png import encode_mask, encode_rgb
 from risam_cli.errors import ImageError
 from risam_cli.explain.explanation import Explanation
 from risam_cli.explain.page import to_html
 from risam_cli.explain.write import write_explanation
+from risam_cli.files.write import write_file
 from risam_cli.masks import rle as masks
 from risam_cli.outputs.records import to_json
 from risam_cli.types import Failure, Prediction, Rle
@@ -119,7 +120,7 @@ class Result:
         Raises:
             OutputError: it cannot be written.
         """
-        write_mask(Path(path), self.mask)
+        write_file(Path(path), encode_mask(self.mask))
 
     def overlay(self) -> NDArray[np.uint8]:
         """The image with the mask drawn into it, (kH + L, kW, 3); see ``outputs.overlay``.

@@ -272,17 +272,15 @@ def _as_option(one: Advice) -> dict[str, str]:
 def _timed_forward(segmenter: Segmenter, device: torch.device) -> dict[str, float]:
     """Median seconds of each part, after one pass that is not counted."""
     import numpy as np
-    import torch
+
+    from risam_cli.inference.device import synchronize
 
     rgb = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     inputs = [frame.batch([frame.resize(rgb)], device) for frame in segmenter.frames]
     rows = [0] * len(EXPRESSIONS)
 
     def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type == "mps":
-            torch.mps.synchronize()
+        synchronize(device)
         return time.perf_counter()
 
     rounds: list[tuple[float, float, float]] = []

@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from risam_cli.commands.options import (
+    UNIT,
     Place,
     bands_option,
     batch_options,
     cache_options,
-    check_unit,
     choice,
     compile_option,
     confine_option,
@@ -128,17 +128,13 @@ PROTOCOLS = ("native", "lavt", "cris", "gres", "lisa", "phrasecut")
 @click.option("--skip-missing", is_flag=True, help="Do not exit with 3 because of missing images.")
 @click.option(
     "--threshold",
-    type=float,
-    metavar="P",
-    callback=check_unit,
     help="A model's mask threshold instead of the protocol's; the report says so.",
+    **UNIT,
 )
 @click.option(
     "--no-target-threshold",
-    type=float,
-    metavar="P",
-    callback=check_unit,
     help="A model's no-target threshold.  [default: the model's]",
+    **UNIT,
 )
 @instance_options
 @device_options

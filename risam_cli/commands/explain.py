@@ -259,7 +259,7 @@ def _explainer(
             loaded.
     """
     from risam_cli.data.images.images import open_rgb, read_for_encoder
-    from risam_cli.explain.explainer import Explainer
+    from risam_cli.explain.explainer import explain_image
     from risam_cli.explain.explanation import Shown
     from risam_cli.inference.device import choose_device, choose_precision
     from risam_cli.inference.pipeline import PredictSettings, Session, compute_settings
@@ -284,17 +284,8 @@ def _explainer(
         path = given.images[image]
         rgb = open_rgb(path, bands=bands)
         scaled = read_for_encoder(path, segmenter.frames, full_decode=full_decode, bands=bands)
-        explainer = Explainer(
-            session,
-            segmenter.loaded.tokenizer,
-            segmenter.name,
-            segmenter.hash,
-            no_target_threshold,
-            session.encode(scaled),
-            image,
-            rgb,
-        )
-        return explainer.explain(expressions, shown)
+        encoded = session.encode(scaled)
+        return explain_image(session, encoded, image, rgb, expressions, shown, no_target_threshold)
 
     return explain
 

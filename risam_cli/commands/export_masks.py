@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from risam_cli.commands.options import (
+    UNIT,
     bands_option,
-    check_unit,
     choice,
     confine_option,
     json_option,
@@ -26,7 +26,7 @@ from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 
 if TYPE_CHECKING:
     from risam_cli.export.categories import Naming
-    from risam_cli.export.run_export import Outcome
+    from risam_cli.export.run_export import Outcome, Request
 
 FORMATS = (
     *("coco", "coco-polygons", "yolo", "labelme", "cvat", "png", "webdataset"),
@@ -68,14 +68,7 @@ def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
 )
 @names_option
 @click.option("--one-class", metavar="NAME", help="One category for all masks.")
-@click.option(
-    "--min-score",
-    type=float,
-    default=0.0,
-    metavar="P",
-    callback=check_unit,
-    help="Skip masks with a lower score.",
-)
+@click.option("--min-score", default=0.0, help="Skip masks with a lower score.", **UNIT)
 @click.option(
     "--min-area",
     type=click.IntRange(min=0),
@@ -91,10 +84,8 @@ def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
 )
 @click.option(
     "--min-iou",
-    type=float,
-    metavar="P",
-    callback=check_unit,
     help="--agree-with: lowest IoU at which two masks agree.  [default: 0.7]",
+    **UNIT,
 )
 @click.option(
     "--simplify",
@@ -174,25 +165,13 @@ def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
 @json_option
 @verbosity_options
 def command(
-    predictions: Path,
-    kind: str,
-    output: Path,
-    image_root: Path | None,
-    annotations: Path | None,
     category_map: Path | None,
     one_class: str | None,
-    min_score: float,
-    min_area: int,
-    agree_with: Path | None,
     min_iou: float | None,
-    max_pixels: int,
-    overwrite: bool,
-    copy_images: bool,
     bands: tuple[int, int, int] | None,
-    confine: bool,
     names: str | None,
     as_json: bool,
-    **settings: Any,
+    **options: Any,
 ) -> int:
     """Turn PREDICTIONS into another annotation format.
 
@@ -213,27 +192,17 @@ def command(
     from risam_cli.export.format import ExportSettings
     from risam_cli.export.run_export import Request, run_export
 
-    if min_iou is not None and agree_with is None:
+    if min_iou is not None and options["agree_with"] is None:
         raise UsageError("--min-iou needs --agree-with", "give the other model's predictions")
+    chosen = {name: options.pop(name) for name in ExportSettings.__dataclass_fields__}
     request = Request(
-        predictions=predictions,
-        kind=kind,
-        output=output,
-        image_root=image_root,
+        **options,
         naming=_naming(category_map, one_class),
-        settings=ExportSettings(**settings),
-        annotations=annotations,
-        min_score=min_score,
-        min_area=min_area,
-        agree_with=agree_with,
+        settings=ExportSettings(**chosen),
         min_iou=0.7 if min_iou is None else min_iou,
-        max_pixels=max_pixels,
-        overwrite=overwrite,
-        copy_images=copy_images,
-        confine=confine,
         names=names or "relative",
     )
-    with get_console().progress(f"export {kind}", None, "masks") as progress:
+    with get_console().progress(f"export {request.kind}", None, "masks") as progress:
         outcome = run_export(
             request,
             partial(open_rgb, bands=bands),
@@ -241,10 +210,11 @@ def command(
             lambda masks, failures: progress.advance(masks, failures=failures),
             begin=lambda total: progress.update(total=total),
         )
-    _tell(outcome, output, kind)
+    _tell(outcome, request)
     if as_json:
         summary = {**outcome.tally.summary(), "failures": outcome.failures}
-        click.echo(json.dumps({"format": kind, "output": str(output), **summary}))
+        place = {"format": request.kind, "output": str(request.output)}
+        click.echo(json.dumps({**place, **summary}))
     return EXIT_SOME_FAILED if outcome.failures else EXIT_OK
 
 
@@ -270,12 +240,11 @@ def _why_nothing(outcome: Outcome) -> str:
     return ", ".join(f"{counted(count, 'record')} {what}" for count, what in reasons if count)
 
 
-def _tell(outcome: Outcome, output: Path, kind: str) -> None:
+def _tell(outcome: Outcome, request: Request) -> None:
     """The account, on stderr: what was written, and what was lost."""
     console, tally = get_console(), outcome.tally
-    parts = [
-        f"{counted(tally.masks, 'mask')} of {counted(tally.images, 'image')} as {kind} in {output}"
-    ]
+    masks, images = counted(tally.masks, "mask"), counted(tally.images, "image")
+    parts = [f"{masks} of {images} as {request.kind} in {request.output}"]
     parts.append(counted(outcome.categories, "category", "categories"))
     if tally.empty:
         parts.append(f"{counted(tally.empty, 'record')} with an empty mask")
@@ -306,4 +275,4 @@ def _tell(outcome: Outcome, output: Path, kind: str) -> None:
     for line in (*(f"{count} {note}" for note, count in tally.notes.items()), *tally.remarks):
         console.warn(line)
     if outcome.failures:
-        console.warn(f"{outcome.failures} failed; see {output / 'failures.jsonl'}")
+        console.warn(f"{outcome.failures} failed; see {request.output / 'failures.jsonl'}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import click
@@ -146,7 +147,7 @@ def _show(facts: dict[str, Any], as_json: bool) -> None:
             # Through JSON, because YAML writes only plain types.
             plain = json.loads(json.dumps(facts[title], default=str))
             text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=96)
-            click.echo(f"\n{title}\n" + sanitize(_indented(text), keep_newlines=True))
+            click.echo(f"\n{title}\n" + sanitize(indent(text.rstrip(), "  "), keep_newlines=True))
     if "tensors" in facts:
         rows = [(t["name"], t["dtype"], "x".join(map(str, t["shape"]))) for t in facts["tensors"]]
         click.echo("\n" + _table(("tensor", "type", "shape"), rows))
@@ -339,7 +340,3 @@ def _tensors(weights: Path) -> list[dict[str, Any]]:
 
 def _size(count: int) -> str:
     return f"{count / 1e6:.1f} MB"
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.rstrip().splitlines())

@@ -125,38 +125,38 @@ def suggest_option(error: click.NoSuchOption) -> click.UsageError:
     return click.UsageError(f"{message} Did you mean {found}?", error.ctx) if found else error
 
 
-def verbosity_options(function: F) -> F:
-    """``-q/--quiet``, ``-v/--verbose`` and ``--debug``; at the root and after every command.
+_SPOKEN: dict[str, Any] = {
+    "is_flag": True,
+    "expose_value": False,
+    "is_eager": True,
+    "callback": _set_verbosity,
+}
 
-    They act on :func:`risam_cli.console.console.get_console`; the function gets no parameter.
-    """
-    common: dict[str, Any] = {
-        "is_flag": True,
-        "expose_value": False,
-        "is_eager": True,
-        "callback": _set_verbosity,
-    }
-    return _stack(
-        click.option("-q", "--quiet", help="Only warnings and errors on stderr.", **common),
-        click.option("-v", "--verbose", help="More messages on stderr.", **common),
-        click.option("--debug", help="Show the traceback of an error.", **common),
-    )(function)
+
+verbosity_options = _stack(
+    click.option("-q", "--quiet", help="Only warnings and errors on stderr.", **_SPOKEN),
+    click.option("-v", "--verbose", help="More messages on stderr.", **_SPOKEN),
+    click.option("--debug", help="Show the traceback of an error.", **_SPOKEN),
+)
+"""``-q/--quiet``, ``-v/--verbose`` and ``--debug``; at the root and after every command.
+
+They act on :func:`risam_cli.console.console.get_console`; the function gets no parameter.
+"""
 
 
 # --- model and device -----------------------------------------------------------------------------
 
 
-def model_option(function: F) -> F:
-    """``--model``: parameter ``model: str | None``; None is the bundled model."""
-    return click.option(
-        "--model",
-        metavar="NAME|PATH",
-        default=None,
-        shell_complete=completing.models,
-        help="A folder written by `risam train`, a bundled model's name, or a published model: "
-        "florence2, florence2-large, clipseg, sam3, grounded-sam, a Hugging Face folder or hub "
-        "name, or KIND:FOLDER_OR_HUB_NAME[+SECOND].  [default: the bundled model]",
-    )(function)
+model_option = click.option(
+    "--model",
+    metavar="NAME|PATH",
+    default=None,
+    shell_complete=completing.models,
+    help="A folder written by `risam train`, a bundled model's name, or a published model: "
+    "florence2, florence2-large, clipseg, sam3, grounded-sam, a Hugging Face folder or hub "
+    "name, or KIND:FOLDER_OR_HUB_NAME[+SECOND].  [default: the bundled model]",
+)
+"""``--model``: parameter ``model: str | None``; None is the bundled model."""
 
 
 def _check_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -165,68 +165,64 @@ def _check_device(ctx: click.Context, param: click.Parameter, value: str) -> str
     return value.lower()
 
 
-def device_options(function: F) -> F:
-    """``--device`` and ``--precision``: parameters ``device: str`` and ``precision: str``."""
-    return _stack(
-        click.option(
-            "--device",
-            metavar="NAME",
-            default="auto",
-            show_default=True,
-            callback=_check_device,
-            shell_complete=completing.devices,
-            help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps.",
-        ),
-        click.option(
-            "--precision",
-            type=choice(PRECISIONS),
-            default="auto",
-            show_default=True,
-            help="auto is bf16 if it is fast on the device, else fp32.",
-        ),
-    )(function)
+device_options = _stack(
+    click.option(
+        "--device",
+        metavar="NAME",
+        default="auto",
+        show_default=True,
+        callback=_check_device,
+        shell_complete=completing.devices,
+        help="auto (CUDA, then MPS, then CPU), cpu, cuda, cuda:N or mps.",
+    ),
+    click.option(
+        "--precision",
+        type=choice(PRECISIONS),
+        default="auto",
+        show_default=True,
+        help="auto is bf16 if it is fast on the device, else fp32.",
+    ),
+)
+"""``--device`` and ``--precision``: parameters ``device: str`` and ``precision: str``."""
 
 
-def compile_option(function: F) -> F:
-    """``--compile``: parameter ``compiled: bool``."""
-    return click.option(
-        "--compile",
-        "compiled",
-        is_flag=True,
-        help="Experimental, not yet measured on a GPU: compile the image encoder (CUDA only). "
-        "It takes minutes before the first image and is cached for later runs.",
-    )(function)
+compile_option = click.option(
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="Experimental, not yet measured on a GPU: compile the image encoder (CUDA only). "
+    "It takes minutes before the first image and is cached for later runs.",
+)
+"""``--compile``: parameter ``compiled: bool``."""
 
 
-def batch_options(function: F) -> F:
-    """``--batch-size`` and ``--workers``: ``batch_size: int``, ``workers: int | None``."""
-    return _stack(
-        click.option(
-            "--batch-size",
-            type=click.IntRange(min=1),
-            metavar="N",
-            default=8,
-            show_default=True,
-            help="Images per batch; halved automatically if memory runs out.",
-        ),
-        click.option(
-            "--workers",
-            type=click.IntRange(min=0, max=256),
-            metavar="N",
-            default=None,
-            help="Loader processes; 0 reads in the main process.  [default: by core count]",
-        ),
-    )(function)
+batch_options = _stack(
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        metavar="N",
+        default=8,
+        show_default=True,
+        help="Images per batch; halved automatically if memory runs out.",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(min=0, max=256),
+        metavar="N",
+        default=None,
+        help="Loader processes; 0 reads in the main process.  [default: by core count]",
+    ),
+)
+"""``--batch-size`` and ``--workers``: ``batch_size: int``, ``workers: int | None``."""
 
 
-def decode_option(function: F) -> F:
-    """``--full-decode``: parameter ``full_decode: bool``."""
-    return click.option(
-        "--full-decode",
-        is_flag=True,
-        help="Decode large JPEGs at full resolution. By default a JPEG of at least four times the "
-        "encoder's size is decoded at reduced scale, in half the time.",
-    )(function)
+decode_option = click.option(
+    "--full-decode",
+    is_flag=True,
+    help="Decode large JPEGs at full resolution. By default a JPEG of at least four times the "
+    "encoder's size is decoded at reduced scale, in half the time.",
+)
+"""``--full-decode``: parameter ``full_decode: bool``."""
 
 
 def _parse_bands(
@@ -243,14 +239,13 @@ def _parse_bands(
     return bands
 
 
-def bands_option(function: F) -> F:
-    """``--bands``: parameter ``bands: tuple[int, int, int] | None``."""
-    return click.option(
-        "--bands",
-        metavar="R,G,B",
-        callback=_parse_bands,
-        help="Which bands of TIFFs with four or more are red, green and blue, counted from 1.",
-    )(function)
+bands_option = click.option(
+    "--bands",
+    metavar="R,G,B",
+    callback=_parse_bands,
+    help="Which bands of TIFFs with four or more are red, green and blue, counted from 1.",
+)
+"""``--bands``: parameter ``bands: tuple[int, int, int] | None``."""
 
 
 def confine_option(text: str) -> Callable[[F], F]:
@@ -265,28 +260,27 @@ def _parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
         raise click.BadParameter(f"{error}.") from None
 
 
-def cache_options(function: F) -> F:
-    """``--feature-cache`` and ``--feature-cache-limit``.
+cache_options = _stack(
+    click.option(
+        "--feature-cache",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="DIR",
+        help="Store the image encoder's features here, in half precision, and reuse "
+        "existing ones. Several runs may share the folder.",
+    ),
+    click.option(
+        "--feature-cache-limit",
+        metavar="SIZE",
+        default="50GB",
+        show_default=True,
+        callback=_parse_size,
+        help="Size limit of that folder.",
+    ),
+)
+"""``--feature-cache`` and ``--feature-cache-limit``.
 
-    Parameters ``feature_cache: Path | None`` and ``feature_cache_limit: int``, in bytes.
-    """
-    return _stack(
-        click.option(
-            "--feature-cache",
-            type=click.Path(path_type=Path, file_okay=False),
-            metavar="DIR",
-            help="Store the image encoder's features here, in half precision, and reuse "
-            "existing ones. Several runs may share the folder.",
-        ),
-        click.option(
-            "--feature-cache-limit",
-            metavar="SIZE",
-            default="50GB",
-            show_default=True,
-            callback=_parse_size,
-            help="Size limit of that folder.",
-        ),
-    )(function)
+Parameters ``feature_cache: Path | None`` and ``feature_cache_limit: int``, in bytes.
+"""
 
 
 def check_unit(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
@@ -297,49 +291,46 @@ def check_unit(ctx: click.Context, param: click.Parameter, value: float | None) 
     return value
 
 
-def threshold_options(function: F) -> F:
-    """``--threshold``, ``--no-target-threshold``: ``float | None`` each; None is the model's own.
-
-    Parameters ``threshold`` and ``no_target_threshold``, probabilities in 0..1.
-    """
-    unit: dict[str, Any] = {"type": float, "metavar": "P", "default": None, "callback": check_unit}
-    return _stack(
-        click.option(
-            "--threshold",
-            help="Pixels above this probability are in the mask.  [default: the model's]",
-            **unit,
-        ),
-        click.option(
-            "--no-target-threshold",
-            help="The mask is empty above this probability of `nothing fits`.  "
-            "[default: the model's]",
-            **unit,
-        ),
-    )(function)
+UNIT: dict[str, Any] = {"type": float, "metavar": "P", "callback": check_unit}
+"""What options of probabilities and scores have in common."""
 
 
-def instance_options(function: F) -> F:
-    """``--select`` and ``--instance-threshold``, for models that tell instances from each other.
+threshold_options = _stack(
+    click.option(
+        "--threshold",
+        help="Pixels above this probability are in the mask.  [default: the model's]",
+        **UNIT,
+    ),
+    click.option(
+        "--no-target-threshold",
+        help="The mask is empty above this probability of `nothing fits`.  [default: the model's]",
+        **UNIT,
+    ),
+)
+"""``--threshold``, ``--no-target-threshold``: ``float | None`` each; None is the model's own.
 
-    Parameters ``select: str`` and ``instance_threshold: float | None``, a score in 0..1.
-    """
-    return _stack(
-        click.option(
-            "--select",
-            type=choice(("union", "best")),
-            default="union",
-            show_default=True,
-            help="For several instances of an expression: one mask of all, or only the best.",
-        ),
-        click.option(
-            "--instance-threshold",
-            type=float,
-            metavar="P",
-            default=None,
-            callback=check_unit,
-            help="Instances above this score count.  [default: the model's]",
-        ),
-    )(function)
+Parameters ``threshold`` and ``no_target_threshold``, probabilities in 0..1.
+"""
+
+
+instance_options = _stack(
+    click.option(
+        "--select",
+        type=choice(("union", "best")),
+        default="union",
+        show_default=True,
+        help="For several instances of an expression: one mask of all, or only the best.",
+    ),
+    click.option(
+        "--instance-threshold",
+        help="Instances above this score count.  [default: the model's]",
+        **UNIT,
+    ),
+)
+"""``--select`` and ``--instance-threshold``, for models that tell instances from each other.
+
+Parameters ``select: str`` and ``instance_threshold: float | None``, a score in 0..1.
+"""
 
 
 # --- output ---------------------------------------------------------------------------------------
@@ -398,14 +389,13 @@ def output_option(default: str | None, *, remote: bool = False) -> Callable[[F],
     )
 
 
-def names_option(function: F) -> F:
-    """``--names``: parameter ``names: str | None``; None is relative."""
-    return click.option(
-        "--names",
-        type=choice(("relative", "base", "absolute")),
-        help="How images given by absolute paths are named in the output: from the folder that "
-        "all share, by the file's name only, or by the whole path.  [default: relative]",
-    )(function)
+names_option = click.option(
+    "--names",
+    type=choice(("relative", "base", "absolute")),
+    help="How images given by absolute paths are named in the output: from the folder that "
+    "all share, by the file's name only, or by the whole path.  [default: relative]",
+)
+"""``--names``: parameter ``names: str | None``; None is relative."""
 
 
 def _one_of_two(other: str) -> Callable[[click.Context, click.Parameter, bool], bool]:
@@ -417,27 +407,25 @@ def _one_of_two(other: str) -> Callable[[click.Context, click.Parameter, bool], 
     return check
 
 
-def run_mode_options(function: F) -> F:
-    """``--resume`` and ``--overwrite``: parameters ``resume: bool`` and ``overwrite: bool``.
+run_mode_options = _stack(
+    click.option(
+        "--resume",
+        is_flag=True,
+        callback=_one_of_two("overwrite"),
+        help="Continue the run in the output folder.",
+    ),
+    click.option(
+        "--overwrite",
+        is_flag=True,
+        callback=_one_of_two("resume"),
+        help="Replace the run in the output folder.",
+    ),
+)
+"""``--resume`` and ``--overwrite``: parameters ``resume: bool`` and ``overwrite: bool``.
 
-    Not both; neither means: refuse a folder that holds another run.
-    """
-    return _stack(
-        click.option(
-            "--resume",
-            is_flag=True,
-            callback=_one_of_two("overwrite"),
-            help="Continue the run in the output folder.",
-        ),
-        click.option(
-            "--overwrite",
-            is_flag=True,
-            callback=_one_of_two("resume"),
-            help="Replace the run in the output folder.",
-        ),
-    )(function)
+Not both; neither means: refuse a folder that holds another run.
+"""
 
 
-def json_option(function: F) -> F:
-    """``--json``: parameter ``as_json: bool``."""
-    return click.option("--json", "as_json", is_flag=True, help="Write JSON to stdout.")(function)
+json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON to stdout.")
+"""``--json``: parameter ``as_json: bool``."""

@@ -33,7 +33,7 @@ from risam_cli.commands.options import (
     verbosity_options,
 )
 from risam_cli.console.streams import require_open
-from risam_cli.console.text import counted
+from risam_cli.console.text import counted, first_of
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, UsageError
 
 if TYPE_CHECKING:
@@ -333,7 +333,7 @@ def _predict_together(options: _Options, ranks: Ranks) -> int:
     if not ranks.begin(options.output, resume=resume, overwrite=options.overwrite):
         whole = replace(options, resume=True, overwrite=False)
         return _predict_alone(whole, Shard(), options.output) if ranks.leads else EXIT_OK
-    part = ranks.part(options.output)
+    part = ranks.shard.folder(options.output)
     resume, overwrite = ranks.settled(part, resume=options.resume, overwrite=options.overwrite)
     own = replace(options, resume=resume, overwrite=overwrite)
     with ranks.quietly():
@@ -394,9 +394,8 @@ def _asking_again(options: _Options, output: Path) -> _Options:
     if not before or tuple(expressions) == before:
         return options
     if not expressions:
-        named = ", ".join(repr(text) for text in before[:_NAMED])
-        more = f" and {len(before) - _NAMED} more" if len(before) > _NAMED else ""
-        get_console().info(f"using the expressions of the run in {output}: {named}{more}")
+        named = first_of([repr(text) for text in before], _NAMED)
+        get_console().info(f"using the expressions of the run in {output}: {named}")
     elif not options.retry_failed:
         return options  # the inputs of a run may change
     elif sorted(expressions) != sorted(before):

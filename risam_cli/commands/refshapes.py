@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -80,7 +81,6 @@ def _check_splits(ctx: click.Context, param: click.Parameter, value: str) -> tup
 )
 @click.option(
     "--format",
-    "format_name",
     type=choice(FORMATS),
     default="own",
     show_default=True,
@@ -105,16 +105,9 @@ def _check_splits(ctx: click.Context, param: click.Parameter, value: str) -> tup
 def command(
     output: Path,
     family: str,
-    splits: tuple[str, ...],
-    scenes: int | None,
-    expressions: int,
-    size: int,
-    seed: int,
-    format_name: str,
-    image_format: str,
-    polygons: bool,
     overwrite: bool,
     as_json: bool,
+    **drawn: Any,
 ) -> int:
     """Write RefShapes, the procedural data set: scenes of shapes, phrases and exact masks.
 
@@ -129,10 +122,7 @@ def command(
     from risam_cli.data.refshapes.writers import Plan, write_family
 
     families = FAMILIES if family == "all" else (family,)
-    plans = [
-        Plan(name, splits, format_name, scenes, expressions, size, seed, image_format, polygons)
-        for name in families
-    ]
+    plans = [Plan(name, **drawn) for name in families]
     taken = [str(output / plan.folder) for plan in plans if (output / plan.folder).exists()]
     if taken and not overwrite:
         raise OutputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 
 def counted(count: int, one: str, several: str = "") -> str:
@@ -13,6 +14,12 @@ def counted(count: int, one: str, several: str = "") -> str:
         several: what follows any other number; by default ``one`` with an s.
     """
     return f"{count} {one if count == 1 else several or one + 's'}"
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """The first of several names, and how many more there are: ``a, b and 3 more``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def sanitize(text: str, *, keep_newlines: bool = False) -> str:

@@ -18,8 +18,9 @@ from risam_cli.data.readers.source import OnFailure, SampleSource
 from risam_cli.errors import DataError, OutputError, UsageError, setting
 from risam_cli.evaluation.answer_log import ASKED, AnswerLog, gather_answers
 from risam_cli.evaluation.protocol import mask_rule
+from risam_cli.evaluation.report.assemble import Done
 from risam_cli.evaluation.report.schema import AnswersPart, NoTargetFitPart, TimingPart
-from risam_cli.evaluation.request import PART_FILE, Done, EvalRequest, count
+from risam_cli.evaluation.request import PART_FILE, EvalRequest, count
 from risam_cli.evaluation.scoring import (
     Answered,
     EvalRun,
@@ -191,7 +192,7 @@ def answer_and_score(
         ),
         count(done, failed=len(failures) - skipped, skipped=skipped, images_missing=absent),
         _timing(seconds, done),
-        threshold=None if segmenter.thresholds.calibrated else segmenter.thresholds.mask,
+        threshold=settings.threshold,
         no_target_fit=_fit(asked, done, threshold) if asked.fit_no_target else None,
         finish=log.finished,
     )

@@ -21,7 +21,7 @@ from risam_cli.data.readers.refer import SPLIT_BY
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, setting, told
 from risam_cli.evaluation.report.assemble import (
-    RunFacts,
+    Done,
     assemble,
     dataset_part,
     file_note,
@@ -36,7 +36,6 @@ from risam_cli.evaluation.request import (
     PART_FILE,
     SURPLUS_FILE,
     WRITTEN,
-    Done,
     EvalRequest,
     count,
 )
@@ -68,7 +67,7 @@ def evaluate(asked: EvalRequest) -> int:
 
 def _evaluate_together(asked: EvalRequest, ranks: Ranks) -> int:
     """Answer this process's part; where it is the last, score all, as one that resumes."""
-    part, output = ranks.part(asked.output), asked.output
+    part, output = ranks.shard.folder(asked.output), asked.output
     resume, overwrite = ranks.settled(
         part, PART_FILE, resume=asked.resume, overwrite=asked.overwrite
     )
@@ -265,16 +264,7 @@ def _report(
         limit=asked.limit,
         shuffle=asked.shuffle,
     )
-    facts = RunFacts(
-        command=["risam", *sys.argv[1:]],
-        dataset=data,
-        answers=done.answers,
-        counts=done.counts,
-        timing=done.timing,
-        threshold=done.threshold if asked.threshold is None else asked.threshold,
-        no_target_fit=done.no_target_fit,
-    )
-    return assemble(facts, done.run.scored, protocol, done.run.rows, other)
+    return assemble(["risam", *sys.argv[1:]], data, protocol, done, other)
 
 
 def _exit_code(report: Report, skip_missing: bool) -> int:

@@ -1,9 +1,8 @@
-"""What an evaluation is asked for, and what it has done."""
+"""What an evaluation is asked for."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from risam_cli.data.readers.source import Columns, SampleSource
 from risam_cli.errors import DataError, OutputError, UsageError, setting
 from risam_cli.evaluation.report.assemble import HTML_FILE, MARKDOWN_FILE
 from risam_cli.evaluation.report.compare import Other, read_other
-from risam_cli.evaluation.report.schema import AnswersPart, CountsPart, NoTargetFitPart, TimingPart
+from risam_cli.evaluation.report.schema import CountsPart
 from risam_cli.evaluation.scoring import (
     ANSWERS_FILE,
     FAILURES_FILE,
@@ -246,24 +245,6 @@ def _require_columns(source: SampleSource, columns: Columns) -> None:
             f"{name!r}",
             f"its columns: {', '.join(have)}; length and size are counted for any data",
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A finished run with what its kind of answers adds to the report.
-
-    Attributes:
-        threshold: of masks, where it is the model's own and not the protocol's.
-        finish: to be called once the reports are written: what was kept to go on with may go.
-    """
-
-    run: EvalRun
-    answers: AnswersPart
-    counts: CountsPart
-    timing: TimingPart
-    threshold: float | None = None
-    no_target_fit: NoTargetFitPart | None = None
-    finish: Callable[[], None] = lambda: None
 
 
 def count(run: EvalRun, **more: int) -> CountsPart:

@@ -129,7 +129,7 @@ class Scorer:
     def __init__(
         self,
         protocol: Protocol,
-        write_row: Callable[[str], None],
+        write_row: Callable[[str], object],
         custom: Sequence[CustomSlice] = (),
     ) -> None:
         self.protocol = protocol
@@ -453,7 +453,7 @@ def run_evaluation(
     made: set[Path] = set()
     with writing(folder.path / ROWS_FILE):
         with part.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-            scorer = Scorer(protocol, lambda line: _write_line(stream, line), custom)
+            scorer = Scorer(protocol, lambda line: stream.write(f"{line}\n"), custom)
             with console.progress("score", source.planned, "expressions") as progress:
                 for answered in answers:
                     progress.advance(scorer.add(answered))
@@ -476,10 +476,6 @@ def _tidy(made: set[Path], latest: Path, scorer: Scorer) -> None:
         for path in made - scorer.pictured():
             path.unlink(missing_ok=True)
             made.discard(path)
-
-
-def _write_line(stream: TextIO, line: str) -> None:
-    stream.write(line + "\n")
 
 
 def drop_missing_images(

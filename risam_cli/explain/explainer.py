@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,62 +14,55 @@ from risam_cli.explain.attention import explain
 from risam_cli.explain.explanation import Explained, Explanation, Shown
 from risam_cli.inference.device import describe_device
 from risam_cli.inference.pipeline import Encoded, Session
+from risam_cli.segmenters.risam import RisamSegmenter
 from risam_cli.types import Expression, Sample
-from risam_cli.weights.tokenizer import TextTokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class Explainer:
-    """A model at an image.
+def explain_image(
+    session: Session,
+    encoded: Encoded,
+    image: str,
+    rgb: NDArray[np.uint8],
+    expressions: Sequence[str],
+    shown: Shown,
+    no_target_threshold: float,
+) -> Explanation:
+    """What the network looked at for each of the expressions.
 
-    Attributes:
-        name, hash: the model's.
-        no_target_threshold: probability of "nothing fits" above which a mask is emptied.
+    Args:
+        session: of a RISAM model.
         image: the image's name; rgb: (H, W, 3) uint8.
+        no_target_threshold: probability of "nothing fits" above which a mask is emptied.
+
+    Raises:
+        UsageError: a point that is not in the image, a block or head that there is not.
+        ModelError: the network failed.
     """
-
-    session: Session
-    tokenizer: TextTokenizer
-    name: str
-    hash: str
-    no_target_threshold: float
-    encoded: Encoded
-    image: str
-    rgb: NDArray[np.uint8]
-
-    def explain(self, expressions: Sequence[str], shown: Shown) -> Explanation:
-        """What the network looked at for each of the expressions.
-
-        Raises:
-            UsageError: a point that is not in the image, a block or head that there is not.
-            ModelError: the network failed.
-        """
-        explained = tuple(self._one(text, shown) for text in expressions)
-        some = explained[0].attention.blocks > 0
-        return Explanation(
-            self.image,
-            self.rgb,
-            self.name,
-            self.hash,
-            describe_device(self.session.settings.device),
-            explained,
-            shown.points,
-            shown.grid,
-            shown.block if some else None,
-            shown.head if some else None,
-        )
-
-    def _one(self, text: str, shown: Shown) -> Explained:
-        attention = explain(self.session, self.tokenizer, self.encoded, text)
-        blocks, heads = attention.blocks, attention.heads
-        require_chosen(shown, self.name, blocks, heads)
+    segmenter = cast(RisamSegmenter, session.segmenter)
+    explained = []
+    for text in expressions:
+        attention = explain(session, segmenter.loaded.tokenizer, encoded, text)
+        require_chosen(shown, segmenter.name, attention.blocks, attention.heads)
         for x, y in shown.points:
             attention.region_at(x, y)
-        sample = Sample(self.image, Path(self.image), (Expression(f"{self.image}#0", text),))
-        found = self.session.ask(self.encoded, sample, self.no_target_threshold)
+        sample = Sample(image, Path(image), (Expression(f"{image}#0", text),))
+        found = session.ask(encoded, sample, no_target_threshold)
         if found.failures:
             raise ModelError(found.failures[0].message)
-        return Explained(found.predictions[0], attention)
+        explained.append(Explained(found.predictions[0], attention))
+    some = explained[0].attention.blocks > 0
+    return Explanation(
+        image,
+        rgb,
+        segmenter.name,
+        segmenter.hash,
+        describe_device(session.settings.device),
+        tuple(explained),
+        shown.points,
+        shown.grid,
+        shown.block if some else None,
+        shown.head if some else None,
+    )
 
 
 def require_chosen(shown: Shown, model: str, blocks: int, heads: int) -> None:

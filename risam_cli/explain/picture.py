@@ -39,12 +39,12 @@ _GROUND = 0.55  # how much of the gray picture shines through where there is no 
 def draw_explanation(explanation: Explanation, explained: Explained) -> Rgb:
     """The picture of one expression, (H, 1200, 3)."""
     attention = explained.attention
-    strips = [*_head(explanation, explained), _space(10), _overview(explanation, explained)]
+    strips = [*_head(explanation, explained), _blank(10), _overview(explanation, explained)]
     if explanation.points and attention.tokens_of_region is not None:
-        strips += [_space(8), *_point_lines(explanation, attention)]
+        strips += [_blank(8), *_point_lines(explanation, attention)]
     if attention.regions_of_token is not None:
-        strips += [_space(22), *_word_panels(explanation, attention)]
-    return np.concatenate([_space(20), *strips, _space(20)])
+        strips += [_blank(22), *_word_panels(explanation, attention)]
+    return np.concatenate([_blank(20), *strips, _blank(20)])
 
 
 def blend_heat(gray: Rgb, share: NDArray[np.float32]) -> Rgb:
@@ -188,8 +188,8 @@ def _word_panels(explanation: Explanation, attention: Attention) -> list[Rgb]:
     rows = [panels[k : k + _COLUMNS] for k in range(0, len(panels), _COLUMNS)]
     strips = [_line("Language-Guided Attention: the regions that each word attends to", 15, _INK)]
     for row in rows:
-        strips += [_space(8), _row(row)]
-    return [*strips, _space(10), _legend(even)]
+        strips += [_blank(8), _row(row)]
+    return [*strips, _blank(10), _legend(even)]
 
 
 def _legend(even: float) -> Rgb:
@@ -219,7 +219,7 @@ def _legend(even: float) -> Rgb:
 def _panel(picture: Rgb, title: str, width: int, facts: Sequence[str] = ()) -> Rgb:
     """A picture with its caption above and facts below, a line each."""
     above = _line(title, 16 if facts else 15, _INK, width)
-    parts = [above, _space(4, width), _wide(picture, width)]
+    parts = [above, _blank(4, width), _wide(picture, width)]
     parts += [_line(fact, 12, _SOFT, width) for fact in facts]
     return np.concatenate(parts)
 
@@ -246,10 +246,6 @@ def _wide(picture: Rgb, width: int) -> Rgb:
     strip = _blank(picture.shape[0], width)
     strip[:, : picture.shape[1]] = picture
     return strip
-
-
-def _space(height: int, width: int | None = None) -> Rgb:
-    return _blank(height, width)
 
 
 def _blank(height: int, width: int | None = None) -> Rgb:

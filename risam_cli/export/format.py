@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from risam_cli.data.images.bounds import metered
+from risam_cli.data.images.bounds import known_formats, metered
 from risam_cli.data.images.files import open_regular
-from risam_cli.drawing.png import check_header
 from risam_cli.errors import DataError, require_machine, setting
 from risam_cli.export.categories import Categories
 from risam_cli.export.folder import ExportFolder, Spool
@@ -319,7 +318,7 @@ def copy_image(context: Context, image: LabeledImage, folder: str) -> None:
         # Records name what they like: only what is an image leaves its place.
         with open_regular(image.path) as file:
             with os.fdopen(os.dup(file.fileno()), "rb") as probe:  # which Pillow may close
-                check_header(metered(probe, str(image.path)))
+                Image.open(metered(probe, str(image.path)), formats=known_formats()).close()
             file.seek(0)
             context.folder.copy(file, image.path, f"{folder}/{image.target}")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

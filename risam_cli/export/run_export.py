@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from risam_cli.console.text import first_of
 from risam_cli.data.identity import existing, id_text
 from risam_cli.data.images.files import require_inside
+from risam_cli.data.readers.shapes import MAX_PIXELS
 from risam_cli.errors import DataError
 from risam_cli.export.agreement import Agreement
 from risam_cli.export.categories import UNNAMED, Categories, Naming
@@ -25,7 +27,7 @@ from risam_cli.export.format import (
     OpenImage,
 )
 from risam_cli.export.registry import check_options, formats
-from risam_cli.export.sources import MAX_PIXELS, ImageGroup, OnFailure, Source
+from risam_cli.export.sources import ImageGroup, OnFailure, Source
 from risam_cli.export.targets import RELATIVE, Placement
 from risam_cli.outputs.records import FAILURES, failure_to_json
 from risam_cli.types import Failure, Prediction
@@ -299,9 +301,8 @@ def _note(
     if categories.unnamed:
         tally.note(f"records have no expression; their class is {UNNAMED!r}", categories.unnamed)
     if unfound := categories.without_mask():
-        named = ", ".join(repr(name) for name in unfound[:_NAMED])
-        more = f" and {len(unfound) - _NAMED} more" if len(unfound) > _NAMED else ""
-        tally.remarks.append(f"categories without a mask, which keep their class: {named}{more}")
+        named = first_of([repr(name) for name in unfound], _NAMED)
+        tally.remarks.append(f"categories without a mask, which keep their class: {named}")
     tally.remarks += source.notes()
 
 

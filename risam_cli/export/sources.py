@@ -18,6 +18,7 @@ import numpy as np
 from risam_cli.data.identity import id_text
 from risam_cli.data.readers.names import Record
 from risam_cli.data.readers.results import Results
+from risam_cli.data.readers.shapes import MAX_PIXELS
 from risam_cli.errors import DataError, setting
 from risam_cli.export.targets import Placement, image_hash
 from risam_cli.files.jsonlines import brief
@@ -25,9 +26,6 @@ from risam_cli.masks import rle as masks
 from risam_cli.types import Failure, Prediction
 
 OnFailure = Callable[[Failure], None]
-
-MAX_PIXELS = 178_956_970
-"""Pixels of a mask over which a record is refused unless told otherwise: as for images."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,35 +46,12 @@ def require_own_tree(folder: Path) -> None:
         require_own(Path(inside), [*folders, *files])
 
 
-class Confined:
-    """Makes folders under a root, and notices where a link would lead out of it.
+def require_under(root: Path, folder: Path) -> None:
+    """Make sure that a folder is at or under a root once links are followed; neither need exist.
 
-    Args:
-        root: the output folder; need not exist yet.
+    Raises:
+        OutputError: it lies elsewhere.
     """
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._made: set[Path] = set()
-
-    def make(self, folder: Path) -> None:
-        """Make a folder at or under the root, with those between. Looks at each folder once.
-
-        Raises:
-            OutputError: it lies elsewhere once links are followed; nothing was made then.
-            OSError: it cannot be made.
-        """
-        if folder in self._made:
-            return
-        self.require(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if len(self._made) > 4096:
-            self._made.clear()
-        self._made.add(folder)
-
-    def require(self, folder: Path) -> None:
-        """As :meth:`make`, without making it."""
-        root = os.path.realpath(self._root)
-        real = os.path.realpath(folder)
-        if real != root and not real.startswith(os.path.join(root, "")):
-            raise OutputError(f"{folder} leads to {real}, outside of {self._root}", _FIX)
+    whole, real = os.path.realpath(root), os.path.realpath(folder)
+    if real != whole and not real.startswith(os.path.join(whole, "")):
+        raise OutputError(f"{folder} leads to {real}, outside of {root}", _FIX)

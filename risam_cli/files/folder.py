@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from risam_cli.errors import OutputError
-from risam_cli.files.confine import Confined, require_own
+from risam_cli.files.confine import require_own, require_under
 from risam_cli.files.jsonlines import load_json
 from risam_cli.files.locks import PRIVATE, FolderLock
 from risam_cli.files.write import make_file, sync_folders, write_file, writing
@@ -112,7 +112,6 @@ class OutputFolder:
         self.names = names
         self.private = path / PRIVATE
         self.staging = self.private / "staging"
-        self.confined = Confined(path)
         self._numbers = itertools.count()
         self._is_new = not path.exists()
         with writing(path, OTHER):
@@ -219,7 +218,7 @@ class OutputFolder:
         place = self.path / folder
         if not _BY_DESCRIPTOR:
             with writing(place):
-                self.confined.require(place)
+                require_under(self.path, place)
                 place.mkdir(parents=True, exist_ok=True)
             yield None
             return
@@ -230,7 +229,7 @@ class OutputFolder:
                 for name in filter(None, folder.split("/")):
                     descriptor = _open(stack, name, flags | os.O_NOFOLLOW, descriptor)
             except NotADirectoryError:
-                self.confined.require(place)  # where it leads, if it is a link that leads elsewhere
+                require_under(self.path, place)  # says where a link leads
                 raise
             yield descriptor
 

@@ -26,7 +26,7 @@ _LONGEST = 200  # bytes of a file's name that its temporary file takes over; sys
 
 
 @contextmanager
-def writing(path: Path, fix: str = CHECK, more: str = "") -> Iterator[None]:
+def writing(path: Path, fix: str = CHECK) -> Iterator[None]:
     """What the system says against writing ``path`` (OSError), as one line for the user.
 
     The line names ``path``, whatever temporary file the fault befell.
@@ -39,7 +39,7 @@ def writing(path: Path, fix: str = CHECK, more: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         require_machine(error)
-        raise OutputError(f"cannot write {shown(path)}: {reason_of(error)}{more}", fix) from error
+        raise OutputError(f"cannot write {shown(path)}: {reason_of(error)}", fix) from error
 
 
 def shown(path: Path | str) -> str:
@@ -47,33 +47,25 @@ def shown(path: Path | str) -> str:
     return os.fspath(path).partition(f"{os.sep}{PRIVATE}{os.sep}")[0]
 
 
-def write_file(
-    path: Path,
-    content: bytes | str | Callable[[Path], object],
-    *,
-    part: Path | None = None,
-    sync: bool = True,
-) -> None:
+def write_file(path: Path, content: bytes | str | Callable[[Path], object]) -> None:
     """Write a file, whole or not at all; its folder is made where it is missing.
+
+    Content and name are on the disk when this returns.
 
     Args:
         content: bytes; text, of which a lone surrogate, which UTF-8 cannot hold, is written as its
             escape; or what writes the file at a path that it is given.
-        part: where the file is made; a hidden name beside ``path`` if not given.
-        sync: whether content and name are on the disk when this returns.
 
     Raises:
         OutputError: it cannot be written; an older file at ``path`` survives.
     """
-    if part is None:
-        name = os.fsdecode(os.fsencode(path.name)[:_LONGEST])
-        part = path.with_name(f".{name}.part")
+    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST])
+    part = path.with_name(f".{name}.part")
     with writing(path):
         try:
-            make_file(part, content, sync=sync)
+            make_file(part, content)
             replace(part, path)
-            if sync:
-                sync_folder(path.parent)
+            sync_folder(path.parent)
         except BaseException:
             with suppress(OSError):
                 part.unlink()
@@ -83,7 +75,12 @@ def write_file(
 def make_file(
     part: Path, content: bytes | str | Callable[[Path], object], *, sync: bool = True
 ) -> None:
-    """Write a file that is yet to be moved to its place; ``content`` as for :func:`write_file`."""
+    """Write a file that is yet to be moved to its place.
+
+    Args:
+        content: as for :func:`write_file`.
+        sync: whether the content is on the disk when this returns.
+    """
     part.parent.mkdir(parents=True, exist_ok=True)
     with create(part) as file:
         if callable(content):

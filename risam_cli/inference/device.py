@@ -147,6 +147,14 @@ def release_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def keep_freed_memory() -> None:
     """Has glibc keep the memory of tensors that are gone for the next ones, 64 MiB at most.
 
@@ -203,19 +211,14 @@ def training_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def count_workers(workers: int | None, device_type: str) -> int:
-    """Loader processes: as many as the user says, else what suits the device."""
-    return default_workers(device_type) if workers is None else workers
-
-
-def default_workers(device_type: str) -> int:
-    """Loader processes where the user names no number.
+    """Loader processes: as many as the user says, else what suits the device.
 
     On a CPU the network takes all cores and decoding hides in a thread beside it; a GPU wants its
     images from several processes.
     """
-    if device_type == "cpu":
-        return 0
-    return max(1, min(8, (os.cpu_count() or 2) - 1))
+    if workers is not None:
+        return workers
+    return 0 if device_type == "cpu" else max(1, min(8, (os.cpu_count() or 2) - 1))
 
 
 # --- cores ----------------------------------------------------------------------------------------
@@ -386,7 +389,7 @@ def _batch_size(measured: Measured) -> Advice:
 def _workers(measured: Measured) -> Advice:
     rate = max([measured.lanes / min(measured.encode.values()), *measured.rates.values()])
     needed = measured.read * rate  # processes that are busy reading while the network never waits
-    default = default_workers(measured.device_type)
+    default = count_workers(None, measured.device_type)
     told = (
         f"reading a photo takes {measured.read * 1e3:.0f} ms, one is encoded every "
         f"{1e3 / rate:.0f} ms"
@@ -452,10 +455,7 @@ def _shortest(step: Callable[[], object], device: torch.device, seconds: float) 
     while len(times) < 11:
         start = time.perf_counter()
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type == "mps":
-            torch.mps.synchronize()
+        synchronize(device)
         times.append(time.perf_counter() - start)
         if time.perf_counter() - began > seconds:
             break

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from risam_cli.console.console import get_console
 from risam_cli.errors import OutputError, reason_of
-from risam_cli.files.confine import Confined, require_own
+from risam_cli.files.confine import require_own, require_under
 from risam_cli.files.jsonlines import load_json
 from risam_cli.files.sizes import show_size
 from risam_cli.files.write import create
@@ -109,7 +109,6 @@ class FeatureStore:
         self.own = folder / hashlib.sha256(text.encode()).hexdigest()[:24]
         self._numbers = itertools.count()
         self._lock = threading.Lock()
-        self._confined = Confined(folder)
         self.used, self.held = self._open(text)
 
     def read(self, key: str, allocate: Callable[[int], Bytes] | None = None) -> Entry | None:
@@ -160,7 +159,8 @@ class FeatureStore:
             return
         part = path.with_name(f".{key}-{os.getpid()}-{next(self._numbers)}.part")
         try:
-            self._confined.make(path.parent)
+            require_under(self.folder, path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "xb") as file:
                 file.write(header)
                 for one in entry.arrays.values():

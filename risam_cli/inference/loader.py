@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from risam_cli.console.console import get_console
 from risam_cli.data.images.bounds import SlowImage
 from risam_cli.data.images.images import EncoderImage
-from risam_cli.errors import MachineError, RisamError
+from risam_cli.errors import MachineError, RisamError, reason_of
 from risam_cli.inference.apart import LoaderProcess, ending
 from risam_cli.inference.loading import (
     Load,
@@ -397,7 +397,7 @@ class ProcessLoader(_Loader, threading.Thread):
             task.deaths += 1
             if task.deaths == 2:
                 del self._in_flight[number]
-                how = ending(code) if dead else " ".join(str(error).split())[:200]
+                how = ending(code) if dead else reason_of(error)
                 why = f"the loader process died on it twice ({how})"
                 task.future.set_result(failed(task.path, why, 0.0))
 

@@ -22,6 +22,8 @@ from risam_cli.metrics.figures import Flags, Floats, Ints, Terms, ratio
 
 REPLICATES = 2000
 LEVEL = 0.95
+SEED = 0
+"""Of all draws, so that the same answers give the same intervals."""
 LEAST_IMAGES = 10
 """Where a figure is taken from fewer images, it has no interval and no p-value."""
 _CELLS = 1 << 19  # draws held at once: 4 MiB of float64, a few times over
@@ -53,7 +55,6 @@ def intervals(
     clusters: Ints,
     *,
     replicates: int = REPLICATES,
-    seed: int = 0,
 ) -> NDArray[np.float64]:
     """Percentile intervals of K ratios of sums, (K, 2); nan where undefined, where too few images
     count, and where all say the same.
@@ -64,7 +65,7 @@ def intervals(
         clusters: (N,) image numbers from 0.
         replicates: draws of all images with replacement.
     """
-    draws, _ = _draws(columns, clusters, replicates, seed)
+    draws, _ = _draws(columns, clusters, replicates)
     bounds = _percentiles(draws)
     bounds[bounds[:, 0] == bounds[:, 1]] = np.nan
     return bounds
@@ -76,12 +77,11 @@ def compare(
     clusters: Ints,
     *,
     replicates: int = REPLICATES,
-    seed: int = 0,
 ) -> dict[str, Change]:
     """Paired comparison of the figures of two runs on the same N expressions, image by image."""
     names = list(first)
     columns = [first[name] for name in names] + [second[name] for name in names]
-    draws, counts = _draws(columns, clusters, replicates, seed)
+    draws, counts = _draws(columns, clusters, replicates)
     differences = draws[:, len(names) :] - draws[:, : len(names)]
     bounds = _percentiles(differences)
     result = {}
@@ -95,7 +95,7 @@ def compare(
 
 
 def _draws(
-    columns: Iterable[tuple[Floats, Floats]], clusters: Ints, replicates: int, seed: int
+    columns: Iterable[tuple[Floats, Floats]], clusters: Ints, replicates: int
 ) -> tuple[NDArray[np.float64], Ints]:
     """The K ratios in every replicate, (R, K), and from how many images each is taken, (K,).
 
@@ -110,7 +110,7 @@ def _draws(
         return np.full((replicates, len(sums)), np.nan), counts
     above = np.stack([a for a, _ in sums], axis=1)  # (images, K)
     below = np.stack([b for _, b in sums], axis=1)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     out = np.empty((replicates, len(sums)))
     step = max(1, _CELLS // images)
     for start in range(0, replicates, step):

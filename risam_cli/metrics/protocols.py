@@ -45,14 +45,14 @@ class Protocol:
     """
 
     name: str
-    threshold: float
-    resolution: Resolution
-    canvas: int
     empty_iou: float
-    strict: bool
     no_target: NoTarget
-    targets_only: bool
     definition: str
+    threshold: float = 0.5
+    resolution: Resolution = "image"
+    canvas: int = 0
+    strict: bool = False
+    targets_only: bool = False
     truth: Truth = "union"
     epsilon: float = 0.0
     single: bool = False
@@ -62,13 +62,8 @@ class Protocol:
 _PROTOCOLS = (
     Protocol(
         "native",
-        threshold=0.5,
-        resolution="image",
-        canvas=0,
         empty_iou=1.0,
-        strict=False,
         no_target="gate",
-        targets_only=False,
         definition=(
             "Masks are compared at the original image's size. A pixel belongs to the mask where p "
             "> 0.5. An answer is 'no target' where the no-target head says so or the mask is "
@@ -79,13 +74,10 @@ _PROTOCOLS = (
     ),
     Protocol(
         "lavt",
-        threshold=0.5,
         resolution="stretch",
         canvas=480,
         empty_iou=0.0,
-        strict=False,
         no_target="mask",
-        targets_only=False,
         definition=(
             "As LAVT's test.py: the ground truth is the pixels that exactly one polygon of the "
             "annotation covers (its masks are sums kept where they equal 1), resized to 480x480 "
@@ -104,7 +96,6 @@ _PROTOCOLS = (
         empty_iou=0.0,
         strict=True,
         no_target="mask",
-        targets_only=False,
         definition=(
             "As CRIS's engine: probabilities on a 416x416 letterboxed canvas are warped back to "
             "the original image's size (inverse affine warp, bicubic, zero outside); a pixel "
@@ -118,11 +109,9 @@ _PROTOCOLS = (
     ),
     Protocol(
         "gres",
-        threshold=0.5,
         resolution="stretch",
         canvas=480,
         empty_iou=1.0,
-        strict=False,
         no_target="head",
         targets_only=True,
         definition=(
@@ -138,13 +127,8 @@ _PROTOCOLS = (
     ),
     Protocol(
         "lisa",
-        threshold=0.5,
-        resolution="image",
-        canvas=0,
         empty_iou=1.0,
-        strict=False,
         no_target="mask",
-        targets_only=False,
         definition=(
             "As LISA's validate(): masks at the original image's size, a pixel belongs to the "
             "mask where its logit > 0. The truth is the pixels that exactly one polygon of the "
@@ -156,13 +140,9 @@ _PROTOCOLS = (
     ),
     Protocol(
         "phrasecut",
-        threshold=0.5,
-        resolution="image",
-        canvas=0,
         empty_iou=0.0,
         strict=True,
         no_target="mask",
-        targets_only=False,
         definition=(
             "As PhraseCut's evaluator: masks at the original image's size, p > 0.5. IoU is 0 "
             "where neither mask has a pixel. Pr@X counts IoU > X; the paper's X = 0.3 is among "

@@ -211,10 +211,14 @@ class CrossAttention(nn.Module):
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, x in ((self.query, query), (self.key, key), (self.value, value))
         )
+        attended = self.attend(q, k, v, mask)  # (E, heads, n, d)
+        return self.output(attended.transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of (E, heads, n, d) to (E, heads, m, d); mask as for :meth:`forward`."""
         # Written out: one side has a few tokens only, where the fused kernel's backward pass is
         # several times slower on a CPU and there is no large matrix to save.
         weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (E, heads, n, m)
         if mask is not None:
             weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
-        attended = weights.softmax(dim=-1).to(v.dtype) @ v
-        return self.output(attended.transpose(1, 2).flatten(2))
+        return weights.softmax(dim=-1).to(v.dtype) @ v

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from risam_cli.drawing.drawing import svg_path
 from risam_cli.drawing.palette import color
 from risam_cli.errors import OutputError
-from risam_cli.files.confine import Confined
+from risam_cli.files.confine import require_under
 from risam_cli.outputs.naming import GALLERY
 from risam_cli.version import __version__
 
@@ -116,7 +116,7 @@ class Gallery:
     _written: int = 0
 
     def __post_init__(self) -> None:
-        Confined(self.folder).require(self.folder / GALLERY / "data")
+        require_under(self.folder, self.folder / GALLERY / "data")
 
     def add(self, row: Row) -> None:
         """Take one image.
@@ -166,7 +166,7 @@ def remove_pages(folder: Path) -> None:
     Raises:
         OutputError: a link in the folder leads out of it.
     """
-    Confined(folder).require(folder / GALLERY / "data")
+    require_under(folder, folder / GALLERY / "data")
     for path in (folder / PAGE, *_data_files(folder)):
         path.unlink(missing_ok=True)
 

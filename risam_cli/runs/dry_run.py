@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from risam_cli.console.text import sanitize
+from risam_cli.console.text import first_of, sanitize
 from risam_cli.data.images.images import Bands, image_size
 from risam_cli.data.inputs.inputs import Entry
 from risam_cli.errors import ImageError
@@ -120,6 +120,5 @@ def look_through(
 def _shown(entry: Entry, size: tuple[int, int]) -> str:
     assert entry.sample is not None
     texts = [repr(one.text) for one in entry.sample.expressions]
-    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
     height, width = size
-    return sanitize(f"{entry.image} ({width}x{height}): {', '.join(texts[:3])}{more}")
+    return sanitize(f"{entry.image} ({width}x{height}): {first_of(texts, 3)}")

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from risam_cli.errors import OutputError, setting
-from risam_cli.files.confine import Confined, require_own
+from risam_cli.files.confine import require_own, require_under
 from risam_cli.files.folder import OTHER, SPLICE, OutputFolder
 from risam_cli.files.jsonlines import load_json
 from risam_cli.files.locks import PRIVATE
@@ -101,7 +101,6 @@ class RunFolder(OutputFolder):
         remove_pages(self.path)
         for name in (MASKS, OVERLAYS, GALLERY):
             remove_empty_folders(self.path / name)
-        self.confined = Confined(self.path)  # that of before believes the folders to be there
 
     def require_known(self) -> None:
         """Makes sure that it is known what an earlier run wrote here.
@@ -124,7 +123,7 @@ class RunFolder(OutputFolder):
         for path in paths:
             place = self.path / path
             # A ledger is a file's word, and a folder under masks/ may be a link.
-            self.confined.require(place.parent)
+            require_under(self.path, place.parent)
             with suppress(ValueError, NotADirectoryError):  # no name that a file can have
                 place.unlink(missing_ok=True)
 
@@ -195,7 +194,6 @@ class RunFolder(OutputFolder):
             for folder in folders:
                 with suppress(OSError):
                     os.removedirs(folder)
-            self.confined = Confined(self.path)  # that of before believes the folders to be there
             sync_folders(self.path, folders)
 
     def _move_in(self) -> None:

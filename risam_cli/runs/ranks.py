@@ -61,10 +61,6 @@ class Ranks:
         """Whether it is the one that speaks for all."""
         return self.shard.index == 0
 
-    def part(self, output: Path) -> Path:
-        """The folder that this process works in."""
-        return self.shard.folder(output)
-
     @contextmanager
     def speaking(self) -> Iterator[None]:
         """What all processes meet is the first one's to tell.

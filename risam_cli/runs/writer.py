@@ -121,7 +121,7 @@ class Stager:
         traced = {one.id: self._outlines.pop(one.id, {}) for one in sample.expressions}
         if not predictions or not (self._saving.overlay or self._saving.html):
             return
-        own = (predictions[0].height, predictions[0].width)
+        own, first = (predictions[0].height, predictions[0].width), sample.expressions[0].number
         bands = self._saving.bands
         if self._saving.overlay:
             rgb = self._read(sample.path, lambda path, most: open_rgb(path, most, bands))
@@ -130,7 +130,7 @@ class Stager:
                 [masks.decode(one.segmentation) for one in predictions],
                 [one.expression for one in predictions],
             )
-            self._stage(_overlay_of(sample, self._saving.files), encode_rgb(drawn))
+            self._stage(overlay_name(sample.image, first, self._saving.files), encode_rgb(drawn))
         else:
             side = max(small_size(*own))
             rgb = self._read(
@@ -138,15 +138,12 @@ class Stager:
             )
         if self._saving.html:
             item = encode_item(rgb, own, [traced[one.id][one.instance] for one in predictions])
-            self._stage(_item_of(sample, self._saving.files), item)
+            self._stage(gallery_name(sample.image, first, self._saving.files), item)
 
     def take(self, sample: Sample, predictions: Sequence[Prediction]) -> list[Staged]:
         """The staged files of a sample's records; those of expressions that failed are deleted."""
         names = [one.mask for one in predictions if one.mask is not None]
-        if self._saving.overlay and predictions:
-            names.append(_overlay_of(sample, self._saving.files))
-        if self._saving.html and predictions:
-            names.append(_item_of(sample, self._saving.files))
+        names += self._of_whole(sample) if predictions else ()
         taken = [self._staged.pop(name) for name in names]
         for name in self._names_of(sample):
             left = self._staged.pop(name, None)
@@ -158,11 +155,15 @@ class Stager:
         """All names that staged files of a sample may have."""
         for one in sample.expressions:
             yield from self._names.pop((sample.image, one.number), ())
-        if sample.expressions:
-            yield from (
-                _overlay_of(sample, self._saving.files),
-                _item_of(sample, self._saving.files),
-            )
+        yield from self._of_whole(sample)
+
+    def _of_whole(self, sample: Sample) -> Iterator[str]:
+        """The names of what is made of all expressions of a sample together."""
+        number = sample.expressions[0].number if sample.expressions else None
+        if self._saving.overlay and number is not None:
+            yield overlay_name(sample.image, number, self._saving.files)
+        if self._saving.html and number is not None:
+            yield gallery_name(sample.image, number, self._saving.files)
 
     def _read(self, path: Path, read: Callable[[Path, int], Rgb]) -> Rgb:
         """The image once more; a drive may stall now that did not before."""
@@ -181,14 +182,6 @@ class Stager:
                 path.unlink()
             raise
         self._staged[name] = Staged(path, FileMark(name, len(data), zlib.crc32(data)))
-
-
-def _overlay_of(sample: Sample, names: Names) -> str:
-    return overlay_name(sample.image, sample.expressions[0].number, names)
-
-
-def _item_of(sample: Sample, names: Names) -> str:
-    return gallery_name(sample.image, sample.expressions[0].number, names)
 
 
 # --- what is committed ----------------------------------------------------------------------------

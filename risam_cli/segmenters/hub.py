@@ -61,7 +61,6 @@ def fetch(name: str, *, download: bool = True) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -96,11 +95,8 @@ def fetch(name: str, *, download: bool = True) -> Path:
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise _absent(name, "the hub cannot be reached") from None
-    except HfHubHTTPError as error:
-        raise _absent(name, " ".join(str(error).split())[:120]) from None
-    except OSError as error:  # no space, no permission; or a connection that broke
-        reason = reason_of(error)
-        raise _absent(name, reason) from None
+    except OSError as error:  # the hub's answer; no space, no permission; a connection that broke
+        raise _absent(name, reason_of(error)) from None
     except Exception as error:  # the HTTP library's own, of a connection that broke
         if not type(error).__module__.startswith("http"):
             raise

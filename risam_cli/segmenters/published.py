@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from risam_cli.data.images.frames import Filter, Fit, Frame, Pixels
-from risam_cli.errors import ModelError
+from risam_cli.errors import ModelError, reason_of
 from risam_cli.files.hashing import sha256_of_file
 from risam_cli.files.jsonlines import load_json, read_text
 from risam_cli.segmenters.segmenter import Capabilities, Instances, Texts, Thresholds
@@ -141,12 +141,9 @@ def _explained(folder: Folder, kind: type[Any], error: Exception) -> ModelError:
         try:
             _open(folder.path / name)
         except Exception as damage:  # safetensors has an error of its own
-            reason = " ".join(str(damage).split())[:120]
-            return ModelError(
-                f"{folder.path / name} is damaged or truncated: {reason}", "download it again"
-            )
-    reason = " ".join(str(error).split())[:200]
-    return ModelError(f"{folder.name}: cannot load it as {kind.__name__}: {reason}", _FIX)
+            why = f"{folder.path / name} is damaged or truncated: {reason_of(damage)}"
+            return ModelError(why, "download it again")
+    return ModelError(f"{folder.name}: cannot load it as {kind.__name__}: {reason_of(error)}", _FIX)
 
 
 def _open(path: Path) -> None:
@@ -173,9 +170,8 @@ def load_tokenizer(folder: Folder, words: int) -> Any:
                 folder.path, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # tokenizers raises bare Exception
-            reason = " ".join(str(error).split())[:160]
             raise ModelError(
-                f"{folder.name}: its tokenizer cannot be loaded: {reason}",
+                f"{folder.name}: its tokenizer cannot be loaded: {reason_of(error)}",
                 "put its tokenizer files (tokenizer.json, tokenizer_config.json, vocab.json, …) "
                 "into the folder",
             ) from error

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from risam_cli.console.console import get_console
-from risam_cli.errors import ModelError, RisamError, setting
+from risam_cli.errors import ModelError, RisamError, reason_of, setting
 from risam_cli.files.write import write_file
 from risam_cli.weights.torch_files import load_plain, require_sealed, seal_file
 
@@ -332,8 +332,8 @@ def read_state(
         fitting = {hashes[n] for n in (stage_of_weights(place), place.stage) if n < len(hashes)}
         belongs = state["settings_hash"] in fitting
     except (KeyError, TypeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ModelError(f"checkpoint {path} is damaged: {reason}", _way_out(path)) from error
+        why = f"checkpoint {path} is damaged: {reason_of(error)}"
+        raise ModelError(why, _way_out(path)) from error
     if not belongs:
         raise ModelError(
             f"checkpoint {path} belongs to other settings"
@@ -384,10 +384,8 @@ def restore(
     except ModelError:
         raise
     except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ModelError(
-            f"the checkpoint does not fit the model: {reason}", f"start without {setting('resume')}"
-        ) from error
+        why = f"the checkpoint does not fit the model: {reason_of(error)}"
+        raise ModelError(why, f"start without {setting('resume')}") from error
 
 
 # --- weights kept for averaging -------------------------------------------------------------------

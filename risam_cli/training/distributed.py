@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from risam_cli.console.console import Console, get_console, set_console
-from risam_cli.errors import Interrupted, RisamError, UsageError, setting
+from risam_cli.errors import Interrupted, RisamError, UsageError, reason_of, setting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,9 +137,8 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
         store, rank, size = next(rendezvous("env://"))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"the {world} processes of WORLD_SIZE cannot find each other: {reason}",
+            f"the {world} processes of WORLD_SIZE cannot find each other: {reason_of(error)}",
             "start them with torchrun",
         ) from error
     told = get_console()

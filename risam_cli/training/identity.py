@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from risam_cli.console.text import first_of
 from risam_cli.files.jsonlines import brief
 from risam_cli.settings.train import TrainSettings
 
@@ -106,8 +107,7 @@ def settings_that_differ(was: TrainSettings, now: TrainSettings, number: int) ->
         before, after = (_value(one, key) for one in full)
         if old.get(key) != new.get(key) and before != after:
             told.append(f"{key} was {before} and is {after}")
-    more = len(told) - _TOLD
-    return ", ".join(told[:_TOLD]) + (f" and {more} more" if more > 0 else "")
+    return first_of(told, _TOLD)
 
 
 def _as_written(settings: TrainSettings, number: int) -> dict[str, Any]:

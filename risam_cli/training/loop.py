@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from risam_cli.console.console import Progress, get_console
+from risam_cli.console.text import first_of
 from risam_cli.errors import ConfigError, Interrupted, OutputError, RisamError, setting
 from risam_cli.files.confine import require_own_tree
 from risam_cli.files.folder import OutputFolder
@@ -353,7 +354,8 @@ class TrainingRun:
         dealt = self._dealt(number, stage)
         batches = self._batches(dealt, stage)
         per_step = dealt.per_step(s.images_per_step)
-        with self._progress(stage) as progress:
+        shown = self.console.progress(f"stage {s.name}", s.steps, "steps", place.step)
+        with shown as progress:
             if self._owes_validation(stage):
                 self._validate(stage, stepper, average, kept)
             while place.step < s.steps and not place.stopped:
@@ -383,10 +385,6 @@ class TrainingRun:
         step = self.place.step
         due = step == stage.settings.steps or step % self.settings.validate_every == 0
         return due and self.place.validated < step
-
-    def _progress(self, stage: Stage) -> Any:
-        s = stage.settings
-        return self.console.progress(f"stage {s.name}", s.steps, "steps", self.place.step)
 
     def _tell(
         self, progress: Progress, stage: Stage, figures: Mapping[str, torch.Tensor], rate: float
@@ -418,11 +416,10 @@ class TrainingRun:
             for index in indices
         ]
         name = getattr(stage.data, "name_of", str)
-        named = ", ".join(name(index) for index in bad[:_NAMED])
-        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        named = first_of([name(index) for index in bad], _NAMED)
         return RisamError(
             f"{error} at stage {stage.settings.name!r}, step {self.place.step}, in the batch of "
-            f"images {named}{more}",
+            f"images {named}",
             f"lower the learning rate, or look at these images{self.checkpoints.kept()}",
         )
 

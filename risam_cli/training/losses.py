@@ -66,16 +66,8 @@ class DenseTask:
         """See :func:`dense_loss`."""
         pixels = normalize(batch.images, batch.fitted.tolist())
         output = self.head(self.encoder(pixels))
-        return dense_loss(
-            output.shape,
-            output.color,
-            output.size,
-            output.offset,
-            batch.labels.long(),
-            batch.centres,
-            self.background_weight,
-            counts,
-        )
+        labels = batch.labels.long()
+        return dense_loss(output, labels, batch.centres, self.background_weight, counts)
 
     def expressions(self, batch: DenseBatch) -> int:
         """Scenes of the batch."""
@@ -286,10 +278,7 @@ def dense_counts(labels: Tensor, background_weight: float) -> Tensor:
 
 
 def dense_loss(
-    shape: Tensor,
-    color: Tensor,
-    size: Tensor,
-    offset: Tensor,
+    output: DenseOutput,
     labels: Tensor,
     centres: Tensor,
     background_weight: float,
@@ -298,8 +287,7 @@ def dense_loss(
     """Per-pixel loss of the encoder's first stage on RefShapes (ours).
 
     Args:
-        shape, color, size: (B, classes, t, t) logits; class 0 is background.
-        offset: (B, 2, t, t) predicted (x, y) way to the instance's centre, in picture sides.
+        output: of the head, t cells a side.
         labels: (B, 3, t, t) class numbers of shape, colour and size, 0 at background.
         centres: (B, 2, t, t) true way to the centre; ignored at background.
         background_weight: weight of background pixels, far below 1 since they are most.
@@ -314,24 +302,26 @@ def dense_loss(
     whole, count = counts.clamp(min=1).unbind()
     foreground = (labels[:, 0] > 0).float()
     weight = foreground + background_weight * (1 - foreground)
-    total = shape.new_zeros(())
+    total = foreground.new_zeros(())
     figures = {}
-    for number, (name, logits) in enumerate((("shape", shape), ("color", color), ("size", size))):
+    for number, name in enumerate(("shape", "color", "size")):
+        logits = getattr(output, name)
         loss = F.cross_entropy(logits.float(), labels[:, number], reduction="none")
         total = total + (loss * weight).sum() / whole
         correct = (logits.argmax(dim=1) == labels[:, number]).float()
         figures[name] = ((correct * foreground).sum() / count).detach()
-    distance = F.smooth_l1_loss(offset.float(), centres, reduction="none", beta=0.02).sum(dim=1)
+    offset = output.offset.float()
+    distance = F.smooth_l1_loss(offset, centres, reduction="none", beta=0.02).sum(dim=1)
     total = total + 10 * (distance * foreground).sum() / count
-    figures["centre_error"] = (
-        ((offset.float() - centres).norm(dim=1) * foreground).sum() / count
-    ).detach()
+    figures["centre_error"] = (((offset - centres).norm(dim=1) * foreground).sum() / count).detach()
     return total, figures
 
 
 @dataclass(frozen=True)
 class DenseOutput:
-    """Logits (B, classes, 4h, 4w) with class 0 background, and offsets (B, 2, 4h, 4w)."""
+    """Logits (B, classes, 4h, 4w) with class 0 background, and offsets (B, 2, 4h, 4w): the (x, y)
+    way to the instance's centre in picture sides.
+    """
 
     shape: Tensor
     color: Tensor

@@ -30,13 +30,11 @@ def rate_factor(settings: OptimizerSettings, step: int, steps: int, warmup: int)
     if settings.schedule == "constant":
         return 1.0
     part = (step - warmup) / max(1, steps - warmup)
-    polynomial = settings.schedule == "polynomial"
-    left = (1 - part) ** settings.power if polynomial else _half_cosine(part)
+    if settings.schedule == "polynomial":
+        left = (1 - part) ** settings.power
+    else:
+        left = 0.5 * (1 + math.cos(math.pi * part))
     return settings.floor + (1 - settings.floor) * left
-
-
-def _half_cosine(part: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * part))
 
 
 class NotFinite(Exception):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from risam_cli.errors import ModelError
+from risam_cli.errors import ModelError, reason_of
 from risam_cli.model.feature_enhancement import FeatureEnhancement
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.model.mask_decoder import MutualAwareMaskDecoder
@@ -25,21 +25,7 @@ from risam_cli.weights.tokenizer import tokenizer_from_words, with_learned_words
 
 def build_image_encoder(settings: ImageEncoderSettings) -> ImageEncoder:
     """SAM's encoder with random weights; see :mod:`risam_cli.weights.sam` for its checkpoints."""
-    return ImageEncoder(
-        image_size=settings.image_size,
-        patch_size=settings.patch_size,
-        dim=settings.dim,
-        depth=settings.depth,
-        heads=settings.heads,
-        mlp_ratio=settings.mlp_ratio,
-        out_dim=settings.out_dim,
-        window=settings.window,
-        global_blocks=settings.global_blocks,
-        taps=settings.taps,
-        adapter_dim=settings.adapter_dim,
-        stem=settings.stem,
-        stem_in_deep=settings.stem_in_deep,
-    )
+    return ImageEncoder(**settings.model_dump(exclude={"checkpoint"}))
 
 
 def build_model(settings: ModelSettings, text: TextParts) -> Risam:
@@ -74,8 +60,8 @@ def build_model(settings: ModelSettings, text: TextParts) -> Risam:
             dim=dim,
         )
     except (RuntimeError, MemoryError, OverflowError) as error:  # sizes that no machine has
-        reason = " ".join(str(error).split())[:160]
-        raise ModelError(f"cannot build the network: {reason}", "set smaller sizes") from error
+        why = f"cannot build the network: {reason_of(error)}"
+        raise ModelError(why, "set smaller sizes") from error
 
 
 def _risam_parts(settings: ModelSettings) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from risam_cli.errors import ModelError
+from risam_cli.errors import ModelError, reason_of
 
 if TYPE_CHECKING:
     from risam_cli.model.risam import Risam
@@ -146,9 +146,8 @@ def fill(model: Risam, needed: Needed, folder: Path) -> None:
     try:
         model.text_encoder.backbone.load_state_dict(backbone.state_dict())
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{place} does not fit the text encoder of {folder}: {reason}",
+            f"{place} does not fit the text encoder of {folder}: {reason_of(error)}",
             "download the folder again",
         ) from error
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +39,6 @@ _FOLDER_FILES = (
 )
 
 
-@dataclass(frozen=True)
-class SamSource:
-    """Tensors of a SAM checkpoint under segment-anything's names, and what they were read from.
-
-    Attributes:
-        path: as given; tensors: mapped from the files where that is possible.
-        files: that were read, in order.
-    """
-
-    path: Path
-    tensors: Mapping[str, Tensor]
-    files: tuple[Path, ...]
-
-    def sha256(self) -> str:
-        """Of the file; of a folder with shards, over the hashes of its weight files in order."""
-        return sha256_of(self.files)
-
-
 def sha256_of(files: Iterable[Path]) -> str:
     """SHA-256 of a file; of several, over their hashes in order."""
     digests = [sha256_of_file(path) for path in files]
@@ -78,7 +59,7 @@ def load_sam_encoder(encoder: ImageEncoder, path: Path) -> str:
             Face folder, sharded or not.
 
     Returns:
-        SHA-256 of the source, see :meth:`SamSource.sha256`.
+        :func:`sha256_of` the files that were read.
 
     Raises:
         ModelError: a file that cannot be read, holds code, or does not fit the encoder.
@@ -88,10 +69,10 @@ def load_sam_encoder(encoder: ImageEncoder, path: Path) -> str:
             f"{path}: SAM's weights begin with a patch embedding, image_encoder.stem is set",
             "set image_encoder.stem to null, or image_encoder.checkpoint to null",
         )
-    source = read_sam(path)
+    tensors, files = read_sam(path)
     weights = {
         name.removeprefix(ENCODER): tensor
-        for name, tensor in source.tensors.items()
+        for name, tensor in tensors.items()
         if name.startswith(ENCODER)
     }
     own = {name: p for name, p in encoder.state_dict().items() if ".adapter." not in name}
@@ -99,7 +80,7 @@ def load_sam_encoder(encoder: ImageEncoder, path: Path) -> str:
     _check_names(path, weights.keys(), own.keys(), "the image encoder")
     resized = _resized(path, weights, encoder)
     _copy(path, resized, own)
-    return source.sha256()
+    return sha256_of(files)
 
 
 def load_sam_decoder(decoder: SamMaskDecoder, path: Path) -> None:
@@ -112,7 +93,7 @@ def load_sam_decoder(decoder: SamMaskDecoder, path: Path) -> None:
     Raises:
         ModelError: a file that cannot be read, or a decoder of another size than SAM's.
     """
-    weights = decoder_names(read_sam(path).tensors)
+    weights = decoder_names(read_sam(path)[0])
     own = {
         name: tensor
         for name, tensor in decoder.state_dict().items()
@@ -122,8 +103,11 @@ def load_sam_decoder(decoder: SamMaskDecoder, path: Path) -> None:
     _copy(path, weights, own)
 
 
-def read_sam(path: Path) -> SamSource:
+def read_sam(path: Path) -> tuple[dict[str, Tensor], list[Path]]:
     """Reads a SAM checkpoint of either layout under segment-anything's names.
+
+    Returns:
+        The tensors, mapped from the files where that is possible, and the files in order.
 
     Raises:
         ModelError: nothing there, a damaged file, one that holds code, or one that is no SAM.
@@ -142,7 +126,7 @@ def read_sam(path: Path) -> SamSource:
     if not any(name.startswith(ENCODER) for name in tensors):
         first = ", ".join(sorted(tensors)[:3]) or "none"
         raise ModelError(f"{path} holds no weights of a SAM encoder, only {first}", _WANTED)
-    return SamSource(path, tensors, tuple(files))
+    return tensors, files
 
 
 def weight_files(folder: Path) -> list[Path]:

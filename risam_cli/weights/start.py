@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from risam_cli.console.console import Console
-from risam_cli.errors import ConfigError, ModelError
+from risam_cli.errors import ConfigError, ModelError, reason_of
 from risam_cli.model.image_encoder import ImageEncoder
 from risam_cli.model.risam import Risam
 from risam_cli.model.rivals.sam import SamMaskDecoder
@@ -256,8 +256,7 @@ def _tensors(source: str) -> Mapping[str, Tensor]:
         KeyError,
         SafetensorError,
     ) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"init_encoder_from {source} cannot be read: {reason}",
+            f"init_encoder_from {source} cannot be read: {reason_of(error)}",
             "give a model folder or a training run's checkpoints/last.pt",
         ) from error

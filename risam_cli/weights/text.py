@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from risam_cli.errors import ModelError
+from risam_cli.errors import ModelError, reason_of
 from risam_cli.weights.tokenizer import (
     TextTokenizer,
     load_tokenizer,
@@ -95,9 +95,8 @@ def pretrained_text(source: str, max_tokens: int) -> TextParts:
         if lacking:
             raise ValueError(f"its files lack {len(lacking)} weights, first {lacking[0]!r}")
     except Exception as error:  # transformers passes on whatever a file's bytes lead to
-        reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"cannot load text encoder {source!r}: {reason}",
+            f"cannot load text encoder {source!r}: {reason_of(error)}",
             "give a folder with config.json, weights and tokenizer files, or a name that is in "
             "the local Hugging Face cache or on the hub; or none: model.text_encoder.source null "
             "and vocabulary data learn the words of the training expressions",
@@ -176,9 +175,8 @@ def text_from_folder(stored: StoredModel, max_tokens: int) -> TextParts:
     except ModelError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
-        reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{stored.folder}: text encoder cannot be built: {reason}",
+            f"{stored.folder}: text encoder cannot be built: {reason_of(error)}",
             "download the folder again",
         ) from error
     limit = min(max_tokens, int(config.max_position_embeddings))

@@ -14,7 +14,8 @@ from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from risam_cli.errors import ModelError
+from risam_cli.console.text import first_of
+from risam_cli.errors import ModelError, reason_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,9 +40,8 @@ def panics_told() -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split())[:160]
         raise ModelError(
-            f"the model's tokenizer.json does not work on an expression: {reason}",
+            f"the model's tokenizer.json does not work on an expression: {reason_of(error)}",
             "download the model folder again",
         ) from None
 
@@ -233,8 +233,7 @@ class KnownWords:
 
     def named(self) -> str:
         """The first of the unknown words."""
-        more = f" and {len(self.unknown) - _NAMED} more" if len(self.unknown) > _NAMED else ""
-        return ", ".join(self.unknown[:_NAMED]) + more
+        return first_of(self.unknown, _NAMED)
 
 
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")

@@ -43,10 +43,8 @@ def load_plain(path: Path, *, mapped: bool = False) -> Any:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipped)
         tensors = list(_tensors(held))
     except Exception as error:  # the unpickler raises whatever a file's bytes make it raise
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ModelError(
-            f"{path} cannot be read as plain weights, and nothing in it was run: {reason}", _FIX
-        ) from error
+        why = f"{path} cannot be read as plain weights, and nothing in it was run"
+        raise ModelError(f"{why}: {reason_of(error)}", _FIX) from error
     for tensor in tensors:
         if not _is_plain(tensor):
             raise ModelError(

@@ -45,7 +45,7 @@ def test_maps_are_the_softmaxes_of_the_first_block() -> None:
     model = loaded.model
     block: Any = model.attention[0]
     encoded = cases.session_of(loaded).encode(
-        memory_for_encoder(cases.noise_image(), [sam_frame(64)], "it", 10**6)
+        memory_for_encoder(cases.noise_image(), [sam_frame(64)], "it")
     )
     visual = encoded.features.visual[0].flatten(1).T  # (16, C)
     position = model.project_position(sine_positions_2d(4, 4, model.dim, torch.device("cpu")))

@@ -31,7 +31,7 @@ from risam_cli.data.images.frames import sam_frame
 from risam_cli.errors import MachineError
 from risam_cli.inference import loader as loaders
 from risam_cli.inference.apart import LoaderProcess
-from risam_cli.inference.device import default_workers
+from risam_cli.inference.device import count_workers
 from risam_cli.inference.feeder import ImageJob
 from risam_cli.inference.loader import (
     ImageLoader,
@@ -307,5 +307,5 @@ def test_no_thread_and_no_process_is_left(tmp_path: Path) -> None:
 
 
 def test_a_cpu_decodes_in_threads_and_a_gpu_has_processes() -> None:
-    assert default_workers("cpu") == 0
-    assert 1 <= default_workers("cuda") <= 8
+    assert count_workers(None, "cpu") == 0
+    assert 1 <= count_workers(None, "cuda") <= 8

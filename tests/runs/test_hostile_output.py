@@ -13,7 +13,7 @@ from support import hostile_images
 
 from risam_cli import cli
 from risam_cli.errors import OutputError
-from risam_cli.files.confine import Confined, require_own
+from risam_cli.files.confine import require_own, require_under
 from risam_cli.files.jsonlines import seal, unseal
 from risam_cli.runs.ledger import LedgerLine
 
@@ -245,19 +245,16 @@ def test_eval_refuses_planted_links(name: str, victim: Path, tmp_path: Path, cap
     assert _untouched(victim)
 
 
-def test_folders_are_looked_at_before_they_are_made(victim: Path, tmp_path: Path) -> None:
+def test_links_that_lead_out_of_a_folder_are_found(victim: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
-    confined = Confined(root)
-    confined.make(root / "a/b")
-    assert (root / "a/b").is_dir()
+    (root / "a/b").mkdir(parents=True)
     (root / "out").symlink_to(victim)
     (root / "in").symlink_to(root / "a")
-    with pytest.raises(OutputError, match="outside of"):
-        confined.make(root / "out/new")
-    with pytest.raises(OutputError, match="outside of"):
-        confined.make(root / "../victim/new")
-    confined.make(root / "in/new")
-    assert _untouched(victim)
+    for inside in (root, root / "a/b/new", root / "in/new"):
+        require_under(root, inside)
+    for outside in (root / "out/new", root / "../victim/new"):
+        with pytest.raises(OutputError, match="outside of"):
+            require_under(root, outside)
     require_own(root, ["a", "missing", "a/b"])
     with pytest.raises(OutputError, match="is a link to"):
         require_own(root, ["a", "in"])

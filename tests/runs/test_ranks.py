@@ -12,21 +12,13 @@ from typing import Any
 
 import pytest
 from support.paths import REPO
+from support.records import contents
 
 from risam_cli.cli import main
 from risam_cli.runs import ranks
 
 Rank = Callable[..., int]
 ASK = ("-e", "the red circle", "-e", "star")
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """All that a run leaves, but for run.json, which holds times, and the tool's own folder."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "run.json" and ".risam" not in path.parts
-    }
 
 
 @pytest.fixture
@@ -67,7 +59,7 @@ def test_the_last_of_the_processes_leaves_one_folder(
     said = capfd.readouterr()
     assert said.out == (whole / "predictions.jsonl").read_text()
     assert "10 records of 3 processes" in said.err
-    assert files(out) == files(whole)
+    assert contents(out) == contents(whole)
     assert not list(out.glob("shard-*"))
     # It is a run like any other: torchrun or one process go on with it, or are refused.
     assert rank(1, tiny_images, *ASK, "-o", out) == 1
@@ -75,7 +67,7 @@ def test_the_last_of_the_processes_leaves_one_folder(
     assert rank(1, tiny_images, *ASK, "-o", out, "--resume") == 0
     assert rank(0, tiny_images, *ASK, "-o", out, "--resume") == 3
     assert rank(None, tiny_images, *ASK, "-o", out, "--resume") == 3
-    assert files(out) == files(whole)
+    assert contents(out) == contents(whole)
 
 
 def test_parts_can_be_kept(
@@ -88,18 +80,18 @@ def test_parts_can_be_kept(
     names = ["shard-00000-of-00002", "shard-00001-of-00002"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert main(["merge", str(out), "-o", str(tmp_path / "merged")]) == 0
-    assert files(tmp_path / "merged") == files(whole)
+    assert contents(tmp_path / "merged") == contents(whole)
     for number, world in ((0, 3), (None, 1)):
         assert rank(number, tiny_images, *ASK, "-o", out, world=world) == 1
         assert "holds the parts of a run in 2 processes" in capfd.readouterr().err
     # With --resume and without --no-merge they come together after all.
     assert [rank(n, tiny_images, *ASK, "-o", out, "--resume") for n in (0, 1)] == [0, 0]
-    assert files(out) == files(whole)
+    assert contents(out) == contents(whole)
     # --overwrite: whatever was there goes, parts of other numbers too.
     assert rank(0, tiny_images, "-e", "ring", "-o", out, "--overwrite", world=4) == 0
     assert [path.name for path in out.glob("[!.]*")] == ["shard-00000-of-00004"]
     assert rank(None, tiny_images, *ASK, "-o", out, "--overwrite") == 0
-    assert files(out) == files(whole)
+    assert contents(out) == contents(whole)
 
 
 def test_a_finished_part_of_an_earlier_start_does_not_count(
@@ -130,7 +122,7 @@ def test_after_a_restart_what_was_begun_goes_on(
     assert rank(0, tiny_images, *ASK, "-o", out, "--overwrite", start=1) == 0
     assert (out / "shard-00000-of-00002" / "predictions.jsonl").stat().st_ino == before.st_ino
     assert rank(1, tiny_images, *ASK, "-o", out, "--overwrite", start=1) == 0
-    assert files(out) == files(whole)
+    assert contents(out) == contents(whole)
     # Once more, because the last one failed after all: nothing is lost, nothing is done anew.
     inode = (out / "predictions.jsonl").stat().st_ino
     for number in (0, 1):
@@ -232,7 +224,7 @@ def test_torchrun_gives_the_bytes_and_figures_of_one_process(
     assert main([*map(str, asked), str(tmp_path / "whole")]) == 0
     done = torchrun(world, *asked, tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     scored = ["eval", "--dataset", "refshapes", "--split", "val", "--limit", "150", *model, "-o"]
     assert main([*map(str, scored), str(tmp_path / "one")]) == 0
     done = torchrun(world, *scored, tmp_path / "many")
@@ -251,7 +243,7 @@ def test_a_process_that_is_killed_is_started_again_and_goes_on(
     done = torchrun(2, "1", "0", *asked, tmp_path / "out", script=script)
     assert done.returncode == 0, done.stderr
     assert "Signal 9" in done.stderr or "exitcode: -9" in done.stderr
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     scored = ["eval", "--dataset", "refshapes", "--split", "val", "--limit", "150", *model, "-o"]
     assert main([*map(str, scored), str(tmp_path / "one")]) == 0
     done = torchrun(2, "1", "5", *scored, tmp_path / "two", script=script)

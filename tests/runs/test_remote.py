@@ -10,6 +10,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from support.records import contents
 
 from risam_cli.cli import main
 from risam_cli.files import store
@@ -47,14 +48,6 @@ def there(fs: Any) -> dict[str, bytes]:
     return found
 
 
-def here(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "run.json" and ".risam" not in path.parts
-    }
-
-
 def test_the_output_in_a_store_is_that_of_a_disk(
     memory: Any,
     predict: Predict,
@@ -64,7 +57,7 @@ def test_the_output_in_a_store_is_that_of_a_disk(
 ) -> None:
     assert predict("-o", tmp_path / "disk") == 0
     assert predict("-o", URL) == 0
-    assert there(memory) == here(tmp_path / "disk")
+    assert there(memory) == contents(tmp_path / "disk")
     assert json.loads(memory.cat("/results/run/run.json"))["status"] == "complete"
     assert not list((tmp_path / "cache").rglob("*.jsonl"))  # no copy is left
     # It is a run: refused, gone on with from any machine, or replaced, as on a disk.
@@ -76,10 +69,10 @@ def test_the_output_in_a_store_is_that_of_a_disk(
         assert predict("-o", folder, "--resume") == 0
     assert memory.cat("/results/run/masks/lost") == b"not ours"
     memory.rm("/results/run/masks/lost")
-    assert there(memory) == here(tmp_path / "disk")
+    assert there(memory) == contents(tmp_path / "disk")
     for folder in (URL, tmp_path / "disk"):
         assert predict("-o", folder, "--overwrite", images=tiny_images / "sub") == 0
-    assert there(memory) == here(tmp_path / "disk")
+    assert there(memory) == contents(tmp_path / "disk")
     assert predict("-o", URL, "--dry-run") == 0
     assert "(holds a run already)" in capfd.readouterr().out
 
@@ -117,7 +110,7 @@ def test_an_upload_that_breaks_off_counts_for_nothing_and_goes_on(
     assert predict("-o", URL, "--resume") == 0
     assert not first & set(sent)
     assert sent[-1].endswith("ledger.jsonl")
-    assert there(memory) == here(tmp_path / "disk")
+    assert there(memory) == contents(tmp_path / "disk")
 
 
 def test_processes_of_torchrun_upload_once(
@@ -129,7 +122,7 @@ def test_processes_of_torchrun_upload_once(
         assert not memory.exists("/results/run/ledger.jsonl")
         monkeypatch.setenv("RANK", rank)
         assert predict("-o", URL) == 0
-    assert there(memory) == here(tmp_path / "disk")
+    assert there(memory) == contents(tmp_path / "disk")
 
 
 def test_a_tar_gives_what_its_images_give(

@@ -31,15 +31,6 @@ def copy(clipseg: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(clipseg, tmp_path / "copy"))
 
 
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No network and an empty cache."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-
-
 def one_line(error: ModelError | UsageError) -> str:
     text = str(error)
     assert "\n" not in text

@@ -47,7 +47,7 @@ def noise_image(height: int = 30, width: int = 60) -> np.ndarray[Any, Any]:
 
 def attention_of(loaded: Any, image: np.ndarray[Any, Any], text: str = TEXT) -> Attention:
     session = session_of(loaded)
-    encoded = session.encode(memory_for_encoder(image, [sam_frame(64)], "it", 10**6))
+    encoded = session.encode(memory_for_encoder(image, [sam_frame(64)], "it"))
     return explain(session, loaded.tokenizer, encoded, text)
 
 

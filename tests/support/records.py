@@ -1,4 +1,4 @@
-"""The records that a run has written."""
+"""What a run has written: its files, its records."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from typing import Any
 from risam_cli.masks import rle as masks
 from risam_cli.outputs.records import PREDICTIONS
 from risam_cli.types import Prediction
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All that a run leaves, but for run.json, which holds times, and the tool's own folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "run.json" and ".risam" not in path.parts
+    }
 
 
 def read_records(folder: Path) -> list[Prediction]:

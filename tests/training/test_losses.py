@@ -12,7 +12,7 @@ from torch import Tensor
 from risam_cli.metrics.figures import summarize
 from risam_cli.model.mask_decoder import Decoded
 from risam_cli.training.data.collate import ReferringBatch
-from risam_cli.training.losses import LossParts, ReferringLoss, dense_loss
+from risam_cli.training.losses import DenseOutput, LossParts, ReferringLoss, dense_loss
 from risam_cli.training.validate import _scores
 
 LOG2 = math.log(2)
@@ -205,7 +205,7 @@ def _dense(
         scores = torch.nn.functional.one_hot(labels[:, number], classes).permute(0, 3, 1, 2) * 30.0
         logits.append((scores if right else torch.zeros_like(scores)).requires_grad_())
     offset = (centres.clone() if right else torch.zeros_like(centres)).requires_grad_()
-    total, figures = dense_loss(*logits, offset, labels, centres, background_weight)
+    total, figures = dense_loss(DenseOutput(*logits, offset), labels, centres, background_weight)
     return total, figures, (*logits, offset)
 
 
@@ -239,7 +239,8 @@ def test_dense_loss_by_hand() -> None:
 def test_dense_loss_without_foreground_is_finite() -> None:
     labels, centres = torch.zeros(1, 3, 2, 2, dtype=torch.long), torch.zeros(1, 2, 2, 2)
     logits = [noise(1, c, 2, 2) for c in (4, 3, 2)]
-    total, figures = dense_loss(*logits, noise(1, 2, 2, 2), labels, centres, 0.08)
+    output = DenseOutput(*logits, noise(1, 2, 2, 2))
+    total, figures = dense_loss(output, labels, centres, 0.08)
     assert torch.isfinite(total)
     assert all(value.item() == 0 for value in figures.values())
 

@@ -18,6 +18,7 @@ import yaml
 from support.cli import Cli
 from support.paths import REPO
 from support.settings_files import load_settings
+from support.train_cases import assert_same_run
 from support.training_runs import RAW, last_weights, rows, run, settings, write_coco
 
 from risam_cli.console.console import get_console
@@ -37,15 +38,6 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "unbroken"
     run(output)
     return output
-
-
-def _assert_same_run(output: Path, unbroken: Path) -> None:
-    expected, found = last_weights(unbroken), last_weights(output)
-    assert found.keys() == expected.keys()
-    assert [n for n in expected if not torch.equal(found[n], expected[n])] == []
-    assert rows(output) == rows(unbroken)
-    weights = Path("best") / "model.safetensors"
-    assert (output / weights).read_bytes() == (unbroken / weights).read_bytes()
 
 
 # --- what a run leaves ----------------------------------------------------------------------------
@@ -126,7 +118,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(unbroken: Path, tmp_path: Path) -
         process.wait()
     assert process.returncode == -signal.SIGKILL
     run(output, resume=True)
-    _assert_same_run(output, unbroken)
+    assert_same_run(output, unbroken)
 
 
 def _cut(patch: pytest.MonkeyPatch, here: Callable[[int, int], bool]) -> None:
@@ -155,7 +147,7 @@ def test_wherever_it_is_cut_it_goes_on_to_the_same_bits(
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
     run(tmp_path, resume=True)
-    _assert_same_run(tmp_path, unbroken)
+    assert_same_run(tmp_path, unbroken)
 
 
 def test_a_finished_run_resumed_does_nothing(unbroken: Path, tmp_path: Path) -> None:
@@ -163,7 +155,7 @@ def test_a_finished_run_resumed_does_nothing(unbroken: Path, tmp_path: Path) -> 
 
     output = shutil.copytree(unbroken, tmp_path / "copy")
     run(output, resume=True)
-    _assert_same_run(output, unbroken)
+    assert_same_run(output, unbroken)
 
 
 def test_two_dense_stages_do_not_depend_on_a_cut_between_them(

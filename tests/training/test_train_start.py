@@ -505,12 +505,11 @@ def _resolved(folder: Path) -> dict[str, Any]:
 
 
 def test_without_a_pretrained_encoder_words_are_learned_and_a_line_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    offline: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     data = _mine(tmp_path / "mine", **STRANGE)
     changes: dict[str, Any] = {**QUICK, **data, "model": OPEN}
     best = load_model(run(tmp_path / "run", **changes), device=torch.device("cpu"))

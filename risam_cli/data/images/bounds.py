@@ -8,9 +8,12 @@ that it must be possible to end it, is :class:`SlowImage` to who cannot.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import io
 import re
 import struct
+from contextlib import suppress
 from typing import BinaryIO, cast
 
 from PIL import Image
@@ -99,6 +102,17 @@ class Metered(io.BufferedIOBase):
     def seekable(self) -> bool:
         """True."""
         return True
+
+
+@functools.cache
+def known_formats() -> tuple[str, ...]:
+    """The formats whose decoders are safe, as far as this Pillow has them (AVIF came with 11.3)."""
+    # Importing a plugin registers it; Image.init() would load forty more.
+    for plugin in ("Bmp", "Gif", "Jpeg", "Mpo", "Png", "Ppm", "Tiff", "WebP", "Jpeg2K", "Avif"):
+        with suppress(ImportError):
+            importlib.import_module(f"PIL.{plugin}ImagePlugin")
+    safe = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF")
+    return tuple(name for name in safe if name in Image.OPEN)
 
 
 def metered(file: BinaryIO, name: str) -> BinaryIO:

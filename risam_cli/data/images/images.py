@@ -15,7 +15,6 @@ Only formats whose decoders are safe on files from strangers are opened (no EPS,
 from __future__ import annotations
 
 import codecs
-import functools
 import importlib
 import logging
 import os
@@ -36,6 +35,7 @@ from PIL import Image, UnidentifiedImageError
 from risam_cli.data.images.bounds import (
     SlowImage,
     allow_pixels,
+    known_formats,
     metered,
     require_bounded,
     require_modest_tiff,
@@ -73,9 +73,6 @@ SUFFIXES = frozenset(
 )
 """Lower-case file name endings that a folder walk takes as images."""
 
-# Importing a plugin registers it; Image.init() would load forty more.
-_PLUGINS = ("Bmp", "Gif", "Jpeg", "Mpo", "Png", "Ppm", "Tiff", "WebP", "Jpeg2K", "Avif")
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF")
 _DRAFTING = {"JPEG", "MPO"}  # whose decoder can give less than all pixels
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"hevc", b"hevx"}
 _ORIENTATION_TAG = 0x0112
@@ -255,15 +252,6 @@ def decoding(path: Path) -> Iterator[None]:
         raise ImageError(f"{path}: the image is damaged ({detail})") from None
 
 
-@functools.cache
-def _known_formats() -> tuple[str, ...]:
-    """The formats above that this Pillow has a decoder for (AVIF came with 11.3)."""
-    for plugin in _PLUGINS:
-        with suppress(ImportError):
-            importlib.import_module(f"PIL.{plugin}ImagePlugin")
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
-
-
 def _special_tiff(file: BinaryIO, path: Path, max_pixels: int, bands: Bands | None) -> Tiff | None:
     """The header of a TIFF that Pillow does not read right, or None."""
     require_modest_tiff(file, str(path))
@@ -352,7 +340,7 @@ def _identified(file: BinaryIO, name: str) -> Image.Image:
     """The image by Pillow's own decoders, or by a plugin for its kind where one is installed."""
     bounded = metered(file, name)
     try:
-        return Image.open(bounded, formats=_known_formats())
+        return Image.open(bounded, formats=known_formats())
     except UnidentifiedImageError:
         file.seek(0)
         plugin = _plugin_of(file.read(64))

@@ -15,6 +15,7 @@ from PIL import Image
 from risam_cli.data.images.files import FileStamp
 from risam_cli.data.images.frames import Frame
 from risam_cli.data.images.images import (
+    MAX_PIXELS,
     EncoderImage,
     Rgb,
     decoding,
@@ -53,35 +54,35 @@ def pixels_to_rgb(image: Pixels, name: str) -> Rgb:
         return to_rgb(image)
 
 
-def bytes_to_rgb(data: bytes, name: str, max_pixels: int) -> Rgb:
+def bytes_to_rgb(data: bytes, name: str) -> Rgb:
     """The picture of a file's bytes as upright (H, W, 3) uint8, as a file on disk is read.
 
     Raises:
-        ImageError: they are no image, damaged, or larger than ``max_pixels``.
+        ImageError: they are no image, damaged, or larger than :data:`MAX_PIXELS`.
     """
     if data == b"":
         raise ImageError(f"{name}: the file is empty")
     if not isinstance(data, bytes):
         raise ImageError(f"{name}: not the bytes of an image", "open the file in binary mode")
     with decoding(Path(name)):
-        return to_rgb(open_image(io.BytesIO(data), Path(name), max_pixels))
+        return to_rgb(open_image(io.BytesIO(data), Path(name), MAX_PIXELS))
 
 
 def memory_for_encoder(
-    image: Pixels, frames: Sequence[Frame], name: str, max_pixels: int, *, full_decode: bool = False
+    image: Pixels, frames: Sequence[Frame], name: str, *, full_decode: bool = False
 ) -> EncoderImage:
     """As :func:`risam_cli.data.images.images.read_for_encoder`, of an image in memory.
 
     ``sha256`` is that of the scaled pixels and the own size, ``stamp`` is empty.
 
     Raises:
-        ImageError: it is not an image, or larger than ``max_pixels``.
+        ImageError: it is not an image, or larger than :data:`MAX_PIXELS`.
     """
     shape = image.size if isinstance(image, Image.Image) else image.shape[:2]
     pixels = math.prod(shape)
-    if pixels > max_pixels:
+    if pixels > MAX_PIXELS:
         raise ImageError(
-            f"{name}: {pixels} pixels are more than {max_pixels}",
+            f"{name}: {pixels} pixels are more than {MAX_PIXELS}",
             "raise max_pixels if you trust the image",
         )
     # As a PNG file of these pixels would be scaled.

@@ -85,7 +85,7 @@ def read_stream(
     lines = chain([first], lines)
     is_json = begin.lstrip(b"\xef\xbb\xbf \t")[:1] in (b"{", b"[")
     if not (null or is_json) and {b"image", b"expression"} <= {*_CELL.split(begin.lower())}:
-        yield from _read_rows(_table(lines, name), name)
+        yield from read_table(lines, name)
         return
     for number, line in lines:
         where, short = f"{name}, line {number}", f"{os.path.basename(name)}:{number}"
@@ -117,17 +117,13 @@ def _object(line: bytes, where: str, paths: bool) -> Any:
         ) from None
 
 
-def read_table(stream: BinaryIO, name: str) -> Iterator[Row]:
+def read_table(stream: BinaryIO | Lines, name: str) -> Iterator[Row]:
     """The rows of a table with the columns ``image`` and ``expression``, and maybe ``id``.
 
     Raises:
         DataError: there is no header, or it lacks ``image``.
     """
-    yield from _read_rows(_table(stream, name), name)
-
-
-def _read_rows(table: Table, name: str) -> Iterator[Row]:
-    for row in table:
+    for row in _table(stream, name):
         where, short = row.where(name), f"{os.path.basename(name)}:{row.first}"
         try:
             if row.error is not None:

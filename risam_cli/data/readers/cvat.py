@@ -17,14 +17,21 @@ from xml.parsers import expat
 import numpy as np
 from numpy.typing import NDArray
 
-from risam_cli.data.readers.shapes import ERROR, Shape, ellipse, placed, records_of, rectangle
+from risam_cli.data.readers.shapes import (
+    ERROR,
+    MAX_PIXELS,
+    Shape,
+    ellipse,
+    placed,
+    records_of,
+    rectangle,
+)
 from risam_cli.errors import DataError, reason_of
 
 NAME = "annotations.xml"
 
 _CHUNK = 1 << 16
 _MOST = 1 << 28  # bytes of an image's element, or of what lies between two
-_MOST_PIXELS = 178_956_970
 _DEEPEST = 32
 _SHAPES = ("polygon", "mask", "box", "ellipse", "polyline", "points", "cuboid", "skeleton")
 # A declaration that can be read as bytes, of an encoding in which it could not: what was in it has
@@ -222,7 +229,7 @@ def _unrolled(text: str, size: tuple[int, int]) -> NDArray[np.bool_]:
     """The pixels of runs row by row, the first of background."""
     runs = np.array([int(run) for run in text.split(",")], np.int64)
     whole = size[0] * size[1]
-    if min(size) < 1 or whole > _MOST_PIXELS or runs.min() < 0 or runs.max() > whole:
+    if min(size) < 1 or whole > MAX_PIXELS or runs.min() < 0 or runs.max() > whole:
         raise DataError(f"a mask of {size[1]}x{size[0]} pixels, or runs that do not fit it")
     if int(runs.sum()) != whole:
         raise DataError(f"a mask whose runs sum to {int(runs.sum())} pixels, not {whole}")

@@ -39,7 +39,6 @@ class Instances:
         in_category: (image id, category id) -> its annotations, crowds left out: the
             candidates an expression must choose among.
         doubled: ids of annotations that stand twice and differ: whose mask is meant is not known.
-        other: the top-level members that are none of these, such as ``expressions``.
     """
 
     path: Path

@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from risam_cli.data.images.bounds import allow_pixels, metered, require_bounded
-from risam_cli.drawing.png import check_header
+from risam_cli.data.images.bounds import allow_pixels, known_formats, metered, require_bounded
 from risam_cli.errors import DataError, reason_of
 from risam_cli.masks import rle as masks
 from risam_cli.types import Rle
@@ -52,8 +51,7 @@ def read_mask_file(path: Path, where: str, doubt: Callable[[str], None], *, no_f
         data = path.read_bytes()
         # The header first: a few bytes can stand for gigabytes of pixels.
         require_bounded(io.BytesIO(data), name)
-        check_header(metered(io.BytesIO(data), name))
-        with Image.open(metered(io.BytesIO(data), name)) as image:
+        with Image.open(metered(io.BytesIO(data), name), formats=known_formats()) as image:
             allow_pixels(image)
             try:
                 image.load()

@@ -88,9 +88,9 @@ def load_plain_pickle(path: Path) -> Any:
     try:
         return unpickler(io.BytesIO(data), encoding="latin1").load()
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path} is not a readable pickle: {_line(error)}", _FIX) from error
+        raise DataError(f"{path} is not a readable pickle: {reason_of(error)}", _FIX) from error
     except (IndexError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
-        raise DataError(f"{path} is a damaged pickle: {_line(error)}", _FIX) from error
+        raise DataError(f"{path} is a damaged pickle: {reason_of(error)}", _FIX) from error
 
 
 def _scan(data: bytes, path: Path) -> bool:
@@ -119,7 +119,7 @@ def _scan(data: bytes, path: Path) -> bool:
         raise
     except Exception as error:
         # pickletools raises whatever the bad bytes led to: ValueError, struct.error, IndexError …
-        raise DataError(f"{path} is not a whole pickle: {_line(error)}", _FIX) from error
+        raise DataError(f"{path} is not a whole pickle: {reason_of(error)}", _FIX) from error
     return hashed
 
 
@@ -151,7 +151,3 @@ def _meaning(name: str) -> str:
     if name in ("BUILD", "PERSID", "BINPERSID"):
         return "rebuild an object"
     return f"run the instruction {name}"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -24,7 +24,9 @@ from risam_cli.types import Rle
 ERROR = "\0error"
 """The key of a record that could not be made; its value says why."""
 
-_MOST_PIXELS = 178_956_970  # of a mask that is drawn: a few bytes can stand for gigabytes
+MAX_PIXELS = 178_956_970
+"""Pixels of a mask over which it is refused: as for images. A few bytes can stand for gigabytes."""
+
 _CORNERS = 90  # of an ellipse
 
 Size = tuple[int, int]
@@ -114,8 +116,8 @@ def records_of(
 
 def _drawn(one: _Object, size: Size, where: str) -> Rle:
     height, width = masks.parse_size(list(size), where)
-    if height * width > _MOST_PIXELS:
-        raise DataError(f"{where}: {height} x {width} pixels are over {_MOST_PIXELS}")
+    if height * width > MAX_PIXELS:
+        raise DataError(f"{where}: {height} x {width} pixels are over {MAX_PIXELS}")
     parts = []
     for number, shape in one:
         place = f"{where}, shape {number + 1} ({shape.label!r})"

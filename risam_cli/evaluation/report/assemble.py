@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from risam_cli.data.images.images import Bands
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.evaluation.report.compare import Other, comparison_part
-from risam_cli.evaluation.report.render import Picture, draw_cases, to_html, to_json, to_markdown
+from risam_cli.evaluation.report.render import Picture, draw_case, to_html, to_json, to_markdown
 from risam_cli.evaluation.report.schema import (
-    SEED,
     AnswersPart,
     CountsPart,
     CurvesPart,
@@ -36,7 +35,7 @@ from risam_cli.evaluation.report.schema import (
     TimingPart,
     value,
 )
-from risam_cli.evaluation.scoring import REPORT_FILE, Scored, pick_cases
+from risam_cli.evaluation.scoring import REPORT_FILE, EvalRun, Scored, pick_cases
 from risam_cli.files.folder import OutputFolder
 from risam_cli.files.hashing import sha256_of_file
 from risam_cli.files.store import size_of
@@ -47,6 +46,7 @@ from risam_cli.metrics.intervals import (
     LEAST_IMAGES,
     LEVEL,
     REPLICATES,
+    SEED,
     count_images,
     intervals,
     masked,
@@ -61,37 +61,54 @@ _CASES = 12
 
 
 @dataclass(frozen=True, slots=True)
-class RunFacts:
-    """What a run knows beside its scores."""
+class Done:
+    """A finished run with what its kind of answers adds to the report.
 
-    command: Sequence[str]
-    dataset: DatasetPart
+    Attributes:
+        threshold: of masks, where it need not be the protocol's.
+        finish: to be called once the reports are written: what was kept to go on with may go.
+    """
+
+    run: EvalRun
     answers: AnswersPart
     counts: CountsPart
     timing: TimingPart
     threshold: float | None = None
     no_target_fit: NoTargetFitPart | None = None
+    finish: Callable[[], None] = lambda: None
 
 
 def assemble(
-    facts: RunFacts, scored: Scored, protocol: Protocol, rows: Path, other: Other | None
+    command: Sequence[str],
+    dataset: DatasetPart,
+    protocol: Protocol,
+    done: Done,
+    other: Other | None,
 ) -> Report:
-    """The report of a scored run; ``rows`` is its ``per_expression.jsonl``."""
-    headline_figures, slices = figure_parts(scored, protocol)
+    """The report of a run; ``command`` is as it was typed."""
+    scored, rows = done.run.scored, done.run.rows
+    table = scored.table
+    parts = terms(table, protocol)
+    bounds = intervals(list(parts.values()), table.cluster)
+    every = np.ones(len(table), np.bool_)
+    levels = (_slice(parts, table, one) for one in scored.slices)
+    slices = [part for part in levels if part.levels]
     return Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=list(facts.command),
-        dataset=facts.dataset,
-        protocol=protocol_part(protocol, facts.answers.kind, facts.threshold),
-        answers=facts.answers,
-        counts=facts.counts,
-        figures=headline_figures,
-        interval=interval_part(),
+        command=list(command),
+        dataset=dataset,
+        protocol=protocol_part(protocol, done.answers.kind, done.threshold),
+        answers=done.answers,
+        counts=done.counts,
+        figures=_figures(parts, list(parts), bounds, every, table.cluster),
+        interval=IntervalPart(
+            level=LEVEL, replicates=REPLICATES, seed=SEED, least_images=LEAST_IMAGES
+        ),
         slices=slices,
-        curves=curves_part(scored.table, protocol),
-        no_target_fit=facts.no_target_fit,
+        curves=curves_part(table, protocol),
+        no_target_fit=done.no_target_fit,
         comparison=None if other is None else comparison_part(rows, other, protocol, slices),
-        timing=facts.timing,
+        timing=done.timing,
         environment=environment(),
     )
 
@@ -104,7 +121,7 @@ def gallery(scored: Scored, bands: Bands | None = None) -> dict[str, list[Pictur
         "Drawn at random": scored.typical,
     }
     return {
-        heading: draw_cases(pick_cases(cases, _CASES), bands)
+        heading: [draw_case(case, bands) for case in pick_cases(cases, _CASES)]
         for heading, cases in chosen.items()
         if cases
     }
@@ -200,30 +217,14 @@ def protocol_part(protocol: Protocol, kind: str, threshold: float | None = None)
     )
 
 
-def interval_part() -> IntervalPart:
-    """How the intervals of this report were made."""
-    return IntervalPart(level=LEVEL, replicates=REPLICATES, seed=SEED, least_images=LEAST_IMAGES)
-
-
-def headline(parts: Terms, table: ScoreTable) -> dict[str, Figure]:
-    """Every figure with its interval."""
-    bounds = intervals(list(parts.values()), table.cluster, seed=SEED)
-    return _figures(parts, list(parts), bounds, np.ones(len(table), np.bool_), table.cluster)
-
-
-def slice_parts(parts: Terms, table: ScoreTable, slices: Sequence[Slice]) -> list[SlicePart]:
-    """Every slice that parts anything, with intervals; the largest levels of the category."""
-    found = [_slice(parts, table, one) for one in slices]
-    return [part for part in found if part.levels]
-
-
 def _slice(parts: Terms, table: ScoreTable, one: Slice) -> SlicePart:
+    """One slice with intervals; where its levels are open, the largest of them."""
     numbers = table.slices.get(one.name, np.full(len(table), -1))
     sizes = np.bincount(numbers[numbers >= 0], minlength=len(one.levels))
     present, left_out = shown_levels(sizes, one.levels, most_frequent=one.open)
     names = [name for name in SLICE_FIGURES if name in parts]
     columns = (masked(parts[name], numbers == k) for k in present for name in names)
-    bounds = intervals(columns, table.cluster, seed=SEED)
+    bounds = intervals(columns, table.cluster)
     levels = []
     for row, k in enumerate(present):
         own = bounds[row * len(names) : (row + 1) * len(names)]
@@ -282,9 +283,3 @@ def curves_part(table: ScoreTable, protocol: Protocol) -> CurvesPart:
         else None,
         iou_histogram=[int(n) for n in np.histogram(iou, bins=_BINS, range=(0, 1))[0]],
     )
-
-
-def figure_parts(scored: Scored, protocol: Protocol) -> tuple[dict[str, Figure], list[SlicePart]]:
-    """Headline and slices of a run."""
-    parts = terms(scored.table, protocol)
-    return headline(parts, scored.table), slice_parts(parts, scored.table, scored.slices)

@@ -15,7 +15,6 @@ from risam_cli.console.text import sanitize
 from risam_cli.data.identity import expression_key, image_core
 from risam_cli.errors import DataError, UsageError, reason_of
 from risam_cli.evaluation.report.schema import (
-    SEED,
     ChangedExpression,
     ChangePart,
     ComparisonPart,
@@ -110,7 +109,7 @@ def comparison_part(
     their_rows = np.array([theirs.places[name] for name in shared])
     first, second = _take(theirs.table, their_rows), _take(mine.table, rows)
     first_terms, second_terms = terms(first, protocol), terms(second, protocol)
-    changes = compare(first_terms, second_terms, second.cluster, seed=SEED)
+    changes = compare(first_terms, second_terms, second.cluster)
     before, after = outcome(first, protocol).iou, outcome(second, protocol).iou
     gain = after - before
     order = np.argsort(-np.abs(gain), kind="stable")
@@ -239,9 +238,9 @@ def _one_split(named: Sequence[tuple[str, Other]], *, with_slices: bool) -> Side
     first = others[0].report
     protocol = get_protocol(first.protocol.name)
     figures = [terms(table, protocol) for table in tables]
-    changes = [compare(figures[0], one, tables[0].cluster, seed=SEED) for one in figures]
+    changes = [compare(figures[0], one, tables[0].cluster) for one in figures]
     images = int(tables[0].cluster.max()) + 1
-    own = [intervals(one.values(), tables[0].cluster, seed=SEED) for one in figures]
+    own = [intervals(one.values(), tables[0].cluster) for one in figures]
     rows = [
         Row(
             name,
@@ -398,7 +397,7 @@ def slice_changes(
             {f"{name} {k}": masked(side[name], numbers == k) for k in places for name in names}
             for side in (first, second)
         )
-        found = compare(before, after, table.cluster, seed=SEED)
+        found = compare(before, after, table.cluster)
         levels = [
             LevelChangePart(
                 label=known[k],

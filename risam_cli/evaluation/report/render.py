@@ -462,12 +462,8 @@ class Picture:
     note: str = ""
 
 
-def draw_cases(cases: Sequence[Case], bands: Bands | None = None) -> list[Picture]:
-    """Every case as a picture; where its image cannot be read, on plain ground, and it says so."""
-    return [_draw(case, bands) for case in cases]
-
-
-def _draw(case: Case, bands: Bands | None) -> Picture:
+def draw_case(case: Case, bands: Bands | None = None) -> Picture:
+    """A case as a picture; where its image cannot be read, on plain ground, and it says so."""
     height, width = case.target["size"]
     scale = _SIDE / max(height, width)
     small = max(1, round(width * scale)), max(1, round(height * scale))

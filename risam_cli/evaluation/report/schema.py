@@ -13,9 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION: Literal[1] = 1
 
-SEED = 0
-"""Of every interval of a report."""
-
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from risam_cli.model.fast.attention import fast_attention
 from risam_cli.model.fast.crew import share, threads_of
-from risam_cli.model.fast.linear import apply_linear, linear
+from risam_cli.model.fast.linear import linear
 from risam_cli.model.fast.tuning import in_use
 from risam_cli.model.image_encoder import (
     Adapter,
@@ -224,7 +224,7 @@ class FastMLPBlock(MLPBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., D) to the same shape."""
-        return self.lin2(apply_linear(self.lin1, x, gelu=True))
+        return self.lin2(linear(x, self.lin1.weight, self.lin1.bias, gelu=True))
 
 
 class FastAdapter(Adapter):
@@ -232,7 +232,7 @@ class FastAdapter(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., dim) to the change that is added to the block's output."""
-        return self.up(apply_linear(self.down, x, gelu=True))
+        return self.up(linear(x, self.down.weight, self.down.bias, gelu=True))
 
 
 class TableCache:

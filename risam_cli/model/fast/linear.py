@@ -52,11 +52,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
     return F.gelu(y) if gelu else y
 
 
-def apply_linear(layer: nn.Linear, x: Tensor, *, gelu: bool = False) -> Tensor:
-    """A layer by :func:`linear`."""
-    return linear(x, layer.weight, layer.bias, gelu=gelu)
-
-
 class FastLinear(nn.Linear):
     """A layer that computes by :func:`linear`."""
 

@@ -107,16 +107,9 @@ class CrisDecoder(MaskDecoder):
 class PixelAttention(CrossAttention):
     """The same where both sides are pixels: fused, so that N×N weights are never held."""
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        """Maps (E, N, C) thrice to (E, N, C)."""
-        q, k, v = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer, x in ((self.query, query), (self.key, key), (self.value, value))
-        )
-        attended = F.scaled_dot_product_attention(q, k, v, mask)  # (E, heads, N, d)
-        return self.output(attended.transpose(1, 2).flatten(2))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of (E, heads, N, d) thrice."""
+        return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 class CrisNeck(nn.Module):

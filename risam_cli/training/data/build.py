@@ -232,9 +232,9 @@ class DataBuilder:
         key = f"train.members.{name}"
         if source is None or isinstance(member, RefShapesData):
             return self._one(key, member)
-        kept, dropped = without_images(source, keys, aliases)
+        kept, images, expressions = without_images(source, keys, aliases)
         self.console.info(
-            f"{key}: {dropped.images} of {len(source)} images dropped, with {dropped.expressions} "
+            f"{key}: {images} of {len(source)} images dropped, with {expressions} "
             "expressions: they are in a validation or test split of a member or of this run"
         )
         if not kept.order:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,14 +76,6 @@ class MixedExamples:
         return self._orders[key]
 
 
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """What was left out of a source: its images and their expressions."""
-
-    images: int
-    expressions: int
-
-
 def image_key(path: Path | str) -> str:
     """What tells an image apart across data sets: COCO's own number, or else where its file is.
 
@@ -97,8 +89,8 @@ def image_key(path: Path | str) -> str:
 
 def without_images(
     source: SampleSource, held_out: Collection[str], aliases: Mapping[str, str] | None = None
-) -> tuple[SampleSource, Dropped]:
-    """The source without the images whose keys are held out, and how many that were.
+) -> tuple[SampleSource, int, int]:
+    """The source without the images whose keys are held out; how many they are, and expressions.
 
     Args:
         source: unlimited; held_out: of :func:`image_key`.
@@ -113,4 +105,4 @@ def without_images(
             expressions += len(group.phrases)
         else:
             kept.append(index)
-    return replace(source, order=tuple(kept)), Dropped(images, expressions)
+    return replace(source, order=tuple(kept)), images, expressions

@@ -457,6 +457,6 @@ def test_torchrun_gives_the_shard() -> None:
     found = ranks_of_environment({"RANK": "2", "WORLD_SIZE": "4", "MASTER_PORT": "1"})
     assert found is not None
     assert (found.shard, found.leads, found.restarted) == (Shard(2, 4), False, False)
-    assert found.part(Path("o")) == Path("o/shard-00002-of-00004")
+    assert found.shard.folder(Path("o")) == Path("o/shard-00002-of-00004")
     for environment in ({}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "x", "WORLD_SIZE": "4"}):
         assert ranks_of_environment(environment) is None

@@ -22,11 +22,11 @@ from support.eval_files import box_mask, image_file
 from risam_cli.data.readers.predictions import Answer
 from risam_cli.drawing import svg
 from risam_cli.evaluation.report import render
-from risam_cli.evaluation.report.assemble import RunFacts, assemble, gallery, write_reports
+from risam_cli.evaluation.report.assemble import Done, assemble, gallery, write_reports
 from risam_cli.evaluation.report.render import (
     ANSWER,
     TRUTH,
-    draw_cases,
+    draw_case,
     remarks,
     to_html,
     to_json,
@@ -44,7 +44,7 @@ from risam_cli.evaluation.report.schema import (
     Report,
     TimingPart,
 )
-from risam_cli.evaluation.scoring import Answered, Case, Scored, Scorer, pick_cases
+from risam_cli.evaluation.scoring import Answered, Case, EvalRun, Scored, Scorer, pick_cases
 from risam_cli.files.folder import OutputFolder
 from risam_cli.masks import rle as masks
 from risam_cli.metrics.protocols import get_protocol
@@ -86,9 +86,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Any]:
     """A report with every part in it, all texts hostile, and its pictures."""
     folder = tmp_path_factory.mktemp("report")
     scored, rows = _scored(folder, HOSTILE)
-    facts = RunFacts(
-        command=["risam", "eval", HOSTILE],
-        dataset=DatasetPart(name=HOSTILE, split="val", notes=[HOSTILE], limit=120),
+    dataset = DatasetPart(name=HOSTILE, split="val", notes=[HOSTILE], limit=120)
+    done = Done(
+        EvalRun(scored, 4.0, rows),
         answers=AnswersPart(
             kind="model", name=HOSTILE, sha256="0" * 64, no_target_threshold=0.5, device="cpu"
         ),
@@ -100,7 +100,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Any]:
             threshold=0.4, before=0.5, n_acc=0.9, t_acc=0.8, giou=0.7, stored_in="model"
         ),
     )
-    report = assemble(facts, scored, get_protocol("native"), rows, None)
+    command = ["risam", "eval", HOSTILE]
+    report = assemble(command, dataset, get_protocol("native"), done, None)
     change = ChangePart(other=0.5, this=0.6, difference=0.1, low=-0.01, high=0.2, p=0.04)
     moved = ChangedExpression(id="1", image=HOSTILE, expression=HOSTILE, other=0.0, this=1.0)
     comparison = ComparisonPart(
@@ -313,7 +314,7 @@ def _filled(path: str, width: int, height: int) -> np.ndarray[Any, Any]:
 def test_outlines_are_those_of_the_masks(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (60, 40), (40, 90, 140)).save(path)
-    made, none = draw_cases([_case(path), _case(path, answered_none=True)])
+    made, none = (draw_case(one) for one in (_case(path), _case(path, answered_none=True)))
     assert _pixels(made.uri).shape == (made.height, made.width, 3) == (213, 320, 3)
     assert np.abs(_pixels(made.uri) - (40, 90, 140)).max() < 8  # nothing is painted on the image
     scale = 320 / 60
@@ -329,19 +330,19 @@ def test_outlines_are_those_of_the_masks(tmp_path: Path) -> None:
 
 def test_holes_are_outlined_too(tmp_path: Path) -> None:
     ring = box_mask((5, 5, 35, 35), size=SIZE) & ~box_mask((15, 15, 25, 25), size=SIZE)
-    made = draw_cases([_case(tmp_path / "none.png", target=masks.encode(ring))])[0]
+    made = draw_case(_case(tmp_path / "none.png", target=masks.encode(ring)))
     assert made.truth.count("M") == 2
     found = _filled(made.truth, 320, 213)
     assert found.sum() / ring.sum() == pytest.approx((320 / 60) ** 2, rel=0.08)
 
 
 def test_pictures_without_their_image_say_so(tmp_path: Path) -> None:
-    gone = draw_cases([_case(tmp_path / "none.png")])[0]
+    gone = draw_case(_case(tmp_path / "none.png"))
     assert gone.note == "image not at hand"
     assert gone.truth
     path = tmp_path / "other.png"
     Image.new("RGB", (60, 50)).save(path)
-    assert "50x60" in draw_cases([_case(path)])[0].note
+    assert "50x60" in draw_case(_case(path)).note
 
 
 def test_a_target_of_one_pixel_is_still_drawn(tmp_path: Path) -> None:
@@ -349,7 +350,7 @@ def test_a_target_of_one_pixel_is_still_drawn(tmp_path: Path) -> None:
     tiny[1500, 1000] = True
     nothing = masks.empty((3000, 2000))
     case = _case(tmp_path / "none.png", target=masks.encode(tiny), prediction=nothing)
-    made = draw_cases([case])[0]
+    made = draw_case(case)
     found = np.argwhere(_filled(made.truth, made.width, made.height))
     assert len(found) > 0
     assert np.abs(found.mean(axis=0) - (160, 106.5)).max() < 2
