@@ -152,8 +152,11 @@ def _answers(
 ) -> list[tuple[str, list[Result]]]:
     """Each model's name and its answers, image by image; one model is in memory at a time."""
     from risam_cli.api.model import load
+    from risam_cli.segmenters.resolve import parse_model
 
     names = _names(models)
+    for source in models:  # a wrong name is told before the first one works
+        parse_model(source)
     found = []
     for name, source in zip(names, models, strict=True):
         model = load(source, device, precision)

@@ -15,12 +15,12 @@ import torch
 from risam_cli.console.console import get_console
 from risam_cli.data.readers.predictions import Answer
 from risam_cli.data.readers.source import OnFailure, SampleSource
-from risam_cli.errors import DataError, OutputError, UsageError, setting
+from risam_cli.errors import OutputError, UsageError, setting
 from risam_cli.evaluation.answer_log import ASKED, AnswerLog, gather_answers
 from risam_cli.evaluation.protocol import mask_rule
 from risam_cli.evaluation.report.assemble import Done
 from risam_cli.evaluation.report.schema import AnswersPart, NoTargetFitPart, TimingPart
-from risam_cli.evaluation.request import PART_FILE, EvalRequest, count
+from risam_cli.evaluation.request import PART_FILE, EvalRequest, cannot_fit, count
 from risam_cli.evaluation.scoring import (
     Answered,
     EvalRun,
@@ -392,16 +392,12 @@ def _fit(asked: EvalRequest, run: EvalRun, before: float) -> NoTargetFitPart:
     """Choose the no-target threshold on this split and store it in the model's folder.
 
     Raises:
-        DataError: the split lacks expressions with or without a target.
+        DataError: expressions with a target, or those without one, all failed.
         OutputError: the folder cannot be written.
     """
     point = fit_no_target(run.scored.table)
     if point is None:
-        raise DataError(
-            f"{setting('fit_no_target')} needs expressions with and without a target, and this "
-            "split does not have both",
-            f"use grefcoco, or refshapes with {setting('family', 'grefshapes')}",
-        )
+        raise cannot_fit()
     folder = model_folders.find_model(asked.model)
     _store(folder, point.threshold)
     return NoTargetFitPart(

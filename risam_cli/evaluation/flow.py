@@ -143,10 +143,22 @@ def _evaluate(asked: EvalRequest) -> int:
     compared = report.comparison
     for line in (*remarks(report), *(compared.remarks if compared else ())):
         console.warn(line)
+    _tell_empty_bins(asked, report)
     console.info(f"reports are in {asked.output}")
     if asked.as_json:
         click.echo(json.dumps({name: f.value for name, f in report.figures.items()}))
     return _exit_code(report, asked.skip_missing)
+
+
+def _tell_empty_bins(asked: EvalRequest, report: Report) -> None:
+    """Warn of bins that hold nothing: a word may be mistyped, and reports leave them out."""
+    held = {(part.name, level.label) for part in report.slices for level in part.levels}
+    for one in asked.custom:
+        labels = zip(one.bins, one.as_slice().levels, strict=False)  # the last is "other"
+        if empty := [bin.label for bin, label in labels if (one.name, label) not in held]:
+            get_console().warn(
+                told(f"{setting('slice', one.name)}: no expression is in {', '.join(empty)}")
+            )
 
 
 def _place_all(folder: OutputFolder) -> None:

@@ -189,7 +189,10 @@ class EvalRequest:
                     f"{setting(*self.part)} leaves no image of {source.dataset} {source.split}",
                     f"it has {len(source.groups)}",
                 )
-        return source.limited(self.limit, self.shuffle)
+        source = source.limited(self.limit, self.shuffle)
+        if self.fit_no_target:
+            _require_both_kinds(source)
+        return source
 
     def open_other(self) -> Other | None:
         """The report to compare with, read before any work is done."""
@@ -214,6 +217,25 @@ class EvalRequest:
                 f"{self.output} already holds a report",
                 f"choose another {setting('output')} or give {setting('overwrite')}",
             )
+
+
+def cannot_fit() -> DataError:
+    """The error of a split to which no no-target threshold can be fitted."""
+    return DataError(
+        f"{setting('fit_no_target')} needs expressions with and without a target, and this "
+        "split does not have both",
+        f"use grefcoco, or refshapes with {setting('family', 'grefshapes')}",
+    )
+
+
+def _require_both_kinds(source: SampleSource) -> None:
+    """Look for an expression with a target and one without. Raises DataError."""
+    seen: set[bool] = set()
+    for group in source.chosen():
+        seen |= {bool(phrase.parts) for phrase in group.phrases if phrase.parts is not None}
+        if len(seen) == 2:
+            return
+    raise cannot_fit()
 
 
 def _require_confined(source: SampleSource, root: Path) -> None:

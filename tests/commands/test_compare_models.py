@@ -68,6 +68,14 @@ def test_every_image_and_expression_has_its_row(folder: Path, model_folder: Path
     assert "is not empty" in again.stderr
 
 
+def test_a_wrong_model_name_is_told_before_another_model_works(folder: Path, cli: Cli) -> None:
+    (damaged := folder / "damaged").mkdir()  # which only loading it tells
+    asked = ("compare-models", folder / "a.png", "-e", "star", "--model", damaged)
+    done = cli(*asked, "--model", "nonsense", "-o", folder / "out")
+    assert done.returncode == 1
+    assert "'nonsense'" in done.stderr
+
+
 @pytest.mark.parametrize("kind", ["labels of 16 bits", "a lossy file", "a palette", "alpha"])
 def test_a_true_mask_is_read_as_masks_are_everywhere(folder: Path, cli: Cli, kind: str) -> None:
     inside = np.zeros(IMAGE, bool)

@@ -271,6 +271,7 @@ def test_bad_input_stops_with_one_line(tmp_path: Path, evaluate: Any, grefcoco: 
     path = write_records(tmp_path / "p.jsonl", grefcoco_records())
     base = ["--predictions", path]
     nowhere = [*grefcoco[:3], tmp_path / "nowhere", *grefcoco[4:]]
+    (coco := tmp_path / "coco.json").write_text(json.dumps(coco_content()))
     cases: list[tuple[list[Any], int, str]] = [
         ([*nowhere, *base], 1, "does not exist"),
         ([*grefcoco[:5], "testC", *base], 1, "its splits: testA (1), val (6)"),
@@ -285,6 +286,7 @@ def test_bad_input_stops_with_one_line(tmp_path: Path, evaluate: Any, grefcoco: 
         ([*grefcoco, *base, "--family", "refshapes"], 2, "--family"),
         ([*grefcoco, *base, "--protocol", "mine"], 2, "mine"),
         ([*grefcoco, *base, "--limit", "0"], 2, "0"),
+        (["--dataset", "coco", "--root", coco, "--split", "", *base], 1, "has no split ''"),
         ([*grefcoco, "--threshold", "nan"], 2, "nan"),
     ]
     for args, code, message in cases:

@@ -318,6 +318,7 @@ def test_fitting_needs_both_kinds_of_expression(evaluate: Any, data: Path, model
     run = evaluate("--fit-no-target")
     assert run.code == 1
     assert "with and without a target" in run.err
+    assert "score:" not in run.err  # told before anything is answered
     assert (model / "config.json").read_bytes() == before
 
 

@@ -94,7 +94,7 @@ def open_dataset(
 def _coco_file(root: Path, split: str | None) -> tuple[Path, str]:
     """The file of a COCO-style split, and the split to take within it."""
     if root.is_file():
-        return root, split or ALL
+        return root, ALL if split is None else split
     if split is None:
         split = _only_coco_file(root)
     own = [f"{split}.json", f"instances_{split}.json"] if split != ALL else []

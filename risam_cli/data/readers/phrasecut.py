@@ -58,7 +58,7 @@ def open_phrasecut(
     """
     folder = find_folder(root, _FOLDERS, [f"refer_{s}.json" for s in SPLITS])
     present = [s for s in SPLITS if (folder / f"refer_{s}.json").is_file()]
-    split = split or only_split(str(folder), present)
+    split = only_split(str(folder), present) if split is None else split
     parts = split.split("_")
     task_files = tuple(folder / f"refer_{part}.json" for part in parts)
     absent = [path for path in task_files if not path.is_file()]

@@ -262,7 +262,9 @@ def test_several_splits_stand_in_one_table(reports: list[Path], ask: Ask, tmp_pa
     assert "share no expression" in ask(named[0], named[3], code=1)
 
 
-def test_differences_are_told_by_slice(reports: list[Path], ask: Ask, tmp_path: Path) -> None:
+def test_differences_are_told_by_slice(
+    reports: list[Path], ask: Ask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = reports[0].parent
     data = json.loads((root / "data.json").read_text())
     for image in data["images"]:
@@ -293,6 +295,7 @@ def test_differences_are_told_by_slice(reports: list[Path], ask: Ask, tmp_path: 
     assert hours["0–9"]["figures"]["miou"]["low"] is not None
     assert hours["10 or more"]["figures"]["miou"]["low"] is None  # of two images
     assert [level["label"] for level in slices["length"]] == ["2 words"]
+    assert "--slice length: no expression is in 1\n" in capsys.readouterr().err
     changed = {part["name"]: part["levels"] for part in report["comparison"]["slices"]}
     by_weather = {level["label"]: level["figures"]["miou"] for level in changed["weather"]}
     assert by_weather["sun"]["difference"] == 0
