@@ -140,7 +140,8 @@ def grow_embeddings(text: TextParts, tokenizer: Tokenizer) -> TextParts:
             "set model.text_encoder.learn_words to false",
         )
     rows, width = table.weight.shape
-    wider = nn.Embedding(max(rows, tokenizer.get_vocab_size()), width, table.padding_idx)
+    needed = max(tokenizer.get_vocab().values()) + 1
+    wider = nn.Embedding(max(rows, needed), width, table.padding_idx)
     with torch.no_grad():
         nn.init.normal_(wider.weight, std=float(table.weight.std()))
         wider.weight[:rows] = table.weight
