@@ -180,7 +180,7 @@ def text_from_folder(stored: StoredModel, max_tokens: int) -> TextParts:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"{stored.folder}: text encoder cannot be built: {reason}",
-            "download the folder again",
+            "copy or download the folder again",
         ) from error
     limit = min(max_tokens, int(config.max_position_embeddings))
     pad_id = int(config.pad_token_id or 0)
