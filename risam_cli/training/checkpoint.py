@@ -85,6 +85,7 @@ class Place:
         kept: (step, figure) of the weights that are kept for averaging.
         averaged: the average has been made.
         judged: hash of what the figures were measured by, see :func:`.identity.judge_hash`.
+        trained_on: what the training data were, as a model's card says it.
     """
 
     stage: int = 0
@@ -99,6 +100,7 @@ class Place:
     kept: list[tuple[int, float]] = field(default_factory=list)
     averaged: bool = False
     judged: str = ""
+    trained_on: list[dict[str, Any]] = field(default_factory=list)
 
 
 def stage_of_weights(place: Place) -> int:

@@ -44,8 +44,9 @@ from risam_cli.training.log import METRICS, PICTURES, TrainingLog
 from risam_cli.training.optimize import NotFinite, Stepper, autocast, rate_factor
 from risam_cli.training.outcome import figures_of, shown, warnings_of
 from risam_cli.training.page import PAGE, write_page
-from risam_cli.training.stage import Stage, TrainingBuilder, check_paths
+from risam_cli.training.stage import Stage, TrainingBuilder, check_paths, require_start_kept
 from risam_cli.training.text_source import with_text_source
+from risam_cli.weights.trained_on import to_card
 
 RESOLVED = "config.resolved.yaml"
 _WRITTEN = (
@@ -106,6 +107,8 @@ def _train(
         )
     require_own_tree(folder)
     check_paths(settings)
+    if not resume:
+        require_start_kept(settings, [folder / name for name in _WRITTEN])
     earlier = folder / RESOLVED if resume else None
     settings = processes.first(lambda: with_text_source(settings, earlier, console))
     builder = TrainingBuilder(settings, console, processes)
@@ -164,7 +167,7 @@ def _page_at_the_end(
         outcome = f"Stopped early: {error}"
         raise
     finally:
-        if run.processes.leads and run.place == Place(judged=run.place.judged):
+        if run.processes.leads and run.place == run.unbegun():
             _remove_run(run.folder, kept)
         else:
             run.write_page(outcome)
@@ -227,7 +230,7 @@ class TrainingRun:
         self.hashes = stage_hashes(settings, builder.tokenizer.to_json())
         self.console = builder.console
         self.processes = builder.processes
-        self.place = Place(judged=judge_hash(settings, builder.data.judged_by))
+        self.place = self.unbegun()
         self.state: dict[str, Any] | None = None
         self.untrained = Untrained(self.model)
         self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep_last)
@@ -239,21 +242,25 @@ class TrainingRun:
         self.told = 0.0, 0  # seconds and expressions when the rate was last shown
         self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
 
+    def unbegun(self) -> Place:
+        """The place before the first step."""
+        judged = judge_hash(self.settings, self.builder.data.judged_by)
+        return Place(judged=judged, trained_on=to_card(self.builder.data.trained_on))
+
     def resume(self) -> None:
         """Takes up the last checkpoint, if there is one."""
         self.state = self.processes.first(self._read)
         if self.state is not None:
             self.place = Place(**self.state["place"])
+            self.place.trained_on = self.builder.data.continued(self.place.trained_on)
             self._judge_anew(was=self.place.judged)
             forget_lost_best(self.place, self.folder / "best", len(self.settings.stages))
             if self.processes.leads and self.checkpoints.last.is_file():
                 self.checkpoints.follow(self.place)
                 self._prune()
-            if self.place.stage < len(self.settings.stages):
-                at = f"stage {self.place.stage + 1}, step {self.place.step}"
-                self.console.info(f"resuming at {at}")
-            else:
-                self.console.info(f"all stages of {self.folder} are trained already")
+            at = f"resuming at stage {self.place.stage + 1}, step {self.place.step}"
+            done = f"all stages of {self.folder} are trained already"
+            self.console.info(at if self.place.stage < len(self.settings.stages) else done)
         else:
             self.console.info(f"nothing to resume in {self.folder}: starting at the first step")
         self.log.drop_rows_after(self.place)
@@ -318,9 +325,8 @@ class TrainingRun:
         if average is not None:
             average.swap()  # The next stage goes on from the average.
         p = self.place
-        self.place = Place(
-            *(number + 1, 0, p.best, p.seconds, p.expressions), kept=p.kept, judged=p.judged
-        )
+        done = number + 1, 0, p.best, p.seconds, p.expressions
+        self.place = Place(*done, kept=p.kept, judged=p.judged, trained_on=p.trained_on)
         # A run cut in the next stage's first steps finds the finished stage here.
         self._save()
 
@@ -392,7 +398,8 @@ class TrainingRun:
         place = self.place
         if place.step % self.settings.log_every == 0:
             recent = {name: float(value) for name, value in figures.items()}
-            self.log.row(place, stage.settings.name, {**recent, "lr": rate}, "train")
+            recent["lr"] = rate * stage.settings.learning_rate
+            self.log.row(place, stage.settings.name, recent, "train")
             shown: dict[str, Any] = {"loss": f"{recent['loss']:.3f}"}
             then, before = self.told
             if place.seconds > then:

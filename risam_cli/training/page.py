@@ -195,7 +195,7 @@ def _train_charts(rows: Sequence[Row]) -> list[tuple[str, Markup, list[str]]]:
     if series:
         charts.append(("On the training batches", svg.lines(series, "step", "figure"), parts))
     rate = svg.Line("rate", *_thinned(steps, [r["lr"] for r in rows]))
-    charts.append(("Learning rate, as a factor", svg.lines([rate], "step", "factor"), []))
+    charts.append(("Learning rate", svg.lines([rate], "step", "learning rate"), []))
     return charts
 
 

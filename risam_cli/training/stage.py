@@ -18,7 +18,7 @@ from torch import nn
 from risam_cli.console.console import Console
 from risam_cli.data.images.transforms import normalize
 from risam_cli.data.refshapes.vocabulary import COLORS, SHAPES, SIZES
-from risam_cli.errors import ConfigError
+from risam_cli.errors import ConfigError, setting
 from risam_cli.files.sizes import parse_size
 from risam_cli.inference.device import choose_device, training_precision
 from risam_cli.inference.feature_cache import CacheSettings, FeatureCache, open_feature_cache
@@ -38,7 +38,7 @@ from risam_cli.training.distributed import Processes
 from risam_cli.training.log import Example
 from risam_cli.training.losses import DenseHead, DenseTask, ReferringLoss, ReferringTask, Task
 from risam_cli.training.optimize import parameter_groups
-from risam_cli.training.validate import Validation, validate_dense
+from risam_cli.training.validate import Validation, require_figures, validate_dense
 from risam_cli.weights import folder as model_folders
 from risam_cli.weights import frozen
 from risam_cli.weights.export import NEEDS_TITLE
@@ -94,6 +94,23 @@ def check_paths(settings: TrainSettings) -> None:
         raise ConfigError(f"{key} = {str(path)!r}: no such file or folder", hint)
 
 
+def require_start_kept(settings: TrainSettings, replaced: Sequence[Path]) -> None:
+    """Make sure that a new run does not replace the model that it starts from.
+
+    Raises:
+        ConfigError: one of ``replaced`` is that model, or holds it.
+    """
+    for key in ("init_from", "init_encoder_from"):
+        source = getattr(settings, key)
+        if source is not None and Path(source).exists():
+            path = Path(source).resolve()
+            if any(path.is_relative_to(one.resolve()) for one in replaced):
+                raise ConfigError(
+                    f"{key} = {source!r} is in the output folder, where the new run replaces it",
+                    f"give another folder by {setting('output', 'OTHER')}",
+                )
+
+
 def _paths(settings: TrainSettings) -> Iterator[tuple[str, Path]]:
     if settings.init_from is None and settings.model.image_encoder.checkpoint is not None:
         yield "model.image_encoder.checkpoint", Path(settings.model.image_encoder.checkpoint)
@@ -141,6 +158,7 @@ class TrainingBuilder:
         if any(stage.kind == "referring" for stage in settings.stages):
             # Now, so that what is wrong with them is told before anything is written or trained.
             self.data.check_words(self.tokenizer)
+            require_figures(settings, self.data.held_out())
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -269,7 +287,8 @@ class TrainingBuilder:
             averaged: the steps whose weights are averaged in it, if they are.
         """
         card = card_of(self.settings, stage, figures, place, averaged)
-        self.write_model(folder, {**card, KEY: to_card([*self.data.trained_on, *self.inherited])})
+        data = entries_of({KEY: place.trained_on}) or self.data.trained_on
+        self.write_model(folder, {**card, KEY: to_card([*data, *self.inherited])})
 
     def write_model(self, folder: Path, card: dict[str, Any]) -> None:
         """Writes the model as it is to a folder that can be loaded, frozen files left out."""

@@ -25,7 +25,12 @@ from risam_cli.training.data.collate import (
     begin_worker,
     collate_dense,
 )
-from risam_cli.training.data.dataset import DenseScenes, Examples, ReferringExample
+from risam_cli.training.data.dataset import (
+    DenseScenes,
+    Examples,
+    ReferringExample,
+    ReferringSamples,
+)
 from risam_cli.training.distributed import Processes
 from risam_cli.training.log import Example
 from risam_cli.training.losses import DenseTask, ReferringTask, inside
@@ -182,23 +187,11 @@ class Validation:
                 between=between,
             )
         figures = {f"{name}.{key}": found[name][key] for name in found for key in _SHOWN}
-        figures["best"] = self._one("best_by", s.best_by, found)
+        figures["best"] = _one("best_by", s.best_by, found)
         if s.early_stopping is not None and s.early_stopping.figure is not None:
             watched = s.early_stopping.figure
-            figures["watched"] = self._one("early_stopping.figure", watched, found)
+            figures["watched"] = _one("early_stopping.figure", watched, found)
         return figures
-
-    def _one(self, key: str, figure: str, found: Mapping[str, Mapping[str, float]]) -> float:
-        """The mean over the sets that have the figure, or one set's."""
-        own = [figures[figure] for figures in found.values() if figure in figures]
-        one = [f[key] for name, f in found.items() for key in f if f"{name}.{key}" == figure]
-        values = [value for value in own or one if value == value]
-        if not values:
-            raise ConfigError(
-                f"{key} is {figure!r}, but no validation set has such expressions",
-                "use another figure, or another validation set",
-            )
-        return sum(values) / len(values)
 
     @torch.no_grad()
     def draw(self) -> list[Example]:
@@ -232,6 +225,45 @@ class Validation:
                     )
                 )
         return drawn
+
+
+def require_figures(settings: TrainSettings, held_out: Mapping[str, Examples]) -> None:
+    """Make sure that the figures to go by have a value, before hours of training have passed.
+
+    Of scenes that are drawn while they are used, this is not known in advance.
+
+    Raises:
+        ConfigError: the validation sets have no expressions that they speak of.
+    """
+    found = {}
+    for name, data in held_out.items():
+        if not isinstance(data, ReferringSamples):
+            return
+        nothing = data.samples.no_target
+        right = [(False, data.samples.expressions > nothing), (True, nothing > 0)]
+        found[name] = summarize(
+            [
+                ExpressionScore("", "", *([0 if none else 1] * 4), none, none)
+                for none, there in right
+                if there
+            ]
+        )
+    _one("best_by", settings.best_by, found)
+    if settings.early_stopping is not None and settings.early_stopping.figure is not None:
+        _one("early_stopping.figure", settings.early_stopping.figure, found)
+
+
+def _one(key: str, figure: str, found: Mapping[str, Mapping[str, float]]) -> float:
+    """The mean over the sets that have the figure, or one set's."""
+    own = [figures[figure] for figures in found.values() if figure in figures]
+    one = [f[key] for name, f in found.items() for key in f if f"{name}.{key}" == figure]
+    values = [value for value in own or one if value == value]
+    if not values:
+        raise ConfigError(
+            f"{key} is {figure!r}, but no validation set has such expressions",
+            "use another figure, or another validation set",
+        )
+    return sum(values) / len(values)
 
 
 def _drawn(example: ReferringExample, mask: NDArray[np.bool_], text: str) -> NDArray[np.uint8]:

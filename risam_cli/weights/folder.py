@@ -114,7 +114,9 @@ def read_model_folder(folder: Path) -> StoredModel:
         )
     for name in NEEDED_FILES:
         if not (folder / name).is_file():
-            raise ModelError(f"model folder {folder} lacks {name}", "download the folder again")
+            raise ModelError(
+                f"model folder {folder} lacks {name}", "copy or download the folder again"
+            )
     try:
         config = _read_json(folder / CONFIG_FILE)
         tokenizer = read_text(folder / TOKENIZER_FILE, _LONGEST_TOKENIZER)
@@ -271,14 +273,14 @@ def load_weights(
             raise ModelError(
                 f"{stored.folder / WEIGHTS_FILE} {problem} {len(names)} tensors, "
                 f"first {names[0]!r}",
-                "its config.json belongs to other weights; download the folder again",
+                "its config.json belongs to other weights; copy or download the folder again",
             )
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape:
             raise ModelError(
                 f"{stored.folder / WEIGHTS_FILE}: {name} is {tuple(tensor.shape)}, its config.json "
                 f"says {tuple(own[name].shape)}",
-                "download the folder again",
+                "copy or download the folder again",
             )
     model.load_state_dict(weights, strict=False)  # The names were compared above.
 
@@ -289,7 +291,7 @@ def count_weights(path: Path) -> tuple[int, int]:
     Raises:
         ModelError: a file that is cut, or whose header lies.
     """
-    counts = _counts(path, "download the folder again")
+    counts = _counts(path, "copy or download the folder again")
     return sum(counts.values()), len(counts)
 
 
@@ -330,7 +332,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} is damaged: {error}", "download the folder again") from error
+        raise ModelError(
+            f"{path} is damaged: {error}", "copy or download the folder again"
+        ) from error
     return tensors
 
 

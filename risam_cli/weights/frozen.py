@@ -78,7 +78,9 @@ def parse_needed(raw: Any, where: str) -> tuple[Needed, ...]:
     except TypeError:
         fits = False
     if not fits:
-        raise ModelError(f"{where}: its section 'needs' is damaged", "download the folder again")
+        raise ModelError(
+            f"{where}: its section 'needs' is damaged", "copy or download the folder again"
+        )
     return found
 
 
@@ -148,7 +150,7 @@ def fill(model: Risam, needed: Needed, folder: Path) -> None:
     except RuntimeError as error:
         raise ModelError(
             f"{place} does not fit the text encoder of {folder}: {reason_of(error)}",
-            "download the folder again",
+            "copy or download the folder again",
         ) from error
 
 

@@ -133,7 +133,7 @@ def _load_lora(
     if (settings.lora is None) != (not side):
         raise ModelError(
             f"{where} holds {len(side)} LoRA weights, its config.json says otherwise",
-            "download the folder again",
+            "copy or download the folder again",
         )
     if settings.lora is None:
         return
@@ -144,7 +144,7 @@ def _load_lora(
     own = {name: tensor for name, tensor in model.state_dict().items() if lora.is_lora(name)}
     if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in side.items()}:
         raise ModelError(
-            f"{where}: its LoRA weights do not fit its layers", "download the folder again"
+            f"{where}: its LoRA weights do not fit its layers", "copy or download the folder again"
         )
     model.load_state_dict(dict(side), strict=False)
 

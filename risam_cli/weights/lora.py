@@ -115,6 +115,6 @@ def merge_lora(model: nn.Module, side: Mapping[str, Tensor], scale: float, where
         if not fits or weight is None or down is None or up is None:
             raise ModelError(
                 f"{where}: the LoRA weights of {base!r} are incomplete or fit no layer",
-                "download the folder again",
+                "copy or download the folder again",
             )
         weight += scale * (up.float() @ down.float())

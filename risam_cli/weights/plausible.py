@@ -39,7 +39,8 @@ def require_plausible(
     found = _beyond(settings, text, elements)
     if found is not None:
         raise ModelError(
-            f"{where}: {found} weights, its files hold {elements}", "download the folder again"
+            f"{where}: {found} weights, its files hold {elements}",
+            "copy or download the folder again",
         )
     counts = {
         "image_encoder.depth": settings.image_encoder.depth,
@@ -51,13 +52,13 @@ def require_plausible(
         if count > tensors:
             raise ModelError(
                 f"{where}: {what} is {count}, its files hold {tensors} tensors",
-                "download the folder again",
+                "copy or download the folder again",
             )
     grid = settings.image_encoder.image_size // settings.image_encoder.patch_size
     if settings.image_encoder.window > max(grid, _MOST_WINDOW):
         raise ModelError(
             f"{where}: image_encoder.window is {settings.image_encoder.window}, its grid {grid}",
-            "download the folder again",
+            "copy or download the folder again",
         )
 
 

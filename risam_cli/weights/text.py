@@ -139,7 +139,8 @@ def grow_embeddings(text: TextParts, tokenizer: Tokenizer) -> TextParts:
             "set model.text_encoder.learn_words to false",
         )
     rows, width = table.weight.shape
-    wider = nn.Embedding(max(rows, tokenizer.get_vocab_size()), width, table.padding_idx)
+    needed = max(tokenizer.get_vocab().values()) + 1
+    wider = nn.Embedding(max(rows, needed), width, table.padding_idx)
     with torch.no_grad():
         nn.init.normal_(wider.weight, std=float(table.weight.std()))
         wider.weight[:rows] = table.weight
@@ -177,7 +178,7 @@ def text_from_folder(stored: StoredModel, max_tokens: int) -> TextParts:
     except Exception as error:  # tokenizers raises bare Exception
         raise ModelError(
             f"{stored.folder}: text encoder cannot be built: {reason_of(error)}",
-            "download the folder again",
+            "copy or download the folder again",
         ) from error
     limit = min(max_tokens, int(config.max_position_embeddings))
     pad_id = int(config.pad_token_id or 0)

@@ -42,7 +42,7 @@ def panics_told() -> Iterator[None]:
             raise
         raise ModelError(
             f"the model's tokenizer.json does not work on an expression: {reason_of(error)}",
-            "download the model folder again",
+            "copy or download the model folder again",
         ) from None
 
 
@@ -291,11 +291,14 @@ def with_learned_words(tokenizer: Tokenizer, texts: Iterable[str]) -> Tokenizer:
     unknown = {w: seen[w] for w in sorted(seen) if strange in tokenizer.encode(w).tokens}
     if not unknown:
         return tokenizer
-    known: dict[str, int] = model["vocab"]
+    # With the tokens that were added behind its vocabulary, which would move if they stayed there.
+    known: dict[str, int] = tokenizer.get_vocab()
+    free = max(known.values()) + 1
     letters = sorted({*_ALPHABET, *"".join(unknown)})
     learned = _subwords(unknown, prefix, _MOST_SUBWORDS)
-    for token in (*letters, *(prefix + letter for letter in letters), *learned):
-        known.setdefault(token, len(known))
+    spelled = [prefix + letter for letter in letters]
+    new = [t for t in dict.fromkeys((*letters, *spelled, *learned)) if t not in known]
+    known |= {token: free + number for number, token in enumerate(new)}
     state["model"] = {
         "type": "WordPiece",
         "unk_token": strange,

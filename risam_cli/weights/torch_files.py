@@ -22,7 +22,7 @@ from risam_cli.files.hashing import sha256_of_stream
 _END = 22  # bytes of a zip's last record, up to its comment
 _MARK = b"sha256:"
 _SEAL = len(_MARK) + 64
-_FIX = "download the file again"
+_FIX = "copy or download the file again, or name another"
 
 
 def load_plain(path: Path, *, mapped: bool = False) -> Any:

@@ -53,6 +53,7 @@ def test_a_run_writes_what_the_contract_says(unbroken: Path) -> None:
     steps = [(r["stage"], r["step"]) for r in log if r["kind"] == "train"]
     assert steps == [(0, n) for n in range(1, 7)] + [(1, n) for n in range(1, 15)]
     assert {"loss", "mask", "dice", "no_target", "iou", "lr"} <= log[-2].keys()
+    assert log[0]["lr"] == 1.0e-3  # the first of two steps of warm-up to 2e-3
     held_out = [r for r in log if r["kind"] == "val" and r["stage"] == 1]
     assert [r["step"] for r in held_out] == [7, 14]
     assert {"held out.miou", "held out.oiou", "held out.n_acc", "best"} <= held_out[0].keys()

@@ -20,6 +20,7 @@ from risam_cli.training import loop, outcome, text_source
 from risam_cli.training.losses import ReferringTask
 from risam_cli.training.stage import TrainingBuilder
 from risam_cli.weights.load import load_model
+from risam_cli.weights.trained_on import KEY
 
 REFERRING = [{**RAW["stages"][1], "steps": 3}]
 QUICK: dict[str, Any] = {"stages": REFERRING, "validate_every": 2, "checkpoint_every": 2}
@@ -146,6 +147,49 @@ def test_figures_of_another_validation_file_are_not_compared(
     for data, told in ((train, False), (moved, False), (other, True)):
         run(out, resume=True, **QUICK, train=train, val={"mine": data})
         assert ("its figures are no longer compared" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize(("kept", "figure"), [("green star", "oiou"), ("red square", "n_acc")])
+def test_a_figure_without_a_value_is_told_before_the_first_step(
+    tmp_path: Path, kept: str, figure: str
+) -> None:
+    data = _mine(tmp_path / "mine")["train"]
+    path = Path(data["annotations"])
+    content = json.loads(path.read_text())
+    content["expressions"] = [one for one in content["expressions"] if one["text"] == kept]
+    path.write_text(json.dumps(content))
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match=f"best_by is '{figure}', but no validation set has"):
+        run(out, **QUICK, val={"mine": data}, best_by=figure)
+    assert not out.exists()
+
+
+def test_training_data_that_changed_are_told_and_both_are_on_the_card(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = _mine(tmp_path / "mine"), tmp_path / "run"
+    stage = {**REFERRING[0], "steps": 2}
+    run(out, **{**QUICK, **data, "stages": [stage]})
+    path = Path(data["train"]["annotations"])
+    path.write_text(json.dumps({**json.loads(path.read_text()), "info": {}}))
+    capsys.readouterr()
+    more = [stage, {**stage, "name": "more"}]
+    for _ in range(2):
+        run(out, resume=True, **{**QUICK, **data, "stages": more})
+        assert "the training data have changed since the run began" in capsys.readouterr().err
+    files = [one["files"][0] for one in json.loads((out / "best/card.json").read_text())[KEY]]
+    assert [one["name"] for one in files] == [path.name] * 2
+    assert len({one["sha256"] for one in files}) == 2
+
+
+def test_a_new_run_does_not_replace_the_model_it_starts_from(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    best = run(out, **QUICK)
+    before = (best / "model.safetensors").read_bytes()
+    for key, source in (("init_from", best), ("init_encoder_from", out / "checkpoints/last.pt")):
+        with pytest.raises(ConfigError, match=f"{key} = .* is in the output folder"):
+            loop.train(settings(out, **QUICK, **{key: str(source)}), overwrite=True)
+    assert (best / "model.safetensors").read_bytes() == before
 
 
 def test_a_lost_best_model_is_told_of_and_made_anew(

@@ -113,6 +113,18 @@ def test_learned_words_come_behind_what_was_known_and_change_no_expression_of_it
     assert after.encode("Boaty, xyz").tokens[1:-1] == ["boat", "##y", "x", "##y", "##z"]
 
 
+def test_tokens_that_were_added_behind_the_vocabulary_keep_their_ids() -> None:
+    before = tokenizer_from_words(WORDS)
+    before.add_tokens(["sofa"])
+    before.add_special_tokens(["<loc>"])
+    after = with_learned_words(before, MINE)
+    old, new = before.get_vocab(), after.get_vocab()
+    assert {word: new[word] for word in old} == old
+    assert sorted(new.values()) == list(range(len(new)))
+    for text in ("red sofa <loc>", "<loc>"):
+        assert after.encode(text).ids == before.encode(text).ids
+
+
 def test_learning_follows_from_the_texts_alone() -> None:
     code = (
         "from risam_cli.weights.tokenizer import *;import hashlib;"

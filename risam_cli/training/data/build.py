@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from risam_cli.console.console import Console
 from risam_cli.console.text import counted
@@ -32,7 +33,7 @@ from risam_cli.training.data.dataset import (
 )
 from risam_cli.training.data.mixed import MixedExamples, image_key, without_images
 from risam_cli.weights.tokenizer import KnownWords, TextTokenizer
-from risam_cli.weights.trained_on import TrainedOn, files_trained_on, scenes_trained_on
+from risam_cli.weights.trained_on import TrainedOn, files_trained_on, scenes_trained_on, to_card
 
 
 class DataBuilder:
@@ -114,6 +115,17 @@ class DataBuilder:
                     "model.text_encoder.source",
                 )
             self.console.warn(message)
+
+    def continued(self, earlier: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What a run that goes on is trained on, before and now, as a model's card says it."""
+        now = to_card(self.trained_on)
+        before = [one for one in earlier if one not in now]
+        if before:
+            self.console.warn(
+                "the training data have changed since the run began: it goes on with what they "
+                "are now, so its weights will not be those of a run on either"
+            )
+        return [*now, *before]
 
     def scenes(self, data: DataSettings) -> RefShapes:
         """RefShapes at the encoder's size. Raises ConfigError where the data are no scenes."""

@@ -158,6 +158,7 @@ class PackedSamples(Sequence[Sample]):
     def __init__(self, samples: Iterable[Sample]) -> None:
         block, ends, counts = bytearray(), array("q"), array("q")
         self.pseudo = 0  # expressions whose truth is a model's answer
+        self.no_target = 0  # expressions to which nothing fits
         self.without_pixels: list[str] = []
         for given in samples:
             sample = replace(given, expressions=tuple(filter(self._may_teach, given.expressions)))
@@ -169,6 +170,7 @@ class PackedSamples(Sequence[Sample]):
                         f"expression {expression.id!r} of {sample.image} has no mask to learn from",
                         "give it ann_ids",
                     )
+                self.no_target += not masks.area(expression.target)
             counts.append(len(sample.expressions))
             self.pseudo += sum(map(is_pseudo, sample.expressions))
             block += pickle.dumps(_lean(sample), protocol=5)
