@@ -264,7 +264,8 @@ class Model:
         common = None if expressions is None else texts_of(expressions)
         if on_error not in ("raise", "keep"):
             raise UsageError(f"on_error {on_error!r} is unknown", "give 'raise' or 'keep'")
-        if not hasattr(images, "__iter__") and not hasattr(images, "__getitem__"):
+        is_sequence = hasattr(images, "__getitem__") and not hasattr(images, "__iter__")
+        if is_one(images) and not is_sequence:  # of a text its letters, of an array its rows
             raise UsageError(f"the images are a {type(images).__name__}", "give a list of images")
         samples = samples_of(
             images,

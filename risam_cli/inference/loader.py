@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing import forkserver
+from multiprocessing import forkserver, spawn
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -477,6 +477,24 @@ class _Hands:
         return [(n, float(t)) for n, t in zip(self._numbers, self._since, strict=True) if n >= 0]
 
 
+_NAME = "risam-loader"  # of the processes
+_TOLD = spawn.get_preparation_data
+
+
+def _told(name: str) -> dict[str, Any]:
+    """What a new process is told; ours are not told of the main module, of which they need nothing.
+
+    They would run it again, and a script that calls from Python seldom guards against that by
+    ``if __name__ == "__main__"``. multiprocessing has no setting for it.
+    """
+    told: dict[str, Any] = _TOLD(name)
+    if name == _NAME:
+        for key in ("init_main_from_name", "init_main_from_path"):
+            told.pop(key, None)
+    return told
+
+
+spawn.get_preparation_data = _told
 _CLEAN = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _Clean: Any = type(multiprocessing.get_context(_CLEAN))
 
@@ -496,7 +514,7 @@ class _Processes(_Clean):  # type: ignore[misc]
 
     def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:
         """Makes a process and remembers it: DataLoader itself tells neither images nor exits."""
-        process: BaseProcess = super().Process(*args, name="risam-loader", **kwargs)
+        process: BaseProcess = super().Process(*args, name=_NAME, **kwargs)
         self.started.append(process)
         return process
 

@@ -102,6 +102,7 @@ def test_the_answer_has_the_shape_of_the_question(model: risam_cli.Model) -> Non
     assert _same(one, by_image[0])
     assert _same(one, both[0][0])
     assert model.predict([], "the star") == []
+    assert len(model.predict(np.array([*map(str, paths)]), "the star")) == 2
 
 
 def test_a_result_holds_what_the_mask_is(model: risam_cli.Model) -> None:
@@ -308,8 +309,10 @@ def test_wrong_usage_is_a_usage_error(model: risam_cli.Model) -> None:
     for given, expressions, options, says in wrong:
         with pytest.raises(UsageError, match=says.replace("(", r"\(")):
             model.predict(given, expressions, **options)
-    with pytest.raises(UsageError, match="the images are a int"):
-        model.predict_iter(5, "star")  # type: ignore[arg-type]
+    array = np.zeros((8, 8, 3), np.uint8)
+    for single in (5, image, str(image), image.read_bytes(), array, Image.fromarray(array)):
+        with pytest.raises(UsageError, match=f"the images are a {type(single).__name__}; give a"):
+            model.predict_iter(single, "star")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="has no expression"):
         list(model.predict_iter([image]))
     with pytest.raises(UsageError, match="on_error 'skip' is unknown"):

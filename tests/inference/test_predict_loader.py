@@ -160,6 +160,25 @@ def test_images_that_stall_side_by_side_fail_together(
     assert len(begun) < 6, "each waited for the one before it"
 
 
+def test_processes_do_not_run_the_script_that_they_were_asked_from(tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png")
+    code = (  # as a user writes it: nothing says what is for the main process alone
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from risam_cli.data.images.frames import sam_frame\n"
+        "from risam_cli.inference.loader import open_loader\n"
+        "from risam_cli.inference.loading import LoaderSettings\n"
+        "print('begun', flush=True)\n"
+        "with open_loader(LoaderSettings((sam_frame(16),), 1)) as loader:\n"
+        "    print(loader.submit(Path(sys.argv[1])).result(120).image is not None)\n"
+    )
+    (tmp_path / "script.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py", path], capture_output=True, timeout=180
+    )
+    assert done.stdout.split() == [b"begun", b"True"], done.stderr.decode()
+
+
 def test_a_process_that_is_killed_takes_its_workers_with_it(tmp_path: Path) -> None:
     path = picture(tmp_path / "a.png")
     code = (
