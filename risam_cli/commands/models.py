@@ -181,6 +181,10 @@ def verify(model: str | None, as_json: bool) -> int:
         except RisamError as error:  # such as settings that are out of range
             problems = [str(error)]
         digest = None if problems else model_folders.hash_folder(folder)
+        if not problems and not model_folders.checksums(folder):
+            get_console().warn(
+                f"{where}: no checksums in {model_folders.CARD_FILE}: a changed weight goes unseen"
+            )
     else:
         from risam_cli.segmenters.inspect import verify_published
 

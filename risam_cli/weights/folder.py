@@ -205,11 +205,17 @@ def hash_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def damaged_files(folder: Path) -> list[str]:
-    """Which files are not those that ``card.json`` says were written, one line each."""
+def checksums(folder: Path) -> dict[str, Any] | None:
+    """What ``card.json`` says of the files written: empty without a card, None if it is damaged."""
     card = _read_json(folder / CARD_FILE) if (folder / CARD_FILE).exists() else {}
     sums = card.get("sha256", {}) if isinstance(card, dict) else None
-    if not isinstance(sums, dict):
+    return sums if isinstance(sums, dict) else None
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Which files are not those that ``card.json`` says were written, one line each."""
+    sums = checksums(folder)
+    if sums is None:
         return [f"{folder / CARD_FILE} is damaged: it holds no checksums by name"]
     problems = []
     for name, one in sums.items():

@@ -87,6 +87,16 @@ def test_verify_says_ok_with_the_hash(
     assert shown.out == f"ok  {model_folder}  {hash_folder(model_folder)}\n"
 
 
+def test_verify_says_that_there_are_no_checksums(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / "card.json").unlink(missing_ok=True)
+    assert main(["models", "verify", str(copy)]) == 0
+    shown = capsys.readouterr()
+    assert "no checksums in card.json" in shown.err
+    assert shown.out.startswith(f"ok  {copy}")
+
+
 def _cut(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
