@@ -20,7 +20,13 @@ from risam_cli.evaluation.answer_log import ASKED, AnswerLog, gather_answers
 from risam_cli.evaluation.protocol import mask_rule
 from risam_cli.evaluation.report.assemble import Done
 from risam_cli.evaluation.report.schema import AnswersPart, NoTargetFitPart, TimingPart
-from risam_cli.evaluation.request import PART_FILE, EvalRequest, cannot_fit, count
+from risam_cli.evaluation.request import (
+    PART_FILE,
+    EvalRequest,
+    cannot_fit,
+    count,
+    require_both_kinds,
+)
 from risam_cli.evaluation.scoring import (
     Answered,
     EvalRun,
@@ -165,7 +171,7 @@ def answer_and_score(
     failures: FailureLog,
 ) -> Done:
     """Load the model, have it answer every image that is there, and score it."""
-    asking = _Asking.of(asked, protocol)
+    asking = _Asking.of(asked, source, protocol)
     source, absent = drop_missing_images(source, failures)
     skipped = failures.by_stage["decode"]
     if asked.answered:
@@ -208,12 +214,12 @@ class _Asking:
     settings: PredictSettings
 
     @classmethod
-    def of(cls, asked: EvalRequest, protocol: Protocol) -> _Asking:
+    def of(cls, asked: EvalRequest, source: SampleSource, protocol: Protocol) -> _Asking:
         """The model is loaded here."""
         device = choose_device(asked.device)
         precision = choose_precision(asked.precision, device)
         warm_up(count_workers(asked.workers, device.type))
-        segmenter = _load(asked, device, precision)
+        segmenter = _load(asked, source, device, precision)
         get_console().info(
             f"{segmenter.name} on {describe_device(device)}, {precision_name(precision)}"
         )
@@ -302,7 +308,7 @@ def answer_part(
     Raises:
         UsageError: another process works by other settings or versions.
     """
-    asking = _Asking.of(asked, protocol)
+    asking = _Asking.of(asked, source, protocol)
     source, _ = drop_missing_images(source, failures)
     planned = source.planned
     noted = {
@@ -332,8 +338,10 @@ def answer_part(
     folder.write(PART_FILE, json.dumps({**noted, "status": "complete"}))
 
 
-def _load(asked: EvalRequest, device: torch.device, precision: torch.dtype) -> Segmenter:
-    """The model; refuses what would write into a folder that is not the user's own."""
+def _load(
+    asked: EvalRequest, source: SampleSource, device: torch.device, precision: torch.dtype
+) -> Segmenter:
+    """The model; refuses a fit that would write into a folder not the user's own, or cannot be."""
     if asked.feature_cache is not None:
         require_risam_name(asked.model, "a feature cache")
     if asked.fit_no_target and parse_model(asked.model).kind != "risam":
@@ -347,6 +355,8 @@ def _load(asked: EvalRequest, device: torch.device, precision: torch.dtype) -> S
             f"{setting('fit_no_target')} would change the bundled model for every later command",
             f"give a model of your own, or a copy of it, by {setting('model')}",
         )
+    if asked.fit_no_target:
+        require_both_kinds(source)
     return load_segmenter(asked.model, device=device, precision=precision, compiled=asked.compiled)
 
 

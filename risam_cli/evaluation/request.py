@@ -189,10 +189,7 @@ class EvalRequest:
                     f"{setting(*self.part)} leaves no image of {source.dataset} {source.split}",
                     f"it has {len(source.groups)}",
                 )
-        source = source.limited(self.limit, self.shuffle)
-        if self.fit_no_target:
-            _require_both_kinds(source)
-        return source
+        return source.limited(self.limit, self.shuffle)
 
     def open_other(self) -> Other | None:
         """The report to compare with, read before any work is done."""
@@ -228,7 +225,7 @@ def cannot_fit() -> DataError:
     )
 
 
-def _require_both_kinds(source: SampleSource) -> None:
+def require_both_kinds(source: SampleSource) -> None:
     """Look for an expression with a target and one without. Raises DataError."""
     seen: set[bool] = set()
     for group in source.chosen():
