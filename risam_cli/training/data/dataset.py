@@ -170,7 +170,9 @@ class PackedSamples(Sequence[Sample]):
                         f"expression {expression.id!r} of {sample.image} has no mask to learn from",
                         "give it ann_ids",
                     )
-                self.no_target += not masks.area(expression.target)
+                # Where it is known that something fits, _may_teach has seen pixels.
+                fits = expression.no_target is False or masks.area(expression.target)
+                self.no_target += not fits
             counts.append(len(sample.expressions))
             self.pseudo += sum(map(is_pseudo, sample.expressions))
             block += pickle.dumps(_lean(sample), protocol=5)
