@@ -160,42 +160,39 @@ def test_images_that_stall_side_by_side_fail_together(
     assert len(begun) < 6, "each waited for the one before it"
 
 
-def test_processes_do_not_run_the_script_that_they_were_asked_from(tmp_path: Path) -> None:
-    path = picture(tmp_path / "a.png")
-    code = (  # as a user writes it: nothing says what is for the main process alone
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from risam_cli.data.images.frames import sam_frame\n"
-        "from risam_cli.inference.loader import open_loader\n"
-        "from risam_cli.inference.loading import LoaderSettings\n"
-        "print('begun', flush=True)\n"
-        "with open_loader(LoaderSettings((sam_frame(16),), 1)) as loader:\n"
-        "    print(loader.submit(Path(sys.argv[1])).result(120).image is not None)\n"
-    )
-    (tmp_path / "script.py").write_text(code)
-    done = subprocess.run(
-        [sys.executable, tmp_path / "script.py", path], capture_output=True, timeout=180
-    )
-    assert done.stdout.split() == [b"begun", b"True"], done.stderr.decode()
-
-
-def test_a_process_that_is_killed_takes_its_workers_with_it(tmp_path: Path) -> None:
-    path = picture(tmp_path / "a.png")
-    code = (
+def _run_script(folder: Path, code: str) -> subprocess.CompletedProcess[bytes]:
+    """Runs a user's script that has what it needs to open a loader; its argument is a picture."""
+    head = (
         "import multiprocessing, os, signal, sys\n"
         "from pathlib import Path\n"
         "from risam_cli.data.images.frames import sam_frame\n"
         "from risam_cli.inference.loader import open_loader\n"
         "from risam_cli.inference.loading import LoaderSettings\n"
+    )
+    (folder / "script.py").write_text(head + code)
+    command = [sys.executable, folder / "script.py", picture(folder / "a.png")]
+    return subprocess.run(command, capture_output=True, timeout=180)
+
+
+def test_processes_do_not_run_the_script_that_they_were_asked_from(tmp_path: Path) -> None:
+    # As a user writes it: nothing says what is for the main process alone.
+    done = _run_script(
+        tmp_path,
+        "print('begun', flush=True)\n"
+        "with open_loader(LoaderSettings((sam_frame(16),), 1)) as loader:\n"
+        "    print(loader.submit(Path(sys.argv[1])).result(120).image is not None)\n",
+    )
+    assert done.stdout.split() == [b"begun", b"True"], done.stderr.decode()
+
+
+def test_a_process_that_is_killed_takes_its_workers_with_it(tmp_path: Path) -> None:
+    done = _run_script(
+        tmp_path,
         "if __name__ == '__main__':\n"
         "    loader = open_loader(LoaderSettings((sam_frame(16),), 2))\n"
         "    assert loader.submit(Path(sys.argv[1])).result(120).image is not None\n"
         "    print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    (tmp_path / "main.py").write_text(code)
-    done = subprocess.run(
-        [sys.executable, tmp_path / "main.py", path], capture_output=True, timeout=180
+        "    os.kill(os.getpid(), signal.SIGKILL)\n",
     )
     workers = [int(word) for word in done.stdout.split()]
     assert len(workers) == 2, done.stderr.decode()
