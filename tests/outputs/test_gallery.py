@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from support.browser import Browser, find_browser
 from support.predict_fakes import FakeModel
 from support.predict_runs import Killed, Run, contents, draw_pictures, kill_at
 
@@ -260,48 +260,28 @@ def write_page(folder: Path, images: int, *, items: bool = False) -> Path:
     return gallery.finish()
 
 
-@pytest.fixture(scope="module")
-def browser() -> str:
-    found = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-    if found is None:
-        pytest.skip("no chromium here")
-    return found
-
-
 @pytest.fixture
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("chromium")
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if find_browser() is None:
+        pytest.skip("no Chromium here")
+    with Browser(tmp_path_factory.mktemp("profile")) as started:
+        yield started
 
 
-def shown(browser: str, page: str, profile: Path, *, until: str) -> tuple[str, str]:
-    """The page's HTML, and what the browser's console said.
-
-    A busy machine may have the browser's clock run out before files are read; then it is asked
-    again, until the page holds what it will hold once it is at rest.
-    """
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
-    budget = ["--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom"]
-    for _ in range(4):
-        done = subprocess.run(
-            [browser, *flags, *budget, page],
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
-        if until in done.stdout:
-            break
-    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-    return done.stdout, console
+def shown(browser: Browser, page: Path, fragment: str = "", *, until: str) -> str:
+    """The page's HTML once an expression is true in it, and the console has said nothing."""
+    browser.open(page, fragment)
+    browser.wait_for(until)
+    assert browser.messages == []
+    return str(browser.run("document.documentElement.outerHTML"))
 
 
 @pytest.mark.slow
-def test_ten_thousand_images_in_a_browser(browser: str, profile: Path, tmp_path: Path) -> None:
+def test_ten_thousand_images_in_a_browser(browser: Browser, tmp_path: Path) -> None:
     page = write_page(tmp_path, 10_000)
-    dom, console = shown(browser, page.as_uri(), profile, until="of 209<")
-    assert console == ""
+    dom = shown(
+        browser, page, until="document.querySelector('.where').textContent.endsWith(' of 209')"
+    )
     assert "1–48 of 10,000 images, page 1 of 209" in dom
     assert "10,000 images, 30,020 expressions: 27,000 masks, 3,000 with no target, 20 failed" in dom
     assert dom.count("<article") == 48
@@ -309,7 +289,7 @@ def test_ten_thousand_images_in_a_browser(browser: str, profile: Path, tmp_path:
     assert len(re.findall(r"<[a-z]", body)) < 3000  # nodes do not grow with the run
 
 
-def test_filters_and_hostile_text_in_a_browser(browser: str, profile: Path, tmp_path: Path) -> None:
+def test_filters_and_hostile_text_in_a_browser(browser: Browser, tmp_path: Path) -> None:
     gallery = Gallery(tmp_path, {}, into(tmp_path), model=HOSTILE, warning=f"{HOSTILE} warns")
     item = encode_item(np.full((30, 40, 3), 90, np.uint8), (30, 40), ["M2,2 20,2 20,20Z"])
     for name in ("a", "b"):
@@ -324,14 +304,12 @@ def test_filters_and_hostile_text_in_a_browser(browser: str, profile: Path, tmp_
                 f"gallery/items/{name} #1%.js",
             )
         )
-    page = gallery.finish().as_uri()
-    dom, console = shown(
+    dom = shown(
         browser,
-        f"{page}#text=script+ALERT&low=50&sort=low",
-        profile,
-        until='<path class="mask" d="M2,2',
+        gallery.finish(),
+        "#text=script+ALERT&low=50&sort=low",
+        until="document.querySelector('path.mask')",
     )
-    assert console == ""
     assert "1–1 of 1 images" in dom
     assert "By the model &lt;/script&gt;&lt;script&gt;alert(1)" in dom
     warning = re.search(r'<p id="warning" class="notice" role="note">(.*?)</p>', dom, re.S)
@@ -343,12 +321,11 @@ def test_filters_and_hostile_text_in_a_browser(browser: str, profile: Path, tmp_
 
 
 def test_the_run_of_a_fake_network_in_a_browser(
-    browser: str, profile: Path, pictures: Path, tmp_path: Path
+    browser: Browser, pictures: Path, tmp_path: Path
 ) -> None:
     Run([pictures], tmp_path / "out", model=FakeModel(), saving=HTML).go()
-    page = (tmp_path / "out/gallery/index.html").as_uri()
-    dom, console = shown(browser, f"{page}#show=failed", profile, until="<article")
-    assert console == ""
+    page = tmp_path / "out/gallery/index.html"
+    dom = shown(browser, page, "#show=failed", until="document.querySelector('article')")
     assert dom.count("<article") == 1
     assert "not an image" in dom
     assert re.search(r'<p id="warning"[^>]* hidden', dom)

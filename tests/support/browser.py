@@ -91,7 +91,14 @@ class Browser:
                 return result
             self._hear(answer)
 
-    def open(self, page: Path, *, size: tuple[int, int] = (1200, 900), dark: bool = False) -> None:
+    def open(
+        self,
+        page: Path,
+        fragment: str = "",
+        *,
+        size: tuple[int, int] = (1200, 900),
+        dark: bool = False,
+    ) -> None:
         """Opens a file at a window of (width, height) and waits until it is loaded."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -103,7 +110,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self._loaded = False
-        self.call("Page.navigate", url=page.resolve().as_uri())
+        self.call("Page.navigate", url=page.resolve().as_uri() + fragment)
         while not self._loaded:
             self._hear(self._next())
 
@@ -112,6 +119,13 @@ class Browser:
         found = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def wait_for(self, script: str) -> None:
+        """Waits until an expression in the page is true, as it may be some time after loading."""
+        limit = time.monotonic() + TIMEOUT
+        while not self.run(f"Boolean({script})"):
+            assert time.monotonic() < limit, f"never true: {script}"
+            time.sleep(0.05)
 
     def middle(self, selector: str) -> tuple[float, float]:
         """The middle of an element, in the window's pixels, once it is scrolled to."""
