@@ -167,6 +167,8 @@ def main() -> None:
     names = options.only.split(",")
     if unknown := sorted(set(names) - set(VARIANTS)):
         parser.error(f"--only {unknown[0]}: use some of {', '.join(VARIANTS)}")
+    if options.steps < 8:
+        parser.error(f"--steps {options.steps}: a run is validated eight times, so 8 or more")
     encoder = options.encoder or str(options.output / "encoder" / "checkpoints" / "last.pt")
     o = options
     budget = Budget(o.steps, o.images, o.until, encoder, o.limit, o.precision, o.machine)
@@ -181,9 +183,9 @@ def main() -> None:
             seeds = range(options.first_seed, options.first_seed + options.seeds)
             list(pool.map(one, planned(names, seeds, options.all_seeds)))
     keep(options.results, runs, budget)
-    drawn = draw(json.loads(options.results.read_text("utf-8")), budget)
-    options.results.with_suffix(".svg").write_text(drawn, encoding="utf-8")
     results = json.loads(options.results.read_text("utf-8"))
+    picture = options.results.with_name(f"{options.results.stem}_{budget.name}.svg")
+    picture.write_text(draw(results, budget), encoding="utf-8")
     print(
         table(answers(options.results), budget.name), curves(results), each_seed(results), sep="\n"
     )
