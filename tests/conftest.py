@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from support.cli import Cli
 from support.paths import REPO
@@ -29,7 +29,9 @@ from risam_cli.console.console import Console, set_console
 from risam_cli.errors import keyword, use_front_end
 
 # A loaded machine must not fail a property test for its time.
-settings.register_profile("risam", deadline=None, max_examples=60)
+settings.register_profile(
+    "risam", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("risam")
 
 _NUMBERS = itertools.count()
