@@ -19,6 +19,7 @@ from support.predict_fakes import SIZE, FakeModel, FakeNetwork
 from risam_cli.data.images.frames import sam_frame
 from risam_cli.data.images.images import read_for_encoder
 from risam_cli.errors import DataError, ModelError, OutputError
+from risam_cli.inference import feeder, pipeline
 from risam_cli.inference.compute import Compute, ComputeSettings, Job, NetworkAnswer
 from risam_cli.inference.finish import ImageResult
 from risam_cli.inference.pipeline import PredictSettings, predict_samples
@@ -193,7 +194,9 @@ def test_a_cpu_takes_images_side_by_side_and_each_once(pictures: list[Path]) -> 
     assert told(results) == told(predict(asked, cores=1))
 
 
-def test_an_image_that_is_alone_has_all_cores_in_the_encoder(pictures: list[Path]) -> None:
+def test_an_image_that_is_alone_has_all_cores_in_the_encoder(
+    pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run's only image, the last of a run, and one that a person waits for before typing on."""
     threads: list[int] = []
     network = FakeNetwork(before_encode=lambda pixels: threads.append(torch.get_num_threads()))
@@ -201,13 +204,17 @@ def test_an_image_that_is_alone_has_all_cores_in_the_encoder(pictures: list[Path
     assert threads == [4]
 
     answers: list[int] = []
+    running: list[pipeline._Network[int]] = []
+    start = pipeline._Network.start
+    monkeypatch.setattr(
+        pipeline._Network, "start", lambda self: (running.append(self), start(self))
+    )
 
     def typed() -> Iterator[tuple[Sample, int]]:
         for number, path in enumerate(pictures[:2]):
             yield sample(path, "bright"), number
-            while len(answers) <= number:
+            while len(answers) <= number or running[0]._busy:  # its work is not yet put away
                 time.sleep(0.01)
-            time.sleep(0.2)  # the thread that answered puts its work away
 
     settings = PredictSettings(CPU, cores=4)
     answers.extend(number for number, _ in predict_samples(typed(), FakeModel(network), settings))
@@ -215,7 +222,10 @@ def test_an_image_that_is_alone_has_all_cores_in_the_encoder(pictures: list[Path
     assert threads == [4, 4, 4]
 
 
-def test_images_that_are_not_alone_keep_to_their_share(pictures: list[Path]) -> None:
+def test_images_that_are_not_alone_keep_to_their_share(
+    pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeder, "_IDLE", 60.0)  # nor is one alone because the next is slow to come
     meeting, threads = threading.Barrier(3), list[int]()
 
     def encode(pixels: object) -> None:

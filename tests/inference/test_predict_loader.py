@@ -109,8 +109,11 @@ def test_a_death_costs_nothing_but_its_own_image(tmp_path: Path) -> None:
             assert one.image.sha256 == file_sha256(path)
 
 
-def test_a_death_that_is_known_late_costs_the_image_that_was_in_hand(tmp_path: Path) -> None:
+def test_a_death_that_is_known_late_costs_the_image_that_was_in_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a dead process' last image the rest cannot be read, some time before its end is known."""
+    monkeypatch.setattr(loaders, "_GRACE", 60.0)  # however late
     with open_loader(settings(2)) as loader:
         assert isinstance(loader, ProcessLoader)
         innocent, deadly = (
@@ -153,7 +156,7 @@ def test_images_that_stall_side_by_side_fail_together(
         drive(self)
 
     monkeypatch.setattr(ProcessLoader, "_drive", counted)
-    with open_loader(settings(2, timeout=1.5), load_or_stall) as loader:
+    with open_loader(settings(2, timeout=2), load_or_stall) as loader:
         futures = [loader.submit(path) for path in paths]
         results = [future.result(120) for future in futures]
     assert [one.image is None for one in results] == [False, *[True] * 6, False]
@@ -196,7 +199,7 @@ def test_a_process_that_is_killed_takes_its_workers_with_it(tmp_path: Path) -> N
     )
     workers = [int(word) for word in done.stdout.split()]
     assert len(workers) == 2, done.stderr.decode()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while any(map(_lives, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(_lives, workers))
@@ -226,7 +229,7 @@ def test_no_more_goes_through_shared_memory_than_it_holds(
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_stalls_fails_alone(tmp_path: Path, workers: int) -> None:
     stalled, good = picture(tmp_path / "stalled.png"), picture(tmp_path / "good.png")
-    with open_loader(settings(workers, timeout=3 if workers else 0.3), load_or_stall) as loader:
+    with open_loader(settings(workers, timeout=3), load_or_stall) as loader:
         results = wait_for(loader, [loader.submit(path) for path in (stalled, stalled, good)])
     assert [one.image is None for one in results] == [True, True, False]
     assert "took longer than" in results[0].error
@@ -241,8 +244,9 @@ def wait_for(loader: ImageLoader, futures: list[Future[Loaded]]) -> list[Loaded]
     return [future.result(0) for future in futures]
 
 
-def own_threads() -> int:
-    return sum(thread.name == "risam-loader" for thread in threading.enumerate())
+def own_threads() -> set[threading.Thread]:
+    """Those of loaders; of tests before, there may be some that still stall."""
+    return {thread for thread in threading.enumerate() if thread.name == "risam-loader"}
 
 
 def test_an_image_that_may_take_long_is_ended_with_its_process(tmp_path: Path) -> None:
@@ -251,7 +255,7 @@ def test_an_image_that_may_take_long_is_ended_with_its_process(tmp_path: Path) -
     before = own_threads()
     with open_loader(settings(0, timeout=4), load_or_hang_apart) as loader:
         results = wait_for(loader, [loader.submit(path) for path in paths])
-        assert own_threads() == before + 2, "none was left behind"
+        assert len(own_threads() - before) == 2, "none was left behind"
     assert [one.image is None for one in results] == ["stalled" in name for name in names]
     assert "took longer than 4 s" in results[0].error
     whole = load_image(paths[1], settings(1)).image
@@ -259,13 +263,13 @@ def test_an_image_that_may_take_long_is_ended_with_its_process(tmp_path: Path) -
 
 
 def test_no_more_than_a_few_threads_are_left_behind(tmp_path: Path) -> None:
-    names = [*(f"stalled{n}" for n in range(7)), "good", "deadly"]
+    names = [*(f"stalled{n}" for n in range(5)), "good", "deadly"]
     paths = [picture(tmp_path / f"{name}.png") for name in names]
     before = own_threads()
     with open_loader(settings(0, timeout=3), load_or_die_or_stall) as loader:
         results = wait_for(loader, [loader.submit(path) for path in paths])
-        assert own_threads() <= before + 4
-    assert [one.image is None for one in results] == [*[True] * 7, False, True]
+        assert len(own_threads() - before) <= 4
+    assert [one.image is None for one in results] == [*[True] * 5, False, True]
     assert "the loader process died on it (signal 9, SIGKILL)" in results[-1].error
 
 
@@ -308,18 +312,14 @@ def test_a_bug_fails_the_image_not_the_loader(tmp_path: Path, workers: int) -> N
 
 def test_no_thread_and_no_process_is_left(tmp_path: Path) -> None:
     path = picture(tmp_path / "a.png")
-    before = set(threading.enumerate())
+    before = {*threading.enumerate(), *multiprocessing.active_children()}
     for workers in (0, 1):
         with open_loader(settings(workers)) as loader:
             loader.submit(path).result(120)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        left = set(threading.enumerate()) - before
-        if not left and not multiprocessing.active_children():
-            break
+    deadline = time.monotonic() + 60
+    while left := {*threading.enumerate(), *multiprocessing.active_children()} - before:
+        assert time.monotonic() < deadline, left
         time.sleep(0.05)
-    assert not left
-    assert not multiprocessing.active_children()
 
 
 def test_a_cpu_decodes_in_threads_and_a_gpu_has_processes() -> None:
