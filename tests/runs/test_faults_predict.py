@@ -18,8 +18,19 @@ from typing import Any
 import pytest
 import torch
 from support.power import recorded
-from support.predict_runs import CPU, Killed, Run, contents, draw, draw_pictures, kill_at, run_json
+from support.predict_runs import (
+    CPU,
+    Killed,
+    Run,
+    contents,
+    draw,
+    draw_pictures,
+    kill_at,
+    run_json,
+    signals,
+)
 
+from risam_cli import interrupts
 from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.errors import OutputError
 from risam_cli.files import write
@@ -259,15 +270,15 @@ def test_loader_processes_that_are_killed_cost_nothing(
 
 
 def test_a_second_ctrl_c_ends_at_once_and_costs_nothing(
-    whole: tuple[Path, Path], tmp_path: Path
+    whole: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    run = Run([whole[0]], out, saving=ALL)
+    run, send = Run([whole[0]], out, saving=ALL), signals(monkeypatch)
 
     def twice() -> None:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.3)  # until the main thread has seen it
+        send(signal.SIGINT)
+        time.sleep(interrupts._PATIENCE + 0.01)  # or it is one that came twice
+        send(signal.SIGINT)
 
     at_image(run, 3, twice)
     with pytest.raises(KeyboardInterrupt):
