@@ -94,7 +94,7 @@ def cli() -> Cli:
         input: str | None = None,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
-        timeout: float = 300,
+        timeout: float = 900,
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "risam_cli", *map(str, args)],
