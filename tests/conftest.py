@@ -7,7 +7,7 @@ import tempfile
 
 # Several test processes share the cores; torch's own threads would only get in each other's way.
 # This must stand before anything imports torch or numpy.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 # No test reads or writes what this user's own commands keep.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="risam-tests-cache-")
 

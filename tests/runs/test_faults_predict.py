@@ -10,18 +10,17 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.power import recorded
 from support.predict_runs import (
     CPU,
     Killed,
     Run,
+    at_image,
     contents,
     draw,
     draw_pictures,
@@ -52,19 +51,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = tmp_path_factory.mktemp("whole")
     Run([draw_pictures(base / "in")], base / "out", saving=ALL).go()
     return base / "in", base / "out"
-
-
-def at_image(run: Run, number: int, act: Callable[[], None]) -> None:
-    """Calls ``act`` once, before the image of that number goes through the network."""
-    done = False
-
-    def check(pixels: torch.Tensor) -> None:
-        nonlocal done
-        if len(run.model.network.encoded) == number and not done:
-            done = True
-            act()
-
-    run.model.network.before_encode = check
 
 
 def failures(out: Path) -> list[dict[str, Any]]:

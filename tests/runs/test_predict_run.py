@@ -24,6 +24,7 @@ from support.predict_runs import (
     FILES,
     Killed,
     Run,
+    at_image,
     contents,
     draw,
     draw_pictures,
@@ -426,12 +427,7 @@ def test_a_signal_ends_the_run_after_its_batch(
 ) -> None:
     pictures, out = finished[0], tmp_path / "out"
     run, send = Run([pictures], out), signals(monkeypatch)
-
-    def at_the_third(pixels: torch.Tensor) -> None:
-        if len(run.model.network.encoded) == 2:
-            send(number)
-
-    run.model.network.before_encode = at_the_third
+    at_image(run, 2, lambda: send(number))
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match="finished work is kept"):
         run.go()

@@ -107,6 +107,17 @@ def kill_at(model: FakeModel, image: int) -> None:
     model.network.before_encode = check
 
 
+def at_image(run: Run, number: int, act: Callable[[], None]) -> None:
+    """Calls ``act`` once, before the image of that number goes through the network."""
+    first = threading.Lock()
+
+    def check(pixels: torch.Tensor) -> None:
+        if len(run.model.network.encoded) == number and first.acquire(blocking=False):
+            act()
+
+    run.model.network.before_encode = check
+
+
 def signals(monkeypatch: pytest.MonkeyPatch) -> Callable[[signal.Signals], None]:
     """Sends this process a signal, from another thread, and waits until the run has heard it."""
     heard = threading.Semaphore(0)
