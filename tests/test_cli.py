@@ -49,7 +49,7 @@ def register(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
 
 
 def test_help_lists_every_command(cli: Cli) -> None:
-    shown = cli("--help")
+    shown = cli("--help", env={"COLUMNS": "80"})
     assert shown.returncode == 0
     assert "3 finished, but some items failed" in shown.stdout
     assert "\\b" not in shown.stdout
