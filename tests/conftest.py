@@ -58,6 +58,14 @@ def cache_of_its_own() -> Iterator[None]:
     os.environ["XDG_CACHE_HOME"] = shared
 
 
+@pytest.fixture(autouse=True)
+def limit_of_its_own() -> Iterator[None]:
+    """What one test made of Pillow's limit must not refuse the pictures of the next."""
+    before = Image.MAX_IMAGE_PIXELS
+    yield
+    Image.MAX_IMAGE_PIXELS = before
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The root of the checkout."""
