@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="risam-tests-cache-")
 
 import itertools
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,11 @@ settings.register_profile(
 settings.load_profile("risam")
 
 _NUMBERS = itertools.count()
+
+
+def pytest_unconfigure() -> None:
+    """Takes the cache of this test process away."""
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
