@@ -44,7 +44,7 @@ def test_an_error_ends_the_work_and_comes_out() -> None:
     def work(piece: int) -> None:
         if piece == 3:
             raise ValueError("piece 3")
-        time.sleep(0.01)
+        time.sleep(0.05)
         done.append(piece)
 
     with pytest.raises(ValueError, match="piece 3"):
