@@ -298,10 +298,10 @@ def cases(folder: Path) -> list[Case]:
     c = _commands(folder)
     return [
         *_predict_cases(c),
-        Case("merge", c.merge + c.o, c.merge + c.over),
+        Case("merge", c.merge + c.o, c.merge + c.over, (3,)),
         Case(
             "merge --overwrite", c.merge + c.over, c.merge + c.over,
-            (0,), c.begun([*c.merge, *c.o]),
+            (3,), c.begun([*c.merge, *c.o]),
         ),
         Case("eval of a model", c.model + c.o, c.model + c.resume),
         Case(

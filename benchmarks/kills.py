@@ -330,7 +330,7 @@ def commands(folder: Path) -> list[Command]:
         Command("train", [*train, *at], [*train, "--resume", *at], 0.05),
         Command("export-masks to png", png + o, png + over, 0.1),
         Command("export-masks to coco-polygons", coco + o, coco + over, 0.08),
-        Command("merge", merge + o, merge + over, 0.1),
+        Command("merge", merge + o, merge + over, 0.1, (3,)),
     ]
 
 

@@ -7,11 +7,12 @@ import tempfile
 
 # Several test processes share the cores; torch's own threads would only get in each other's way.
 # This must stand before anything imports torch or numpy.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 # No test reads or writes what this user's own commands keep.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="risam-tests-cache-")
 
 import itertools
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from support.cli import Cli
 from support.paths import REPO
@@ -29,10 +30,17 @@ from risam_cli.console.console import Console, set_console
 from risam_cli.errors import keyword, use_front_end
 
 # A loaded machine must not fail a property test for its time.
-settings.register_profile("risam", deadline=None, max_examples=60)
+settings.register_profile(
+    "risam", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("risam")
 
 _NUMBERS = itertools.count()
+
+
+def pytest_unconfigure() -> None:
+    """Takes the cache of this test process away."""
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +62,14 @@ def cache_of_its_own() -> Iterator[None]:
     os.environ["XDG_CACHE_HOME"] = os.path.join(shared, str(next(_NUMBERS)))
     yield
     os.environ["XDG_CACHE_HOME"] = shared
+
+
+@pytest.fixture(autouse=True)
+def limit_of_its_own() -> Iterator[None]:
+    """What one test made of Pillow's limit must not refuse the pictures of the next."""
+    before = Image.MAX_IMAGE_PIXELS
+    yield
+    Image.MAX_IMAGE_PIXELS = before
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +108,7 @@ def cli() -> Cli:
         input: str | None = None,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
-        timeout: float = 300,
+        timeout: float = 900,
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "risam_cli", *map(str, args)],

@@ -102,10 +102,11 @@ def test_ways_are_timed_in_turns(benchmarks: Any) -> None:
 def test_the_memory_of_a_process_and_its_children_is_its_own(benchmarks: Any) -> None:
     common = benchmarks("common")
     script = (
-        "import multiprocessing as m, time\n"
-        "def hold():\n x = bytearray(b'1') * 60_000_000; time.sleep(1)\n"
-        "if __name__ == '__main__':\n"
-        " p = m.get_context('fork').Process(target=hold); p.start(); hold(); p.join(); print('[7]')"
+        "import multiprocessing, time\n"
+        "m = multiprocessing.get_context('fork')\n"
+        "both = m.Barrier(2)\n"
+        "def hold():\n x = bytearray(b'1') * 60_000_000; both.wait(); time.sleep(1)\n"
+        "p = m.Process(target=hold); p.start(); hold(); p.join(); print('[7]')"
     )
     child = common.run_child([sys.executable, "-c", script], every=0.02)
     assert child.last_json() == [7]

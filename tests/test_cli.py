@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,7 +49,7 @@ def register(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
 
 
 def test_help_lists_every_command(cli: Cli) -> None:
-    shown = cli("--help")
+    shown = cli("--help", env={"COLUMNS": "80"})
     assert shown.returncode == 0
     assert "3 finished, but some items failed" in shown.stdout
     assert "\\b" not in shown.stdout
@@ -100,18 +100,22 @@ def test_help_of_a_command_imports_nothing_heavy(name: str) -> None:
 
 @pytest.mark.parametrize("args", [["--help"], ["predict", "--help"]])
 def test_help_is_quick(args: list[str]) -> None:
-    """Under twice the time of importing click alone, plus 0.1 s."""
+    """Under twice the time of importing click alone, plus 0.1 s; a busy machine's waits aside."""
     ours = [sys.executable, "-m", "risam_cli", *args]
     floor = [sys.executable, "-c", "import click"]
 
+    def spent() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     def seconds(command: list[str]) -> float:
-        start = time.perf_counter()
+        start = spent()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=REPO)
-        return time.perf_counter() - start
+        return spent() - start
 
     seconds(ours)  # write the .pyc files
     for _ in range(4):  # a busy machine may spoil a round; interleaved, it slows both alike
-        pairs = [(seconds(ours), seconds(floor)) for _ in range(7)]
+        pairs = [(seconds(ours), seconds(floor)) for _ in range(3)]
         took, click_alone = (statistics.median(times) for times in zip(*pairs, strict=True))
         if took < 2 * click_alone + 0.1:
             return
@@ -243,10 +247,10 @@ sys.exit(cli.main(["fake"]))
 """
 
 
-def start(body: str) -> subprocess.Popen[str]:
+def start(body: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", FAKE.format(body=body.replace("\n", "\n    "))],
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         cwd=REPO,
@@ -269,7 +273,7 @@ def test_a_stop_signal_unwinds_and_exits_130(number: signal.Signals) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert out == "kept\n"
     assert err == "error: interrupted\n"
@@ -286,18 +290,18 @@ def test_a_forked_child_dies_of_sigterm_in_silence() -> None:
         "os.kill(child, signal.SIGTERM)\n"
         "print(os.WTERMSIG(os.waitpid(child, 0)[1]))"
     )
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (0, f"{int(signal.SIGTERM)}\n", "")
 
 
-@pytest.mark.parametrize("body", ["while True: print('x' * 9999)", "time.sleep(0.3); print('x')"])
-def test_a_reader_that_leaves_hears_nothing_more(body: str) -> None:
-    process = start(body)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait(timeout=30) == 1
+@pytest.mark.parametrize("body", ["while True: print('x' * 9999)", "print('x')"])
+def test_a_reader_that_has_left_hears_nothing_more(body: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start(body, writer)
+    os.close(writer)
+    _, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (1, "")
 
 
 def test_another_broken_pipe_is_not_hushed(

@@ -85,11 +85,11 @@ def test_an_image_on_a_drive_that_stalls_fails_alone(
 ) -> None:
     out = tmp_path / "out"
     began = time.monotonic()
-    assert predict(out, "--workers", workers, "--image-timeout", "1") == 3
+    assert predict(out, "--workers", workers, "--image-timeout", "3") == 3
     assert time.monotonic() - began < 40  # the system itself gives up after 45 s
     rows = failures(out)
     assert [row["image"] for row in rows] == [str(stalled)] * 2
-    assert all("longer than 1 s" in row["message"] for row in rows)
+    assert all("longer than 3 s" in row["message"] for row in rows)
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 10
 
 

@@ -37,9 +37,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield started
 
 
-def _harmless(browser: Browser, page: Path) -> str:
-    """The text that a page shows, once it is clear that nothing of the payloads ran."""
+def _harmless(browser: Browser, page: Path, until: str = "document.body") -> str:
+    """The text that a page shows at last, once it is clear that nothing of the payloads ran."""
     browser.open(page)
+    browser.wait_for(until)
     assert browser.run("window.owned") is None
     assert browser.run("document.querySelectorAll('img[src=x], [onload], [onerror]').length") == 0
     assert browser.run("document.querySelectorAll('a[href^=javascript]').length") == 0
@@ -113,4 +114,6 @@ def test_the_gallery_of_a_run(browser: Browser, tmp_path: Path, model_folder: Pa
     (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ["--model", str(model_folder), "-o", str(tmp_path / "out"), "--save", "html"]
     assert cli.main(["predict", str(folder / "m.jsonl"), *common]) == 0
-    _harmless(browser, tmp_path / "out/gallery/index.html")
+    page = tmp_path / "out/gallery/index.html"
+    shown = _harmless(browser, page, "document.querySelector('article [data-state=there]')")
+    assert all(text in shown for text in PAYLOADS[:3])

@@ -23,7 +23,7 @@ def bash(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a line in bash, ``risam`` being this checkout's."""
     line = line.replace("risam ", f"{PYTHON} -m risam_cli ")
     return subprocess.run(
-        ["bash", "-c", line], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+        ["bash", "-c", line], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
     )
 
 
@@ -111,7 +111,7 @@ def test_an_early_interrupt_prints_no_traceback(tmp_path: Path) -> None:
         )
         time.sleep(float(delay))
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate(timeout=600)
         # Python itself answers until the package's own first file has run.
         later = re.findall(r'File "[^"]*/risam_cli/([^"]+)"', told)
         assert not set(later) - {"__init__.py", "version.py", "__main__.py"}, told

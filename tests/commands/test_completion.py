@@ -110,7 +110,7 @@ def typed(shell: list[str], lines: list[str], keys: str, until: str, cwd: Path) 
         os.chdir(cwd)
         os.environ.update(TERM="dumb", PS1="> ", HOME=str(cwd))
         os.execvp(shell[0], shell)
-    shown, end, sent = "", time.monotonic() + 60, False
+    shown, end, sent = "", time.monotonic() + 300, False
     try:
         os.write(terminal, ("\n".join(lines) + "\necho rea''dy\n").encode())
         while time.monotonic() < end:

@@ -281,7 +281,7 @@ def test_a_reader_of_the_stream_that_leaves(model_folder: Path, tiny_images: Pat
         env={**os.environ, "PYTHONPATH": str(REPO)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 1
@@ -546,7 +546,7 @@ def test_a_dry_run_and_help_import_no_torch(tiny_images: Path) -> None:
             [sys.executable, "-c", code, "predict", *arguments],
             env={**os.environ, "PYTHONPATH": str(REPO)},
             capture_output=True,
-            timeout=300,
+            timeout=900,
             check=False,
         )
         assert done.returncode == 0, done.stderr

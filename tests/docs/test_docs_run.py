@@ -110,7 +110,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
     )
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not address.exists() and server.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
     assert address.exists(), log.read_text()

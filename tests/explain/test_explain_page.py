@@ -250,12 +250,13 @@ def test_the_keyboard_reaches_everything(browser: Browser, page: Path) -> None:
 def test_a_finger_holds_and_lets_go(browser: Browser, page: Path) -> None:
     browser.open(page, size=(390, 800))
     assert browser.run("document.documentElement.scrollWidth") <= 390
+    title = "document.getElementById('side-title').textContent"
     browser.tap(*browser.middle(".word:nth-child(4)"))
-    assert _title(browser) == "“star” looks at"
+    browser.wait_for(f"{title} === '“star” looks at'")  # the browser makes a click of it
     browser.tap(*browser.middle("#stage"))
-    assert "is informed by" in _title(browser)
+    browser.wait_for(f"{title}.endsWith('is informed by')")
     browser.tap(*browser.middle("#stage"))
-    assert _title(browser) == "How to read this"
+    browser.wait_for(f"{title} === 'How to read this'")
 
 
 @needs_browser

@@ -377,7 +377,7 @@ def bucket(s3: FaultyS3, tiny_images: Path, monkeypatch: pytest.MonkeyPatch) -> 
     }.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setitem(
-        fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 0.5, "retries": {}}}
+        fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 2, "retries": {}}}
     )
     fs = fsspec.filesystem("s3", skip_instance_cache=True)
     if not fs.exists(BUCKET):

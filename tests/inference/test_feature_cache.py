@@ -253,7 +253,7 @@ def test_features_that_wait_for_the_disk_are_found(
     turn = threading.Event()
     with opened(tmp_path) as cache:
         write = cache.store.write
-        monkeypatch.setattr(cache.store, "write", lambda *entry: turn.wait(30) and write(*entry))
+        monkeypatch.setattr(cache.store, "write", lambda *entry: turn.wait(120) and write(*entry))
         cache.features([key], [None], lambda rows: given)
         try:
             assert not list(tmp_path.rglob("*.safetensors"))

@@ -10,16 +10,26 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.power import recorded
-from support.predict_runs import CPU, Killed, Run, contents, draw, draw_pictures, kill_at, run_json
+from support.predict_runs import (
+    CPU,
+    Killed,
+    Run,
+    at_image,
+    contents,
+    draw,
+    draw_pictures,
+    kill_at,
+    run_json,
+    signals,
+)
 
+from risam_cli import interrupts
 from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.errors import OutputError
 from risam_cli.files import write
@@ -41,19 +51,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = tmp_path_factory.mktemp("whole")
     Run([draw_pictures(base / "in")], base / "out", saving=ALL).go()
     return base / "in", base / "out"
-
-
-def at_image(run: Run, number: int, act: Callable[[], None]) -> None:
-    """Calls ``act`` once, before the image of that number goes through the network."""
-    done = False
-
-    def check(pixels: torch.Tensor) -> None:
-        nonlocal done
-        if len(run.model.network.encoded) == number and not done:
-            done = True
-            act()
-
-    run.model.network.before_encode = check
 
 
 def failures(out: Path) -> list[dict[str, Any]]:
@@ -259,15 +256,15 @@ def test_loader_processes_that_are_killed_cost_nothing(
 
 
 def test_a_second_ctrl_c_ends_at_once_and_costs_nothing(
-    whole: tuple[Path, Path], tmp_path: Path
+    whole: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    run = Run([whole[0]], out, saving=ALL)
+    run, send = Run([whole[0]], out, saving=ALL), signals(monkeypatch)
 
     def twice() -> None:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.3)  # until the main thread has seen it
+        send(signal.SIGINT)
+        time.sleep(interrupts._PATIENCE + 0.01)  # or it is one that came twice
+        send(signal.SIGINT)
 
     at_image(run, 3, twice)
     with pytest.raises(KeyboardInterrupt):

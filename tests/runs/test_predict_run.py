@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,13 @@ from support.predict_runs import (
     FILES,
     Killed,
     Run,
+    at_image,
     contents,
     draw,
     draw_pictures,
     kill_at,
     run_json,
+    signals,
 )
 from support.records import read_records
 
@@ -419,17 +420,14 @@ def test_too_many_failures_stop_the_run(pictures: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_batch(
-    finished: tuple[Path, Path], tmp_path: Path, number: signal.Signals
+    finished: tuple[Path, Path],
+    tmp_path: Path,
+    number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pictures, out = finished[0], tmp_path / "out"
-    run = Run([pictures], out)
-
-    def send(pixels: torch.Tensor) -> None:
-        if len(run.model.network.encoded) == 2:
-            os.kill(os.getpid(), number)
-            time.sleep(0.5)  # until the main thread has seen it
-
-    run.model.network.before_encode = send
+    run, send = Run([pictures], out), signals(monkeypatch)
+    at_image(run, 2, lambda: send(number))
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match="finished work is kept"):
         run.go()

@@ -41,7 +41,8 @@ class Browser:
         self._in, from_browser = os.pipe()
         flags = (
             f"--headless=new --no-sandbox --disable-gpu --remote-debugging-pipe --no-first-run "
-            f"--disable-background-networking --hide-scrollbars --user-data-dir='{folder}'"
+            f"--disable-background-networking --disable-dev-shm-usage --hide-scrollbars "
+            f"--user-data-dir='{folder}'"
         )
         self._process = subprocess.Popen(
             [

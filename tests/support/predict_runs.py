@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, BinaryIO
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from risam_cli.data.images.images import MAX_PIXELS
 from risam_cli.data.inputs.inputs import Inputs
 from risam_cli.inference.pipeline import PredictSettings
+from risam_cli.interrupts import StopRequest
 from risam_cli.runs.folder import RunFolder
 from risam_cli.runs.ledger import LEDGER
 from risam_cli.runs.run import RunPlan, run_predict
@@ -99,3 +105,33 @@ def kill_at(model: FakeModel, image: int) -> None:
             raise Killed
 
     model.network.before_encode = check
+
+
+def at_image(run: Run, number: int, act: Callable[[], None]) -> None:
+    """Calls ``act`` once, before the image of that number goes through the network."""
+    first = threading.Lock()
+
+    def check(pixels: torch.Tensor) -> None:
+        if len(run.model.network.encoded) == number and first.acquire(blocking=False):
+            act()
+
+    run.model.network.before_encode = check
+
+
+def signals(monkeypatch: pytest.MonkeyPatch) -> Callable[[signal.Signals], None]:
+    """Sends this process a signal, from another thread, and waits until the run has heard it."""
+    heard = threading.Semaphore(0)
+    on_signal = StopRequest._on_signal
+
+    def hear(self: StopRequest, number: int, frame: FrameType | None) -> None:
+        try:
+            on_signal(self, number, frame)
+        finally:
+            heard.release()
+
+    def send(number: signal.Signals) -> None:
+        os.kill(os.getpid(), number)
+        assert heard.acquire(timeout=120), f"nobody heard {number.name}"
+
+    monkeypatch.setattr(StopRequest, "_on_signal", hear)
+    return send

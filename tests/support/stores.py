@@ -46,8 +46,8 @@ class FaultyS3:
             start("403 Forbidden", [("Content-Type", "application/xml")])
             return [b"<Error><Code>AccessDenied</Code><Message>not you</Message></Error>"]
         if fault == "stall":
-            time.sleep(2)
-            return self._app(environ, start)
+            time.sleep(4)
+            raise ConnectionResetError("stalled")  # what was asked for late is not done late
         return _cut(b"".join(self._app(environ, start)))
 
 

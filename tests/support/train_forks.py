@@ -39,7 +39,7 @@ from risam_cli.cli import main
 from risam_cli.training import checkpoint, losses
 from risam_cli.weights import folder as model_folders
 
-PATIENCE = 300.0
+PATIENCE = 900.0
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:

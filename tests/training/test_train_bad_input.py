@@ -251,5 +251,5 @@ print(next(loader))
 held = [loader]
 held.append(held)  # as a traceback holds what its frames hold
 """
-    done = subprocess.run([sys.executable, "-c", script], timeout=240, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", script], timeout=600, capture_output=True)
     assert done.returncode == 0, done.stderr
