@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from risam_cli.data.identity import has_words
 from risam_cli.data.images.frames import Frame
 from risam_cli.data.images.memory import Pixels, bytes_to_rgb, memory_for_encoder
 from risam_cli.data.inputs.inputs import MAX_CHARACTERS
@@ -130,8 +131,8 @@ def texts_of(expressions: str | Sequence[str]) -> tuple[str, ...]:
     for text in texts:
         if not isinstance(text, str):
             raise UsageError(f"an expression is a {type(text).__name__}", "give text")
-        if not text.strip():
-            raise UsageError("an expression is empty", "give words")
+        if not has_words(text):
+            raise UsageError(f"the expression {text!r} has no words", "give some")
         if len(text) > MAX_CHARACTERS:
             raise UsageError(
                 f"an expression has {len(text)} characters, more than {MAX_CHARACTERS}",

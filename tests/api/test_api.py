@@ -294,7 +294,7 @@ def test_what_is_no_image_is_an_image_error(model: risam_cli.Model, image: Any, 
 def test_wrong_usage_is_a_usage_error(model: risam_cli.Model) -> None:
     image = SCENES / "scene_1.png"
     wrong: list[tuple[Any, Any, dict[str, Any], str]] = [
-        (image, "  ", {}, "an expression is empty"),
+        (image, "  ", {}, "the expression '  ' has no words"),
         (image, [], {}, "no expression is given"),
         (image, [1], {}, "an expression is a int"),
         (image, "\ud800", {}, "not Unicode"),
