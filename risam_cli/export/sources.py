@@ -244,8 +244,9 @@ class Source:
             )
             rle, area = masks.empty((rle["size"][0], rle["size"][1])), 0
         score = self._results.unit(record, "score", number)
+        counted = self._results.are_results and "record_id" not in record
         return Prediction(
-            id=record["id"] or (str(number - 1) if self._results.are_results else ""),
+            id=record["id"] or (str(number - 1) if counted else ""),
             image=image,
             expression=expression or "",
             height=rle["size"][0],

@@ -361,6 +361,26 @@ def test_eval_takes_what_export_masks_takes(how: str, tmp_path: Path, evaluate: 
     assert (run.code, ious(run)) == (0, {"5": 1.0, "6": 1.0}), run.err
 
 
+def test_results_that_name_categories_only_are_refused(tmp_path: Path, evaluate: Any) -> None:
+    """As `export-masks --to coco` writes them beside what can be scored."""
+    args = write_set(tmp_path / "set", SPOKEN)
+    rows = [
+        row("red", image="x/a.png", expression="the red one"),
+        row("blue", id=6, image="x/a.png"),
+    ]
+    records = write_records(tmp_path / "p.jsonl", rows)
+    assert main(["export-masks", str(records), "--to", "coco", "-o", str(tmp_path / "out")]) == 0
+    results = tmp_path / "out" / "results.json"
+    run = evaluate(args, results)
+    assert run.code == 1
+    assert "results.json: its records name a category, not the expression" in run.err
+    assert f"give {results.with_name('instances.json')}" in run.err
+    assert ious(evaluate(args, results.with_name("instances.json"))) == {"5": 1.0, "6": 1.0}
+    alone = tmp_path / "r.json"
+    alone.write_bytes(results.read_bytes())
+    assert "give each its expression, or the id" in evaluate(args, alone).err
+
+
 def test_annotations_may_be_packed(tmp_path: Path, evaluate: Any) -> None:
     args = write_set(tmp_path / "set", SPOKEN)
     plain = tmp_path / "set" / "instances.json"

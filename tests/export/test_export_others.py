@@ -341,6 +341,20 @@ def test_annotations_of_a_coco_file_keep_their_ids_and_may_be_named_by_text_or_f
     assert [a["iscrowd"] for a in instances(tmp_path / "out")["annotations"]] == [0, 1, 0]
 
 
+@pytest.mark.parametrize("to", ["coco", "png"])
+def test_records_without_ids_come_back(to, tmp_path):
+    rows = [record("a.png", "ring", RING), record("a.png", "dog", np.zeros_like(RING))]
+    bare = [{key: value for key, value in row.items() if key != "id"} for row in rows]
+    assert (
+        export(write_jsonl(tmp_path / "p.jsonl", bare), "--to", "coco", "-o", tmp_path / "1") == 0
+    )
+    for source, target, kind in (("1", "2", to), ("2", "3", "coco")):
+        assert export(tmp_path / source, "--to", kind, "-o", tmp_path / target) == 0
+    first, last = instances(tmp_path / "1"), instances(tmp_path / "3")
+    assert {one["record_id"] for one in first["expressions"]} == {""}
+    assert last == first
+
+
 def test_what_is_wrong_with_a_result_is_said_with_its_place(tmp_path):
     box = {"image_id": 42, "category_id": 18, "bbox": [1, 1, 5, 5], "score": 1}
     bad = {

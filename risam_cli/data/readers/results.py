@@ -266,7 +266,9 @@ class Results:
         for key, keys in (("id", _ID_KEYS), ("image", IMAGE_KEYS), ("expression", TEXT_KEYS)):
             given = next((found[k] for k in keys if found.get(k) is not None), None)
             found[key] = given
-        if found["id"] is not None:
+        if found["id"] == "":  # as exports write it of a record without one
+            found["id"] = None
+        elif found["id"] is not None:
             found["id"] = _id(found["id"], where)
         if "score" not in found and "predicted_iou" in found:
             found["score"] = found["predicted_iou"]
