@@ -183,6 +183,7 @@ def is_one(images: object) -> bool:
     if isinstance(images, Mapping):
         raise UsageError(f"the images are a {type(images).__name__}", "give its values, in a list")
     if isinstance(images, np.ndarray):
-        return images.ndim != 4 and images.dtype.kind not in "OU"  # which may be paths
+        may_be_paths = images.ndim > 0 and images.dtype.kind in "OU"
+        return images.ndim != 4 and not may_be_paths
     kinds = (str, os.PathLike, Image.Image, bytes, bytearray, memoryview)
     return isinstance(images, kinds) or hasattr(images, "read") or not hasattr(images, "__iter__")

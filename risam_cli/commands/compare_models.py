@@ -93,9 +93,9 @@ def _compare(
             f"{len(truths)} true masks for {pairs} pairs of an image and an expression",
             "give one for each pair, or none",
         )
-    for text in expressions:
-        if not has_words(text):
-            raise UsageError(f"the expression {text!r} has no words", "give words after -e")
+    for phrase in expressions:
+        if not has_words(phrase):
+            raise UsageError(f"the expression {phrase!r} has no words", "give words after -e")
     if not overwrite and output.is_dir() and any(output.iterdir()):
         raise OutputError(f"{output} is not empty", "choose another -o or give --overwrite")
     from risam_cli.console.console import get_console
