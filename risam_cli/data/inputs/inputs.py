@@ -142,11 +142,13 @@ class Inputs:
         """Finds what is wrong with the inputs as far as it can be known without reading them all.
 
         Raises:
-            UsageError: images without an expression; stdin named twice.
+            UsageError: images without an expression; stdin named twice; an empty name.
             DataError: an input that does not exist, holds no image, or is no manifest.
         """
         if list(self.arguments).count("-") > 1:
             raise UsageError("stdin ('-') is named twice", "name it once")
+        if "" in self.arguments:
+            raise UsageError("an input's name is empty (an unset variable?)", "give a path")
         for text in self.expressions:
             if not has_words(text):
                 raise UsageError(
