@@ -83,6 +83,27 @@ def test_a_category_map_may_come_from_a_pipe(tmp_path: Path, source: Path) -> No
     assert [one["name"] for one in names] == ["thing"]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(
+            "export-masks '' --to coco -o out",
+            "export-masks p.jsonl --to coco -o out --agree-with ''",
+        ),
+        "eval --dataset coco --root p.jsonl --predictions '' -o out",
+        "eval --dataset coco --root '' --predictions p.jsonl -o out",
+        *("compare ''", "compare a=", "train ''", "init ''", "merge '' -o out", "predict '' -e x"),
+    ],
+)
+def test_an_unset_variable_is_not_the_working_folder(
+    command: str, tmp_path: Path, source: Path
+) -> None:
+    done = bash(f"risam {command}", tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) <= 4
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", ["predict a.png -e x", "export-masks p.jsonl --to coco"])
 @pytest.mark.parametrize(("name", "words"), [("", "it is empty"), ("-", "- is no folder")])
 def test_an_output_that_is_no_name_is_wrong_usage(

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from risam_cli.data.identity import has_words
 from risam_cli.data.images.frames import Frame
 from risam_cli.data.images.memory import Pixels, bytes_to_rgb, memory_for_encoder
 from risam_cli.data.inputs.inputs import MAX_CHARACTERS
@@ -130,8 +131,8 @@ def texts_of(expressions: str | Sequence[str]) -> tuple[str, ...]:
     for text in texts:
         if not isinstance(text, str):
             raise UsageError(f"an expression is a {type(text).__name__}", "give text")
-        if not text.strip():
-            raise UsageError("an expression is empty", "give words")
+        if not has_words(text):
+            raise UsageError(f"the expression {text!r} has no words", "give some")
         if len(text) > MAX_CHARACTERS:
             raise UsageError(
                 f"an expression has {len(text)} characters, more than {MAX_CHARACTERS}",
@@ -182,6 +183,7 @@ def is_one(images: object) -> bool:
     if isinstance(images, Mapping):
         raise UsageError(f"the images are a {type(images).__name__}", "give its values, in a list")
     if isinstance(images, np.ndarray):
-        return images.ndim != 4 and images.dtype.kind not in "OU"  # which may be paths
+        may_be_paths = images.ndim > 0 and images.dtype.kind in "OU"
+        return images.ndim != 4 and not may_be_paths
     kinds = (str, os.PathLike, Image.Image, bytes, bytearray, memoryview)
     return isinstance(images, kinds) or hasattr(images, "read") or not hasattr(images, "__iter__")

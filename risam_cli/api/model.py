@@ -222,7 +222,7 @@ class Model:
             ImageError: an image that cannot be read; nothing is returned then. For lists that
                 may hold bad images see :meth:`predict_iter`.
             ModelError: the network failed on an expression.
-            UsageError: an empty expression, a threshold out of 0..1.
+            UsageError: an expression without words, a threshold out of 0..1.
         """
         one = is_one(images)
         many = [cast(ImageLike, images)] if one else cast(Iterable[ImageLike], images)

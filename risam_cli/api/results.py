@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,7 +21,7 @@ from risam_cli.data.images.memory import Pixels, pixels_to_rgb
 from risam_cli.drawing.drawing import no_larger
 from risam_cli.drawing.overlay import draw_overlay
 from risam_cli.drawing.png import encode_mask, encode_rgb
-from risam_cli.errors import ImageError
+from risam_cli.errors import ImageError, UsageError
 from risam_cli.explain.explanation import Explanation
 from risam_cli.explain.page import to_html
 from risam_cli.explain.write import write_explanation
@@ -118,9 +119,12 @@ class Result:
         """Writes the mask as PNG, 0 and 255, whole or not at all; makes the folder.
 
         Raises:
-            OutputError: it cannot be written.
+            UsageError: it is not a path, or names no file. OutputError: it cannot be written.
         """
-        write_file(Path(path), encode_mask(self.mask))
+        target = _path_of(path)
+        if not target.name:
+            raise UsageError(f"the path {str(path)!r} names no file", "give one, such as mask.png")
+        write_file(target, encode_mask(self.mask))
 
     def overlay(self) -> NDArray[np.uint8]:
         """The image with the mask drawn into it, (kH + L, kW, 3); see ``outputs.overlay``.
@@ -192,8 +196,12 @@ class ExplanationResult(Explanation):
     def save(
         self, output: str | Path, *, with_json: bool = False, overwrite: bool = False
     ) -> list[str]:
-        """Writes what ``risam explain`` writes; see :func:`write_explanation`."""
-        return write_explanation(self, Path(output), with_json=with_json, overwrite=overwrite)
+        """Writes what ``risam explain`` writes; see :func:`write_explanation`.
+
+        Raises:
+            UsageError: ``output`` is not a path. OutputError: it cannot be written.
+        """
+        return write_explanation(self, _path_of(output), with_json=with_json, overwrite=overwrite)
 
     def _repr_html_(self) -> str:
         """The page, in a frame of its own, for a notebook."""
@@ -202,6 +210,14 @@ class ExplanationResult(Explanation):
             f'<iframe srcdoc="{page}" sandbox="allow-scripts" title="what the network looked at" '
             f'style="width:100%;height:{_FRAME}px;border:0"></iframe>'
         )
+
+
+def _path_of(given: str | Path) -> Path:
+    """A path that the caller names. Raises UsageError where it is none."""
+    text = os.fspath(given) if isinstance(given, (str, os.PathLike)) else given
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise UsageError(f"{given!r} is not a path", "give text or a pathlib.Path")
+    return Path(text)
 
 
 def source_rgb(source: Path | Pixels | None, size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -9,6 +9,7 @@ import click
 
 from risam_cli.commands.options import (
     UNIT,
+    GivenPath,
     Place,
     bands_option,
     batch_options,
@@ -71,7 +72,7 @@ PROTOCOLS = ("native", "lavt", "cris", "gres", "lisa", "phrasecut")
 @model_option
 @click.option(
     "--predictions",
-    type=click.Path(path_type=Path, allow_dash=True),
+    type=GivenPath(path_type=Path, allow_dash=True),
     metavar="FILE",
     help="Score these instead of a model: predictions.jsonl, its folder, COCO results, a folder of "
     "masks with a manifest, or -.",
@@ -87,7 +88,7 @@ PROTOCOLS = ("native", "lavt", "cris", "gres", "lisa", "phrasecut")
 @output_option("risam-eval")
 @click.option(
     "--compare",
-    type=click.Path(path_type=Path),
+    type=GivenPath(path_type=Path),
     metavar="REPORT",
     help="Another report.json or its folder: both runs side by side, paired by expression.",
 )

@@ -248,6 +248,16 @@ bands_option = click.option(
 """``--bands``: parameter ``bands: tuple[int, int, int] | None``."""
 
 
+class GivenPath(click.Path):
+    """A path; an empty name, such as that of a variable that is not set, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does, which takes an empty name for the working folder."""
+        if value == "":
+            self.fail("it is empty (an unset variable?); give a path.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def confine_option(text: str) -> Callable[[F], F]:
     """``--confine``: parameter ``confine: bool``."""
     return click.option("--confine", is_flag=True, help=text)
@@ -263,7 +273,7 @@ def _parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
 cache_options = _stack(
     click.option(
         "--feature-cache",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=GivenPath(path_type=Path, file_okay=False),
         metavar="DIR",
         help="Store the image encoder's features here, in half precision, and reuse "
         "existing ones. Several runs may share the folder.",
@@ -342,7 +352,7 @@ def _check_output(ctx: click.Context, param: click.Parameter, value: Path) -> Pa
     return value
 
 
-class Place(click.Path):
+class Place(GivenPath):
     """A path that must be there, or a URL, of which the store is asked later."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -355,15 +365,13 @@ class Place(click.Path):
 
 
 class _Folder(Place):
-    """A folder to write to; an empty name, such as that of a variable that is not set, is none."""
+    """A folder to write to."""
 
     def __init__(self, remote: bool) -> None:
         super().__init__(path_type=Path, file_okay=False)
         self._remote = remote
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "":
-            self.fail("it is empty (an unset variable?); name a folder.", param, ctx)
         found = super().convert(value, param, ctx)
         if "://" in str(found) and not self._remote:
             self.fail(f"{value!r}: a folder on a disk is needed here.", param, ctx)

@@ -24,6 +24,7 @@ _WHOLE_NUMBER = re.compile("0|-?[1-9][0-9]{0,99}")  # as a number is written
 _COCO_NAME = re.compile(r"COCO_(?:train|val|test)20\d\d_(\d{12})")
 # REFER's refs name their image with the number of an annotation behind it.
 _REFER_NAME = re.compile(r"(.+_\d{12})_\d+")
+_NO_WORD = frozenset(["Cc", "Cf", "Zl", "Zp", "Zs", "Pc", "Pd", "Pe", "Pf", "Pi", "Po", "Ps"])
 
 
 def normalized(form: Literal["NFC", "NFD", "NFKC"], text: str) -> str:
@@ -99,6 +100,11 @@ def expression_key(text: str) -> str:
     plain = normalized("NFKC", text).casefold()
     words = "".join(c if c.isalnum() else " " for c in plain).split()
     return " ".join(words) or plain.strip()
+
+
+def has_words(text: str) -> bool:
+    """Whether it has more than white space, punctuation and characters that cannot be seen."""
+    return any(c.isalnum() or unicodedata.category(c) not in _NO_WORD for c in text)
 
 
 def existing(path: str) -> str:

@@ -64,7 +64,8 @@ class Agreement:
         if not theirs:
             return [f"masks have no counterpart in {self._index.path}; left out"] * len(ours)
         rles = [given.prediction.segmentation for given in ours]
-        others = [answer.segmentation for _, answer in theirs]
+        nothing = masks.empty(group.size)
+        others = [nothing if one.no_target else one.segmentation for _, one in theirs]
         told_apart = all(instance is not None for instance, _ in theirs)
         if not told_apart or any(given.prediction.instance is None for given in ours):
             rles, others = [masks.union(rles, group.size)], [masks.union(others, group.size)]

@@ -238,9 +238,15 @@ class Source:
                 )
             rle = masks.empty(size)
         area = masks.area(rle)
+        if no_target and area:
+            self._results.note(
+                "records have a mask although no_target is true; it is left out", where
+            )
+            rle, area = masks.empty((rle["size"][0], rle["size"][1])), 0
         score = self._results.unit(record, "score", number)
+        counted = self._results.are_results and "record_id" not in record
         return Prediction(
-            id=record["id"] or (str(number - 1) if self._results.are_results else ""),
+            id=record["id"] or (str(number - 1) if counted else ""),
             image=image,
             expression=expression or "",
             height=rle["size"][0],

@@ -30,7 +30,7 @@ from torch import Tensor
 from risam_cli.console.console import get_console
 from risam_cli.data.images.frames import Frame, Pixels
 from risam_cli.data.images.images import EncoderImage
-from risam_cli.errors import ModelError, require_machine, setting, told
+from risam_cli.errors import ModelError, reason_of, require_machine, setting, told
 from risam_cli.inference.device import (
     Cores,
     Room,
@@ -576,13 +576,12 @@ def _explained(error: Exception) -> tuple[str, str]:
     Raises:
         ModelError: instead, for an error that would fail every item after it as well.
     """
-    text = " ".join(str(error).split())[:300] or type(error).__name__
     if is_device_lost(error):
         raise ModelError(
-            f"the device failed: {text}",
+            f"the device failed: {reason_of(error)}",
             f"finished work is kept; continue with {setting('resume')} once it works again",
         ) from error
     if is_out_of_memory(error):
         fix = told(f"use a smaller model or {setting('device', 'cpu')}")
         return "OutOfMemory", f"out of memory even alone; {fix}"
-    return type(error).__name__, text
+    return type(error).__name__, reason_of(error)

@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from risam_cli.data.images.images import MAX_PIXELS, Bands, EncoderImage
-from risam_cli.errors import ModelError, UsageError, setting
+from risam_cli.errors import ModelError, UsageError, reason_of, setting
 from risam_cli.inference.calibration import calibration
 from risam_cli.inference.compute import Compute, ComputeSettings, Job, Select
 from risam_cli.inference.device import (
@@ -370,6 +370,5 @@ class Session(Compute):
 
 
 def _explained(error: Exception) -> ModelError:
-    text = " ".join(str(error).split())[:300] or type(error).__name__
     fix = f"use a smaller model or {setting('device', 'cpu')}" if is_out_of_memory(error) else ""
-    return ModelError(f"the network failed: {text}", fix)
+    return ModelError(f"the network failed: {reason_of(error)}", fix)

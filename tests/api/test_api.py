@@ -24,6 +24,7 @@ import risam_cli
 from risam_cli.cli import main
 from risam_cli.errors import ImageError, ModelError, OutputError, UsageError
 from risam_cli.masks import rle as masks
+from risam_cli.weights.folder import BUNDLED, find_model
 
 SCENES = REPO / "sample_data" / "images"
 TEXTS = ["the gray square", "the leftmost object", "<b>red</b> & star"]
@@ -282,6 +283,7 @@ def test_a_bad_image_raises_or_is_kept(model: risam_cli.Model, tmp_path: Path) -
         (np.zeros((4, 4, 2), np.uint8), "shape (4, 4, 2)"),
         (np.zeros((0, 4, 3), np.uint8), "shape (0, 4, 3)"),
         (np.zeros(4, np.uint8), "shape (4,)"),
+        (np.array("a.png"), "shape ()"),
     ],
 )
 def test_what_is_no_image_is_an_image_error(model: risam_cli.Model, image: Any, says: str) -> None:
@@ -294,7 +296,7 @@ def test_what_is_no_image_is_an_image_error(model: risam_cli.Model, image: Any, 
 def test_wrong_usage_is_a_usage_error(model: risam_cli.Model) -> None:
     image = SCENES / "scene_1.png"
     wrong: list[tuple[Any, Any, dict[str, Any], str]] = [
-        (image, "  ", {}, "an expression is empty"),
+        (image, "  ", {}, "the expression '  ' has no words"),
         (image, [], {}, "no expression is given"),
         (image, [1], {}, "an expression is a int"),
         (image, "\ud800", {}, "not Unicode"),
@@ -319,9 +321,26 @@ def test_wrong_usage_is_a_usage_error(model: risam_cli.Model) -> None:
         model.predict_iter([image], "star", on_error="skip")  # type: ignore[arg-type]
 
 
-def test_loading_says_what_is_wrong(tmp_path: Path) -> None:
+def test_a_place_that_is_none_is_a_usage_error(model: risam_cli.Model, tmp_path: Path) -> None:
+    encoded = model.encode(SCENES / "scene_1.png")
+    result, explained = encoded.predict("star"), encoded.explain("star")
+    for place in ("", None, 3, b"a.png", "a\0.png"):
+        for save in (result.save, explained.save):
+            with pytest.raises(UsageError, match="is not a path"):
+                save(place)  # type: ignore[arg-type]
+    for place in (".", Path(), "/"):
+        with pytest.raises(UsageError, match="names no file"):
+            result.save(place)
+
+
+def test_loading_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError):
         risam_cli.load(tmp_path / "none")
+    monkeypatch.chdir(BUNDLED / "refshapes-tiny")  # "" is not the working folder
+    with pytest.raises(ModelError, match="no model folder ''"):
+        risam_cli.load("")
+    with pytest.raises(ModelError, match="no model folder ''"):
+        find_model("")
     with pytest.raises(UsageError, match="not a device"):
         risam_cli.load(device="gpu")
     with pytest.raises(UsageError, match="batch_size 0"):

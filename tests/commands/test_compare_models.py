@@ -123,7 +123,7 @@ def test_a_true_mask_that_can_be_read_in_two_ways_is_told_of(
     ("arguments", "message"),
     [
         (("a.png", "-e", "star", "--truth", "a.png", "--truth", "b.png"), "2 true masks for 1"),
-        (("a.png", "-e", " "), "an expression is empty"),
+        (("a.png", "-e", " "), "the expression ' ' has no words"),
         (("none.png", "-e", "star"), "none.png"),
         (("a.png", "-e", "star", "--truth", "small.png"), "small.png is 8x6, its image 80x60"),
         (("a.png", "-e", "star", "--truth", "none.png"), "none.png"),

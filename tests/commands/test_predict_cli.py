@@ -320,7 +320,8 @@ def test_a_killed_run_holds_no_lock(predict: Call, tiny_images: Path, tmp_path: 
     ("arguments", "code", "text"),
     [
         (["a.png"], 2, "no expression is given"),
-        (["a.png", "-e", ""], 2, "an expression is empty"),
+        (["a.png", "-e", ""], 2, "the expression '' has no words"),
+        (["a.png", "-e", "?!"], 2, "the expression '?!' has no words"),
         ([], 2, "INPUTS"),
         (["a.png", "-e", "x", "--save", "pdf"], 2, "png, overlay, html and none"),
         (["a.png", "-e", "x", "--save", "none,png"], 2, "none goes with nothing else"),

@@ -15,7 +15,7 @@ from PIL import Image
 from support.eval_files import Run, box, box_mask, compressed, write_records
 
 from risam_cli.cli import main
-from risam_cli.data.identity import expression_key, id_key, id_text, image_key
+from risam_cli.data.identity import expression_key, has_words, id_key, id_text, image_key
 
 MASKS = {
     "red": box_mask((2, 2, 20, 20)),
@@ -125,6 +125,16 @@ def test_an_id_is_one_whatever_its_type_and_key(
 ) -> None:
     args = write_set(tmp_path / "set", SPOKEN[:1])
     assert ious(evaluate(args, [row("red", **{key: number})])) == {"5": 1.0}
+
+
+def test_an_expression_without_words_counts_and_is_told(tmp_path: Path, evaluate: Any) -> None:
+    spoken = [(5, "x/a.png", "", "red"), (6, "x/a.png", "blue", "blue"), (7, "x/a.png", "?", "red")]
+    args = write_set(tmp_path / "set", spoken)
+    run = evaluate(args, [row("red", id=5, expression=""), row("blue", id=6)])
+    assert run.code == 3
+    assert ious(run) == {"5": 1.0, "6": 1.0, "7": 0.0}
+    assert "2 expressions without words, counted all the same (the first has the id '5')" in run.err
+    assert "no prediction for '?'" in run.err
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -351,6 +361,26 @@ def test_eval_takes_what_export_masks_takes(how: str, tmp_path: Path, evaluate: 
     assert (run.code, ious(run)) == (0, {"5": 1.0, "6": 1.0}), run.err
 
 
+def test_results_that_name_categories_only_are_refused(tmp_path: Path, evaluate: Any) -> None:
+    """As `export-masks --to coco` writes them beside what can be scored."""
+    args = write_set(tmp_path / "set", SPOKEN)
+    rows = [
+        row("red", image="x/a.png", expression="the red one"),
+        row("blue", id=6, image="x/a.png"),
+    ]
+    records = write_records(tmp_path / "p.jsonl", rows)
+    assert main(["export-masks", str(records), "--to", "coco", "-o", str(tmp_path / "out")]) == 0
+    results = tmp_path / "out" / "results.json"
+    run = evaluate(args, results)
+    assert run.code == 1
+    assert "results.json: its records name a category, not the expression" in run.err
+    assert f"give {results.with_name('instances.json')}" in run.err
+    assert ious(evaluate(args, results.with_name("instances.json"))) == {"5": 1.0, "6": 1.0}
+    alone = tmp_path / "r.json"
+    alone.write_bytes(results.read_bytes())
+    assert "give each its expression, or the id" in evaluate(args, alone).err
+
+
 def test_annotations_may_be_packed(tmp_path: Path, evaluate: Any) -> None:
     args = write_set(tmp_path / "set", SPOKEN)
     plain = tmp_path / "set" / "instances.json"
@@ -377,6 +407,15 @@ def test_annotations_may_be_packed(tmp_path: Path, evaluate: Any) -> None:
 )
 def test_the_rule_for_images(one: str, other: str, same: bool) -> None:
     assert (image_key(one) == image_key(other)) == same
+
+
+@pytest.mark.parametrize("text", ["7", "\u72d7", "\U0001f415", "C++ ", "+", "\ue000"])
+def test_what_has_words(text: str) -> None:
+    assert has_words(text)
+    assert not has_words("")
+    assert not any(
+        has_words(text) for text in (" \t", "???", "\u2026", "\u200b\ufeff", "\x00", "(-)")
+    )
 
 
 def test_the_rule_for_ids_and_expressions() -> None:

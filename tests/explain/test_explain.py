@@ -402,7 +402,7 @@ def test_an_output_that_is_there_is_refused(
     ("arguments", "code", "says"),
     [
         ([], 2, "Missing option '-e'"),
-        (["-e", " "], 2, "an expression is empty"),
+        (["-e", " "], 2, "the expression ' ' has no words"),
         (["-e", "star", "--point", "7"], 2, "'7' is not X,Y in pixels"),
         (["-e", "star", "--point", "nan,7"], 2, "'nan,7' is not X,Y in pixels"),
         (["-e", "star", "--point", "60,7"], 2, "60,7 is not in the image of 60x30 pixels"),

@@ -51,7 +51,7 @@ def test_masks_stay_where_the_other_has_nearly_the_same(
         record("a.png", "near", square(2)),
         record("a.png", "far", square(10)),
         record("a.png", "nothing", EMPTY, no_target=True),
-        record("a.png", "something here", EMPTY, no_target=True),
+        record("a.png", "something here", square(0), no_target=True),  # its mask is not the answer
         record("a.png", "something there", square(0)),
         # Another image of the same name, elsewhere; ids that say nothing.
         {**record("c/a.png", "same", square(30)), "id": "b/a.png#same"},

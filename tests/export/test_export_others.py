@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,6 +29,7 @@ from support.export_cases import (
     write_jsonl,
 )
 
+from risam_cli.export.registry import formats
 from risam_cli.masks import rle as masks
 
 SHAPES = shapes()
@@ -43,6 +45,24 @@ def ultralytics_label(image: Path) -> Path:
     """Where Ultralytics looks for an image's labels: the last /images/ becomes /labels/."""
     before, _, after = str(image).rpartition("/images/")
     return Path(f"{before}/labels/{after}").with_suffix(".txt")
+
+
+@pytest.mark.parametrize("to", [kind for kind in formats() if kind != "webdataset"])
+def test_no_target_counts_whatever_mask_is_beside_it(to, tmp_path, monkeypatch, capsys):
+    """As in types.Prediction, and as `risam eval` scores it: the mask is then empty."""
+    monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "a.png")
+    written = []
+    for mask in (BLOCK, np.zeros_like(BLOCK)):
+        rows = [record("a.png", "ring", RING), record("a.png", "dog", mask, no_target=True)]
+        out = tmp_path / "out"
+        assert export(write_jsonl(tmp_path / "p.jsonl", rows), "--to", to, "-o", out) == 0
+        told = capsys.readouterr().err
+        assert ("although no_target is true" in told) == bool(mask.any())
+        files = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        written.append({k: v for k, v in files.items() if k.name != "export.json"})
+        shutil.rmtree(out)
+    assert written[0] == written[1]
 
 
 # --- YOLO -----------------------------------------------------------------------------------------
@@ -319,6 +339,20 @@ def test_annotations_of_a_coco_file_keep_their_ids_and_may_be_named_by_text_or_f
     assert [a["id"] for a in instances(tmp_path / "out")["annotations"]] == [1000, 2000, 3000]
     assert [a["image_id"] for a in instances(tmp_path / "out")["annotations"]] == [42, 7, 7]
     assert [a["iscrowd"] for a in instances(tmp_path / "out")["annotations"]] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("to", ["coco", "png"])
+def test_records_without_ids_come_back(to, tmp_path):
+    rows = [record("a.png", "ring", RING), record("a.png", "dog", np.zeros_like(RING))]
+    bare = [{key: value for key, value in row.items() if key != "id"} for row in rows]
+    assert (
+        export(write_jsonl(tmp_path / "p.jsonl", bare), "--to", "coco", "-o", tmp_path / "1") == 0
+    )
+    for source, target, kind in (("1", "2", to), ("2", "3", "coco")):
+        assert export(tmp_path / source, "--to", kind, "-o", tmp_path / target) == 0
+    first, last = instances(tmp_path / "1"), instances(tmp_path / "3")
+    assert {one["record_id"] for one in first["expressions"]} == {""}
+    assert last == first
 
 
 def test_what_is_wrong_with_a_result_is_said_with_its_place(tmp_path):

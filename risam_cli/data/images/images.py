@@ -48,6 +48,7 @@ from risam_cli.data.images.files import (
     stamp_of_file,
 )
 from risam_cli.data.images.frames import Frame
+from risam_cli.data.images.orientation import TURNED, orientation_to_apply, upright
 from risam_cli.data.images.tiff import (
     Tiff,
     is_plain,
@@ -75,19 +76,8 @@ SUFFIXES = frozenset(
 
 _DRAFTING = {"JPEG", "MPO"}  # whose decoder can give less than all pixels
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"hevc", b"hevx"}
-_ORIENTATION_TAG = 0x0112
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _MUCH_LARGER = 6  # times the wanted size, from where on a cheaper way down pays
 _DRAFTED = 2  # times the wanted size to which a JPEG decoder may go down by itself
-_TURNED = {5, 6, 7, 8}  # orientations that swap height and width
 _MOST_BYTES = 8  # a pixel: 16 bits of red, green, blue and alpha, packed by nothing
 _MOST_SAMPLES = 24  # likewise: red, green and blue of 64 bits
 _MOST_ELSE = 1 << 26  # bytes of a file that are no pixels
@@ -417,20 +407,9 @@ def _what_else(head: bytes) -> str:
 # --- turning and scaling --------------------------------------------------------------------------
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8; 1 where there is none or it cannot be read."""
-    if image.format == "PNG" and "exif" not in image.info:
-        image.load()  # getexif() would, to look behind the pixels; damage there must be told
-    try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # whatever is wrong with EXIF, the pixels are still good
-        return 1
-    return value if isinstance(value, int) and value in _TRANSPOSE else 1
-
-
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    turned = _orientation_to_apply(image) in _TURNED
+    turned = orientation_to_apply(image) in TURNED
     return (width, height) if turned else (height, width)
 
 
@@ -446,7 +425,7 @@ def fit_image(
     if full_decode or min(image.width // width, image.height // height) < much:
         rgb = resize_for_encoder(to_rgb(image), size)
     else:
-        rgb = _upright(_shrink(image, (width, height)), _orientation_to_apply(image))
+        rgb = upright(_shrink(image, (width, height)), orientation_to_apply(image))
     return np.ascontiguousarray(rgb), own_size
 
 
@@ -482,20 +461,9 @@ def _shrink(image: Image.Image, target: tuple[int, int]) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Rgb:
     """Upright (H, W, 3) uint8 of an opened image; decodes it."""
-    orientation = _orientation_to_apply(image)
+    orientation = orientation_to_apply(image)
     image.load()
-    return _upright(_flatten(_to_8_bit(image)), orientation)
-
-
-def _orientation_to_apply(image: Image.Image) -> int:
-    # Pillow turns TIFF by itself as it decodes, and names the upright size from the start.
-    return 1 if image.format == "TIFF" else _orientation(image)
-
-
-def _upright(picture: Image.Image, orientation: int) -> Rgb:
-    if orientation != 1:
-        picture = picture.transpose(_TRANSPOSE[orientation])
-    return np.array(picture, np.uint8)
+    return upright(_flatten(_to_8_bit(image)), orientation)
 
 
 def _flatten(image: Image.Image) -> Image.Image:

@@ -19,7 +19,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
-from risam_cli.data.identity import existing, image_key
+from risam_cli.data.identity import existing, has_words, image_key
 from risam_cli.data.images.files import require_inside
 from risam_cli.data.inputs import manifest
 from risam_cli.data.inputs.counting import NameCounts
@@ -142,15 +142,18 @@ class Inputs:
         """Finds what is wrong with the inputs as far as it can be known without reading them all.
 
         Raises:
-            UsageError: images without an expression; stdin named twice.
+            UsageError: images without an expression; stdin named twice; an empty name.
             DataError: an input that does not exist, holds no image, or is no manifest.
         """
         if list(self.arguments).count("-") > 1:
             raise UsageError("stdin ('-') is named twice", "name it once")
+        if "" in self.arguments:
+            raise UsageError("an input's name is empty (an unset variable?)", "give a path")
         for text in self.expressions:
-            if not text.strip():
+            if not has_words(text):
                 raise UsageError(
-                    "an expression is empty", f"give words after {setting('expression')}"
+                    f"the expression {text!r} has no words",
+                    f"give words after {setting('expression')}",
                 )
             if not _is_text(text):
                 raise UsageError(f"the expression {text!r} is not Unicode text")
@@ -434,8 +437,8 @@ class Inputs:
     def _problem(self, name: str, text: str, where: str, ids: NameCounts) -> str:
         """What is wrong with one expression; empty where nothing is."""
         place = f"{where}: " if where else ""
-        if not text.strip():
-            return f"{place}the expression of {name!r} is empty; give words, or leave it out"
+        if not has_words(text):
+            return f"{place}the expression {text!r} of {name!r} has no words; give some or none"
         if len(text) > MAX_CHARACTERS:
             return (
                 f"{place}the expression of {name!r} has {len(text)} characters, more than "

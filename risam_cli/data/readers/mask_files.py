@@ -7,6 +7,8 @@
 | JPEG and other lossy files | 128 and above; half of the largest where nothing is that bright |
 | a palette | indices but 0, whose colour is the background's; a doubt where that is not black |
 | alpha that varies | 128 and above of alpha; a doubt where the colours say otherwise |
+
+EXIF orientation is applied, as to images.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from risam_cli.data.images.bounds import allow_pixels, known_formats, metered, require_bounded
+from risam_cli.data.images.orientation import orientation_to_apply, upright
 from risam_cli.errors import DataError, reason_of
 from risam_cli.masks import rle as masks
 from risam_cli.types import Rle
@@ -54,11 +57,14 @@ def read_mask_file(path: Path, where: str, doubt: Callable[[str], None], *, no_f
         with Image.open(metered(io.BytesIO(data), name), formats=known_formats()) as image:
             allow_pixels(image)
             try:
+                orientation = orientation_to_apply(image)
                 image.load()
+                inside = _inside(image, doubt)
             except (OSError, ValueError, SyntaxError) as error:
                 why = f"{name} is not an image that can be read ({error})"
                 raise DataError(why, "copy or write it again") from None
-            return masks.encode(_inside(image, doubt))
+            turned = upright(Image.fromarray(inside.view(np.uint8)), orientation)
+            return masks.encode(turned.view(np.bool_))
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} is too large: {error}", "cut it up") from None
     except (UnidentifiedImageError, SyntaxError):
@@ -68,6 +74,7 @@ def read_mask_file(path: Path, where: str, doubt: Callable[[str], None], *, no_f
 
 
 def _inside(image: Image.Image, doubt: Callable[[str], None]) -> NDArray[np.bool_]:
+    kind = image.format  # which what is converted no longer has
     if image.mode in ("P", "PA"):
         return _by_palette(image, doubt)
     if image.mode in ("LA", "RGBA", "La", "RGBa"):
@@ -75,11 +82,13 @@ def _inside(image: Image.Image, doubt: Callable[[str], None]) -> NDArray[np.bool
         if alpha.min() != alpha.max():
             return _by_alpha(image, alpha, doubt)
         image = image.convert("L" if image.mode in ("LA", "La") else "RGB")
+    elif image.mode in ("CMYK", "YCbCr", "LAB"):
+        image = image.convert("RGB")
     levels = np.asarray(image)
     bright = levels if levels.ndim == 2 else levels[..., :3].max(axis=2)
     if bright.dtype == np.bool_:
         return np.asarray(bright, np.bool_)
-    if image.format in _LOSSY or (image.format == "WEBP" and _is_many(bright)):
+    if kind in _LOSSY or (kind == "WEBP" and _is_many(bright)):
         return _by_half(bright, doubt, "a lossy file")
     if bright.dtype == np.uint8 and int(bright.max()) >= _HALF and _is_many(bright):
         doubt("holds gray levels between: 128 and above was taken for the mask")

@@ -103,7 +103,13 @@ class Names:
         if text is not None:
             record["expression"] = text
         elif category is not None:
-            record["expression"] = self.categories.get(category, (0, f"category {category}"))[1]
+            unnamed = (category, unnamed_category(category))
+            record["expression"] = self.categories.get(category, unnamed)[1]
+
+
+def unnamed_category(category: str | None) -> str:
+    """What stands for the name of a category that no COCO file names."""
+    return f"category {category}"
 
 
 def spoken(expression: Any) -> tuple[str | None, list[Any]]:

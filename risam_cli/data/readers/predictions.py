@@ -27,7 +27,7 @@ from risam_cli.data.identity import (
     image_tail,
     is_tail,
 )
-from risam_cli.data.readers.names import Record
+from risam_cli.data.readers.names import Record, unnamed_category
 from risam_cli.data.readers.results import Results
 from risam_cli.data.readers.source import OnFailure, SampleSource
 from risam_cli.errors import DataError
@@ -103,6 +103,8 @@ class PredictionIndex:
         self._first_differing = self._first_respelled = ""
         try:
             self._read()
+            if source is not None and not self._speaks:
+                raise _unspoken(self.path)
             self._images = _by_stem(source)
             self._alike = _alike(source)
             if source is not None and not source.generated:
@@ -237,6 +239,7 @@ class PredictionIndex:
     def _read(self) -> None:
         offsets, numbers = array("q"), array("q")
         by_id, by_pair, first = array("Q"), array("Q"), ""
+        self._speaks = False  # whether a record says which expression it answers
         for number, offset, record in self._results.rows():
             if isinstance(record, dict) and not (
                 record["id"] or (record["image"] and record["expression"])
@@ -251,6 +254,7 @@ class PredictionIndex:
                 label = self._results.place(number).rpartition(", ")[2]
                 self._on_failure(Failure(label, "", None, "read", "DataError", str(record)))
                 continue
+            self._speaks = self._speaks or bool(record["id"]) or not _is_unnamed(record)
             offsets.append(offset)
             numbers.append(number)
             by_id.append(_hash(record["id"]) if record["id"] else 0)
@@ -417,6 +421,21 @@ class PredictionIndex:
     def _tell(self, record: Record, message: str) -> None:
         name, image, text = (str(record[key] or "") for key in ("id", "image", "expression"))
         self._on_failure(Failure(name, image, text, "match", "DataError", message))
+
+
+def _is_unnamed(record: Record) -> bool:
+    """Whether its expression is made of the number of its category."""
+    category = id_text(record.get("category_id"))
+    return bool(record["expression"] == unnamed_category(category))
+
+
+def _unspoken(path: Path) -> DataError:
+    """The error of COCO results proper, such as `risam export-masks` writes beside all else."""
+    beside = path.with_name("instances.json")
+    return DataError(
+        f"{path}: its records name a category, not the expression that they answer",
+        f"give {beside}" if beside.is_file() else "give each its expression, or the id of that",
+    )
 
 
 def _gathered(found: Iterable[_Found]) -> list[list[_Found]]:

@@ -176,7 +176,7 @@ class Results:
         rle = read_mask_file(
             path,
             where,
-            lambda doubt: self._note(f"mask files: one {doubt}", name),
+            lambda doubt: self.note(f"mask files: one {doubt}", name),
             no_file="paths are relative to the manifest",
         )
         if size is not None and tuple(rle["size"]) != tuple(size):
@@ -225,21 +225,22 @@ class Results:
         if self.names is None:
             if "image_id" in record and record["image"] == id_text(record["image_id"]):
                 what = "results name their image only by an id, which is taken as its name"
-                self._note(what, first)
+                self.note(what, first)
         elif category is not None and category not in self.names.categories:
-            self._note(
+            self.note(
                 "results have a category_id that the COCO file does not list",
                 f"{brief(record['category_id'])}, {first}",
             )
 
     def _leave_out(self, key: str, value: object, wanted: str, number: int) -> None:
         article = "an" if key[0] in "aeiou" else "a"
-        self._note(
+        self.note(
             f"records have {article} {key} that is not {wanted}; it is left out",
             f"{brief(value)}, {self.place(number)}",
         )
 
-    def _note(self, what: str, first: str) -> None:
+    def note(self, what: str, first: str) -> None:
+        """Note what the user must know; records with the same are counted."""
         self._notes[what] += 1
         self._first.setdefault(what, first)
 
@@ -265,7 +266,9 @@ class Results:
         for key, keys in (("id", _ID_KEYS), ("image", IMAGE_KEYS), ("expression", TEXT_KEYS)):
             given = next((found[k] for k in keys if found.get(k) is not None), None)
             found[key] = given
-        if found["id"] is not None:
+        if found["id"] == "":  # as exports write it of a record without one
+            found["id"] = None
+        elif found["id"] is not None:
             found["id"] = _id(found["id"], where)
         if "score" not in found and "predicted_iou" in found:
             found["score"] = found["predicted_iou"]
@@ -330,7 +333,7 @@ class Results:
         rows = labelme_records(
             self.path,
             self._image_root,
-            lambda name: self._note("JSON files are not labelme's; skipped", name),
+            lambda name: self.note("JSON files are not labelme's; skipped", name),
         )
         return self._spooled(rows, "image", None)
 
@@ -421,7 +424,7 @@ class Results:
         if text is None or not names or all(instances.get(name) == text for name in names):
             return
         if len(names) > 1 or names[0] in told:
-            self._note(_UNSAID, brief(text))
+            self.note(_UNSAID, brief(text))
         told.update(name for name in names if len(names) == 1 and name is not None)
 
     def _with_text(self, item: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -432,7 +435,7 @@ class Results:
         if texts and not any(item.get(key) for key in TEXT_KEYS):
             item = {**item, "expression": texts.pop(0)}
         for text in texts:
-            self._note(_UNSAID, brief(text))
+            self.note(_UNSAID, brief(text))
         return item
 
 

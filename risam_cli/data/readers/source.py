@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from risam_cli.console.text import counted
+from risam_cli.data.identity import has_words
 from risam_cli.errors import DataError
 from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Failure, Rle, Sample
@@ -199,6 +201,12 @@ def make_source(
     unique, doubled = _number_doubles(groups)
     if doubled:
         notes = [*notes, f"{doubled} expressions shared an id with an earlier one (now id#k)"]
+    if mute := [p.id for group in unique for p in group.phrases if not has_words(p.text)]:
+        notes = [
+            *notes,
+            f"{counted(len(mute), 'expression')} without words, counted all the same "
+            f"(the first has the id {mute[0]!r})",
+        ]
     total = {**(counts or {}), **_count(unique)}
     return SampleSource(dataset, split, files, unique, total, tuple(notes))
 
