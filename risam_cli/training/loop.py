@@ -79,7 +79,7 @@ def train(
         OutputError: the output folder holds what was trained and neither ``resume`` nor
             ``overwrite`` is given, or another process works in it.
         RisamError: data, weights or settings that do not fit, or a loss that is not finite.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint has been written.
     """
     processes = processes or Processes()
     folder = Path(settings.output)
@@ -218,7 +218,7 @@ class TrainingRun:
 
     Raises:
         RisamError: a loss that is not finite, or a checkpoint that does not fit.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint has been written.
     """
 
     def __init__(self, folder: Path, builder: TrainingBuilder) -> None:
