@@ -30,6 +30,7 @@ from risam_cli.errors import (
     reason_of,
     use_front_end,
 )
+from risam_cli.interrupts import requests_to_end
 from risam_cli.version import __version__
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -153,7 +154,8 @@ def _run(args: Sequence[str] | None) -> int:
     try:
         open_standard_streams()
         set_console(Console())
-        signal.signal(signal.SIGTERM, _on_sigterm)
+        for number in requests_to_end():
+            signal.signal(number, _on_request_to_end)
         code = root.main(args=args, prog_name="risam", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:
@@ -237,7 +239,7 @@ def _reader_left() -> bool:
         return False
 
 
-def _on_sigterm(signum: int, frame: FrameType | None) -> None:
+def _on_request_to_end(signum: int, frame: FrameType | None) -> None:
     """Stop as Ctrl-C does: an exception that no ``except Exception`` on the way can swallow."""
     if os.getpid() != _main_pid:  # a forked loader inherits the handler and is stopped on purpose
         signal.signal(signum, signal.SIG_DFL)

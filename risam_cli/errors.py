@@ -154,7 +154,7 @@ class MachineError(RisamError):
 
 
 class Interrupted(RisamError):
-    """Stopped by the user or by SIGTERM; finished work is kept (exit 130)."""
+    """Stopped by Ctrl-C, SIGTERM or SIGHUP; finished work is kept (exit 130)."""
 
     exit_code = EXIT_INTERRUPTED
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first ends a run where nothing is lost, the second at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first ends a run where nothing is lost, the second at once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,25 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 _PATIENCE = 0.25  # seconds: torchrun and a terminal may both pass one Ctrl-C on
+
+
+def requests_to_end() -> list[int]:
+    """SIGTERM, and SIGHUP, which a closed terminal sends, unless nohup has it ignored."""
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        return [signal.SIGTERM, signal.SIGHUP]
+    return [signal.SIGTERM]
+
+
+def ignore_ends_of_group() -> None:
+    """In a process that helps: what reaches the whole group is for the main process to decide."""
+    for name in ("SIGINT", "SIGHUP"):  # Ctrl-C, and a terminal that closes
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class StopRequest:
@@ -36,7 +51,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, *requests_to_end()):
                 self._before[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -55,4 +70,6 @@ class StopRequest:
             self._stop.set()
         if self._notice:
             # Not through the console: a handler must not wait for a lock that its thread holds.
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{self._notice}\n".encode())
+            with suppress(OSError):  # a terminal that is gone
+                place = sys.__stderr__.fileno() if sys.__stderr__ else 2
+                os.write(place, f"{self._notice}\n".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import resource
 import signal
@@ -31,10 +32,11 @@ HEAVY = {"torch", "transformers", "cv2", "numpy", "rich", "pydantic", "PIL", "te
 
 @pytest.fixture(autouse=True)
 def _fresh_console() -> Any:
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
     set_console(Console())
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def register(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
@@ -247,9 +249,13 @@ sys.exit(cli.main(["fake"]))
 """
 
 
-def start(body: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+def fake(body: str) -> list[str]:
+    return [sys.executable, "-c", FAKE.format(body=body.replace("\n", "\n    "))]
+
+
+def start(body: str, *before: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", FAKE.format(body=body.replace("\n", "\n    "))],
+        [*before, *fake(body)],
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
@@ -257,7 +263,7 @@ def start(body: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stop_signal_unwinds_and_exits_130(number: signal.Signals) -> None:
     process = start(
         "try:\n"
@@ -279,6 +285,53 @@ def test_a_stop_signal_unwinds_and_exits_130(number: signal.Signals) -> None:
     assert err == "error: interrupted\n"
 
 
+@pytest.mark.parametrize("body", ["", "from risam_cli.interrupts import StopRequest\n"])
+def test_nohup_keeps_a_run_going(body: str) -> None:
+    waits = "print('ready', flush=True)\ntime.sleep(0.5)\nprint('done', flush=True)"
+    if body:
+        waits = f"{body}with StopRequest() as stop:\n    " + waits.replace("\n", "\n    ")
+        waits += "\n    assert not stop.requested"
+    process = start(waits, "nohup")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (0, "done\n", "")
+
+
+@pytest.mark.parametrize("told_of", [True, False])
+def test_a_terminal_that_closes_costs_no_work(tmp_path: Path, told_of: bool) -> None:
+    """Its shell may tell of it or not (``disown``); what is still said must not end the run."""
+    body = (
+        "import pathlib\n"
+        "from risam_cli.console.console import get_console\n"
+        "from risam_cli.errors import Interrupted\n"
+        "from risam_cli.interrupts import StopRequest\n"
+        "with StopRequest(notice='stopping') as stop:\n"
+        "    with get_console().progress('work', 99, 'steps') as bar:\n"
+        f"        pathlib.Path({str(tmp_path)!r}, 'ready').touch()\n"
+        "        for _ in range(8):\n"
+        "            time.sleep(0.2)\n"
+        "            bar.advance()\n"
+        "            get_console().info('going on')\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'kept').touch()\n"
+        "if stop.requested:\n"
+        "    raise Interrupted('interrupted')"
+    )
+    process, terminal = pty.fork()
+    if process == 0:
+        os.environ["TERM"] = "xterm"
+        if not told_of:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.execv(sys.executable, fake(body))
+    while not (tmp_path / "ready").exists():
+        os.read(terminal, 999)
+    os.close(terminal)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert (tmp_path / "kept").exists()
+    assert code == (130 if told_of else 0)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_dies_of_sigterm_in_silence() -> None:
     process = start(
@@ -298,7 +351,7 @@ def test_a_forked_child_dies_of_sigterm_in_silence() -> None:
 def test_a_reader_that_has_left_hears_nothing_more(body: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    process = start(body, writer)
+    process = start(body, stdout=writer)
     os.close(writer)
     _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (1, "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +18,20 @@ from risam_cli.commands.options import (
     verbosity_options,
 )
 from risam_cli.data.identity import has_words
-from risam_cli.errors import EXIT_OK, OutputError, UsageError
+from risam_cli.errors import (
+    EXIT_OK,
+    EXIT_SOME_FAILED,
+    DataError,
+    ImageError,
+    OutputError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from risam_cli.api.results import Result
-    from risam_cli.types import Rle
+    from risam_cli.data.images.images import Rgb
+    from risam_cli.drawing.comparison import ComparisonRow
+    from risam_cli.types import Failure, Rle
 
 PICTURE = "comparison.png"
 
@@ -99,71 +110,122 @@ def _compare(
     if not overwrite and output.is_dir() and any(output.iterdir()):
         raise OutputError(f"{output} is not empty", "choose another -o or give --overwrite")
     from risam_cli.console.console import get_console
-    from risam_cli.data.images.images import open_rgb
-    from risam_cli.drawing.comparison import ComparisonRow, Panel, draw_comparison
+    from risam_cli.console.text import counted
+    from risam_cli.drawing.comparison import draw_comparison
     from risam_cli.drawing.png import encode_rgb
     from risam_cli.export.folder import ExportFolder
-    from risam_cli.masks import rle
+    from risam_cli.outputs.records import FAILURES, failure_to_json
 
     # Bad images and masks are told before a model is loaded.
-    pictures = [open_rgb(Path(image)) for image in images]
-    shapes = [picture.shape[:2] for picture in pictures for _ in expressions]
-    true = [_read_truth(Path(file), shape) for file, shape in zip(truths, shapes, strict=False)]
-    answers = _answers(images, expressions, models, device, precision)
+    pictures, failures = _pictures(images)
+    asked = [(image, text) for image in images for text in expressions]
+    truth = {
+        number: _read_truth(Path(file), pictures[image].shape[:2])
+        for number, (file, (image, _)) in enumerate(zip(truths, asked, strict=False))
+        if image in pictures
+    }
+    answers = _answers(list(pictures), expressions, models, device, precision, failures)
 
     rows, told = [], []
-    for pair in range(pairs):
-        image, text = divmod(pair, len(expressions))
-        panels = [Panel("image")]
-        if true:
-            note = "" if rle.area(true[pair]) else "nothing fits"
-            panels.append(Panel("truth", rle.decode(true[pair]), note))
-        for name, results in answers:
-            result, iou = results[pair], None
-            if true:
-                iou = _iou(result, true[pair])
-            figure = f"score {result.score:.3f}" if iou is None else f"IoU {iou:.3f}"
-            note = f"{figure}, nothing fits" if result.no_target else figure
-            panels.append(Panel(name, result.mask, note))
-            told.append(
-                {
-                    "image": images[image],
-                    "expression": expressions[text],
-                    "model": name,
-                    "iou": iou,
-                    "score": result.score,
-                    "no_target": result.no_target,
-                }
-            )
-        rows.append(ComparisonRow(pictures[image], expressions[text], tuple(panels)))
+    for number, (image, text) in enumerate(asked):
+        if image in pictures:
+            found = {name: of.get((image, text)) for name, of in answers.items()}
+            row, figures = _row(image, pictures[image], text, truth.get(number), found)
+            rows.append(row)
+            told += figures
     with ExportFolder(output, "comparison", [PICTURE], overwrite=overwrite) as folder:
         folder.write(PICTURE, encode_rgb(draw_comparison(rows)))
-        folder.complete({"files": [PICTURE]})
-    get_console().info(str(output / PICTURE))
+        if failures:
+            folder.write(FAILURES, "".join(failure_to_json(one) + "\n" for one in failures))
+        folder.complete({"files": [PICTURE], "failures": len(failures)})
+    console = get_console()
+    console.info(str(output / PICTURE))
     if as_json:
         click.echo(json.dumps({"picture": str(output / PICTURE), "answers": told}))
-    return EXIT_OK
+    if failures:
+        console.warn(f"{counted(len(failures), 'item')} failed: see {output / FAILURES}")
+    return EXIT_SOME_FAILED if failures else EXIT_OK
+
+
+def _pictures(images: tuple[str, ...]) -> tuple[dict[str, Rgb], list[Failure]]:
+    """The images that can be read, by name, and the failures of the others.
+
+    Raises:
+        DataError: one is not there, or none can be read.
+    """
+    from risam_cli.console.console import get_console
+    from risam_cli.data.images.images import open_rgb
+    from risam_cli.types import Failure
+
+    pictures, failures = {}, []
+    for image in dict.fromkeys(images):
+        try:
+            pictures[image] = open_rgb(Path(image))
+        except ImageError as error:
+            if len(images) == 1 or not Path(image).exists():
+                raise
+            get_console().warn(str(error))
+            failures.append(Failure(image, image, None, "decode", "ImageError", str(error)))
+    if not pictures:
+        raise DataError("none of the images can be read", "name images that can")
+    return pictures, failures
+
+
+def _row(
+    image: str, rgb: Rgb, expression: str, truth: Rle | None, found: Mapping[str, Result | None]
+) -> tuple[ComparisonRow, list[dict[str, Any]]]:
+    """An image and an expression with the answer of each model, None where it failed."""
+    from risam_cli.drawing.comparison import ComparisonRow, Panel
+    from risam_cli.masks import rle
+
+    panels, told = [Panel("image")], []
+    if truth is not None:
+        note = "" if rle.area(truth) else "nothing fits"
+        panels.append(Panel("truth", rle.decode(truth), note))
+    for name, result in found.items():
+        if result is None:
+            panels.append(Panel(name, None, "failed"))
+            continue
+        iou = None if truth is None else _iou(result, truth)
+        figure = f"score {result.score:.3f}" if iou is None else f"IoU {iou:.3f}"
+        note = f"{figure}, nothing fits" if result.no_target else figure
+        panels.append(Panel(name, result.mask, note))
+        answer = {"iou": iou, "score": result.score, "no_target": result.no_target}
+        told.append({"image": image, "expression": expression, "model": name, **answer})
+    return ComparisonRow(rgb, expression, tuple(panels)), told
 
 
 def _answers(
-    images: tuple[str, ...],
+    images: list[str],
     expressions: tuple[str, ...],
     models: tuple[str, ...],
     device: str,
     precision: str,
-) -> list[tuple[str, list[Result]]]:
-    """Each model's name and its answers, image by image; one model is in memory at a time."""
+    failures: list[Failure],
+) -> dict[str, dict[tuple[str, str], Result]]:
+    """Each model's answers by image and expression; one model is in memory at a time.
+
+    Args:
+        failures: is given what failed.
+    """
     from risam_cli.api.model import load
+    from risam_cli.console.console import get_console
     from risam_cli.segmenters.resolve import parse_model
 
     names = _names(models)
     for source in models:  # a wrong name is told before the first one works
         parse_model(source)
-    found = []
+    found: dict[str, dict[tuple[str, str], Result]] = {}
     for name, source in zip(names, models, strict=True):
         model = load(source, device, precision)
-        answers = model.predict(list(images), list(expressions))
-        found.append((name, [result for results in answers for result in results]))
+        found[name] = {}
+        streamed = model.predict_iter(images, list(expressions), on_error="keep")
+        for image, results in zip(images, streamed, strict=True):
+            found[name] |= {(image, result.expression): result for result in results}
+            for failure in results.failures:
+                message = f"{name}: {failure.message}"
+                get_console().warn(message)
+                failures.append(replace(failure, message=message))
     return found
 
 

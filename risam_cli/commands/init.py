@@ -59,6 +59,8 @@ def command(annotations: Path, images: Path | None, output: Path, overwrite: boo
     from risam_cli.files.write import write_file
     from risam_cli.training.starter import starter_file
 
+    if output.is_dir():
+        raise OutputError(f"{output} is a folder", f"give a file by {setting('output')}")
     if output.exists() and not overwrite:
         raise OutputError(
             f"{output} already exists",

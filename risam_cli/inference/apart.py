@@ -27,6 +27,7 @@ from risam_cli.inference.loading import (
     load_safely,
     over_time,
 )
+from risam_cli.interrupts import ignore_ends_of_group
 
 _CODE = (
     "import sys; sys.path[:] = sys.argv[1:]; from risam_cli.inference.apart import serve; serve()"
@@ -114,8 +115,7 @@ def _start() -> subprocess.Popen[bytes]:
 
 def serve() -> None:
     """Loads what stdin asks for until it is closed; in the process."""
-    # Ctrl-C reaches the whole group; it is the main process that decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_ends_of_group()
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer

@@ -43,6 +43,8 @@ _WRITERS = 2
 _WAITING = 8  # entries that may wait for the disk; then the network waits
 _NAMES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 _TYPES = {name: dtype for dtype, name in _NAMES.items()}
+_TAPS = ("shallow", "middle", "deep")  # what every encoder gives
+_COMPUTED = {str(t).removeprefix("torch."): t for t in (torch.float32, *_NAMES)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,8 @@ class FeatureCache:
         waits = self._waiting.get(key)
         if waits is not None:
             return waits
-        entry = self.store.read(key, _pinned if self.device.type == "cuda" else None)
+        allocate = _pinned if self.device.type == "cuda" else None
+        entry = self.store.read(key, allocate, require=_from_entry)
         return None if entry is None else _from_entry(entry)
 
     def features(
@@ -265,7 +268,7 @@ def _announce(store: FeatureStore, each: int, images: int | None) -> None:
 def _halved(features: EncoderFeatures, row: int) -> HalfFeatures:
     """One image's features in half precision."""
     tensors, computed = {}, {}
-    for name in ("shallow", "middle", "deep", "fine"):
+    for name in (*_TAPS, "fine"):
         batch: Tensor | None = getattr(features, name)
         if batch is None:
             continue
@@ -297,11 +300,13 @@ def _to_entry(half: HalfFeatures) -> Entry:
 
 
 def _from_entry(entry: Entry) -> HalfFeatures:
+    """Raises KeyError or RuntimeError where it is not what :func:`_to_entry` makes."""
+    named = {name: entry.arrays[name] for name in (*_TAPS, *entry.arrays)}
     tensors = {
         name: torch.from_numpy(one.data).view(_TYPES[one.dtype]).view(one.shape)
-        for name, one in entry.arrays.items()
+        for name, one in named.items()
     }
-    return HalfFeatures(tensors, {name: getattr(torch, entry.notes[name]) for name in tensors})
+    return HalfFeatures(tensors, {name: _COMPUTED[entry.notes[name]] for name in tensors})
 
 
 def _as_bytes(tensor: Tensor) -> Bytes:

@@ -111,7 +111,12 @@ class FeatureStore:
         self._lock = threading.Lock()
         self.used, self.held = self._open(text)
 
-    def read(self, key: str, allocate: Callable[[int], Bytes] | None = None) -> Entry | None:
+    def read(
+        self,
+        key: str,
+        allocate: Callable[[int], Bytes] | None = None,
+        require: Callable[[Entry], object] = lambda entry: None,
+    ) -> Entry | None:
         """An entry, its checksum verified; None where there is none, or where it was damaged.
 
         A damaged one is deleted and told of.
@@ -119,6 +124,7 @@ class FeatureStore:
         Args:
             key: hexadecimal, of the picture.
             allocate: gives a place for so many bytes, which the entry will lie in.
+            require: raises what an entry that is not of the caller's kind makes it raise.
         """
         path = self._path(key)
         try:
@@ -135,8 +141,9 @@ class FeatureStore:
             self._damaged(path, reason_of(error), 0)
             return None
         try:
-            entry = _parse(place, key)
-        except (ValueError, KeyError, TypeError) as error:
+            entry = _parse(place, self._name(key))
+            require(entry)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
             self._damaged(path, str(error), size)
             return None
         with self._lock:
@@ -150,7 +157,7 @@ class FeatureStore:
             return
         try:
             with self._locked(_WRITING, alone=False):
-                self._write(path, *_header(key, entry), key, entry)
+                self._write(path, *_header(self._name(key), entry), key, entry)
         except OSError as error:
             self._stop_adding(reason_of(error))
 
@@ -235,6 +242,10 @@ class FeatureStore:
 
     def _path(self, key: str) -> Path:
         return self.own / key[:2] / f"{key}{_ENDING}"
+
+    def _name(self, key: str) -> str:
+        """What an entry calls itself: of this encoder too, if someone puts it elsewhere."""
+        return f"{self.own.name}/{key}"
 
     def _damaged(self, path: Path, why: str, size: int) -> None:
         with self._lock:
@@ -342,10 +353,10 @@ def _files(encoder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 # --- one file -------------------------------------------------------------------------------------
 
 
-def _header(key: str, entry: Entry) -> tuple[bytes, int]:
+def _header(name: str, entry: Entry) -> tuple[bytes, int]:
     """Safetensors' length and header, the checksum in its place; and the size of the file."""
     described: dict[str, Any] = {
-        "__metadata__": {"crc32": _NO_CRC.decode(), "key": key, **entry.notes}
+        "__metadata__": {"crc32": _NO_CRC.decode(), "key": name, **entry.notes}
     }
     end = 0
     for name, one in entry.arrays.items():
@@ -377,7 +388,7 @@ def _replace(path: Path, text: str) -> None:
         raise
 
 
-def _parse(place: Bytes, key: str) -> Entry:
+def _parse(place: Bytes, name: str) -> Entry:
     """The entry that lies in a buffer.
 
     Raises:
@@ -393,8 +404,8 @@ def _parse(place: Bytes, key: str) -> Entry:
         raise ValueError("its checksum is wrong")
     described = load_json(text)
     notes = described.pop("__metadata__")
-    if notes["key"] != key:
-        raise ValueError("it belongs to another picture")
+    if notes["key"] != name:
+        raise ValueError("it belongs to another picture or encoder")
     # The length before the header has no checksum: another one would move where data begin.
     if max(one["data_offsets"][1] for one in described.values()) != len(data):
         raise ValueError("its header has another length")

@@ -47,6 +47,7 @@ from risam_cli.inference.loading import (
     over_time,
     unexpected,
 )
+from risam_cli.interrupts import ignore_ends_of_group
 
 if TYPE_CHECKING:
     from risam_cli.inference.compute import Ahead
@@ -527,8 +528,7 @@ class _Processes(_Clean):  # type: ignore[misc]
 
 def _begin_worker(worker: int) -> None:
     """Signals and end of a worker process."""
-    # Ctrl-C reaches the whole group; it is the main process that decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_ends_of_group()
     # DataLoader's own handlers write to stderr; the loader says itself what an image died of.
     for name in ("SIGSEGV", "SIGBUS", "SIGFPE"):
         if hasattr(signal, name):

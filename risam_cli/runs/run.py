@@ -104,7 +104,7 @@ def run_predict(
         stream: gets every record once it is on the disk.
 
     Raises:
-        Interrupted: by Ctrl-C or SIGTERM; finished work is kept.
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP; finished work is kept.
         RisamError: the run could not begin, or not go on; finished work is kept.
     """
     identity = identity_of(plan, segmenter)

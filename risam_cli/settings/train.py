@@ -73,6 +73,12 @@ class LossSettings(Settings):
         128, gt=0, le=8192, description="side of the masks that the loss compares"
     )
 
+    @model_validator(mode="after")
+    def _learns_masks(self) -> LossSettings:
+        if self.mask == self.dice == 0:
+            raise ValueError("mask and dice are both 0, so that no mask would be learned")
+        return self
+
 
 class OptimizerSettings(Settings):
     """AdamW, its rate over the steps, and what keeps it steady."""
@@ -104,7 +110,12 @@ class EarlyStoppingSettings(Settings):
         gt=0, description="validations in a row without improvement before the stage ends"
     )
     figure: str | None = Field(None, description="the figure to watch; by default best_by")
-    min_delta: float = Field(0.0, ge=0, description="smallest gain that counts as an improvement")
+    min_delta: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="smallest gain that counts as an improvement, in 0..1",
+    )
 
 
 class AveragingSettings(Settings):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,9 @@ def forget_lost_best(place: Place, best: Path, stages: int) -> None:
         )
     place.best = -1.0
     get_console().warn(f"{best} is missing: the next validation's weights become best/")
+
+
+_OTHER = re.compile(r"stage(\d+)-step(\d+)\.pt")  # not what a user has copied beside it
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -291,12 +295,9 @@ class Checkpoints:
 
     def others(self) -> list[Path]:
         """The checkpoints under their own names, oldest first."""
-        return sorted(self.folder.glob("stage*-step*.pt"), key=_stage_and_step)
-
-
-def _stage_and_step(path: Path) -> tuple[int, int]:
-    stage, step = path.stem.removeprefix("stage").split("-step")
-    return int(stage), int(step)
+        named = ((_OTHER.fullmatch(path.name), path) for path in self.folder.glob("stage*.pt"))
+        found = [(int(name[1]), int(name[2]), path) for name, path in named if name]
+        return [path for *_, path in sorted(found)]
 
 
 def _write(state: dict[str, Any], path: Path) -> None:

@@ -42,7 +42,7 @@ from risam_cli.training.distributed import Processes
 from risam_cli.training.identity import judge_hash, settings_that_differ, stage_hashes
 from risam_cli.training.log import METRICS, PICTURES, TrainingLog
 from risam_cli.training.optimize import NotFinite, Stepper, autocast, rate_factor
-from risam_cli.training.outcome import figures_of, shown, warnings_of
+from risam_cli.training.outcome import doubts_about, figures_of, shown, warnings_of
 from risam_cli.training.page import PAGE, write_page
 from risam_cli.training.stage import Stage, TrainingBuilder, check_paths, require_start_kept
 from risam_cli.training.text_source import with_text_source
@@ -79,7 +79,7 @@ def train(
         OutputError: the output folder holds what was trained and neither ``resume`` nor
             ``overwrite`` is given, or another process works in it.
         RisamError: data, weights or settings that do not fit, or a loss that is not finite.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint has been written.
     """
     processes = processes or Processes()
     folder = Path(settings.output)
@@ -109,6 +109,8 @@ def _train(
     check_paths(settings)
     if not resume:
         require_start_kept(settings, [folder / name for name in _WRITTEN])
+    for line in doubts_about(settings):
+        console.warn(line)
     earlier = folder / RESOLVED if resume else None
     settings = processes.first(lambda: with_text_source(settings, earlier, console))
     builder = TrainingBuilder(settings, console, processes)
@@ -218,7 +220,7 @@ class TrainingRun:
 
     Raises:
         RisamError: a loss that is not finite, or a checkpoint that does not fit.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint has been written.
     """
 
     def __init__(self, folder: Path, builder: TrainingBuilder) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from risam_cli.console.text import counted
 from risam_cli.data.readers.coco import open_coco
+from risam_cli.data.readers.held_out import coco_splits, is_held_out
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.errors import DataError, setting
 from risam_cli.settings.load import check
@@ -93,9 +94,7 @@ def starter_file(annotations: Path, images: Path | None, file: Path, usage: str)
             f"give their folder by {setting('images', 'DIR')}",
         )
     facts, words = _facts(source)
-    held = 5 if count >= 5 else 2
-    whole = count == 1
-    in_training = count - -(-count // held) if not whole else 1
+    train_part, val_part, in_training = _parts(annotations, images, count)
     images_per_step = min(_IMAGES, in_training)
     steps = min(_MOST, max(_FEWEST, _EPOCHS * in_training // images_per_step))
     quoted = json.dumps(str(annotations), ensure_ascii=False)
@@ -111,12 +110,8 @@ def starter_file(annotations: Path, images: Path | None, file: Path, usage: str)
         start=model_folders.DEFAULT_MODEL,
         annotations_yaml=quoted,
         images=folder,
-        train_part=""
-        if whole
-        else f"  leave_out_every: {held} # every {_NTH[held]} image is kept for validation\n",
-        val_part="{dataset: coco} # the annotations of train"
-        if whole
-        else f"{{dataset: coco, only_every: {held}}} # the annotations of train",
+        train_part=train_part,
+        val_part=f"{val_part} # the annotations of train",
         steps=steps,
         epochs=round(steps * images_per_step / in_training),
         images_per_step=images_per_step,
@@ -130,6 +125,28 @@ def starter_file(annotations: Path, images: Path | None, file: Path, usage: str)
 
 
 _NTH = {2: "second", 5: "fifth"}
+
+
+def _parts(annotations: Path, images: Path | None, count: int) -> tuple[str, str, int]:
+    """The settings of what is trained on and of what is held out; images of the former.
+
+    The file's own splits, if it has a training and a validation split; else every fifth image.
+    """
+    splits = coco_splits(annotations)
+    held_out = sorted(filter(is_held_out, splits), key=lambda name: name.lower().startswith("test"))
+    if "train" in splits and held_out:
+        in_training = len(open_coco(annotations, images, split="train").groups)
+        open_coco(annotations, images, split=held_out[0])  # or a split of no expressions is told
+        return (
+            "  split: train\n",
+            f"{{dataset: coco, split: {json.dumps(held_out[0])}}}",
+            in_training,
+        )
+    if count == 1:
+        return "", "{dataset: coco}", 1
+    held = 5 if count >= 5 else 2
+    train_part = f"  leave_out_every: {held} # every {_NTH[held]} image is kept for validation\n"
+    return train_part, f"{{dataset: coco, only_every: {held}}}", count - -(-count // held)
 
 
 def _facts(source: SampleSource) -> tuple[str, str]:

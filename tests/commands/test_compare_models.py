@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,7 +14,9 @@ from PIL import Image
 from support.cli import Cli
 
 from risam_cli.api.model import load
+from risam_cli.cli import main
 from risam_cli.drawing.comparison import CELL, ComparisonRow, Panel, draw_comparison
+from risam_cli.segmenters.risam import RisamSegmenter
 
 IMAGE = (60, 80)  # rows, columns
 
@@ -66,6 +69,51 @@ def test_every_image_and_expression_has_its_row(folder: Path, model_folder: Path
     )
     assert again.returncode == 1
     assert "is not empty" in again.stderr
+
+
+def test_a_bad_image_costs_its_rows_alone(folder: Path, model_folder: Path, cli: Cli) -> None:
+    (folder / "bad.png").write_bytes((folder / "a.png").read_bytes()[:90])
+    small = folder / "small.png"
+    Image.new("L", IMAGE[::-1]).save(small)
+    done = cli(
+        *("compare-models", "bad.png", "a.png", "-e", "star", "--model", model_folder, "--json"),
+        *("--truth", "none.png", "--truth", small, "-o", "out"),
+        cwd=folder,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "1 item failed: see out/failures.jsonl" in done.stderr
+    assert [a["image"] for a in json.loads(done.stdout)["answers"]] == ["a.png"]
+    failure = json.loads((folder / "out/failures.jsonl").read_text())
+    assert (failure["image"], failure["stage"]) == ("bad.png", "decode")
+    none = cli(
+        "compare-models", *["bad.png"] * 2, "-e", "star", "--model", model_folder, cwd=folder
+    )
+    assert none.returncode == 1
+    assert "none of the images can be read" in none.stderr
+
+
+def test_an_image_that_a_model_fails_at_costs_its_panels_alone(
+    folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    Image.new("RGB", IMAGE[::-1]).save(folder / "a.png")
+    encode = RisamSegmenter.encode_images
+
+    def fails_at_black(segmenter: RisamSegmenter, inputs: Any) -> Any:
+        if inputs[0].values.max() <= 0:
+            raise RuntimeError("odd shapes")
+        return encode(segmenter, inputs)
+
+    monkeypatch.setattr(RisamSegmenter, "encode_images", fails_at_black)
+    images, out = (str(folder / "a.png"), str(folder / "b.png")), str(folder / "out")
+    asked = ["compare-models", *images, "-e", "star", "--model", str(model_folder), "--json"]
+    assert main([*asked, "-o", out]) == 3
+    told = capfd.readouterr()
+    assert [a["image"] for a in json.loads(told.out)["answers"]] == [images[1]]
+    failure = json.loads((folder / "out/failures.jsonl").read_text())
+    assert (failure["image"], failure["expression"]) == (images[0], "star")
+    assert failure["message"].startswith(f"{model_folder.name}: ")
+    assert "odd shapes" in failure["message"]
+    assert (folder / "out/comparison.png").is_file()
 
 
 def test_a_wrong_model_name_is_told_before_another_model_works(folder: Path, cli: Cli) -> None:

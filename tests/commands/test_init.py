@@ -67,6 +67,24 @@ def test_steps_and_held_out_images_follow_the_number_of_images(tmp_path: Path, i
     assert settings.validate_every <= stage.steps
 
 
+def test_the_splits_that_a_file_has_are_kept(tmp_path: Path) -> None:
+    """Nothing of its test split is trained on."""
+    data = write_coco(tmp_path / "mine")
+    path, file = Path(data["annotations"]), tmp_path / "train.yaml"
+    content = json.loads(path.read_text())
+    for image, split in zip(content["images"], ("testA", "train"), strict=True):
+        image["split"] = split
+    path.write_text(json.dumps(content))
+    assert main(["init", str(path), "-o", str(file), "-q"]) == 0
+    settings = load_settings(file)
+    assert (settings.train.split, settings.val["mine"].split) == ("train", "testA")  # type: ignore[union-attr]
+    content["images"][0]["split"] = "val"
+    content["expressions"][0]["split"] = "testA"
+    path.write_text(json.dumps(content))
+    assert main(["init", str(path), "-o", str(file), "-q", "--overwrite"]) == 0
+    assert load_settings(file).val["mine"].split == "val"  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("name", ["my: run #1", "'q\"", "ü {x}", "--- a"])
 def test_names_of_any_kind_are_quoted(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
@@ -104,6 +122,9 @@ def test_what_cannot_be_trained_on_is_told_and_nothing_written(
     file.write_text("mine")
     assert "already exists; choose another --output, or give --overwrite" in told()
     file.unlink()
+    file.mkdir()
+    assert "train.yaml is a folder; give a file by --output" in told("--overwrite")
+    file.rmdir()
     assert "2 of 2 images are missing" in told("--images", str(tmp_path))
     path.write_text(json.dumps({**content, "expressions": []}))
     assert "holds no expressions; add a list 'expressions'" in told()

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -28,6 +29,7 @@ from risam_cli.inference.feature_cache import (
     image_key,
     open_feature_cache,
 )
+from risam_cli.inference.feature_store import Entry, Stored
 from risam_cli.inference.finish import ImageResult
 from risam_cli.inference.pipeline import PredictSettings, predict_samples
 from risam_cli.masks import rle as masks
@@ -271,6 +273,20 @@ def test_features_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
         made = cache.features(["cd" * 16], [None], lambda rows: bad)
     assert made.deep.isnan().all()
     assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+@pytest.mark.parametrize("wrong", ["fewer arrays", "an unknown type", "another shape"])
+def test_an_entry_that_no_encoder_gave_is_damage(tmp_path: Path, wrong: str) -> None:
+    """Its checksum is right, as of one that another program wrote."""
+    one = Stored("F64" if wrong == "an unknown type" else "F16", (2, 2, 2), np.zeros(16, np.uint8))
+    if wrong == "another shape":
+        one = replace(one, shape=(2, 2, 3))
+    names = ("shallow", "middle", "deep")[: 2 if wrong == "fewer arrays" else 3]
+    with opened(tmp_path) as cache:
+        entry = Entry(dict.fromkeys(names, one), dict.fromkeys(names, "float32"))
+        cache.store.write("ab" * 16, entry)
+        assert cache.find("ab" * 16) is None
+        assert cache.store.counts.damaged == 1
 
 
 def test_the_key_is_of_pixels_and_shape(pictures: list[Path]) -> None:

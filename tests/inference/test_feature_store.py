@@ -95,7 +95,17 @@ def test_an_entry_under_another_name_is_damage(
     other.parent.mkdir(exist_ok=True)
     shutil.copy(files(tmp_path)[0], other)
     assert store.read(KEYS[1]) is None
-    assert "belongs to another picture" in capsys.readouterr().err
+    assert "belongs to another picture or encoder" in capsys.readouterr().err
+    assert store.read(KEYS[0]) is not None
+
+
+def test_an_entry_of_another_encoder_put_here_by_hand_is_damage(tmp_path: Path) -> None:
+    store = open_store(tmp_path, "a")
+    store.write(KEYS[0], entry())
+    other = open_store(tmp_path, "b")
+    shutil.copytree(store.own / KEYS[0][:2], other.own / KEYS[0][:2])
+    assert other.read(KEYS[0]) is None
+    assert (other.counts.damaged, other.held) == (1, 0)
     assert store.read(KEYS[0]) is not None
 
 

@@ -418,7 +418,7 @@ def test_too_many_failures_stop_the_run(pictures: Path, tmp_path: Path) -> None:
     assert Run([pictures], tmp_path / "enough", plan={"max_failures": 8}).go() == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_batch(
     finished: tuple[Path, Path],
     tmp_path: Path,

@@ -332,6 +332,11 @@ def test_set_reaches_every_kind_of_value(
         ("seed=4611686018427387904", "seed = 4611686018427387904 … less than 4294967296"),
         ('output=""', "output = '' … at least 1 character"),
         (r'output="a\0b"', "output = … a text cannot hold a NUL character"),
+        ("loss={mask: 0, dice: 0}", "loss = … : mask and dice are both 0"),
+        (
+            "early_stopping={patience: 2, min_delta: 1}",
+            "early_stopping.min_delta = 1 … less than 1",
+        ),
         ("stages.*.learning_rate=.inf", "stages.0.learning_rate = inf … finite number"),
         ("optimizer.weight_decay=.inf", "optimizer.weight_decay = inf … finite number"),
         ("loss.mask=.inf", "loss.mask = inf … finite number"),

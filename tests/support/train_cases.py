@@ -35,7 +35,7 @@ def everything(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "threads": 1, "output": str(output), "model": SMALL, "train": data,
         "val": {"held out": data}, "stages": STAGES, "loss": {"target_size": 16},
         "optimizer": {"ema_decay": 0.8, "schedule": "polynomial"},
-        "early_stopping": {"patience": 3, "min_delta": 10.0},
+        "early_stopping": {"patience": 3, "min_delta": 0.9},
         "averaging": {"count": 2, "of": "last"}, "keep_last": 2, "pictures": 1,
         "validate_every": 2, "checkpoint_every": 3, "log_every": 1, **changes,
     }  # fmt: skip

@@ -73,6 +73,11 @@ WRONG: dict[str, tuple[Change, str]] = {
         lambda raw, made: raw["train"].update(annotations=str(made / "mine/pears.json")),
         r"annotations = '.*pears\.json': no such file or folder; did you mean '.*pairs\.json'\?",
     ),
+    "a folder for the annotation file": (
+        lambda raw, made: raw["train"].update(annotations=str(made / "mine")),
+        r"train: the annotations were not found; looked for: .*mine/instances\.json, .*; name the "
+        r"JSON file itself with train\.annotations, such as .*mine/pairs\.json",
+    ),
     "a missing SAM file": (
         lambda raw, made: raw["model"]["image_encoder"].update(checkpoint=str(made / "sem.pth")),
         r"model\.image_encoder\.checkpoint = '.*sem\.pth': no such file or folder; did you mean",

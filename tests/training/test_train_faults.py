@@ -13,7 +13,7 @@ from support.train_cases import assert_same_run, everything, fork_runs, write_co
 from support.training_runs import last_weights, rows
 
 from risam_cli.errors import ModelError
-from risam_cli.training.checkpoint import read_state
+from risam_cli.training.checkpoint import Checkpoints, Place, read_state
 from risam_cli.training.loop import clear_leftovers
 
 STEPS = 14  # of the unbroken run: 6 and 8
@@ -157,6 +157,20 @@ def test_a_model_folder_that_was_about_to_be_replaced_comes_back(tmp_path: Path)
     clear_leftovers(tmp_path)
     assert (tmp_path / "best" / "model.safetensors").read_text() == ".best-old"
     assert not old.exists()
+
+
+def test_files_that_a_user_puts_beside_the_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "last.pt").touch()
+    own = [tmp_path / name for name in ("stage1-step00000900 (copy).pt", "stage1-stepped.pt")]
+    for path in own:
+        path.touch()
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (5, 10, 15):
+        checkpoints.follow(Place(step=step))
+    assert [path.name for path in checkpoints.others()] == [
+        "stage1-step00000010.pt", "stage1-step00000015.pt",
+    ]  # fmt: skip
+    assert all(path.exists() for path in own)
 
 
 def test_a_damaged_last_checkpoint_points_to_the_one_before(tmp_path: Path) -> None:

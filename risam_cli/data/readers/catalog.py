@@ -10,7 +10,7 @@ from risam_cli.data.readers.layout import missing, only_split
 from risam_cli.data.readers.phrasecut import open_phrasecut
 from risam_cli.data.readers.refer import SPLIT_BY, open_refer
 from risam_cli.data.readers.source import Columns, SampleSource
-from risam_cli.errors import UsageError, setting
+from risam_cli.errors import DataError, UsageError, setting
 
 DATASETS = ("refcoco", "refcoco+", "refcocog", "refclef", "grefcoco", "phrasecut", "coco")
 """What :func:`open_dataset` opens; RefShapes has :mod:`risam_cli.data.readers.refshapes`."""
@@ -107,7 +107,10 @@ def _coco_file(root: Path, split: str | None) -> tuple[Path, str]:
         if (folder / "instances.json").is_file():
             return folder / "instances.json", split
     names = [*own, "instances.json"]
-    raise missing([folder / name for folder in folders for name in names], "the annotations")
+    why = missing([folder / name for folder in folders for name in names], "the annotations")
+    there = sorted(path for folder in folders if folder.is_dir() for path in folder.glob("*.json"))
+    such = f", such as {there[0]}" if there else ""
+    raise DataError(why.message, f"name the JSON file itself with {setting('root')}{such}")
 
 
 def _only_coco_file(root: Path) -> str:

@@ -58,7 +58,7 @@ def held_out(
     elif dataset == "phrasecut":
         names = [s for s in ("val", "test", "miniv") if _has_phrases(source, s)]
     else:
-        names = [s for s in _coco_splits(source.files[0]) if is_held_out(s)]
+        names = [s for s in coco_splits(source.files[0]) if is_held_out(s)]
         root = source.files[0]
     files: set[Path] = set()
     for name in names:
@@ -78,7 +78,7 @@ def _has_phrases(source: SampleSource, split: str) -> bool:
     return own == {None} or split in own
 
 
-def _coco_splits(path: Path) -> list[str]:
+def coco_splits(path: Path) -> list[str]:
     """The split names that a COCO-style file's records carry, sorted."""
     found = set()
     for key, record in iter_json(path):

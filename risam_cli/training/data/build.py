@@ -31,7 +31,7 @@ from risam_cli.training.data.dataset import (
     ReferringSamples,
     ReferringScenes,
 )
-from risam_cli.training.data.mixed import MixedExamples, image_key, without_images
+from risam_cli.training.data.mixed import MixedExamples, copies_of, image_key, without_images
 from risam_cli.weights.tokenizer import KnownWords, TextTokenizer
 from risam_cli.weights.trained_on import TrainedOn, files_trained_on, scenes_trained_on, to_card
 
@@ -199,7 +199,7 @@ class DataBuilder:
     def _mixed(self, data: MixedData) -> Examples:
         sources: dict[str, SampleSource] = {}
         aliases: dict[str, str] = {}
-        keys: set[str] = set()
+        files: set[Path] = set()
         for name, member in data.members.items():
             key = f"train.members.{name}"
             if isinstance(member, RefShapesData):
@@ -218,9 +218,16 @@ class DataBuilder:
                 image_root=Path(member.images) if member.images else None,
             )
             aliases |= {image_key(p): f"coco/{n}" for p, n in found.aliases.items()}
-            keys |= {image_key(path) for path in found.files}
-        keys |= self._validation_keys()
-        keys = {aliases.get(key, key) for key in keys}
+            files |= found.files
+        held = self._validation_sources()
+        files.update(path for source in held for path in _paths_of(source))
+        keys = {image_key(path) for path in files}.union(*map(_keys_of, held))
+        keys |= {aliases.get(key, key) for key in keys}
+        for source in sources.values():
+            named = {path: image_key(path) for path in _paths_of(source)}
+            apart = [path for path, key in named.items() if aliases.get(key, key) not in keys]
+            for copy, original in copies_of(apart, files).items():
+                aliases[named[copy]] = image_key(original)
         members = [
             self._member(name, member, sources.get(name), keys, aliases)
             for name, member in data.members.items()
@@ -253,22 +260,28 @@ class DataBuilder:
             raise ConfigError(f"{key}: every image is held out somewhere", "remove it from the mix")
         return self._samples(key, member, kept, self._augmentation())
 
-    def _validation_keys(self) -> set[str]:
-        """The images of this run's own validation data."""
-        keys: set[str] = set()
-        for name, data in self.settings.val.items():
-            if isinstance(data, (CocoData, BenchmarkData)):
-                keys |= _keys_of(open_source(f"val.{name}", data))
-        return keys
+    def _validation_sources(self) -> list[SampleSource]:
+        """This run's own validation data, as far as they are files."""
+        return [
+            open_source(f"val.{name}", data)
+            for name, data in self.settings.val.items()
+            if isinstance(data, (CocoData, BenchmarkData))
+        ]
 
     def _warn_of_overlap(self, data: DataSettings) -> None:
         """Says so where a plain training set shows images that validation asks about."""
         if isinstance(data, (MixedData, RefShapesData)):
             return
-        both = _keys_of(open_source("train", data)) & self._validation_keys()
-        if both:
+        source, held = open_source("train", data), self._validation_sources()
+        both = _keys_of(source).intersection(set().union(*map(_keys_of, held)))
+        files = [path for one in held for path in _paths_of(one)]
+        apart = [path for path in _paths_of(source) if image_key(path) not in both]
+        copies = copies_of(apart, files)
+        if both or copies:
+            named = f", {next(iter(copies))} as {copies[next(iter(copies))]}" if copies else ""
             self.console.warn(
-                f"{len(both)} images are in train and in val, so figures on val are inflated; "
+                f"{counted(len(both) + len(copies), 'image is', 'images are')} in train and in val"
+                f"{named}, so figures on val are inflated; "
                 "dataset: mixed leaves them out of training"
             )
 
@@ -315,6 +328,10 @@ def _keys_of(source: SampleSource) -> set[str]:
         f"coco/{numbers[path]}" if path in numbers else image_key(path)
         for path in (group.path for group in source.chosen())
     }
+
+
+def _paths_of(source: SampleSource) -> list[Path]:
+    return [group.path for group in source.chosen()]
 
 
 def _named(data: OneData) -> str:

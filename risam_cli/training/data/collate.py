@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from risam_cli.inference.feature_cache import image_key
+from risam_cli.interrupts import ignore_ends_of_group
 from risam_cli.training.data.dataset import DenseExample, ReferringExample
 from risam_cli.weights.tokenizer import TextTokenizer
 
@@ -214,7 +215,7 @@ def deal(items: Sequence[int], hands: int, size: Callable[[int], int]) -> list[l
 
 def begin_worker(number: int) -> None:
     """Leaves signals to the main process, which ends the workers, and cores to the network."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_ends_of_group()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     cv2.setNumThreads(0)
 

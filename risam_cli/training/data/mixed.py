@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from risam_cli.data import identity
 from risam_cli.data.readers.source import SampleSource
+from risam_cli.files.hashing import sha256_of_file
 from risam_cli.training.data.dataset import Examples, ReferringExample
 
 _COCO = re.compile(r"(?:COCO_)?(?:train|val|test)\d{4}_(\d{12})|(\d{12})")
@@ -85,6 +87,30 @@ def image_key(path: Path | str) -> str:
     if found:
         return f"coco/{int(found[1] or found[2])}"
     return identity.image_key(os.path.realpath(path))
+
+
+def copies_of(paths: Iterable[Path], originals: Iterable[Path]) -> dict[Path, Path]:
+    """Those of ``paths`` that are byte for byte one of ``originals``, whatever they are called.
+
+    Only files of one length are read, so it costs about a look at each file; where all are of one
+    length, as uncompressed ones are, it costs what an epoch reads. Missing files have no copies.
+    """
+    by_length: dict[int, list[Path]] = {}
+    for original in dict.fromkeys(originals):
+        with suppress(OSError):
+            by_length.setdefault(original.stat().st_size, []).append(original)
+    hashed: dict[int, dict[str, Path]] = {}
+    found = {}
+    for path in dict.fromkeys(paths):
+        with suppress(OSError):
+            length = path.stat().st_size
+            if length not in by_length:
+                continue
+            if length not in hashed:
+                hashed[length] = {sha256_of_file(one): one for one in by_length[length]}
+            if original_of := hashed[length].get(sha256_of_file(path)):
+                found[path] = original_of
+    return found
 
 
 def without_images(

@@ -113,7 +113,20 @@ def test_images_that_train_and_val_share_are_warned_of(
 ) -> None:
     coco = write_coco(tmp_path / "mine")
     _builder(tmp_path, coco, val={"mine": {**coco, "limit": 1}}).train()
-    assert "1 images are in train and in val" in capsys.readouterr().err
+    assert "1 image is in train and in val" in capsys.readouterr().err
+
+
+def test_copies_under_other_names_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coco, other = write_coco(tmp_path / "mine"), write_coco(tmp_path / "other")
+    for picture in (tmp_path / "other/images").iterdir():
+        picture.write_bytes(picture.read_bytes() + b"not the same")
+    shutil.copy(tmp_path / "mine/images/1.png", tmp_path / "other/images/2.png")
+    _builder(tmp_path, coco, val={"other": other}).train()
+    told = capsys.readouterr().err
+    assert "1 image is in train and in val, " in told
+    assert f"{tmp_path}/mine/images/1.png as {tmp_path}/other/images/2.png" in told
 
 
 def test_data_are_read_once_for_all_stages(data: Path, tmp_path: Path) -> None:
@@ -242,6 +255,21 @@ def test_this_runs_own_validation_images_are_dropped_too(data: Path, tmp_path: P
     assert len(examples) == 2 + 2
 
 
+def test_copies_of_held_out_images_are_dropped_whatever_they_are_called(
+    data: Path, tmp_path: Path
+) -> None:
+    coco = write_coco(tmp_path / "mine")
+    held = open_dataset("refcoco", data, "train").groups[0].path
+    shutil.copy(held, tmp_path / "mine/images/2.png")
+    val = {"mine": {"dataset": "refcoco", "root": str(data), "split": "train", "limit": 1}}
+    mix = _mix(data)
+    mix["members"]["refcoco+"] = coco
+    examples = _builder(tmp_path, mix, val=val).train()
+    assert isinstance(examples, MixedExamples)
+    assert examples.shares == [3, 1]
+    assert examples.name_of(3) == f"{tmp_path}/mine/images/1.png"
+
+
 def test_visual_genomes_photos_are_known_by_cocos_numbers(data: Path, tmp_path: Path) -> None:
     """RefCOCO's validation photos must not come back through PhraseCut under another name."""
     own = shutil.copytree(data, tmp_path / "data")
@@ -276,7 +304,7 @@ def test_validation_photos_of_visual_genome_are_known_by_cocos_numbers(
     val = {"mine": {"dataset": "phrasecut", "root": str(own), "split": split}}
     assert len(_builder(tmp_path, _mix(own), val=val).train()) == 3 + 3
     _builder(tmp_path, {"dataset": "refcoco", "root": str(own)}, val=val).train()
-    assert "1 images are in train and in val" in capsys.readouterr().err
+    assert "1 image is in train and in val" in capsys.readouterr().err
 
 
 def test_scenes_and_files_mix_at_their_weights(data: Path, tmp_path: Path) -> None:
