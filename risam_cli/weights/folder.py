@@ -95,11 +95,6 @@ def bundled_models() -> list[str]:
     return sorted(p.name for p in BUNDLED.iterdir() if (p / CONFIG_FILE).is_file())
 
 
-def is_bundled(folder: Path) -> bool:
-    """Whether a model's folder is a part of the package."""
-    return folder.resolve().is_relative_to(BUNDLED)
-
-
 def read_model_folder(folder: Path) -> StoredModel:
     """Reads configuration and tokenizer, and hashes the folder's files.
 
