@@ -83,8 +83,9 @@ def command(
     if print_config:
         click.echo(dump(read()), nl=False)
         return None
-    # A misspelt key is told of before torch is imported, unless several processes would tell it.
-    settings = None if _is_one_of_several() else read()
+    # A misspelt key is told of before torch is imported, unless several processes of torchrun, of
+    # which one is to speak, would tell it.
+    settings = read() if os.environ.get("WORLD_SIZE", "1") == "1" else None
     if settings is None:
         # Or DDP remarks, once a process, that it looked for unused parameters and found none.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -160,8 +161,3 @@ def _evaluated(data: DataSettings) -> list[str] | None:
     for key in ("split", "split_by", "images", "bands", "only_every", "leave_out_every"):
         asked += [f"--{key.replace('_', '-')}", str(given[key])] if key in given else []
     return asked
-
-
-def _is_one_of_several() -> bool:
-    """Whether torchrun has started this process beside others, of which one is to speak."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"

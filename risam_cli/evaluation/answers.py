@@ -350,12 +350,14 @@ def _load(
             "published model",
             f"give the threshold by {setting('no_target_threshold')}",
         )
-    if asked.fit_no_target and model_folders.is_bundled(model_folders.find_model(asked.model)):
-        raise UsageError(
-            f"{setting('fit_no_target')} would change the bundled model for every later command",
-            f"give a model of your own, or a copy of it, by {setting('model')}",
-        )
     if asked.fit_no_target:
+        folder = model_folders.find_model(asked.model).resolve()
+        if folder.is_relative_to(model_folders.BUNDLED):
+            raise UsageError(
+                f"{setting('fit_no_target')} would change the bundled model for every later "
+                "command",
+                f"give a model of your own, or a copy of it, by {setting('model')}",
+            )
         require_both_kinds(source)
     return load_segmenter(asked.model, device=device, precision=precision, compiled=asked.compiled)
 

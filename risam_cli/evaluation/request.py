@@ -94,16 +94,11 @@ class EvalRequest:
     def check(self) -> None:
         """Refuse options that contradict each other. Raises UsageError."""
         if self.predictions is not None:
-            for key, given in (
-                ("model", self.model is not None),
-                ("threshold", self.threshold is not None),
-                ("no_target_threshold", self.no_target_threshold is not None),
-                ("instance_threshold", self.instance_threshold is not None),
-                ("fit_no_target", self.fit_no_target),
-                ("resume", self.resume),
-                ("feature_cache", self.feature_cache is not None),
+            for key in (
+                *("model", "threshold", "no_target_threshold", "instance_threshold"),
+                *("fit_no_target", "resume", "feature_cache"),
             ):
-                if given:
+                if getattr(self, key) is not None and getattr(self, key) is not False:
                     raise UsageError(
                         f"{setting(key)} is for a model, {setting('predictions')} brings its own "
                         "masks"

@@ -91,18 +91,8 @@ class _Layered(_Png):
             canvas[item.mask] = values[item.number]
         name = f"masks/{replace_suffix(image.target, '.png')}"
         self.context.folder.write(name, _with_palette(canvas))
-        visible = np.bincount(canvas.ravel(), minlength=MOST + 1)
-        self._tell(image, name, values, visible)
-
-    def _tell(
-        self,
-        image: LabeledImage,
-        name: str,
-        values: dict[int, int],
-        visible: NDArray[np.int64],
-    ) -> None:
         total = sum(item.prediction.area for item in image.items)
-        self.context.tally.hidden += total - int(visible[1:].sum())
+        self.context.tally.hidden += total - int(np.count_nonzero(canvas))
         rows = [self._row(item.prediction, values[item.number]) for item in image.items]
         self.list({"image": image.image, "mask": name, "items": rows})
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from risam_cli.data.identity import image_key, normalized
 from risam_cli.errors import UsageError, setting
+from risam_cli.files.hashing import hash64
 from risam_cli.outputs.naming import UNSAFE
 
 RELATIVE, BASE, ABSOLUTE = "relative", "base", "absolute"
@@ -177,15 +178,12 @@ def meeting_key(image: str) -> int:
     """64 bits that are equal for images whose labels would have one name on some file system."""
     path = PurePosixPath(_safe(image))
     stem = str(path)[: len(str(path)) - len(path.suffix)]
-    folded = normalized("NFC", stem).casefold()
-    digest = hashlib.blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    return hash64(normalized("NFC", stem).casefold())
 
 
 def image_hash(image: str) -> int:
     """64 bits that are equal for names of one image."""
-    data = image_key(image).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return hash64(image_key(image))
 
 
 def replace_suffix(target: str, suffix: str) -> str:

@@ -123,7 +123,8 @@ class OutputFolder:
             with writing(path, OTHER):
                 require_made_by(path, maker, alone)  # again: it may have been another's until now
                 write_file(self.private / MADE_BY, f"{maker}\n")
-                self.clear_staging()
+                shutil.rmtree(self.staging, ignore_errors=True)  # what never came to count
+                self.staging.mkdir(parents=True, exist_ok=True)
         except BaseException:
             self.close()
             raise
@@ -150,11 +151,6 @@ class OutputFolder:
         if self._is_new and not begun:
             with suppress(OSError):
                 self.path.rmdir()
-
-    def clear_staging(self) -> None:
-        """Forget files that were written and never came to count."""
-        shutil.rmtree(self.staging, ignore_errors=True)
-        self.staging.mkdir(parents=True, exist_ok=True)
 
     def require_held(self) -> None:
         """To be called before results are put in place.

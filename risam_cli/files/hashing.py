@@ -1,4 +1,4 @@
-"""The one hash of a file's content: SHA-256 in hexadecimal."""
+"""The one hash of a file's content, SHA-256 in hexadecimal, and the one short hash of a text."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def sha256_of_file(path: Path) -> str:
     """
     with path.open("rb") as file:
         return sha256_of_stream(file)
+
+
+def hash64(text: str) -> int:
+    """64 bits of a text's BLAKE2b; it may hold surrogates, as names of files do."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

@@ -32,11 +32,6 @@ _MARKS = (
 _BOMS = [mark for mark, _ in _MARKS]
 
 
-def is_packed(head: bytes) -> bool:
-    """Whether a file that begins so is anything but plain UTF-8."""
-    return head.startswith(_GZIP) or _encoding(head) is not None
-
-
 def plain_chunks(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
     """The chunks of a file as those of a plain one, each given as soon as it is there.
 
@@ -80,8 +75,9 @@ def open_plain(path: Path) -> BinaryIO:
         if file.seekable():  # no pipe, no <(…)
             # By a file of its own: some readers go past Python's buffer.
             with open(path, "rb", buffering=0) as probe:
-                if not is_packed(probe.read(4)):
-                    return file
+                head = probe.read(4)
+            if not head.startswith(_GZIP) and _encoding(head) is None:
+                return file
         return spooled(plain_chunks(_chunks(file), str(path)), file)
     except BaseException:
         file.close()

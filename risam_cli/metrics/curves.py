@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +51,7 @@ def no_target_curve(table: ScoreTable, protocol: str | Protocol = "native") -> l
         return []
     points = []
     for threshold in _candidates(table.no_target_probability):
-        moved = table.with_no_target(table.no_target_probability > threshold)
+        moved = replace(table, pred_no_target=table.no_target_probability > threshold)
         found = figures(terms(moved, rule))
         points.append(NoTargetPoint(threshold, found["n_acc"], found["t_acc"], found["giou"]))
     return points

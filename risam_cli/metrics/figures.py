@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import nan
 from typing import Any
 
@@ -79,10 +79,6 @@ class ScoreTable:
 
     def __len__(self) -> int:
         return len(self.union)
-
-    def with_no_target(self, flags: Flags) -> ScoreTable:
-        """The same table had the no-target head answered ``flags`` (N,)."""
-        return replace(self, pred_no_target=flags)
 
 
 class Tally:

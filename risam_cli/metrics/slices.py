@@ -123,14 +123,6 @@ def _place(facts: Facts) -> int:
     return int(_PLACE.search(_RELATION.sub(" ", facts.text)) is not None)
 
 
-def _relation(facts: Facts) -> int:
-    return int(_RELATION.search(facts.text) is not None)
-
-
-def _attribute(facts: Facts) -> int:
-    return int(_ATTRIBUTE.search(facts.text) is not None)
-
-
 def _size(facts: Facts) -> int:
     if facts.share <= 0:
         return -1
@@ -331,14 +323,14 @@ SLICES: tuple[Slice, ...] = (
         "relation",
         "Relation words",
         ("without", "with"),
-        _relation,
+        lambda facts: int(_RELATION.search(facts.text) is not None),
         f"One of: {', '.join(RELATION_WORDS)}.",
     ),
     Slice(
         "attribute",
         "Attribute words",
         ("without", "with"),
-        _attribute,
+        lambda facts: int(_ATTRIBUTE.search(facts.text) is not None),
         f"One of: {', '.join(ATTRIBUTE_WORDS)}.",
     ),
     Slice(

@@ -120,7 +120,8 @@ def _explain(
         ):
             where = setting("set", brief(override))
     if first["type"] == "extra_forbidden":
-        known = _fields_at(kind, path[:-1])
+        kinds = _kinds_at(kind, path[:-1])
+        known = list(dict.fromkeys(name for one in kinds for name in one.model_fields))
         near = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         meant = (*first["loc"][:-1], near[0]) if near else ()
@@ -146,20 +147,10 @@ def _as_written(kind: type[Settings], path: list[str]) -> list[str]:
     """The path without the tags of unions, which pydantic puts in."""
     written: list[str] = []
     for number, part in enumerate(path):
-        if part not in _tags_at(kind, path[:number]):
+        kinds = _kinds_at(kind, path[:number])
+        if len(kinds) == 1 or not any(part in _tags(one) for one in kinds):
             written.append(part)
     return written
-
-
-def _tags_at(kind: type[Settings], path: list[str]) -> set[str]:
-    """The tags that stand after a place in an error's path, where a union is."""
-    candidates = _kinds_at(kind, path)
-    return {tag for one in candidates for tag in _tags(one)} if len(candidates) > 1 else set()
-
-
-def _fields_at(kind: type[Settings], path: list[str]) -> list[str]:
-    """Names of the settings at a place in an error's path, tags of unions and all."""
-    return list(dict.fromkeys(name for c in _kinds_at(kind, path) for name in c.model_fields))
 
 
 def _kinds_at(kind: type[Settings], path: list[str]) -> list[type[Settings]]:

@@ -257,7 +257,8 @@ def complete(raw: Mapping[str, Any], stored: StoredSettings) -> dict[str, Any]:
     """
     values = dict(raw)
     source, model = values.get("init_from"), values.get("model")
-    if isinstance(source, str) and (model is None or _leaves_the_network_open(model)):
+    is_open = model is None or (isinstance(model, Mapping) and model.get("preset") is None)
+    if isinstance(source, str) and is_open:
         # Its weights are in the folder, or found through it.
         start = merge(stored(source), {"image_encoder": {"checkpoint": None}})
         values["model"] = merge(start, model or {})
@@ -268,10 +269,6 @@ def complete(raw: Mapping[str, Any], stored: StoredSettings) -> dict[str, Any]:
     if isinstance(val, Mapping):
         values["val"] = {name: data for name, data in val.items() if data is not None}
     return values
-
-
-def _leaves_the_network_open(model: Any) -> bool:
-    return isinstance(model, Mapping) and model.get("preset") is None
 
 
 def _with(data: Any, same: Mapping[str, Any]) -> Any:

@@ -157,10 +157,7 @@ class Untrained:
     def stage_begins(self) -> None:
         """Takes note of what is trained from now on."""
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        self.leave(self.names - trained)
-
-    def leave(self, names: set[str]) -> None:
-        """From now on these are all that was never trained."""
+        names = self.names - trained
         if names != self.names or not self._digest:
             self.names = names
             self._digest = self.digest()

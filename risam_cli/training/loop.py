@@ -442,7 +442,7 @@ class TrainingRun:
             self.settings.seed * 1009 + number,
         )
         processes = self.processes
-        size = getattr(stage.data, "expressions_of", None)
+        size = getattr(stage.data, "expressions_of", lambda index: 1)
         parts = stage.settings.accumulate
         return DealtBatches(planned, processes.rank, processes.world, parts, size)
 

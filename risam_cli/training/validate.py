@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,7 @@ DENSE_VALIDATION_SCENES = 128
 _SHOWN = ("miou", "oiou", "giou", "pr@0.5", "pr@0.9", "n_acc", "t_acc")
 
 
+@dataclass(eq=False)
 class Validation:
     """Figures and pictures of the present weights on the validation sets.
 
@@ -152,20 +154,14 @@ class Validation:
         held_out: examples by the set's name; processes: that share the work.
     """
 
-    def __init__(
-        self,
-        settings: TrainSettings,
-        task: ReferringTask,
-        held_out: Mapping[str, Examples],
-        collate: ReferringCollate,
-        processes: Processes,
-    ) -> None:
-        self.settings = settings
-        self.task = task
-        self.held_out = held_out
-        self.collate = collate
-        self.processes = processes
-        self.chosen = fixed_examples(held_out, settings.pictures)
+    settings: TrainSettings
+    task: ReferringTask
+    held_out: Mapping[str, Examples]
+    collate: ReferringCollate
+    processes: Processes
+
+    def __post_init__(self) -> None:
+        self.chosen = fixed_examples(self.held_out, self.settings.pictures)
 
     def __call__(self, between: Callable[[], None]) -> dict[str, float]:
         """Figures as ``SET.figure``; ``best`` and, for early stopping, ``watched``.

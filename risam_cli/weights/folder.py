@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from risam_cli.errors import ModelError, OutputError, reason_of
 from risam_cli.files.hashing import sha256_of_file
 from risam_cli.files.jsonlines import load_json, read_text
-from risam_cli.files.write import sync_folder, sync_tree, write_file
+from risam_cli.files.write import CHECK, sync_folder, sync_tree, write_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -92,11 +92,6 @@ def bundled_models() -> list[str]:
     if not BUNDLED.is_dir():
         return []
     return sorted(p.name for p in BUNDLED.iterdir() if (p / CONFIG_FILE).is_file())
-
-
-def is_bundled(folder: Path) -> bool:
-    """Whether a model's folder is a part of the package."""
-    return folder.resolve().is_relative_to(BUNDLED)
 
 
 def read_model_folder(folder: Path) -> StoredModel:
@@ -390,9 +385,7 @@ def write_model_folder(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by its own
-        raise OutputError(
-            f"cannot write {folder}: {reason_of(error)}", "check disk space and permissions"
-        ) from error
+        raise OutputError(f"cannot write {folder}: {reason_of(error)}", CHECK) from error
 
 
 def inspect_model_folder(folder: Path) -> dict[str, Any]:

@@ -66,26 +66,16 @@ def add_lora(
     inject_adapter_in_model(settings, backbone)
 
 
-def train_lora_only(backbone: nn.Module) -> None:
-    """Asks for gradients of the side paths and of nothing else."""
-    for name, parameter in backbone.named_parameters():
-        parameter.requires_grad_(is_lora(name))
-
-
 def is_lora(name: str) -> bool:
     """Whether a weight is a side path's."""
     return ".lora_" in name
 
 
-def plain_name(name: str) -> str:
-    """A tensor's name as it was before side paths were added."""
-    return name.replace(".base_layer.", ".")
-
-
 def split_lora(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Plain weights under their plain names, and those of the side paths under their own."""
     side = {name: tensor for name, tensor in weights.items() if is_lora(name)}
-    return {plain_name(n): tensor for n, tensor in weights.items() if n not in side}, side
+    plain = {n.replace(".base_layer.", "."): t for n, t in weights.items() if n not in side}
+    return plain, side
 
 
 @torch.no_grad()

@@ -87,9 +87,9 @@ def trains_text_encoder(settings: TextEncoderSettings) -> bool:
 
 def train_text_encoder(model: Risam, settings: TextEncoderSettings) -> None:
     """Asks for gradients of what the settings train of the text backbone."""
-    model.text_encoder.backbone.requires_grad_(settings.trainable)
-    if settings.lora is not None:
-        lora.train_lora_only(model.text_encoder.backbone)
+    for name, parameter in model.text_encoder.backbone.named_parameters():
+        trained = settings.trainable if settings.lora is None else lora.is_lora(name)
+        parameter.requires_grad_(trained)
 
 
 def _load_sam(model: Risam, path: Path, console: Console) -> None:

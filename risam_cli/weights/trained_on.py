@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from risam_cli.errors import ModelError
 from risam_cli.files.hashing import sha256_of_file
 from risam_cli.settings.base import Settings
-from risam_cli.settings.data import BenchmarkData, CocoData, PartOfFile, RefShapesData
+from risam_cli.settings.data import BenchmarkData, CocoData, PartOfFile
 from risam_cli.weights.folder import find_model, read_card
 
 KEY = "trained_on"
@@ -58,11 +58,6 @@ class TrainedOn(PartOfFile):
         keys = ("leave_out_every", "only_every", "limit")
         parts = [f"{key} {value}" for key in keys if (value := getattr(self, key)) is not None]
         return ", ".join([what, *parts])
-
-
-def scenes_trained_on(data: RefShapesData) -> TrainedOn:
-    """The entry of scenes that are drawn while they are used."""
-    return TrainedOn(dataset=data.dataset, split=data.split, family=data.family)
 
 
 def files_trained_on(

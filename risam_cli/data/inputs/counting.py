@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from hashlib import blake2b
+
+from risam_cli.files.hashing import hash64
 
 
 class NameCounts:
@@ -22,8 +23,7 @@ class NameCounts:
 
     def add(self, name: str) -> int:
         """Counts one more of a name; gives how many there were before."""
-        digest = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        key = int.from_bytes(digest, "little") or 1  # 0 marks an empty place
+        key = hash64(name) or 1  # 0 marks an empty place
         place = self._find(key)
         before = self._counts[place]
         if before == 0:

@@ -531,8 +531,10 @@ class Inputs:
                 self._require_expressions(argument)
         else:
             with manifest.open_manifest(place(argument)) as stream:
-                if kind == "table" and not manifest.check_table(stream, argument):
-                    self._require_expressions(argument)
+                if kind == "table":
+                    table = manifest.open_table(stream, argument)
+                    if "expression" not in table.columns:
+                        self._require_expressions(argument)
 
     def _require_expressions(self, argument: str) -> None:
         if not self.expressions:

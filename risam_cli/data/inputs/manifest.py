@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from risam_cli.data.readers.cells import is_utf8
 from risam_cli.errors import DataError, reason_of, setting
 from risam_cli.files.jsonlines import brief, parse_json, read_lines
 from risam_cli.files.store import open_place
@@ -123,7 +124,7 @@ def read_table(stream: BinaryIO | Lines, name: str) -> Iterator[Row]:
     Raises:
         DataError: there is no header, or it lacks ``image``.
     """
-    for row in _table(stream, name):
+    for row in open_table(stream, name):
         where, short = row.where(name), f"{os.path.basename(name)}:{row.first}"
         try:
             if row.error is not None:
@@ -133,16 +134,8 @@ def read_table(stream: BinaryIO | Lines, name: str) -> Iterator[Row]:
             yield Row(where, short, error=error)
 
 
-def check_table(stream: BinaryIO, name: str) -> bool:
-    """Whether a table has the column ``expression``.
-
-    Raises:
-        DataError: as :func:`read_table`.
-    """
-    return "expression" in _table(stream, name).columns
-
-
-def _table(stream: BinaryIO | Lines, name: str) -> Table:
+def open_table(stream: BinaryIO | Lines, name: str) -> Table:
+    """The table of a manifest, its header checked; raises as :func:`read_table`."""
     return Table(stream, name, _COLUMNS, ["image"], "image,expression")
 
 
@@ -203,7 +196,7 @@ def _row_of_cells(cells: Mapping[str, str], where: str, short: str) -> Row:
     own = cells.get("id") or None
     if not image:
         raise DataError(f"{where}: lacks 'image'", "give the path of an image")
-    if any("\udc80" <= char <= "\udcff" for char in text):
+    if not is_utf8(text):
         problem = DataError(f"{where}: the expression is not UTF-8", "save the file as UTF-8")
         return Row(where, short, image, id=own, error=problem)
     return Row(where, short, image, (text,) if text.strip() else (), own)

@@ -89,21 +89,17 @@ def _inside(image: Image.Image, doubt: Callable[[str], None]) -> NDArray[np.bool
     if bright.dtype == np.bool_:
         return np.asarray(bright, np.bool_)
     if kind in _LOSSY or (kind == "WEBP" and _is_many(bright)):
-        return _by_half(bright, doubt, "a lossy file")
+        most = int(bright.max())
+        if 0 < most < _HALF:
+            doubt(
+                "is a lossy file without a bright pixel: above half of its largest value was taken"
+            )
+            return np.asarray(bright > most / 2)
+        return np.asarray(bright >= _HALF)
     if bright.dtype == np.uint8 and int(bright.max()) >= _HALF and _is_many(bright):
         doubt("holds gray levels between: 128 and above was taken for the mask")
         return np.asarray(bright >= _HALF)
     return np.asarray(bright != 0)
-
-
-def _by_half(
-    bright: NDArray[np.generic], doubt: Callable[[str], None], kind: str
-) -> NDArray[np.bool_]:
-    most = int(bright.max())
-    if 0 < most < _HALF:
-        doubt(f"is {kind} without a bright pixel: above half of its largest value was taken")
-        return np.asarray(bright > most / 2)  # type: ignore[operator]
-    return np.asarray(bright >= _HALF)  # type: ignore[operator]
 
 
 def _by_palette(image: Image.Image, doubt: Callable[[str], None]) -> NDArray[np.bool_]:

@@ -8,7 +8,6 @@ all the same.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from array import array
 from collections import defaultdict
@@ -31,6 +30,7 @@ from risam_cli.data.readers.names import Record, unnamed_category
 from risam_cli.data.readers.results import Results
 from risam_cli.data.readers.source import OnFailure, SampleSource
 from risam_cli.errors import DataError
+from risam_cli.files.hashing import hash64
 from risam_cli.files.jsonlines import brief
 from risam_cli.masks import rle as masks
 from risam_cli.types import Expression, Failure, Rle, Sample
@@ -539,9 +539,7 @@ def _pair_hash(image: object, text: object) -> int:
 
 
 def _hash(text: str) -> int:
-    """64 bits; 0 is kept for "none"."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") or 1
+    return hash64(text) or 1  # 0 is kept for "none"
 
 
 class _Lookup:

@@ -510,11 +510,11 @@ def _from_list(found: Any, size: tuple[int, int] | None, where: str) -> Rle:
     dense = _dense(found, size)
     if dense is not None:
         return dense
-    if all(_are_numbers(part, 2) for part in found):  # points of one polygon
+    if all(_is_point(part) for part in found):  # points of one polygon
         found = [found]
     found = [
         [v for point in part for v in point]
-        if isinstance(part, list) and part and all(_are_numbers(point, 2) for point in part)
+        if isinstance(part, list) and part and all(_is_point(point) for point in part)
         else part
         for part in found
     ]
@@ -528,10 +528,10 @@ def _from_list(found: Any, size: tuple[int, int] | None, where: str) -> Rle:
     return rle
 
 
-def _are_numbers(value: Any, count: int) -> bool:
+def _is_point(value: Any) -> bool:
     return (
         isinstance(value, list)
-        and len(value) == count
+        and len(value) == 2
         and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
     )
 

@@ -164,7 +164,8 @@ def to_latex(tables: Tables, chosen: Figures = ()) -> str:
         for what, cell in ((r"95\,\% interval", _latex_interval), ("change", _latex_change)):
             cells = [cell(row) for row in rows]
             if any(cells):
-                lines.append(" & ".join(_small(one) for one in (what, *cells)) + r" \\")
+                small = (rf"{{\scriptsize {one}}}" if one else "" for one in (what, *cells))
+                lines.append(" & ".join(small) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
     lines += [f"% {remark}" for table in tables for remark in table.remarks]
     return "\n".join(lines) + "\n"
@@ -301,10 +302,6 @@ def _for_table(value: object) -> object:
 
 def _for_latex(text: str) -> str:
     return re.sub(r"[\\&%$#_{}~^<>|]", lambda found: _LATEX[found[0]], sanitize(text))
-
-
-def _small(cell: str) -> str:
-    return rf"{{\scriptsize {cell}}}" if cell else ""
 
 
 def _latex_number(value: float | None, *, sign: bool) -> str:

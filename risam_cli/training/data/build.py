@@ -33,7 +33,7 @@ from risam_cli.training.data.dataset import (
 )
 from risam_cli.training.data.mixed import MixedExamples, copies_of, image_key, without_images
 from risam_cli.weights.tokenizer import KnownWords, TextTokenizer
-from risam_cli.weights.trained_on import TrainedOn, files_trained_on, scenes_trained_on, to_card
+from risam_cli.weights.trained_on import TrainedOn, files_trained_on, to_card
 
 
 class DataBuilder:
@@ -154,7 +154,8 @@ class DataBuilder:
     def _examples(self, key: str, data: OneData, augment: Augmentation | None) -> Examples:
         if isinstance(data, RefShapesData):
             if key.startswith("train"):
-                self.trained_on.append(scenes_trained_on(data))
+                seen = TrainedOn(dataset=data.dataset, split=data.split, family=data.family)
+                self.trained_on.append(seen)
             return ReferringScenes(
                 self.scenes(data), self.size, self.target_size, data.unknown_word_rate, augment
             )

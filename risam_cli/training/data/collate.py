@@ -114,6 +114,7 @@ def collate_dense(examples: Sequence[DenseExample]) -> DenseBatch:
 # --- which images a step takes --------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class PlannedBatches:
     """Batches of dataset indices for the steps of a stage: a pure function of seed and step.
 
@@ -126,12 +127,11 @@ class PlannedBatches:
     Index i in epoch k is given as k·items + i, for data that draws changes anew in each epoch.
     """
 
-    def __init__(self, items: int, batch: int, first: int, last: int, seed: int) -> None:
-        self.items = items
-        self.batch = batch
-        self.first = first
-        self.last = last
-        self.seed = seed
+    items: int
+    batch: int
+    first: int
+    last: int
+    seed: int
 
     def __len__(self) -> int:
         return max(0, self.last - self.first)
@@ -149,6 +149,7 @@ class PlannedBatches:
             yield chosen
 
 
+@dataclass(eq=False)
 class DealtBatches:
     """One process's parts of planned batches, one after the other, for a loader.
 
@@ -158,22 +159,14 @@ class DealtBatches:
     Args:
         planned: batches of the whole run.
         rank, world: this process of how many; parts: how many parts it puts its images in.
-        size: expressions of an index; None takes them as equal.
+        size: expressions of an index; by default all are equal.
     """
 
-    def __init__(
-        self,
-        planned: PlannedBatches,
-        rank: int = 0,
-        world: int = 1,
-        parts: int = 1,
-        size: Callable[[int], int] | None = None,
-    ) -> None:
-        self.planned = planned
-        self.rank = rank
-        self.world = world
-        self.parts = parts
-        self.size = size or (lambda index: 1)
+    planned: PlannedBatches
+    rank: int = 0
+    world: int = 1
+    parts: int = 1
+    size: Callable[[int], int] = lambda index: 1
 
     def of(self, chosen: Sequence[int], rank: int | None = None) -> list[list[int]]:
         """The parts of a step's batch that a process (by default this one) takes."""

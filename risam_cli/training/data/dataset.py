@@ -90,6 +90,7 @@ class Examples(Protocol):
         """The example's image, for messages."""
 
 
+@dataclass(eq=False)
 class ReferringScenes:
     """RefShapes scenes as training examples, drawn when asked for.
 
@@ -101,19 +102,11 @@ class ReferringScenes:
         augment: None changes nothing, so every epoch is the same.
     """
 
-    def __init__(
-        self,
-        scenes: RefShapes,
-        size: int,
-        target_size: int,
-        unknown_word_rate: float,
-        augment: Augmentation | None = None,
-    ) -> None:
-        self.scenes = scenes
-        self.size = size
-        self.target_size = target_size
-        self.unknown_word_rate = unknown_word_rate
-        self.augment = augment
+    scenes: RefShapes
+    size: int
+    target_size: int
+    unknown_word_rate: float
+    augment: Augmentation | None = None
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -238,6 +231,7 @@ def _lean(sample: Sample) -> Sample:
     return Sample(sample.image, sample.path, kept, sample.size)
 
 
+@dataclass(eq=False)
 class ReferringSamples:
     """Samples of a reader as training examples: one decode per image.
 
@@ -249,21 +243,12 @@ class ReferringSamples:
         bands: which bands of a TIFF of several are red, green and blue.
     """
 
-    def __init__(
-        self,
-        samples: PackedSamples,
-        size: int,
-        target_size: int,
-        augment: Augmentation | None = None,
-        pseudo_weight: float = 1.0,
-        bands: Bands | None = None,
-    ) -> None:
-        self.pseudo_weight = pseudo_weight
-        self.bands = bands
-        self.samples = samples
-        self.size = size
-        self.target_size = target_size
-        self.augment = augment
+    samples: PackedSamples
+    size: int
+    target_size: int
+    augment: Augmentation | None = None
+    pseudo_weight: float = 1.0
+    bands: Bands | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -306,6 +291,7 @@ def _at_most(expressions: int, augment: Augmentation | None) -> int:
     return expressions if most is None else min(expressions, most)
 
 
+@dataclass(eq=False)
 class DenseScenes:
     """RefShapes scenes with per-cell labels, for the encoder's first stage.
 
@@ -314,9 +300,8 @@ class DenseScenes:
         cells: side t of the label grid; the scene's size is a multiple of it.
     """
 
-    def __init__(self, scenes: RefShapes, cells: int) -> None:
-        self.scenes = scenes
-        self.cells = cells
+    scenes: RefShapes
+    cells: int
 
     def __len__(self) -> int:
         return len(self.scenes)
