@@ -154,15 +154,16 @@ def test_without_the_fast_product_all_is_the_same(monkeypatch: pytest.MonkeyPatc
     assert relative_error(fast.middle, plain.middle) < WITHIN
 
 
-def test_an_operator_that_is_wrong_is_not_taken() -> None:
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_operator_that_is_wrong_is_not_taken(kind: torch.dtype) -> None:
     def wrong(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         return F.linear(x, weight, bias)  # forgets the GELU
 
     def failing(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         raise RuntimeError("no such operator here")
 
-    assert not linear._is_right(wrong)
-    assert not linear._is_right(failing)
+    assert not linear._is_right(wrong, kind)
+    assert not linear._is_right(failing, kind)
 
 
 # --- the encoder's own ----------------------------------------------------------------------------
