@@ -51,7 +51,9 @@ _OUTPUT = ["-o", "{}"]
 _TINY = ["--max-pixels", "2000"]  # by which the larger images fail
 _KILLED = -9
 # What stays where the removal itself fails; the next run clears it.
-_CLEARED = tuple(f"left over: .risam{name}" for name in ("", "/staging", "/scratch", "/lock"))
+_CLEARED = tuple(
+    f"left over: .risam{name}" for name in ("", "/staging", "/scratch", "/lock", "/made_by")
+)
 _COUNTED = mmap.mmap(-1, 8)  # the changes of the last run, told by its fork
 
 Begin = Callable[[Path], None]

@@ -134,7 +134,7 @@ def calibrate(encoders: Iterable[HostImageEncoder], cores: int) -> Choice:
     try:
         for encoder in encoders:
             kind, by = encoder.precision, DEFAULT.product(encoder.precision)
-            if has_fast_products():
+            if has_fast_products(kind):
                 ways = {way: Tuning({kind: way}) for way in PRODUCTS}
                 by = products[precision_name(kind)] = _fastest(encoder, ways, by)
             if kind == torch.float32:

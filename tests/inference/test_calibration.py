@@ -56,7 +56,7 @@ def test_the_fastest_is_chosen_and_the_default_unless_another_gains(
         return seconds.get((chosen.product(one.precision), chosen.tile), 2.0)
 
     monkeypatch.setattr(under_test, "_seconds", timed)
-    monkeypatch.setattr(under_test, "has_fast_products", lambda: True)
+    monkeypatch.setattr(under_test, "has_fast_products", lambda kind: True)
     found = calibrate([held(torch.float32)], 4)
     assert found == Choice(products={"fp32": "onednn"}, tile=2048, threads=4)
     assert in_use() is DEFAULT, "what was tried is not left in use"

@@ -51,7 +51,8 @@ def choose_way(q: Tensor, height: int, width: int) -> str:
     """
     tokens, dim = q.shape[-2:]
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        return "by_rows" if tokens >= BY_ROWS_FROM and has_fast_products() else "biased"
+        rows = tokens >= BY_ROWS_FROM and has_fast_products(_working(q))
+        return "by_rows" if rows else "biased"
     if q.device.type == "cuda":
         if torch.compiler.is_compiling():
             return "flex"
@@ -100,7 +101,7 @@ def by_rows(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Te
     batch, heads, tokens, dim = q.shape
     height, width = rel_h.shape[0], rel_w.shape[0]
     rel_h, rel_w = rel_h.float(), rel_w.float()
-    working = q.dtype if q.dtype == torch.bfloat16 else torch.float32
+    working = _working(q)
     rows = max(1, _host_logits() // (4 * tokens * width))
     out = q.new_empty(batch, tokens, heads, dim)
     for image in range(batch):
@@ -119,6 +120,11 @@ def by_rows(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Te
                 torch.softmax(logits, dim=-1, out=logits)
                 out[image, part, head] = linear(logits, value).to(out.dtype)
     return out.transpose(1, 2)
+
+
+def _working(q: Tensor) -> torch.dtype:
+    """The format that :func:`by_rows` multiplies in."""
+    return q.dtype if q.dtype == torch.bfloat16 else torch.float32
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:

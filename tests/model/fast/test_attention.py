@@ -93,7 +93,9 @@ def test_a_cpu_takes_rows_where_there_are_many() -> None:
     few, many = torch.zeros(1, 2, 64, 32), torch.zeros(1, 2, 1024, 32)
     with torch.inference_mode():
         assert choose_way(few, 8, 8) == "biased"
-        assert choose_way(many, 32, 32) == ("by_rows" if linear.has_fast_products() else "biased")
+        assert choose_way(many, 32, 32) == (
+            "by_rows" if linear.has_fast_products(torch.float32) else "biased"
+        )
 
 
 def test_gradients_go_through_attention_to_all_that_takes_part() -> None:
@@ -146,21 +148,22 @@ def test_without_the_fast_product_all_is_the_same(monkeypatch: pytest.MonkeyPatc
     pixels = noise(1, 3, 384, 384)
     with torch.inference_mode():
         fast = ours(pixels)
-        monkeypatch.setattr(linear, "_onednn", lambda: None)
+        monkeypatch.setattr(linear, "_onednn", lambda kind: None)
         plain = ours(pixels)
     assert relative_error(fast.deep, plain.deep) < WITHIN
     assert relative_error(fast.middle, plain.middle) < WITHIN
 
 
-def test_an_operator_that_is_wrong_is_not_taken() -> None:
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_operator_that_is_wrong_is_not_taken(kind: torch.dtype) -> None:
     def wrong(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         return F.linear(x, weight, bias)  # forgets the GELU
 
     def failing(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         raise RuntimeError("no such operator here")
 
-    assert not linear._is_right(wrong)
-    assert not linear._is_right(failing)
+    assert not linear._is_right(wrong, kind)
+    assert not linear._is_right(failing, kind)
 
 
 # --- the encoder's own ----------------------------------------------------------------------------
