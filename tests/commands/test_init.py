@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_steps_and_held_out_images_follow_the_number_of_images(tmp_path: Path, i
     assert settings.validate_every <= stage.steps
 
 
-@pytest.mark.parametrize("name", ["my: run #1", "'q\"", "ü {x}", "--- a"])
+@pytest.mark.parametrize("name", ["my: run #1", "'q\"", "ü {x}", "--- a", "b\nc: ["])
 def test_names_of_any_kind_are_quoted(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     data = write_coco(folder)
@@ -76,6 +77,16 @@ def test_names_of_any_kind_are_quoted(tmp_path: Path, name: str) -> None:
     raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert raw["train"]["annotations"] == data["annotations"]
     assert raw["output"].startswith("runs/")
+
+
+def test_a_path_that_yaml_cannot_hold_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_coco(tmp_path / "mine")
+    folder = (tmp_path / "mine").rename(tmp_path / os.fsdecode(b"\xff"))
+    assert main(["init", str(folder / "pairs.json"), "-o", str(tmp_path / "train.yaml")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("\\xff/pairs.json cannot be written in YAML; rename it")
 
 
 def test_names_with_backslashes_are_found(tmp_path: Path) -> None:
