@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from risam_cli.commands.options import choice, verbosity_options
+from risam_cli.errors import UsageError
 
 FORMATS = ("text", "md", "csv", "latex")
 
@@ -80,5 +81,7 @@ def _named(text: str) -> tuple[str, Path]:
     """NAME and path of a report; a path may hold "=" too."""
     name, equals, path = text.partition("=")
     if not equals or Path(text).exists():
-        return "", Path(text)
+        name, path = "", text
+    if not path:
+        raise UsageError(f"{text!r} names no report (an unset variable?)", "name a folder")
     return name, Path(path)

@@ -75,15 +75,14 @@ def find_model(source: str | Path | None) -> Path:
     """
     if source is None:
         return BUNDLED / DEFAULT_MODEL
-    path = Path(source)
-    if path.is_dir():
-        return path
-    bundled = BUNDLED / str(source)
-    if os.sep not in str(source) and bundled.is_dir():
-        return bundled
+    name = str(source)  # "" would stand for the working folder
+    if name and os.path.isdir(name):
+        return Path(name)
+    if name and os.sep not in name and (BUNDLED / name).is_dir():
+        return BUNDLED / name
     names = ", ".join(bundled_models()) or "none"
     raise ModelError(
-        f"no model folder {str(source)!r}",
+        f"no model folder {name!r}",
         f"give a folder written by risam train, or a bundled model ({names})",
     )
 

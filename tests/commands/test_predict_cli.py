@@ -322,6 +322,7 @@ def test_a_killed_run_holds_no_lock(predict: Call, tiny_images: Path, tmp_path: 
         (["a.png"], 2, "no expression is given"),
         (["a.png", "-e", ""], 2, "an expression is empty"),
         ([], 2, "INPUTS"),
+        (["a.png", "", "-e", "x"], 2, "an input is empty"),
         (["a.png", "-e", "x", "--save", "pdf"], 2, "png, overlay, html and none"),
         (["a.png", "-e", "x", "--save", "none,png"], 2, "none goes with nothing else"),
         (["a.png", "-e", "x", "--jsonl", "x.jsonl"], 2, "only -"),

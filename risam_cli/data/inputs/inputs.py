@@ -450,6 +450,8 @@ class Inputs:
     # --- checks before the start ------------------------------------------------------------------
 
     def _check(self, argument: str) -> None:
+        if not argument:
+            raise UsageError("an input is empty (an unset variable?)", "name a file or a folder")
         if "\0" in argument:
             raise UsageError(f"{argument!r} is not a valid file path")
         if is_url(argument):
