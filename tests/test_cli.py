@@ -421,6 +421,26 @@ def test_every_help_has_two_worked_examples_that_parse() -> None:
 # --- shared options -------------------------------------------------------------------------------
 
 
+def _commands(command: click.Command) -> list[click.Command]:
+    """Every command below ``command``, itself too."""
+    if not isinstance(command, click.Group):
+        return [command]
+    context = click.Context(command)
+    children = [command.get_command(context, name) for name in command.list_commands(context)]
+    return [command, *(found for child in children if child for found in _commands(child))]
+
+
+def test_an_empty_path_does_not_stand_for_the_working_folder() -> None:
+    params = [param for command in _commands(root) for param in command.params]
+    paths = [param for param in params if isinstance(param.type, click.Path)]
+    assert len(paths) > 20
+    for param in paths:
+        with pytest.raises(
+            click.BadParameter, match=r"it is empty \(an unset variable\?\); name a"
+        ):
+            param.type.convert("", param, None)
+
+
 @click.command()
 @options.model_option
 @options.device_options

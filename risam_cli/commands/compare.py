@@ -83,5 +83,5 @@ def _named(text: str) -> tuple[str, Path]:
     if not equals or Path(text).exists():
         name, path = "", text
     if not path:
-        raise UsageError(f"{text!r} names no report", "give a report.json or its folder")
+        raise UsageError(f"{text!r} names no report (an unset variable?)", "name a folder")
     return name, Path(path)

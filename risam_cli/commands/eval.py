@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from risam_cli.commands.options import (
     UNIT,
-    GivenPath,
+    LocalPath,
     Place,
     bands_option,
     batch_options,
@@ -46,7 +45,7 @@ PROTOCOLS = ("native", "lavt", "cris", "gres", "lisa", "phrasecut")
 @click.option("--dataset", type=choice(DATASETS), required=True, help="What to score on.")
 @click.option(
     "--root",
-    type=Place(path_type=Path),
+    type=Place(),
     metavar="DIR",
     help="The folder that holds refcoco/, refcoco+/ …, or the data set's own folder. For coco also "
     "the JSON file. Without it, refshapes is drawn on the fly.",
@@ -54,7 +53,7 @@ PROTOCOLS = ("native", "lavt", "cris", "gres", "lisa", "phrasecut")
 @click.option(
     "--images",
     "image_root",
-    type=Place(path_type=Path, file_okay=False),
+    type=Place(file_okay=False),
     metavar="DIR",
     help="Folder that image file names are relative to.  [default: looked for near --root]",
 )
@@ -72,7 +71,7 @@ PROTOCOLS = ("native", "lavt", "cris", "gres", "lisa", "phrasecut")
 @model_option
 @click.option(
     "--predictions",
-    type=GivenPath(path_type=Path, allow_dash=True),
+    type=LocalPath(allow_dash=True),
     metavar="FILE",
     help="Score these instead of a model: predictions.jsonl, its folder, COCO results, a folder of "
     "masks with a manifest, or -.",
@@ -88,7 +87,7 @@ PROTOCOLS = ("native", "lavt", "cris", "gres", "lisa", "phrasecut")
 @output_option("risam-eval")
 @click.option(
     "--compare",
-    type=GivenPath(path_type=Path),
+    type=LocalPath(),
     metavar="REPORT",
     help="Another report.json or its folder: both runs side by side, paired by expression.",
 )

@@ -12,7 +12,7 @@ import click
 
 from risam_cli.commands.options import (
     UNIT,
-    GivenPath,
+    LocalPath,
     bands_option,
     choice,
     confine_option,
@@ -49,22 +49,22 @@ def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
 
 
 @click.command(name="export-masks")
-@click.argument("predictions", type=GivenPath(path_type=Path, allow_dash=True))
+@click.argument("predictions", type=LocalPath(allow_dash=True))
 @click.option("--to", "kind", type=choice(FORMATS), required=True, help="What to write.")
 @output_option(None)
 @click.option(
     "--image-root",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    type=LocalPath(file_okay=False, exists=True),
     help="Folder that image paths are relative to.  [default: the working folder]",
 )
 @click.option(
     "--annotations",
-    type=GivenPath(path_type=Path, dir_okay=False),
+    type=LocalPath(dir_okay=False),
     help="For COCO results: the COCO file that names their images and categories.",
 )
 @click.option(
     "--category-map",
-    type=GivenPath(path_type=Path, dir_okay=False),
+    type=LocalPath(dir_okay=False),
     help="JSON, YAML or CSV that maps expressions to categories; `*` stands for all others.",
 )
 @names_option
@@ -79,7 +79,7 @@ def _share(ctx: click.Context, param: click.Parameter, value: float) -> float:
 )
 @click.option(
     "--agree-with",
-    type=GivenPath(path_type=Path, allow_dash=False),
+    type=LocalPath(allow_dash=False),
     metavar="PREDICTIONS",
     help="Skip masks that these predictions, such as another model's, do not have.",
 )

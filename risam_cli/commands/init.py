@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from risam_cli.commands.options import GivenPath, verbosity_options
+from risam_cli.commands.options import LocalPath, verbosity_options
 
 _USAGE = """\
 #   risam train {file} --steps 20     # a first try
@@ -23,10 +23,10 @@ _USAGE = """\
 
 
 @click.command(name="init")
-@click.argument("annotations", type=GivenPath(path_type=Path))
+@click.argument("annotations", type=LocalPath())
 @click.option(
     "--images",
-    type=GivenPath(path_type=Path),
+    type=LocalPath(),
     metavar="DIR",
     help="Folder that image file names are relative to.  [default: beside ANNOTATIONS, or in "
     "images/]",
@@ -34,7 +34,7 @@ _USAGE = """\
 @click.option(
     "-o",
     "--output",
-    type=GivenPath(path_type=Path),
+    type=LocalPath(),
     metavar="FILE",
     default=Path("train.yaml"),
     show_default=True,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from risam_cli.commands.options import json_option, output_option, verbosity_options
+from risam_cli.commands.options import LocalPath, json_option, output_option, verbosity_options
 from risam_cli.console.console import get_console
 from risam_cli.console.text import counted
 from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED
@@ -19,7 +19,7 @@ from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED
     metavar="DIR...",
     nargs=-1,
     required=True,
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=LocalPath(exists=True, file_okay=False),
 )
 @output_option(None)
 @click.option("--overwrite", is_flag=True, help="Replace the run in the output folder.")

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from risam_cli.commands import completing
-from risam_cli.commands.options import GivenPath, json_option, verbosity_options
+from risam_cli.commands.options import LocalPath, json_option, verbosity_options
 from risam_cli.console.console import get_console
 from risam_cli.console.text import sanitize
 from risam_cli.errors import (
@@ -49,7 +49,7 @@ def command() -> None:
     "folders",
     metavar="DIR",
     multiple=True,
-    type=GivenPath(path_type=Path, file_okay=False),
+    type=LocalPath(file_okay=False),
     help="Also list the model folders below DIR; may be given several times.",
 )
 @json_option
@@ -230,7 +230,7 @@ def fetch(model: str) -> None:
     "--output",
     metavar="DIR",
     required=True,
-    type=GivenPath(path_type=Path, file_okay=False),
+    type=LocalPath(file_okay=False),
     help="The new model folder; must not exist yet, or be empty.",
 )
 @click.option(

@@ -36,6 +36,34 @@ def choice(names: Sequence[str]) -> click.Choice[str]:
     return click.Choice(names, case_sensitive=False)
 
 
+# --- paths ----------------------------------------------------------------------------------------
+
+
+class LocalPath(click.Path):
+    """A path on a disk; an empty one, such as that of a variable that is not set, is none."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does, but refuses what would stand for the working folder."""
+        if value == "":
+            self.fail(f"it is empty (an unset variable?); name a {self.name}.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Place(LocalPath):
+    """A path that must be there, or a URL, of which the store is asked later."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """URLs as they are; everything else as click does."""
+        from risam_cli.files.store import is_url, place
+
+        if isinstance(value, str) and is_url(value):
+            return place(value)
+        return super().convert(value, param, ctx)
+
+
 # --- how much is said -----------------------------------------------------------------------------
 
 
@@ -248,16 +276,6 @@ bands_option = click.option(
 """``--bands``: parameter ``bands: tuple[int, int, int] | None``."""
 
 
-class GivenPath(click.Path):
-    """A path; an empty name, such as that of a variable that is not set, is none."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As click does, which takes an empty name for the working folder."""
-        if value == "":
-            self.fail("it is empty (an unset variable?); give a path.", param, ctx)
-        return super().convert(value, param, ctx)
-
-
 def confine_option(text: str) -> Callable[[F], F]:
     """``--confine``: parameter ``confine: bool``."""
     return click.option("--confine", is_flag=True, help=text)
@@ -273,7 +291,7 @@ def _parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
 cache_options = _stack(
     click.option(
         "--feature-cache",
-        type=GivenPath(path_type=Path, file_okay=False),
+        type=LocalPath(file_okay=False),
         metavar="DIR",
         help="Store the image encoder's features here, in half precision, and reuse "
         "existing ones. Several runs may share the folder.",
@@ -352,23 +370,11 @@ def _check_output(ctx: click.Context, param: click.Parameter, value: Path) -> Pa
     return value
 
 
-class Place(GivenPath):
-    """A path that must be there, or a URL, of which the store is asked later."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """URLs as they are; everything else as click does."""
-        from risam_cli.files.store import is_url, place
-
-        if isinstance(value, str) and is_url(value):
-            return place(value)
-        return super().convert(value, param, ctx)
-
-
 class _Folder(Place):
     """A folder to write to."""
 
     def __init__(self, remote: bool) -> None:
-        super().__init__(path_type=Path, file_okay=False)
+        super().__init__(file_okay=False)
         self._remote = remote
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:

@@ -92,13 +92,13 @@ def _parse_timeout(ctx: click.Context, param: click.Parameter, value: float) -> 
 @click.option(
     "--expressions",
     "expressions_file",
-    type=Place(path_type=Path, dir_okay=False),
+    type=Place(dir_okay=False),
     metavar="FILE",
     help="Like -e: one expression per line.",
 )
 @click.option(
     "--image-root",
-    type=Place(path_type=Path, file_okay=False, exists=True),
+    type=Place(file_okay=False, exists=True),
     metavar="DIR",
     help="Where relative paths in manifests start.  [default: beside the manifest]",
 )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from risam_cli.commands.options import GivenPath, verbosity_options
+from risam_cli.commands.options import LocalPath, verbosity_options
 from risam_cli.console.console import get_console
 from risam_cli.errors import UsageError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="train")
-@click.argument("config", type=GivenPath(path_type=Path))
+@click.argument("config", type=LocalPath())
 @click.option(
     "--set",
     "overrides",

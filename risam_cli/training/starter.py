@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from risam_cli.console.text import counted
+from risam_cli.console.text import counted, sanitize
 from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.held_out import coco_splits, is_held_out
 from risam_cli.data.readers.source import SampleSource
@@ -101,8 +101,8 @@ def starter_file(annotations: Path, images: Path | None, file: Path, usage: str)
     folder = "" if images is None else f"  images: {json.dumps(str(images), ensure_ascii=False)}\n"
     name = re.sub(r"[^\w.-]+", "_", file.stem) or "run"
     text = _TEMPLATE.format(
-        usage=usage.format(file=shlex.quote(str(file)), output=f"runs/{name}"),
-        annotations=" ".join(str(annotations).split()),
+        usage=usage.format(file=sanitize(shlex.quote(str(file))), output=f"runs/{name}"),
+        annotations=sanitize(" ".join(str(annotations).split())),
         facts=facts,
         words=words,
         name=json.dumps(name, ensure_ascii=False),
@@ -119,7 +119,12 @@ def starter_file(annotations: Path, images: Path | None, file: Path, usage: str)
         every=max(20, steps // 5),
     )
     # What is written is what is run: a name that YAML reads in another way is told of here.
-    raw = complete(yaml.safe_load(text), model_folders.stored_settings)
+    try:
+        read = yaml.safe_load(text)
+    except yaml.YAMLError:  # bytes that are no UTF-8, control characters
+        paths = " or ".join(str(path) for path in (annotations, images) if path is not None)
+        raise DataError(f"the path {paths} cannot be written in YAML", "rename it") from None
+    raw = complete(read, model_folders.stored_settings)
     check(TrainSettings, raw, str(annotations))
     return text
 

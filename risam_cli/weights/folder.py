@@ -75,9 +75,9 @@ def find_model(source: str | Path | None) -> Path:
     """
     if source is None:
         return BUNDLED / DEFAULT_MODEL
-    name = str(source)
+    name = str(source)  # "" would stand for the working folder
     if name and os.path.isdir(name):
-        return Path(source)
+        return Path(name)
     if name and os.sep not in name and (BUNDLED / name).is_dir():
         return BUNDLED / name
     names = ", ".join(bundled_models()) or "none"

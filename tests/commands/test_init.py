@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_the_splits_that_a_file_has_are_kept(tmp_path: Path) -> None:
     assert load_settings(file).val["mine"].split == "val"  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", ["my: run #1", "'q\"", "ü {x}", "--- a"])
+@pytest.mark.parametrize("name", ["my: run #1", "'q\"", "ü {x}", "--- a", "b\nc: ["])
 def test_names_of_any_kind_are_quoted(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
     data = write_coco(folder)
@@ -94,6 +95,16 @@ def test_names_of_any_kind_are_quoted(tmp_path: Path, name: str) -> None:
     raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert raw["train"]["annotations"] == data["annotations"]
     assert raw["output"].startswith("runs/")
+
+
+def test_a_path_that_yaml_cannot_hold_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_coco(tmp_path / "mine")
+    folder = (tmp_path / "mine").rename(tmp_path / os.fsdecode(b"\xff"))
+    assert main(["init", str(folder / "pairs.json"), "-o", str(tmp_path / "train.yaml")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("\\xff/pairs.json cannot be written in YAML; rename it")
 
 
 def test_names_with_backslashes_are_found(tmp_path: Path) -> None:

@@ -323,6 +323,7 @@ def test_a_killed_run_holds_no_lock(predict: Call, tiny_images: Path, tmp_path: 
         (["a.png", "-e", ""], 2, "the expression '' has no words"),
         (["a.png", "-e", "?!"], 2, "the expression '?!' has no words"),
         ([], 2, "INPUTS"),
+        (["a.png", "", "-e", "x"], 2, "an input is empty"),
         (["a.png", "-e", "x", "--save", "pdf"], 2, "png, overlay, html and none"),
         (["a.png", "-e", "x", "--save", "none,png"], 2, "none goes with nothing else"),
         (["a.png", "-e", "x", "--jsonl", "x.jsonl"], 2, "only -"),

@@ -53,6 +53,14 @@ def test_short_names_kinds_and_hub_names_are_told_apart(tmp_path: Path) -> None:
     assert parse_model("refshapes-tiny").kind == "risam"
 
 
+def test_an_empty_name_is_not_the_working_folder(
+    clipseg: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(clipseg)
+    with pytest.raises(ModelError, match="no model folder ''"):
+        parse_model("")
+
+
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("known", KNOWN.values(), ids=list(KNOWN))
 def test_every_short_name_says_how_to_get_its_files(known: Any) -> None:

@@ -147,8 +147,6 @@ class Inputs:
         """
         if list(self.arguments).count("-") > 1:
             raise UsageError("stdin ('-') is named twice", "name it once")
-        if "" in self.arguments:
-            raise UsageError("an input's name is empty (an unset variable?)", "give a path")
         for text in self.expressions:
             if not has_words(text):
                 raise UsageError(
@@ -453,6 +451,8 @@ class Inputs:
     # --- checks before the start ------------------------------------------------------------------
 
     def _check(self, argument: str) -> None:
+        if not argument:
+            raise UsageError("an input is empty (an unset variable?)", "name a file or a folder")
         if "\0" in argument:
             raise UsageError(f"{argument!r} is not a valid file path")
         if is_url(argument):

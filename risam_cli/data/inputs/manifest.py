@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import os
 import re
@@ -78,13 +79,13 @@ def read_stream(
     first = next(lines, None)
     if first is None:
         return
-    begin = first[1] or b""
+    begin = (first[1] or b"").removeprefix(codecs.BOM_UTF8)
     if _IMAGES.match(begin):
         raise DataError(
             f"{name} holds an image, not a list of images", "write it to a file, and name that"
         )
-    lines = chain([first], lines)
-    is_json = begin.lstrip(b"\xef\xbb\xbf \t")[:1] in (b"{", b"[")
+    lines = chain([(first[0], first[1] and begin)], lines)
+    is_json = begin.lstrip(b" \t")[:1] in (b"{", b"[")
     if not (null or is_json) and {b"image", b"expression"} <= {*_CELL.split(begin.lower())}:
         yield from read_table(lines, name)
         return

@@ -101,6 +101,13 @@ def test_paths_come_one_a_line_where_expressions_are_given(monkeypatch: Any) -> 
     assert [e.text for entry in found for e in entry.sample.expressions] == ["x", "x", "its own"]
 
 
+@pytest.mark.parametrize("null", [False, True])
+def test_a_byte_order_mark_is_no_part_of_the_first_path(null: bool, monkeypatch: Any) -> None:
+    ends = b"\0" if null else b"\r\n"
+    stdin(monkeypatch, b"\xef\xbb\xbfa.png" + ends + b"b.png" + ends)
+    assert images(Inputs(["-"], ["x"], null_separated=null)) == ["a.png", "b.png"]
+
+
 def test_paths_may_end_in_nul(monkeypatch: Any) -> None:
     stdin(monkeypatch, b"a\nb.png\0{c}.png\0\xff.png")
     found = images(Inputs(["-"], ["x"], null_separated=True))

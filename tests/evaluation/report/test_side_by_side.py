@@ -338,6 +338,7 @@ def test_what_cannot_be_compared_is_told(reports: list[Path], ask: Ask, tmp_path
     told = ask(*reports, "--figures", "miou,pr@0.3", code=2)
     assert "--figures pr@0.3: no report has this figure; choose from oiou" in told
     assert "named twice" in ask(reports[0], reports[0], code=1)
+    assert "names no report" in ask("", reports[0], code=2)
     assert main(
         ["eval", "--dataset", "refshapes", "--split", "val", "--limit", "2", "-o", str(tmp_path)]
     ) in (0, 3)
