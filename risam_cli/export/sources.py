@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from risam_cli.data.identity import id_text
+from risam_cli.data.readers.cells import stated_size
 from risam_cli.data.readers.names import Record
 from risam_cli.data.readers.results import Results
 from risam_cli.data.readers.shapes import MAX_PIXELS
@@ -270,16 +271,6 @@ class Source:
         self.broken += 1
         label = f"line {number}" if name is None else str(name)
         self._on_failure(Failure(label, image, expression, "read", "DataError", str(error)))
-
-
-def stated_size(record: Mapping[str, Any], where: str) -> tuple[int, int] | None:
-    """(H, W) that a record states, or None. Raises DataError on nonsense."""
-    height, width = record.get("height"), record.get("width")
-    if height is None and width is None:
-        return None
-    if type(height) is not int or type(width) is not int or height < 1 or width < 1:
-        raise DataError(f"{where}: 'height' and 'width' are {brief(height)} and {brief(width)}")
-    return height, width
 
 
 def _image(record: Record, where: str) -> str:

@@ -1,11 +1,13 @@
-"""The cells of a table of results as JSON would have them."""
+"""Values as JSON would have them, where tables and tools write them otherwise."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from typing import Any
 
-from risam_cli.files.jsonlines import load_json
+from risam_cli.errors import DataError
+from risam_cli.files.jsonlines import brief, load_json
 
 _LONGEST_LITERAL = 1 << 20  # characters; its parser takes a thousandfold in bytes
 
@@ -37,6 +39,28 @@ def whole(value: Any) -> Any:
         text = value.strip()
         value = int(text) if text.isdecimal() and len(text) < 20 else _number(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def stated_size(
+    found: Mapping[str, Any],
+    where: str,
+    fix: str = "both are whole numbers of pixels above 0",
+    keys: tuple[str, str] = ("height", "width"),
+) -> tuple[int, int] | None:
+    """(H, W) in pixels that an object states, or None where it states neither.
+
+    Raises:
+        DataError: one is missing, or is no whole number above 0.
+    """
+    given = [found.get(key) for key in keys]
+    height, width = map(whole, given)
+    if height is None and width is None:
+        return None
+    if type(height) is not int or type(width) is not int or min(height, width) < 1:
+        raise DataError(
+            f"{where}: '{keys[0]}' and '{keys[1]}' are {brief(given[0])} and {brief(given[1])}", fix
+        )
+    return height, width
 
 
 def _number(text: str) -> float | str:

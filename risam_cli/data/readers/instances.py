@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from risam_cli.data.identity import id_key
+from risam_cli.data.readers.cells import stated_size
 from risam_cli.data.readers.jsonstream import iter_json
 from risam_cli.data.readers.source import Group, Phrase, Truth
 from risam_cli.errors import DataError
@@ -62,16 +63,7 @@ class Instances:
 
     def size(self, image: Mapping[str, Any]) -> tuple[int, int] | None:
         """(H, W) of an image's entry, or None where it gives none. Raises DataError on nonsense."""
-        height, width = image.get("height"), image.get("width")
-        if height is None and width is None:
-            return None
-        if type(height) is not int or type(width) is not int or height < 1 or width < 1:
-            raise DataError(
-                f"image {image.get('id')!r} of {self.path} has height {height!r} and width "
-                f"{width!r}",
-                "both are whole numbers of pixels above 0",
-            )
-        return height, width
+        return stated_size(image, f"image {image.get('id')!r} of {self.path}")
 
     def draw(self, ann_id: Any, image_id: Any, size: tuple[int, int]) -> Rle:
         """RLE of one annotation at the image's size.

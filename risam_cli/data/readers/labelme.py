@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from risam_cli.data.images.bounds import allow_pixels, metered
+from risam_cli.data.readers.cells import stated_size
 from risam_cli.data.readers.shapes import ERROR, Shape, ellipse, placed, records_of, rectangle
 from risam_cli.errors import DataError, ImageError, reason_of
 from risam_cli.files.jsonlines import brief, load_json, read_text
@@ -28,6 +29,7 @@ _HEAD = 1 << 16  # bytes that are looked at: the image's own flags stand before 
 # ``quadrilateral`` are its own.
 _BY_CORNERS = ("polygon", "oriented_rectangle", "rotation", "quadrilateral")
 _LOOKED_AT = 100  # files, before a folder is taken for another kind
+_AGAIN = "save it with labelme again"
 _LONGEST = 1 << 28  # bytes: labelme may keep the image in the file
 
 
@@ -100,14 +102,11 @@ def _read(file: Path) -> Mapping[str, Any] | None:
 def _image(found: Mapping[str, Any], file: Path) -> tuple[str, tuple[int, int]]:
     name = found.get("imagePath")
     if not isinstance(name, str) or not name or "\0" in name:
-        raise DataError(f"{file}: 'imagePath' is {brief(name)}", "save it with labelme again")
-    height, width = found.get("imageHeight"), found.get("imageWidth")
-    if type(height) is not int or type(width) is not int or min(height, width) < 1:
-        raise DataError(
-            f"{file}: 'imageHeight' and 'imageWidth' are {brief(height)} and {brief(width)}",
-            "save it with labelme again",
-        )
-    return name.replace("\\", "/"), (height, width)
+        raise DataError(f"{file}: 'imagePath' is {brief(name)}", _AGAIN)
+    size = stated_size(found, str(file), _AGAIN, ("imageHeight", "imageWidth"))
+    if size is None:
+        raise DataError(f"{file}: it has no imageHeight and imageWidth", _AGAIN)
+    return name.replace("\\", "/"), size
 
 
 def _shape(one: Any) -> Shape:

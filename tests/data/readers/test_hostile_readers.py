@@ -67,7 +67,7 @@ ANNOTATIONS: dict[str, tuple[str, str]] = {
     "line among expressions": (json.dumps(_coco(expressions=["a\nb"])), "is not an object"),
     "deep": ("[" * 200_000, "nests too deeply"),
     "deep objects": ('{"images":' * 200_000, "nests too deeply"),
-    "infinite height": (json.dumps(_image(height=1e999)), "height inf"),
+    "infinite height": (json.dumps(_image(height=1e999)), "are inf and 32"),
     "height of 2^70": (json.dumps(_image(height=2**70)), "over the limit"),
     "outline of ten million": (json.dumps(_annotation(segmentation=[FAR])), "in pixels"),
     "outlines without end": (

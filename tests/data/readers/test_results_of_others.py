@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 from support.export_cases import SIZE, export, record, shapes, write_image, write_jsonl
 
+from risam_cli.data.readers.cells import stated_size
 from risam_cli.data.readers.results import Results
+from risam_cli.errors import DataError
 from risam_cli.masks import rle as masks
 
 BLOCK = shapes()["block"]
@@ -142,11 +144,23 @@ def test_instances_stay_together_however_their_numbers_are_written(
             table.writerows({**row, "segmentation": json.dumps(RLE)} for row in rows)
     else:
         write = str if kind == "text" else float
-        rows = [{**row, "instance": write(row["instance"])} for row in rows]
+        numbers = ("instance", "height", "width")
+        rows = [row | {key: write(row[key]) for key in numbers} for row in rows]
         source = write_jsonl(tmp_path / "p.jsonl", rows)
     found = exported(tmp_path, source)
     assert [one["instance"] for one in found["annotations"]] == [0, 1]
     assert [one["ann_ids"] for one in found["expressions"]] == [[1, 2]]
+
+
+@pytest.mark.parametrize("given", [(48, 64), (48.0, 64.0), ("48", "64.0")])
+def test_the_size_of_an_image_is_read_however_it_is_written(given: tuple[Any, Any]) -> None:
+    assert stated_size({"height": given[0], "width": given[1]}, "here") == (48, 64)
+
+
+@pytest.mark.parametrize("given", [(48.5, 64), (48, 0), (48, None), ("x", 64), (True, 64)])
+def test_a_size_that_is_none_is_named(given: tuple[Any, Any]) -> None:
+    with pytest.raises(DataError, match=r"^here: 'height' and 'width' are .*pixels above 0"):
+        stated_size({"height": given[0], "width": given[1]}, "here")
 
 
 @pytest.mark.parametrize("to", ["png", "coco"])
