@@ -141,4 +141,6 @@ def test_what_cannot_be_trained_on_is_told_and_nothing_written(
     assert "holds no expressions; add a list 'expressions'" in told()
     path.unlink()
     assert "cannot read" in told()
+    path.mkdir()
+    assert "Is a directory; name the JSON file in it" in told()
     assert not file.exists()

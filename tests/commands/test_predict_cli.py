@@ -322,6 +322,7 @@ def test_a_killed_run_holds_no_lock(predict: Call, tiny_images: Path, tmp_path: 
         (["a.png"], 2, "no expression is given"),
         (["a.png", "-e", ""], 2, "the expression '' has no words"),
         (["a.png", "-e", "?!"], 2, "the expression '?!' has no words"),
+        (["a.png", "-e", "x" * 10_001], 2, "has 10001 characters; give 10000 or fewer"),
         ([], 2, "INPUTS"),
         (["a.png", "", "-e", "x"], 2, "an input is empty"),
         (["a.png", "-e", "x", "--save", "pdf"], 2, "png, overlay, html and none"),

@@ -35,6 +35,7 @@ from risam_cli.data.inputs.walk import (
 from risam_cli.data.readers.coco import open_coco
 from risam_cli.data.readers.source import SampleSource
 from risam_cli.errors import DataError, UsageError, setting, told
+from risam_cli.files.jsonlines import brief
 from risam_cli.files.remote import require_known
 from risam_cli.files.store import (
     RemotePath,
@@ -155,6 +156,11 @@ class Inputs:
                 )
             if not _is_text(text):
                 raise UsageError(f"the expression {text!r} is not Unicode text")
+            if len(text) > MAX_CHARACTERS:
+                raise UsageError(
+                    f"the expression {brief(text)} has {len(text)} characters",
+                    f"give {MAX_CHARACTERS} or fewer",
+                )
         for argument in self.arguments:
             self._refuse_phrase(argument)
         for argument in self.arguments:

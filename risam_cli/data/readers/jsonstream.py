@@ -54,7 +54,9 @@ def iter_json(path: Path, source: BinaryIO | None = None) -> Iterator[tuple[str,
             f"{path} is not UTF-8 text (byte {error.start})", "check that it is the JSON file"
         ) from error
     except OSError as error:
-        raise DataError(f"cannot read {path}: {reason_of(error)}") from error
+        folder = isinstance(error, IsADirectoryError)
+        fix = "name the JSON file in it" if folder else "name a file that can be read"
+        raise DataError(f"cannot read {path}: {reason_of(error)}", fix) from error
     except RecursionError as error:
         raise DataError(
             f"{path} nests too deeply to be an annotation file", "check where it comes from"
