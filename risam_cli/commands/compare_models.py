@@ -216,12 +216,18 @@ def _answers(
     for source in models:  # a wrong name is told before the first one works
         parse_model(source)
     found: dict[str, dict[tuple[str, str], Result]] = {}
+    told: set[str] = set()  # not for every image again
     for name, source in zip(names, models, strict=True):
         model = load(source, device, precision)
         found[name] = {}
         streamed = model.predict_iter(images, list(expressions), on_error="keep")
         for image, results in zip(images, streamed, strict=True):
             found[name] |= {(image, result.expression): result for result in results}
+            said = [f"{name}: {one.expression!r}: {note}" for one in results for note in one.notes]
+            for line in said:
+                if line not in told:
+                    get_console().warn(line)
+            told.update(said)
             for failure in results.failures:
                 message = f"{name}: {failure.message}"
                 get_console().warn(message)

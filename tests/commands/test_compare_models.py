@@ -71,6 +71,16 @@ def test_every_image_and_expression_has_its_row(folder: Path, model_folder: Path
     assert "is not empty" in again.stderr
 
 
+def test_words_that_a_model_does_not_know_are_told_once(folder: Path, cli: Cli) -> None:
+    done = cli(
+        *("compare-models", folder / "a.png", folder / "b.png", "-e", "the zebra", "-e", "a star"),
+        *("--model", "refshapes-tiny", "-o", folder / "out"),
+    )
+    assert done.returncode == 0, done.stderr
+    wanted = "warning: refshapes-tiny: 'the zebra': the model does not know: zebra"
+    assert [line for line in done.stderr.splitlines() if "does not know" in line] == [wanted]
+
+
 def test_a_bad_image_costs_its_rows_alone(folder: Path, model_folder: Path, cli: Cli) -> None:
     (folder / "bad.png").write_bytes((folder / "a.png").read_bytes()[:90])
     small = folder / "small.png"
