@@ -191,6 +191,14 @@ class TextTokenizer:
             found if len(found) <= self.max_tokens else [*found[: self.max_tokens - 1], found[-1]]
         )
 
+    def cuts(self, text: str) -> bool:
+        """Whether ``encode`` reads only the beginning of an expression."""
+        if text.isascii() and len(text) + 2 <= self.max_tokens:
+            return False  # it has no more tokens than characters, and two at its ends
+        with panics_told():
+            tokens = len(self.tokenizer.encode(text[:MAX_CHARACTERS]).ids)
+        return tokens > self.max_tokens or len(text) > MAX_CHARACTERS
+
     def unknown_words(self, text: str) -> tuple[str, ...]:
         """What of an expression the vocabulary does not have, in order, each once."""
         strange = getattr(self.tokenizer.model, "unk_token", None)
@@ -210,12 +218,13 @@ class KnownWords:
 
     Attributes:
         words: distinct words, whatever their case; unknown: those that it does not know.
-        of: how many expressions there are; expressions: how many have an unknown word.
+        of: how many expressions there are; expressions: how many have an unknown word; cut: how
+            many it reads only the beginning of.
     """
 
     def __init__(self, tokenizer: TextTokenizer, texts: Iterable[str]) -> None:
         known: dict[str, bool] = {}
-        self.of = self.expressions = 0
+        self.of = self.expressions = self.cut = 0
         for text in texts:
             own = [word.lower() for word in _WORD.findall(text)]
             for word in own:
@@ -223,6 +232,7 @@ class KnownWords:
                     known[word] = not tokenizer.unknown_words(word)
             self.of += 1
             self.expressions += not all(known[word] for word in own)
+            self.cut += tokenizer.cuts(text)
         self.words = len(known)
         self.unknown = [word for word, is_known in known.items() if not is_known]
 

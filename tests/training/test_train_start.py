@@ -416,14 +416,18 @@ def test_data_of_unknown_words_are_refused_before_anything_is_written(tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_few_unknown_words_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_few_unknown_words_and_long_expressions_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write_coco(tmp_path / "mine")
     path = Path(data["annotations"])
     content = json.loads(path.read_text())
     content["expressions"][0]["text"] = "red boat"
+    content["expressions"][1]["text"] = "red " * 50
     path.write_text(json.dumps(content))
     run(tmp_path / "run", **QUICK, train=data, val={"mine": data})
     told = capsys.readouterr().err
+    assert "train: 1 of 4 expressions are cut: they have more tokens than model.text_enc" in told
     assert (
         "train: 1 of 5 words, in 1 of 4 expressions, are unknown to the text encoder: boat" in told
     )

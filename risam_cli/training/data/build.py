@@ -88,7 +88,7 @@ class DataBuilder:
         return _texts(self.train())
 
     def check_words(self, tokenizer: TextTokenizer) -> None:
-        """Tells how many words of the data the text encoder does not know.
+        """Tells how many words of the data the text encoder does not know, and what it cuts.
 
         Raises:
             ConfigError: they are most of the training data's words, or are in most of its
@@ -97,6 +97,11 @@ class DataBuilder:
         told = {"train": self.train(), **{f"val.{k}": d for k, d in self.held_out().items()}}
         for key, data in told.items():
             known = KnownWords(tokenizer, _texts(data))
+            if known.cut:
+                self.console.warn(
+                    f"{key}: {known.cut} of {counted(known.of, 'expression')} are cut: they have "
+                    f"more tokens than model.text_encoder.max_tokens, {tokenizer.max_tokens}"
+                )
             if not known.words:
                 continue
             if not known.unknown:
