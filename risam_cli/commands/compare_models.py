@@ -17,7 +17,6 @@ from risam_cli.commands.options import (
     output_option,
     verbosity_options,
 )
-from risam_cli.data.identity import has_words
 from risam_cli.errors import (
     EXIT_OK,
     EXIT_SOME_FAILED,
@@ -104,9 +103,9 @@ def _compare(
             f"{len(truths)} true masks for {pairs} pairs of an image and an expression",
             "give one for each pair, or none",
         )
-    for phrase in expressions:
-        if not has_words(phrase):
-            raise UsageError(f"the expression {phrase!r} has no words", "give words after -e")
+    from risam_cli.data.inputs.inputs import require_askable
+
+    require_askable(expressions)
     if not overwrite and output.is_dir() and any(output.iterdir()):
         raise OutputError(f"{output} is not empty", "choose another -o or give --overwrite")
     from risam_cli.console.console import get_console

@@ -22,8 +22,7 @@ from risam_cli.commands.options import (
     verbosity_options,
 )
 from risam_cli.console.text import counted
-from risam_cli.data.identity import has_words
-from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, OutputError, UsageError
+from risam_cli.errors import EXIT_OK, EXIT_SOME_FAILED, DataError, OutputError
 
 if TYPE_CHECKING:
     from risam_cli.explain.explanation import Explanation, Shown
@@ -127,9 +126,6 @@ def _explain(
     overwrite: bool,
     **options: Any,
 ) -> int:
-    for text in expressions:
-        if not has_words(text):
-            raise UsageError(f"the expression {text!r} has no words", "give words after -e")
     if not overwrite and output.is_dir() and any(output.iterdir()):
         raise OutputError(f"{output} is not empty", "choose another -o or give --overwrite")
     from risam_cli.console.console import get_console

@@ -148,19 +148,7 @@ class Inputs:
         """
         if list(self.arguments).count("-") > 1:
             raise UsageError("stdin ('-') is named twice", "name it once")
-        for text in self.expressions:
-            if not has_words(text):
-                raise UsageError(
-                    f"the expression {text!r} has no words",
-                    f"give words after {setting('expression')}",
-                )
-            if not _is_text(text):
-                raise UsageError(f"the expression {text!r} is not Unicode text")
-            if len(text) > MAX_CHARACTERS:
-                raise UsageError(
-                    f"the expression {brief(text)} has {len(text)} characters",
-                    f"give {MAX_CHARACTERS} or fewer",
-                )
+        require_askable(self.expressions)
         for argument in self.arguments:
             self._refuse_phrase(argument)
         for argument in self.arguments:
@@ -545,6 +533,26 @@ class Inputs:
     def _require_expressions(self, argument: str) -> None:
         if not self.expressions:
             raise UsageError(f"{argument}: no expression is given for its images", _TELL)
+
+
+def require_askable(expressions: Sequence[str]) -> None:
+    """Make sure that expressions that were typed can be asked for.
+
+    Raises:
+        UsageError: one has no words, is not Unicode text or is too long.
+    """
+    for text in expressions:
+        if not has_words(text):
+            raise UsageError(
+                f"the expression {text!r} has no words", f"give words after {setting('expression')}"
+            )
+        if not _is_text(text):
+            raise UsageError(f"the expression {text!r} is not Unicode text")
+        if len(text) > MAX_CHARACTERS:
+            raise UsageError(
+                f"the expression {brief(text)} has {len(text)} characters",
+                f"give {MAX_CHARACTERS} or fewer",
+            )
 
 
 def _is_pattern(argument: str) -> bool:
