@@ -63,8 +63,10 @@ def read_mask_file(path: Path, where: str, doubt: Callable[[str], None], *, no_f
             except (OSError, ValueError, SyntaxError) as error:
                 why = f"{name} is not an image that can be read ({error})"
                 raise DataError(why, "copy or write it again") from None
-            turned = upright(Image.fromarray(inside.view(np.uint8)), orientation)
-            return masks.encode(turned.view(np.bool_))
+            if orientation != 1:
+                turned = upright(Image.fromarray(inside.view(np.uint8)), orientation)
+                inside = turned.view(np.bool_)
+            return masks.encode(inside)
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} is too large: {error}", "cut it up") from None
     except (UnidentifiedImageError, SyntaxError):
