@@ -218,13 +218,12 @@ class KnownWords:
 
     Attributes:
         words: distinct words, whatever their case; unknown: those that it does not know.
-        of: how many expressions there are; expressions: how many have an unknown word; cut: how
-            many it reads only the beginning of.
+        of: how many expressions there are; expressions: how many have an unknown word.
     """
 
     def __init__(self, tokenizer: TextTokenizer, texts: Iterable[str]) -> None:
         known: dict[str, bool] = {}
-        self.of = self.expressions = self.cut = 0
+        self.of = self.expressions = 0
         for text in texts:
             own = [word.lower() for word in _WORD.findall(text)]
             for word in own:
@@ -232,7 +231,6 @@ class KnownWords:
                     known[word] = not tokenizer.unknown_words(word)
             self.of += 1
             self.expressions += not all(known[word] for word in own)
-            self.cut += tokenizer.cuts(text)
         self.words = len(known)
         self.unknown = [word for word, is_known in known.items() if not is_known]
 

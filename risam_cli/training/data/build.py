@@ -97,9 +97,9 @@ class DataBuilder:
         told = {"train": self.train(), **{f"val.{k}": d for k, d in self.held_out().items()}}
         for key, data in told.items():
             known = KnownWords(tokenizer, _texts(data))
-            if known.cut:
+            if cut := sum(map(tokenizer.cuts, _texts(data))):
                 self.console.warn(
-                    f"{key}: {known.cut} of {counted(known.of, 'expression')} are cut: they have "
+                    f"{key}: {cut} of {counted(known.of, 'expression')} are cut: they have "
                     f"more tokens than model.text_encoder.max_tokens, {tokenizer.max_tokens}"
                 )
             if not known.words:
